@@ -1,0 +1,3 @@
+"""Fused kernels for UniKE: fast, exact, reversible knowledge editing of multimodal language models."""
+
+from __future__ import annotations

@@ -1,0 +1,96 @@
+"""Every switch of the method that the paper leaves open or that changes what an edit means."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+_CHOICES = {
+    "retrieval": ("token", "sequence"),
+    "tokens": ("all", "text"),
+    "values": ("pre", "out", "projected"),
+    "convention": ("inclusion", "eq7"),
+    "norm": ("match", "none"),
+    "neurons": ("plain", "gated"),
+    "w_zeta": ("memory", "edit"),
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """The semantics of a memory and of the edits that are trained with it. Stored in both artifacts.
+
+    Attributes:
+        k: entries retrieved (the paper's top-40).
+        retrieval: "token": each token retrieves its own entries (causal, stateless); "sequence": once, with the last
+            prompt token, as the paper words it (needs `uk.rows(..., prompt_lengths=...)`).
+        tokens: which tokens are shifted: "all", or "text" (not those of an image). Padding never is.
+        values: what the memory attention reads: "pre" (h_pos at the attention's input, as keys and values),
+            "out" (h_pos at its output as values), "projected" (W_k and W_v W_o per head, Eq. 8 to the letter).
+        scale: of the attention logits; None: 1 / sqrt(width of a key).
+        alpha: the gate: "token" (cosine with the token's own h_input), "last" (with h_input of the last prompt token,
+            Eq. 7; needs `uk.rows(..., prompt_lengths=...)`), or a fixed number in 0..1.
+        convention: "inclusion": (1 - alpha) h_input + alpha h_know; "eq7": Eq. 7 to the letter, the other way round.
+        norm: "match": h_know is rescaled to |h_input|; "none": literal.
+        neurons: on gated FFNs, "plain" neurons Act(q K + b) (Eq. 3) or "gated" ones Act(q K + b) * (q U + c).
+        w_zeta: "memory": W_zeta is trained with the encoders and frozen; "edit": trained inside each edit.
+        beta: of a trained edit's beta * zeta' (Eq. 6).
+
+    Raises:
+        ValueError: a value out of its range; the message names it.
+    """
+
+    k: int = 40
+    retrieval: str = "token"
+    tokens: str = "all"
+    values: str = "pre"
+    scale: float | None = None
+    alpha: str | float = "token"
+    convention: str = "inclusion"
+    norm: str = "match"
+    neurons: str = "plain"
+    w_zeta: str = "memory"
+    beta: float = 0.1
+
+    def __post_init__(self) -> None:
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"Config.{name}: expected one of {', '.join(allowed)}; got {getattr(self, name)!r}")
+        if isinstance(self.k, bool) or not isinstance(self.k, int) or self.k < 1:
+            raise ValueError(f"Config.k: expected an integer of at least 1, got {self.k!r}")
+        if self.scale is not None and not (_is_number(self.scale) and self.scale > 0):
+            raise ValueError(f"Config.scale: expected None or a positive number, got {self.scale!r}")
+        if self.alpha not in ("token", "last") and not (
+            _is_number(self.alpha) and 0 <= float(self.alpha) <= 1  # the type of a string is refused just before
+        ):
+            raise ValueError(f"Config.alpha: expected 'token', 'last' or a number in 0..1, got {self.alpha!r}")
+        if not _is_number(self.beta):
+            raise ValueError(f"Config.beta: expected a finite number, got {self.beta!r}")
+
+    @property
+    def needs_prompt_lengths(self) -> bool:
+        """Whether a forward pass must know where each prompt ends."""
+        return self.retrieval == "sequence" or self.alpha == "last"
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Config:
+        """The inverse of `to_dict`. Raises ValueError for an unknown or missing name or a value out of range."""
+        names = {f.name for f in dataclasses.fields(cls)}
+        if not isinstance(values, dict) or set(values) != names:
+            got = sorted(values) if isinstance(values, dict) else type(values).__name__
+            raise ValueError(f"Config: expected the fields {sorted(names)}, got {got}")
+        return cls(**values)
+
+    def differences(self, other: Config) -> list[str]:
+        """Each field in which the two differ, as 'name: mine != theirs'."""
+        pairs = [(f.name, getattr(self, f.name), getattr(other, f.name)) for f in dataclasses.fields(self)]
+        return [f"{name}: {mine!r} != {theirs!r}" for name, mine, theirs in pairs if mine != theirs]
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,98 @@
+"""Which implementation runs an operator: the fastest one that the tensors' device and this machine allow.
+
+`UNIKE_BACKEND=reference` in the environment or `with backend("reference"):` force one. A forced backend that is
+missing is a `BackendUnavailableError`; it never falls back in silence.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, NamedTuple
+
+import torch
+
+from ..errors import BackendUnavailableError
+
+BACKENDS = ("native", "triton", "cuda", "reference")  # in the order of preference
+
+_forced: ContextVar[str | None] = ContextVar("unike_backend", default=None)
+
+
+class Implementation(NamedTuple):
+    run: Callable[..., Any]
+    refuse: Callable[[torch.Tensor], str | None]  # why it cannot run on this tensor, or None
+    missing: Callable[[], str | None]  # why it cannot run on this machine, or None
+
+
+_table: dict[str, dict[str, Implementation]] = {}
+
+
+def register(
+    op: str,
+    backend: str,
+    run: Callable[..., Any],
+    *,
+    refuse: Callable[[torch.Tensor], str | None] = lambda _: None,
+    missing: Callable[[], str | None] = lambda: None,
+) -> None:
+    """Offer `run` as the implementation of `op` on `backend`."""
+    _table.setdefault(op, {})[backend] = Implementation(run, refuse, missing)
+
+
+def _check_name(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{source}: expected one of {', '.join(sorted(BACKENDS))}; got {name!r}")
+    return name
+
+
+def forced_backend() -> str | None:
+    """The backend forced by `backend(...)` or `UNIKE_BACKEND`, or None."""
+    name = _forced.get()
+    if name is not None:
+        return name
+    name = os.environ.get("UNIKE_BACKEND", "")
+    return _check_name(name, "UNIKE_BACKEND") if name else None
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Force the backend of every operator that is called inside the block.
+
+    Args:
+        name: "reference", "native", "triton" or "cuda".
+
+    Raises:
+        ValueError: `name` is none of these.
+        BackendUnavailableError: from the operator, where it has no such backend or this machine cannot run it.
+    """
+    token = _forced.set(_check_name(name, "backend(name)"))
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def available(op: str) -> dict[str, str | None]:
+    """For each backend of `op`: None if it can run on this machine, else the reason why not."""
+    return {name: impl.missing() for name, impl in _table[op].items()}
+
+
+def dispatch(op: str, like: torch.Tensor) -> Callable[..., Any]:
+    """The implementation of `op` for tensors like `like`."""
+    choices = _table[op]
+    name = forced_backend()
+    if name is not None:
+        if name not in choices:
+            raise BackendUnavailableError(f"{op} has no {name!r} backend; it has: {', '.join(choices)}")
+        reason = choices[name].missing() or choices[name].refuse(like)
+        if reason:
+            raise BackendUnavailableError(f"{op}: backend {name!r} cannot run here: {reason}")
+        return choices[name].run
+    for name in BACKENDS:
+        impl = choices.get(name)
+        if impl and not impl.missing() and not impl.refuse(like):
+            return impl.run
+    raise BackendUnavailableError(f"{op}: no backend runs on device {like.device}")

@@ -1,0 +1,56 @@
+"""Argument checks shared by the operators. Each message names the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def shape_of(t: Tensor) -> str:
+    return f"{str(t.dtype).removeprefix('torch.')}[{', '.join(map(str, t.shape))}]"
+
+
+def floating(name: str, t: Tensor, dims: Sequence[int | None]) -> None:
+    """`t` is a floating tensor of this shape; None stands for any size."""
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(t).__name__}")
+    if t.dtype not in FLOATS:
+        raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {shape_of(t)}")
+    sized(name, t, dims)
+
+
+def integer(name: str, t: Tensor, dims: Sequence[int | None]) -> None:
+    """`t` is an int64 tensor of this shape."""
+    if not isinstance(t, Tensor) or t.dtype != torch.int64:
+        raise TypeError(f"{name}: expected an int64 tensor, got {shape_of(t) if isinstance(t, Tensor) else type(t)}")
+    sized(name, t, dims)
+
+
+def sized(name: str, t: Tensor, dims: Sequence[int | None]) -> None:
+    fits = t.dim() == len(dims) and all(want is None or have == want for have, want in zip(t.shape, dims, strict=True))
+    if not fits:
+        wanted = ", ".join("*" if n is None else str(n) for n in dims)
+        raise ValueError(f"{name}: expected shape [{wanted}], got {shape_of(t)}")
+
+
+def same_device(first: str, t: Tensor, **others: Tensor | None) -> None:
+    for name, other in others.items():
+        if other is not None and other.device != t.device:
+            raise ValueError(f"{name}: expected device {t.device} (as {first}), got {other.device}")
+
+
+def one_of(name: str, value: object, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name}: expected one of {', '.join(allowed)}; got {value!r}")
+
+
+def frozen(**tensors: Tensor | None) -> None:
+    """The operator gives these no gradient, so asking for one is a mistake of the caller's."""
+    if torch.is_grad_enabled():
+        for name, t in tensors.items():
+            if t is not None and t.requires_grad:
+                raise ValueError(f"{name}: requires_grad is set, but this operator treats it as a constant; detach it")

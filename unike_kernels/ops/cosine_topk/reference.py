@@ -1,0 +1,101 @@
+"""Exact cosine top-k in plain torch: the definition.
+
+The score of a pair is one canonical function of its two rows, so that every backend returns the same bits:
+
+* normalise: s = sum of x_i^2 in float64, then float32(x_i / sqrt(s)); a zero row stays zero;
+* dot: the products of the float32 rows (exact in float64), summed in float64, rounded once to float32.
+
+The order of the float64 sums is fixed: 16 interleaved partial sums (i = j, j + 16, ...), folded in halves. Order of
+the results: score descending, then id ascending. float64 inputs stay in float64 throughout (for derivations and
+gradient checks).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+LANES = 16
+
+
+def canonical_dot(a: Tensor, b: Tensor) -> Tensor:
+    """Sum of a_i * b_i over the last dimension in the canonical order. a, b: broadcastable [..., d] -> float64 [...]."""
+    a, b = a.double(), b.double()
+    total: Tensor | None = None
+    for start in range(0, a.shape[-1], LANES):
+        part = a[..., start : start + LANES] * b[..., start : start + LANES]
+        part = torch.nn.functional.pad(part, (0, LANES - part.shape[-1]))
+        total = part + 0.0 if total is None else total + part
+    assert total is not None
+    width = LANES
+    while width > 1:
+        width //= 2
+        total = total[..., :width] + total[..., width : 2 * width]
+    return total.squeeze(-1)
+
+
+def normalize_rows(x: Tensor) -> Tensor:
+    """Rows scaled to unit length. [N, d] of any float dtype -> float32 [N, d] (float64 stays float64).
+
+    A zero row stays zero; a row with a non-finite value becomes NaN.
+    """
+    wide = x.double()
+    squares = canonical_dot(wide, wide).unsqueeze(-1)
+    zero = squares == 0
+    norm = torch.where(zero, 1.0, squares).sqrt()
+    finite = wide.isfinite().all(-1, keepdim=True)
+    unit = torch.where(finite, wide / norm, float("nan"))
+    return unit if x.dtype == torch.float64 else unit.float()
+
+
+def cosine_topk(
+    queries: Tensor, keys: Tensor, k: int, normalized: bool = False, bounds: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The k keys of highest cosine for each query: scores [M, k] and ids int64 [M, k]; see the package docstring."""
+    q = normalize_rows(queries)
+    keys = keys if normalized else normalize_rows(keys)
+    keys = keys.to(q.dtype)
+    m, n = q.shape[0], keys.shape[0]
+    with torch.no_grad():
+        scores = canonical_dot(q.unsqueeze(1), keys.unsqueeze(0)).to(q.dtype) + 0.0
+        position = torch.arange(n, device=q.device)
+        allowed = q.isfinite().all(-1, keepdim=True).expand(m, n)
+        if bounds is not None:
+            allowed = allowed & (position >= bounds[:, :1]) & (position < bounds[:, 1:])
+        scores = torch.where(allowed, scores, float("-inf"))
+        best, ids = scores.sort(dim=-1, descending=True, stable=True)
+        best, ids = best[:, :k], ids[:, :k]
+        ids = torch.where(best == float("-inf"), -1, ids)
+        ids = torch.nn.functional.pad(ids, (0, k - ids.shape[1]), value=-1)
+    if n == 0:
+        return torch.full(ids.shape, float("-inf"), dtype=q.dtype, device=q.device), ids
+    # Scored again from the chosen rows alone, so that gradients reach queries and keys: the same bits as above.
+    chosen = canonical_dot(q.unsqueeze(1), keys[ids.clamp(min=0)]).to(q.dtype) + 0.0
+    return torch.where(ids >= 0, chosen, float("-inf")), ids
+
+
+def cosine_topk_backward(
+    grad: Tensor, queries: Tensor, keys: Tensor, ids: Tensor, normalized: bool
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the scores [M, k] to the queries [M, d] and keys [N, d]; ids have none.
+
+    With u = x / |x|: d cos(q, k) / dq = (u_k - cos * u_q) / |q|.
+    """
+    wide = torch.promote_types(queries.dtype, torch.float32)
+    q, table = queries.to(wide), keys.to(wide)
+    chosen = table[ids.clamp(min=0)]
+    grad = torch.where(ids >= 0, grad.to(wide), 0.0).unsqueeze(-1)
+
+    def unit(x: Tensor) -> tuple[Tensor, Tensor]:
+        norm = x.norm(dim=-1, keepdim=True)
+        inverse = torch.where(norm > 0, 1 / norm, 0.0)
+        return x * inverse, inverse
+
+    u_q, inverse_q = unit(q)
+    u_k, inverse_k = (chosen, torch.ones_like(chosen[..., :1])) if normalized else unit(chosen)
+    u_q = u_q.unsqueeze(1)
+    cosine = (u_q * u_k).sum(-1, keepdim=True)
+    grad_q = (grad * (u_k - cosine * u_q)).sum(1) * inverse_q
+    per_key = grad * (u_q if normalized else (u_q - cosine * u_k) * inverse_k)
+    grad_k = torch.zeros_like(table).index_add_(0, ids.clamp(min=0).flatten(), per_key.flatten(0, 1))
+    return grad_q.to(queries.dtype), grad_k.to(keys.dtype)

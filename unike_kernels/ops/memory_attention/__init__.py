@@ -1,0 +1,130 @@
+"""The memory of UniKE in one operator: top-K retrieval, latent attention, alpha gate and blend (paper, section 3.2-3.3).
+
+`unike::memory_attention(...) -> (out, alpha, ids)`
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _backend, _check, _library
+from ..latent_attention import SemanticEncoder, alpha_dtype, check_tables, pack
+from . import reference
+
+__all__ = ["memory_attention"]
+
+
+def _composed(
+    hidden: Tensor, index: Tensor, k: int, bounds: Tensor | None, queries: Tensor, inputs: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The fastest cosine_topk followed by the fastest latent_attention that there are."""
+    _, ids = _backend.dispatch("cosine_topk", hidden)(hidden, index, k, True, bounds)
+    keys, values, *tail = rest
+    out, alpha = _backend.dispatch("latent_attention", inputs)(queries, inputs, keys, values, ids, *tail)
+    return out, alpha, ids
+
+
+_backend.register("memory_attention", "reference", reference.memory_attention)
+
+
+def _run(hidden: Tensor, index: Tensor, k: int, bounds: Tensor | None, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    queries, inputs, keys, values, *rest = args
+    packed = pack((queries, inputs, keys, values, None, *rest))
+    run = _composed if _backend.forced_backend() is None else _backend.dispatch("memory_attention", hidden)
+    out, alpha, ids = run(hidden, index, k, bounds, *packed[:4], *packed[5:])
+    return out, alpha, ids
+
+
+def _fake(
+    hidden: Tensor, index: Tensor, k: int, bounds: Tensor | None, queries: Tensor, inputs: Tensor, *_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    m = inputs.shape[0]
+    alpha = inputs.new_empty(m, dtype=alpha_dtype(inputs))
+    return torch.empty_like(inputs), alpha, inputs.new_empty((m, k), dtype=torch.int64)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    _, _, _, _, queries, states, keys, values, *rest = inputs
+    ids = output[2]
+    ctx.save_for_backward(queries, states, keys, values, ids, *rest[:6])
+    ctx.switches = rest[6:]
+    ctx.mark_non_differentiable(ids)
+
+
+def _backward(ctx: Any, grad: Tensor, grad_alpha: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    saved = ctx.saved_tensors
+    grad_q, grad_h, given, anchor = torch.ops.unike.latent_attention_backward(grad, grad_alpha, *saved, *ctx.switches)
+    gates = (None if saved[9] is None else given, None if saved[10] is None else anchor)
+    return (None,) * 4 + (grad_q, grad_h) + (None,) * 6 + gates + (None,) * 3
+
+
+_library.define(
+    "memory_attention(Tensor hidden, Tensor index, int k, Tensor? bounds, Tensor queries, Tensor inputs, Tensor keys, "
+    "Tensor values, Tensor w1, Tensor b1, Tensor w2, Tensor b2, Tensor? alpha, Tensor? anchor, float scale, "
+    "str convention, str norm) -> (Tensor, Tensor, Tensor)",
+    _run,
+    _fake,
+    setup_context=_setup,
+    backward=_backward,
+)
+
+
+def memory_attention(
+    hidden: Tensor,
+    inputs: Tensor,
+    index: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    encoder: SemanticEncoder,
+    *,
+    k: int,
+    queries: Tensor | None = None,
+    bounds: Tensor | None = None,
+    scale: float | None = None,
+    alpha: Tensor | None = None,
+    anchor: Tensor | None = None,
+    convention: str = "inclusion",
+    norm: str = "match",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Each token retrieves its own k entries and is shifted towards them: `cosine_topk`, then `latent_attention`.
+
+    Args:
+        hidden: [M, d], the attention module's input h_pre, which retrieves.
+        inputs: [M, d], the attention module's output h_input, which is shifted.
+        index: float32 [N, d], the retrieval keys h_sem as `ops.normalize_rows` gives them.
+        keys, values: [N, d], or [N, H, c] and [N, H, d]; see `latent_attention`.
+        encoder: Enc_sem.
+        k: entries per token.
+        queries: [M, H, c], what attends to `keys`; None: `hidden`.
+        bounds: int64 [M, 2], the entries that each token may retrieve (an empty range: the token is not shifted).
+        scale, alpha, anchor, convention, norm: see `latent_attention`.
+
+    Returns:
+        out [M, d] in the dtype of `inputs`, alpha [M], ids int64 [M, k].
+
+    Raises:
+        TypeError, ValueError: a wrong dtype, shape, device or switch.
+    """
+    _check.floating("hidden", hidden, (None, None))
+    _check.floating("index", index, (None, hidden.shape[1]))
+    queries = hidden if queries is None else queries
+    queries, keys, values = (t.unsqueeze(1) if t.dim() == 2 else t for t in (queries, keys, values))
+    check_tables(inputs, queries, keys, values, encoder, alpha, anchor, convention, norm)
+    _check.sized("hidden", hidden, (inputs.shape[0], None))
+    _check.sized("index", index, (keys.shape[0], None))
+    _check.same_device("inputs", inputs, hidden=hidden, index=index, bounds=bounds)
+    if index.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"index: expected the float32 rows of normalize_rows, got {_check.shape_of(index)}")
+    if not isinstance(k, int) or k < 1:
+        raise ValueError(f"k: expected an integer of at least 1, got {k!r}")
+    if bounds is not None:
+        _check.integer("bounds", bounds, (hidden.shape[0], 2))
+    factor = 1 / math.sqrt(queries.shape[-1]) if scale is None else float(scale)
+    out, gate, ids = torch.ops.unike.memory_attention(
+        hidden, index, k, bounds, queries, inputs, keys, values, *encoder, alpha, anchor, factor, convention, norm
+    )
+    return out, gate, ids

@@ -1,0 +1,195 @@
+"""The FFN with extra key-value neurons, steered by beta * zeta' (paper, Eq. 3 and 6).
+
+Two operators: `unike::add_extra_neurons` adds the neurons to the output of any base FFN, computed elsewhere
+(`base="vendor"`), and `unike::patched_ffn` computes base and neurons together (`base="fused"`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _backend, _check, _library
+from . import reference
+from .reference import ACTIVATIONS, EditPool, FFNWeights
+
+__all__ = ["ACTIVATIONS", "EditPool", "FFNWeights", "patched_ffn"]
+
+_POOL = (
+    "Tensor keys, Tensor key_bias, Tensor? up, Tensor? up_bias, Tensor values, Tensor zeta, Tensor beta, "
+    "Tensor indptr, Tensor row_indptr, Tensor row_edits, Tensor? token_rows"
+)
+_BASE = "Tensor w_in, Tensor? b_in, Tensor? w_up, Tensor? b_up, Tensor w_out, Tensor? b_out"
+_BASE_SIZE = len(FFNWeights._fields)
+
+_backend.register("add_extra_neurons", "reference", reference.add_extra_neurons)
+
+
+def _fused_reference(x: Tensor, base: FFNWeights, pool: EditPool, activation: str) -> Tensor:
+    return reference.add_extra_neurons(x, reference.base_ffn(x, base, activation), pool, activation)
+
+
+_backend.register("patched_ffn", "reference", _fused_reference)
+
+
+def _run_add(x: Tensor, base_out: Tensor, *rest: Any) -> Tensor:
+    out: Tensor = _backend.dispatch("add_extra_neurons", x)(x, base_out, EditPool(*rest[:-1]), rest[-1])
+    return out
+
+
+def _run_fused(x: Tensor, *rest: Any) -> Tensor:
+    base, pool = FFNWeights(*rest[:_BASE_SIZE]), EditPool(*rest[_BASE_SIZE:-1])
+    out: Tensor = _backend.dispatch("patched_ffn", x)(x, base, pool, rest[-1])
+    return out
+
+
+def _pack(grads: tuple[Tensor | None, ...], like: Tensor) -> list[Tensor]:
+    """An operator returns tensors only: an empty one stands for None."""
+    return [like.new_empty(0) if g is None else g for g in grads]
+
+
+def _run_extra_backward(grad: Tensor, x: Tensor, *rest: Any) -> list[Tensor]:
+    return _pack(reference.add_extra_neurons_backward(grad, x, EditPool(*rest[:-1]), rest[-1]), x)
+
+
+def _fake_extra_backward(grad: Tensor, x: Tensor, *rest: Any) -> list[Tensor]:
+    return [torch.empty_like(x), *(x.new_empty(0) if t is None else torch.empty_like(t) for t in rest[:7])]
+
+
+def _run_base_backward(grad: Tensor, x: Tensor, *rest: Any) -> list[Tensor]:
+    grad_x, grads = reference.base_ffn_backward(grad, x, FFNWeights(*rest[:-1]), rest[-1])
+    return [grad_x, *_pack(grads, x)]
+
+
+def _fake_base_backward(grad: Tensor, x: Tensor, *rest: Any) -> list[Tensor]:
+    return [torch.empty_like(x), *(x.new_empty(0) if t is None else torch.empty_like(t) for t in rest[:-1])]
+
+
+def _unpack(grads: list[Tensor], inputs: tuple[Any, ...]) -> list[Tensor | None]:
+    return [None if t is None else g for g, t in zip(grads, inputs, strict=True)]
+
+
+def _setup_add(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, _, *rest = inputs
+    ctx.save_for_backward(x, *rest[:-1])
+    ctx.activation = rest[-1]
+
+
+def _backward_add(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, *pool = ctx.saved_tensors
+    grads = torch.ops.unike.add_extra_neurons_backward(grad, x, *pool, ctx.activation)
+    grad_x, *grad_pool = _unpack(grads, (x, *pool[:7]))
+    return grad_x, grad, *grad_pool, None, None, None, None, None
+
+
+def _setup_fused(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:-1])
+    ctx.activation = inputs[-1]
+
+
+def _backward_fused(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, *rest = ctx.saved_tensors
+    base, pool = rest[:_BASE_SIZE], rest[_BASE_SIZE:]
+    extra = torch.ops.unike.add_extra_neurons_backward(grad, x, *pool, ctx.activation)
+    grad_x, *grad_pool = _unpack(extra, (x, *pool[:7]))
+    through = torch.ops.unike.base_ffn_backward(grad, x, *base, ctx.activation)
+    through_x, *grad_base = _unpack(through, (x, *base))
+    assert grad_x is not None and through_x is not None
+    return grad_x + through_x, *grad_base, *grad_pool, None, None, None, None, None
+
+
+_library.define(
+    f"add_extra_neurons(Tensor x, Tensor base_out, {_POOL}, str activation) -> Tensor",
+    _run_add,
+    lambda x, base_out, *_: torch.empty_like(base_out),
+    setup_context=_setup_add,
+    backward=_backward_add,
+)
+_library.define(
+    f"add_extra_neurons_backward(Tensor grad, Tensor x, {_POOL}, str activation) -> Tensor[]",
+    _run_extra_backward,
+    _fake_extra_backward,
+)
+_library.define(
+    f"patched_ffn(Tensor x, {_BASE}, {_POOL}, str activation) -> Tensor",
+    _run_fused,
+    lambda x, *_: torch.empty_like(x),
+    setup_context=_setup_fused,
+    backward=_backward_fused,
+)
+_library.define(
+    f"base_ffn_backward(Tensor grad, Tensor x, {_BASE}, str activation) -> Tensor[]",
+    _run_base_backward,
+    _fake_base_backward,
+)
+
+
+def _check_pool(x: Tensor, pool: EditPool) -> None:
+    d = x.shape[-1]
+    _check.floating("pool.keys", pool.keys, (None, d))
+    p = pool.keys.shape[0]
+    _check.floating("pool.key_bias", pool.key_bias, (p,))
+    _check.floating("pool.values", pool.values, (p, d))
+    _check.floating("pool.zeta", pool.zeta, (None, d))
+    edits = pool.zeta.shape[0]
+    _check.floating("pool.beta", pool.beta, (edits,))
+    if (pool.up is None) != (pool.up_bias is None):
+        raise ValueError("pool: gated neurons need both up and up_bias, only one was given")
+    if pool.up is not None and pool.up_bias is not None:
+        _check.floating("pool.up", pool.up, (p, d))
+        _check.floating("pool.up_bias", pool.up_bias, (p,))
+    _check.integer("pool.indptr", pool.indptr, (edits + 1,))
+    _check.integer("pool.row_indptr", pool.row_indptr, (None,))
+    _check.integer("pool.row_edits", pool.row_edits, (None,))
+    rows, tokens = pool.row_indptr.shape[0] - 1, x[..., 0].numel()
+    if pool.token_rows is not None:
+        _check.integer("pool.token_rows", pool.token_rows, (tokens,))
+    elif rows < 1 or tokens % rows:
+        raise ValueError(f"pool.row_indptr: {tokens} tokens cannot be split evenly among {rows} rows")
+    _check.same_device("x", x, **{f"pool.{name}": t for name, t in pool._asdict().items()})
+
+
+def patched_ffn(x: Tensor, base: Tensor | FFNWeights, pool: EditPool, *, activation: str) -> Tensor:
+    """FFN_edit(x) = FFN(x) + o_extra (W_V^extra + beta * zeta')  (paper, Eq. 3 and 6).
+
+    A token whose row selects no edit keeps the bits of the base FFN. Computed in float32 at least, rounded once.
+    Differentiable in x, the base and the neurons, zeta' and beta.
+
+    Args:
+        x: [..., d], any float dtype; the FFN's input.
+        base: FFN(x), [..., d], computed elsewhere; or the weights, to compute both together.
+        pool: the extra neurons of all edits, and the edits of each row; see `EditPool`.
+        activation: "relu", "gelu", "gelu_tanh" or "silu": the base FFN's own.
+
+    Returns:
+        [..., d] in the dtype of the base output.
+
+    Raises:
+        TypeError, ValueError: a wrong dtype, shape, device or activation.
+    """
+    _check.one_of("activation", activation, ACTIVATIONS)
+    _check.floating("x", x, x.shape)
+    _check_pool(x, pool)
+    d = x.shape[-1]
+    flat = x.reshape(-1, d)
+    if isinstance(base, FFNWeights):
+        _check.floating("base.w_in", base.w_in, (None, d))
+        f = base.w_in.shape[0]
+        for name, t, dims in (
+            ("b_in", base.b_in, (f,)),
+            ("w_up", base.w_up, (f, d)),
+            ("b_up", base.b_up, (f,)),
+            ("w_out", base.w_out, (d, f)),
+            ("b_out", base.b_out, (d,)),
+        ):
+            if t is not None:
+                _check.floating(f"base.{name}", t, dims)
+        _check.same_device("x", x, **{f"base.{name}": t for name, t in base._asdict().items()})
+        out = torch.ops.unike.patched_ffn(flat, *base, *pool, activation)
+    else:
+        _check.floating("base", base, x.shape)
+        _check.same_device("x", x, base=base)
+        out = torch.ops.unike.add_extra_neurons(flat, base.reshape(-1, d), *pool, activation)
+    return out.reshape(x.shape)
