@@ -1,0 +1,37 @@
+/* What all headers of the native core share: the version, the status of a call, and what the CPU can do.
+ *
+ * A C ABI without Python or torch: plain pointers, sizes, row strides in elements and an explicit number of threads.
+ * No function throws, keeps a pointer after it returns, or holds state of its own; all may be called concurrently. */
+#ifndef UNIKE_UNIKE_H_
+#define UNIKE_UNIKE_H_
+
+#include <stdint.h>
+
+#define UNIKE_VERSION "0.1.0"
+#define UNIKE_API __attribute__((visibility("default")))
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef enum unike_status {
+  UNIKE_OK = 0,
+  UNIKE_INVALID_ARGUMENT = 1,
+  UNIKE_OUT_OF_MEMORY = 2,
+  UNIKE_INTERNAL_ERROR = 3,
+} unike_status;
+
+/* The version of the library as built, "major.minor.patch". */
+UNIKE_API const char* unike_version(void);
+
+/* Why this thread's last failed call failed; "" before the first failure. Valid until this thread's next failure. */
+UNIKE_API const char* unike_last_error(void);
+
+/* The best instruction set that this CPU and its kernels support: "avx512", "avx2" or "baseline". */
+UNIKE_API const char* unike_cpu_isa(void);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif /* UNIKE_UNIKE_H_ */

@@ -1,0 +1,72 @@
+"""Builds unike_kernels._C: the native core (csrc/) and its bindings (python/src/), compiled by ninja, without torch."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pybind11
+from ninja.ninja_syntax import Writer
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+CXX_FLAGS = shlex.split(
+    # No contraction: the canonical arithmetic must not depend on what a compiler chooses to fuse.
+    "-std=c++20 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -pthread -Wall -Wextra -Werror"
+)
+# Only the files of these folders get these flags. They run after unike_cpu_isa() has found the same features, and keep
+# their functions in unnamed namespaces: the linker could otherwise take their copy of a shared inline function.
+X86_ISA_FLAGS = {
+    "csrc/cpu/avx2": shlex.split("-mavx2 -mfma -mf16c"),
+    "csrc/cpu/avx512": shlex.split("-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl"),
+}
+
+
+def find_sources() -> list[str]:
+    """All C++ files, relative to the root; the per-ISA ones only where the target machine has that ISA."""
+    paths = [path.relative_to(ROOT) for folder in ("csrc", "python/src") for path in (ROOT / folder).rglob("*.cpp")]
+    is_x86 = platform.machine() == "x86_64"
+    return sorted(str(path) for path in paths if is_x86 or str(path.parent) not in X86_ISA_FLAGS)
+
+
+def compile_flags(source: Path) -> list[str]:
+    """The flags of one file: the core sees no Python, and the bindings see only the public headers of the core."""
+    flags = [*CXX_FLAGS, f"-I{ROOT / 'csrc/include'}", *X86_ISA_FLAGS.get(str(source.parent), [])]
+    if source.parts[0] == "csrc":
+        flags.append(f"-I{ROOT / 'csrc'}")
+    else:
+        # -isystem: the warnings of other people's headers are not errors of ours.
+        flags += [f"-isystem{folder}" for folder in (sysconfig.get_path("include"), pybind11.get_include())]
+    return flags + shlex.split(os.environ.get("CXXFLAGS", ""))
+
+
+class NinjaBuildExt(build_ext):
+    """Compiles an extension with one ninja run: in parallel, and only what changed."""
+
+    def build_extension(self, ext: Extension) -> None:
+        """Writes build.ninja into the temporary build folder and runs it."""
+        compiler = os.environ.get("CXX", "c++")
+        build_dir = Path(self.build_temp).resolve()
+        build_dir.mkdir(parents=True, exist_ok=True)
+        with open(build_dir / "build.ninja", "w") as file:
+            ninja = Writer(file)
+            ninja.rule(
+                "compile", f"{compiler} $flags -MMD -MF $out.d -c $in -o $out", "compile $in", "$out.d", deps="gcc"
+            )
+            ninja.rule("link", f"{compiler} -shared -pthread $in $flags -o $out", "link $out")
+            objects = []
+            for source in map(Path, ext.sources):
+                flags = {"flags": shlex.join(compile_flags(source))}
+                objects += ninja.build(str(source.with_suffix(".o")), "compile", str(ROOT / source), variables=flags)
+            target = str(Path(self.get_ext_fullpath(ext.name)).resolve())
+            ninja.build(target, "link", objects, variables={"flags": os.environ.get("LDFLAGS", "")})
+        subprocess.run([sys.executable, "-m", "ninja", "-C", str(build_dir)], check=True)
+
+
+setup(ext_modules=[Extension("unike_kernels._C", find_sources())], cmdclass={"build_ext": NinjaBuildExt})
