@@ -1,0 +1,94 @@
+#!/usr/bin/env python3
+"""Runs the demo, the tests or the linters in .venv, which the first run creates. Needs only Python and a C++ compiler.
+
+python3 run.py demo [arguments of `unike demo`]
+python3 run.py test [arguments of pytest]
+python3 run.py lint
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+VENV = ROOT / ".venv"
+PYTHON = VENV / "bin" / "python"
+STAMP = VENV / "installed.sha256"
+TORCH = "torch==2.13.0"
+BUILD_FILES = ("pyproject.toml", "setup.py", "constraints.txt", "unike_kernels/_version.py")
+BUILD_FOLDERS = ("csrc", "python/src")
+
+
+def sources_hash() -> str:
+    """A hash of everything that decides what an installation holds."""
+    nested = [path for folder in BUILD_FOLDERS for path in sorted((ROOT / folder).rglob("*")) if path.is_file()]
+    digest = hashlib.sha256(os.environ.get("TORCH_INDEX_URL", "").encode())
+    for path in [*(ROOT / name for name in BUILD_FILES), *nested]:
+        digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def step(title: str, *command: object) -> None:
+    """Runs a command quietly and prints how long it took; shows what it printed if it failed, and stops there."""
+    print(f"{title} ...", end=" ", flush=True)
+    start = time.monotonic()
+    done = subprocess.run([str(part) for part in command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    print(f"{'ok' if done.returncode == 0 else 'failed'}, {time.monotonic() - start:.1f} s", flush=True)
+    if done.returncode != 0:
+        sys.exit(done.stdout.decode(errors="replace"))
+
+
+def pip(title: str, *arguments: object) -> None:
+    """One `pip install` under the constraints."""
+    step(title, PYTHON, "-m", "pip", "install", "--quiet", "--constraint", ROOT / "constraints.txt", *arguments)
+
+
+def install() -> None:
+    """Creates .venv and installs the package into it, unless that was done with the same sources."""
+    current = sources_hash()
+    built = any((ROOT / "unike_kernels").glob("_C*.so"))
+    if built and STAMP.exists() and STAMP.read_text() == current:
+        return
+    if not PYTHON.exists():
+        if importlib.util.find_spec("ensurepip") is None:
+            sys.exit("This Python cannot create environments: ensurepip is missing (Debian: apt install python3-venv).")
+        step("creating .venv", sys.executable, "-m", "venv", VENV)
+    # Alone and first: only torch comes from the other index, such as the one of CPU-only builds.
+    index = os.environ.get("TORCH_INDEX_URL")
+    pip(f"installing {TORCH}", *(["--index-url", index] if index else []), TORCH)
+    pip("building and installing unike_kernels", "--editable", f"{ROOT}[dev]")
+    STAMP.write_text(current)
+
+
+def lint() -> None:
+    """Every linter, in the order of their speed."""
+    cpp = sorted(path for folder in BUILD_FOLDERS for path in (ROOT / folder).rglob("*") if path.is_file())
+    step("ruff check", PYTHON, "-m", "ruff", "check", ".")
+    step("ruff format", PYTHON, "-m", "ruff", "format", "--check", ".")
+    step("clang-format", VENV / "bin" / "clang-format", "--dry-run", "-Werror", *cpp)
+    step("mypy", PYTHON, "-m", "mypy")
+
+
+def main() -> int:
+    """Installs what is missing, runs the command and returns its exit status."""
+    if sys.version_info < (3, 10):
+        sys.exit(f"unike_kernels needs Python 3.10 or later; this is {sys.version.split()[0]}.")
+    command, arguments = (sys.argv[1:2] or [""])[0], sys.argv[2:]
+    if command not in ("demo", "test", "lint"):
+        sys.exit((__doc__ or "").strip())
+    install()
+    if command == "lint":
+        lint()
+        return 0
+    module = {"demo": ["unike_kernels", "demo"], "test": ["pytest"]}[command]
+    return subprocess.run([str(PYTHON), "-m", *module, *arguments], cwd=ROOT if command == "test" else None).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,299 @@
+"""The native core against the canonical definition, written once more in numpy: every bit must agree."""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from unike_kernels import _native
+
+# Around the 16 lanes, and larger than what one thread takes.
+WIDTHS = (1, 3, 15, 16, 17, 31, 576, 1000)
+
+
+def canonical_sum(products: np.ndarray) -> np.ndarray:
+    """float64 [..., d] -> [...]: the sum that unike/cosine_topk.h defines, one addition at a time."""
+    lanes = np.zeros((*products.shape[:-1], 16))
+    for i in range(products.shape[-1]):
+        lanes[..., i % 16] += products[..., i]
+    for width in (8, 4, 2, 1):
+        lanes[..., :width] += lanes[..., width : 2 * width]
+    return lanes[..., 0]
+
+
+@pytest.fixture
+def threads():
+    """Sets the number of threads; the number before comes back afterwards."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def expected_rows(x: np.ndarray) -> np.ndarray:
+    wide = x.astype(np.float64)
+    out = np.zeros_like(x)
+    for row, values in enumerate(wide):
+        if not np.isfinite(values).all():
+            out[row] = np.nan
+        elif values.any():
+            out[row] = (values / np.sqrt(canonical_sum(values * values))).astype(np.float32)
+    return out
+
+
+def expected_topk(queries: np.ndarray, keys: np.ndarray, k: int, bounds: np.ndarray | None = None):
+    scores = np.full((len(queries), k), -np.inf, np.float32)
+    ids = np.full((len(queries), k), -1, np.int64)
+    for row, query in enumerate(queries):
+        start, stop = (0, len(keys)) if bounds is None else bounds[row]
+        if not np.isfinite(query).all() or start == stop:
+            continue
+        dots = canonical_sum(query.astype(np.float64) * keys[start:stop].astype(np.float64)).astype(np.float32) + 0.0
+        order = np.lexsort((np.arange(stop - start), -dots))[:k]
+        scores[row, : len(order)], ids[row, : len(order)] = dots[order], start + order
+    return scores, ids
+
+
+def assert_same_bits(actual: torch.Tensor, expected: np.ndarray) -> None:
+    assert actual.is_contiguous()
+    expected = torch.from_numpy(expected)
+    assert actual.dtype == expected.dtype
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
+    numbers = ~expected.isnan()
+    assert torch.equal(actual.signbit()[numbers], expected.signbit()[numbers])
+
+
+def check_topk(queries: torch.Tensor, keys: torch.Tensor, k: int, bounds: torch.Tensor | None = None) -> None:
+    scores, ids = _native.cosine_topk(queries, keys, k, bounds)
+    expected = expected_topk(queries.numpy(), keys.numpy(), k, None if bounds is None else bounds.numpy())
+    assert_same_bits(ids, expected[1])
+    assert_same_bits(scores, expected[0])
+
+
+def unit_rows(n: int, d: int) -> torch.Tensor:
+    return _native.normalize_rows(torch.randn(n, d))
+
+
+def test_the_extension_is_there():
+    assert _native.available()
+    assert _native.reason() == ""
+    assert _native.isa() in ("baseline", "avx2", "avx512")
+
+
+@pytest.mark.parametrize("d", WIDTHS)
+def test_normalize_rows(d):
+    x = torch.randn(50, d) * torch.logspace(-30, 30, 50).unsqueeze(1)
+    assert_same_bits(_native.normalize_rows(x), expected_rows(x.numpy()))
+
+
+def test_normalize_special_rows():
+    tiny, huge = 1e-45, 3.4e38
+    x = torch.tensor(
+        [
+            [0.0, -0.0, 0.0],
+            [tiny, -tiny, 0.0],
+            [huge, huge, -huge],
+            [1.0, float("nan"), 2.0],
+            [float("inf"), 0.0, 1.0],
+            [0.0, 0.0, -float("inf")],
+            [-0.0, 5.0, 0.0],
+        ]
+    )
+    assert_same_bits(_native.normalize_rows(x), expected_rows(x.numpy()))
+
+
+@pytest.mark.parametrize("d", WIDTHS)
+@pytest.mark.parametrize("m", [1, 2, 37])
+def test_cosine_topk(d, m):
+    check_topk(unit_rows(m, d), unit_rows(300, d), 7)
+
+
+def test_scores_do_not_depend_on_the_norm_of_the_tables():
+    # Sums of very different magnitudes: any other order of the additions gives other bits.
+    keys = torch.randn(64, 576) * torch.logspace(-4, 4, 576)
+    check_topk(torch.randn(5, 576), keys[:, torch.randperm(576)].contiguous(), 64)
+
+
+def test_ties_go_to_the_lower_id():
+    keys = unit_rows(6, 40).repeat(50, 1)
+    queries = torch.cat([keys[:6], -keys[:6]])
+    check_topk(queries, keys, 75)
+    assert _native.cosine_topk(keys[:1], keys, 50)[1].tolist() == [list(range(0, 300, 6))]
+
+
+def test_zero_rows_score_positive_zero():
+    keys = unit_rows(20, 8)
+    keys[3:9] = 0.0
+    keys[12] = -keys[11]
+    check_topk(torch.cat([torch.zeros(2, 8), -keys[11:13]]), keys, 20)
+    scores, ids = _native.cosine_topk(torch.zeros(1, 8), keys, 20)
+    assert ids.tolist() == [list(range(20))]
+    assert not scores.any() and not scores.signbit().any()
+
+
+def test_scores_that_round_to_negative_zero_tie_with_zero():
+    keys = torch.tensor([[-1e-30], [1e-30], [0.0], [-1e-30]])
+    scores, ids = _native.cosine_topk(torch.tensor([[1e-30]]), keys, 4)
+    assert ids.tolist() == [[0, 1, 2, 3]]
+    assert not scores.signbit().any()
+
+
+def test_denormal_scores():
+    check_topk(torch.full((3, 17), 1e-20), torch.randn(40, 17) * 1e-22, 40)
+
+
+@pytest.mark.parametrize("m", [1, 20])
+def test_more_wanted_than_there_are(m):
+    check_topk(unit_rows(m, 5), unit_rows(3, 5), 10)
+    check_topk(unit_rows(m, 5), torch.empty(0, 5), 10)
+
+
+@pytest.mark.parametrize(("m", "k"), [(0, 3), (0, 0), (3, 0)])
+def test_empty_outputs(m, k):
+    scores, ids = _native.cosine_topk(unit_rows(m, 5), unit_rows(4, 5), k)
+    assert scores.shape == ids.shape == (m, k)
+    assert _native.normalize_rows(torch.empty(0, 5)).shape == (0, 5)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("column", [0, 16, 18])
+def test_a_query_that_is_not_finite_finds_nothing_and_disturbs_nobody(value, column):
+    queries = unit_rows(5, 19)
+    queries[2, column] = value
+    check_topk(queries, unit_rows(30, 19), 4)
+
+
+def test_bounds():
+    bounds = torch.tensor([[0, 300], [0, 0], [300, 300], [120, 121], [5, 200], [299, 300], [100, 140]])
+    check_topk(unit_rows(7, 33), unit_rows(300, 33), 25, bounds)
+
+
+@pytest.mark.parametrize("bounds", [[-1, 2], [0, 11], [3, 2]])
+def test_bounds_outside_the_keys_are_an_error(bounds):
+    with pytest.raises(ValueError, match="0 <= start <= stop <= n"):
+        _native.cosine_topk(unit_rows(1, 4), unit_rows(10, 4), 2, torch.tensor([bounds]))
+
+
+def test_any_strides():
+    queries, keys, bounds = unit_rows(6, 40), unit_rows(90, 40), torch.randint(0, 90, (6, 2)).sort(-1).values
+    expected = _native.cosine_topk(queries[:, 3:20].contiguous(), keys[::3, 3:20].contiguous(), 8, bounds // 3)
+    views = [
+        (queries[:, 3:20], keys[::3, 3:20], bounds // 3),
+        (queries[:, 3:20].T.contiguous().T, keys[::3, 3:20].T.contiguous().T, (bounds // 3).T.contiguous().T),
+    ]
+    for view in views:
+        assert all(
+            torch.equal(*pair) for pair in zip(_native.cosine_topk(*view[:2], 8, view[2]), expected, strict=True)
+        )
+        assert torch.equal(_native.normalize_rows(view[0]), _native.normalize_rows(view[0].contiguous()))
+    row = unit_rows(1, 17)
+    check_topk(row.expand(4, 17), row.expand(30, 17), 5)
+
+
+@pytest.mark.parametrize("m", [1, 2, 3, 100])
+def test_the_number_of_threads_changes_nothing(m, threads):
+    # Enough work for 8 threads, over the keys for few queries and over the queries for many; ties across the parts.
+    d, k = 256, 50
+    n = 8 * 2**19 // (d * min(m, 8)) + 13
+    queries, keys = unit_rows(m, d), unit_rows(97, d).repeat(n // 97 + 1, 1)[:n].contiguous()
+    bounds = torch.randint(0, n, (m, 2)).sort(-1).values
+    threads(1)
+    expected = expected_topk(queries.numpy()[:3], keys.numpy(), k, bounds.numpy()[:3])
+    single = _native.cosine_topk(queries, keys, k, bounds)
+    assert_same_bits(single[1][:3], expected[1])
+    assert_same_bits(single[0][:3], expected[0])
+    for count in (2, 3, 8):
+        threads(count)
+        several = _native.cosine_topk(queries, keys, k, bounds)
+        assert torch.equal(several[0], single[0]) and torch.equal(several[1], single[1])
+
+
+def test_normalize_rows_on_several_threads(threads):
+    x = torch.randn(8 * 2**19 // 1000 + 7, 1000)
+    threads(1)
+    single = _native.normalize_rows(x)
+    assert_same_bits(single[-9:], expected_rows(x[-9:].numpy()))
+    for count in (2, 7):
+        threads(count)
+        assert torch.equal(_native.normalize_rows(x), single)
+
+
+# Values of a coarse grid collide often, so that ties and zeros are common.
+@given(
+    m=st.integers(0, 20),
+    n=st.integers(0, 40),
+    d=st.integers(1, 40),
+    k=st.integers(0, 50),
+    grid=st.sampled_from([1, 2, 1000]),
+    seed=st.integers(0, 2**31),
+    bounded=st.booleans(),
+)
+def test_cosine_topk_of_anything(m, n, d, k, grid, seed, bounded):
+    generator = torch.Generator().manual_seed(seed)
+    raw = torch.randint(-grid, grid + 1, (m + n, d), generator=generator) * torch.rand(d, generator=generator)
+    x = _native.normalize_rows(raw)
+    assert_same_bits(x, expected_rows(raw.numpy()))
+    bounds = torch.randint(0, n + 1, (m, 2), generator=generator).sort(-1).values if bounded else None
+    check_topk(x[:m], x[m:], k, bounds)
+
+
+@pytest.mark.parametrize(
+    ("queries", "keys", "k", "bounds"),
+    [
+        (torch.zeros(2, 3, dtype=torch.float64), torch.zeros(2, 3), 1, None),
+        (torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.bfloat16), 1, None),
+        (torch.zeros(2, 3), torch.zeros(2, 4), 1, None),
+        (torch.zeros(3), torch.zeros(2, 3), 1, None),
+        (torch.zeros(2, 0), torch.zeros(2, 0), 1, None),
+        (torch.zeros(2, 3), torch.zeros(2, 3), -1, None),
+        (torch.zeros(2, 3), torch.zeros(2, 3, device="meta"), 1, None),
+        (torch.zeros(2, 3), torch.zeros(2, 3), 1, torch.zeros(3, 2, dtype=torch.int64)),
+        (torch.zeros(2, 3), torch.zeros(2, 3), 1, torch.zeros(2, 2, dtype=torch.int32)),
+    ],
+)
+def test_wrong_arguments_are_errors(queries, keys, k, bounds):
+    with pytest.raises(ValueError, match=r"must|columns"):
+        _native.cosine_topk(queries, keys, k, bounds)
+
+
+def test_the_c_abi_reports_errors_by_status_and_message():
+    """The exported functions without the bindings, as another program would link them."""
+    library = ctypes.CDLL(_native.__dict__["_C"].__file__)
+    library.unike_last_error.restype = ctypes.c_char_p
+    table, size, none = (ctypes.c_float * 4)(1, 0, 0, 1), ctypes.c_int64, None
+    scores, ids = (ctypes.c_float * 2)(), (ctypes.c_int64 * 2)()
+
+    def topk(queries=table, k=1, d=2, scores=scores):
+        arguments = (queries, size(2), size(2), table, size(2), size(2), size(d), size(k), none, scores, ids, 1)
+        return library.unike_cosine_topk_f32(*arguments)
+
+    assert topk() == 0
+    assert (list(scores), list(ids)) == ([1.0, 1.0], [0, 1])
+    for wrong in ({"queries": none}, {"k": -1}, {"d": 0}, {"scores": none}):
+        assert topk(**wrong) == 1, wrong
+        assert library.unike_last_error() != b""
+    assert library.unike_normalize_rows_f32(table, size(2), size(2), size(2), none, 1) == 1
+
+
+def test_the_package_imports_without_the_extension():
+    code = """
+import sys
+sys.modules["unike_kernels._C"] = None  # makes its import fail
+from unike_kernels import _native
+import unike_kernels, torch
+assert not _native.available()
+assert "unike_kernels._C" in _native.reason()
+try:
+    _native.normalize_rows(torch.zeros(1, 1))
+except RuntimeError as error:
+    assert str(error) == _native.reason()
+else:
+    raise AssertionError
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
