@@ -17,6 +17,8 @@ _CHOICES = {
     "w_zeta": ("memory", "edit"),
 }
 
+_TRAINING_ONLY = ("neurons", "w_zeta", "beta")  # what they led to is in the edit's own tensors
+
 
 @dataclass(frozen=True)
 class Config:
@@ -87,8 +89,9 @@ class Config:
         return cls(**values)
 
     def differences(self, other: Config) -> list[str]:
-        """Each field in which the two differ, as 'name: mine != theirs'."""
-        pairs = [(f.name, getattr(self, f.name), getattr(other, f.name)) for f in dataclasses.fields(self)]
+        """Each field that an inference depends on and in which the two differ, as 'name: mine != theirs'."""
+        names = [f.name for f in dataclasses.fields(self) if f.name not in _TRAINING_ONLY]
+        pairs = [(name, getattr(self, name), getattr(other, name)) for name in names]
         return [f"{name}: {mine!r} != {theirs!r}" for name, mine, theirs in pairs if mine != theirs]
 
 

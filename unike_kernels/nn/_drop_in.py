@@ -1,0 +1,82 @@
+"""Replacing a module in place: a clone of its own dynamic subclass that shares everything with it.
+
+The clone stands where the module stood: the same class family (`isinstance` holds), the same parameters, buffers and
+children (so state_dict keys, offload hooks and adapters stay as they are). It computes by calling the original module
+object, hooks and all, which it keeps outside of the registered children; putting that object back undoes everything.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+T = TypeVar("T", bound="DropIn")
+
+_CALL_HOOKS = tuple(name for name in vars(nn.Module()) if name.startswith(("_forward_", "_backward_")))
+
+
+@cache
+def _subclass(mixin: type[DropIn], base: type[nn.Module]) -> type[DropIn]:
+    return type(f"{mixin.__name__}{base.__name__}", (mixin, base), {"__module__": mixin.__module__})
+
+
+def _restore(mixin: type[DropIn], base: type[nn.Module]) -> DropIn:
+    cls = _subclass(mixin, base)
+    return cls.__new__(cls)
+
+
+class DropIn(nn.Module):
+    """A stand-in for one module of a model. Made by `from_module` of a subclass, undone by `originals`."""
+
+    _originals: tuple[nn.Module, ...]
+
+    @classmethod
+    def _adopt(cls: type[T], *originals: nn.Module) -> T:
+        """A clone of the first of `originals`; all of them together are what it calls."""
+        base = originals[0]
+        new: Any = _restore(cls, type(base))
+        new.__dict__.update(base.__dict__)
+        new.__dict__.pop("forward", None)  # an instance forward (accelerate's hook) belongs to the original
+        new._modules = dict(base._modules)
+        for name in _CALL_HOOKS:  # these run with the original
+            new.__dict__[name] = type(base.__dict__[name])() if name in base.__dict__ else {}
+        # Not assigned as attributes: the originals must not become children.
+        new.__dict__["_originals"] = originals
+        return new
+
+    @property
+    def originals(self) -> tuple[nn.Module, ...]:
+        """The module objects that this one stands for."""
+        return self._originals
+
+    def train(self: T, mode: bool = True) -> T:
+        for original in self._originals:
+            original.train(mode)
+        super().train(mode)
+        return self
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        mixin, base = type(self).__bases__
+        return _restore, (mixin, base), self.__dict__
+
+
+def original(module: nn.Module) -> nn.Module:
+    """The module that `module` stands for; itself if it stands for none."""
+    return module.originals[0] if isinstance(module, DropIn) else module
+
+
+class Tables(nn.Module):
+    """Tensors that follow the model from device to device and keep their dtype, outside of its state_dict."""
+
+    def table(self, name: str, value: Tensor | None) -> None:
+        self.register_buffer(name, value, persistent=False)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        for name, t in self._buffers.items():
+            if t is not None:
+                device = fn(torch.empty(0, dtype=t.dtype, device=t.device)).device
+                self._buffers[name] = t if device == t.device else t.to(device)
+        return self

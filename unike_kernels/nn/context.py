@@ -1,0 +1,79 @@
+"""What a forward pass of a patched model must know beside the hidden states. One `Context` is shared by its modules."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class PromptState:
+    """For the modes that depend on the last prompt token: where it is in this forward pass, and what it left behind.
+
+    Attributes:
+        lengths: int64 [R], prompt tokens of each row, padding not counted.
+        last: int64 [B], index of the last prompt token in the current chunk; None: the prompt lies in the past.
+        saved: (layer, name) -> tensor [B, ...] that the chunk with the last prompt token computed.
+    """
+
+    lengths: Tensor
+    last: Tensor | None = None
+    saved: dict[tuple[int, str], Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class Context:
+    """Shared by all patched modules of a model, refreshed by a hook before each forward pass of the decoder.
+
+    Attributes:
+        shifted: bool [B, T], the tokens that the memory may shift; None: all.
+        rows: how many edit sets `uk.rows` selected; None: no selection, every row uses everything.
+        prompt: set by `uk.rows(..., prompt_lengths=...)`.
+        text: bool [B, T] of the last embedded ids, False at image placeholders; only with `Config(tokens="text")`.
+    """
+
+    shifted: Tensor | None = None
+    rows: int | None = None
+    prompt: PromptState | None = None
+    text: Tensor | None = None
+
+    def enter(self, batch: int, tokens: int, past: int, attention_mask: Tensor | None) -> None:
+        """Called before each forward pass: `tokens` new ones after `past` cached ones, of `batch` rows."""
+        if self.rows is not None and batch % self.rows:
+            raise ValueError(f"rows: {self.rows} edit sets were given, the batch has {batch} rows")
+        mask = attention_mask if attention_mask is not None and attention_mask.dim() == 2 else None
+        shifted = None if mask is None else mask[:, -tokens:].bool()
+        if self.text is not None:
+            text = self.text.repeat_interleave(max(batch // self.text.shape[0], 1), 0)
+            if text.shape == (batch, tokens):
+                shifted = text if shifted is None else shifted & text
+        self.shifted = shifted
+        if self.prompt is not None:
+            self._locate_prompt_end(self.prompt, batch, tokens, past, mask)
+
+    @staticmethod
+    def _locate_prompt_end(prompt: PromptState, batch: int, tokens: int, past: int, mask: Tensor | None) -> None:
+        lengths = prompt.lengths.repeat_interleave(batch // len(prompt.lengths))
+        if mask is None:
+            last = lengths - 1
+        else:
+            seen = mask.long().cumsum(-1)
+            if bool((seen[:, -1] < lengths).any()):
+                raise ValueError(
+                    f"rows: prompt_lengths {lengths.tolist()} exceed the sequences' {seen[:, -1].tolist()} tokens; "
+                    "the whole prompt must come in one forward pass"
+                )
+            last = (seen < lengths.unsqueeze(1)).sum(-1)
+        last = last - past
+        if bool((last < 0).all()):
+            prompt.last = None
+            return
+        if bool((last < 0).any()) or bool((last >= tokens).any()) or past:
+            raise ValueError(
+                f"rows: with alpha='last' or retrieval='sequence' the whole prompt must come in one forward pass; "
+                f"prompts of {lengths.tolist()} tokens, {past} cached and {tokens} new ones"
+            )
+        prompt.last = last
+        prompt.saved.clear()

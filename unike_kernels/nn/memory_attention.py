@@ -1,0 +1,159 @@
+"""A drop-in attention module whose output is shifted towards a memory of hidden states (paper, section 3.2-3.3)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import Config
+from ..ops import SemanticEncoder, cosine_topk, latent_attention, memory_attention, normalize_rows
+from ._drop_in import DropIn, Tables
+from .context import Context
+
+
+class MemoryTables(Tables):
+    """One layer of a memory as the operators take it."""
+
+    def __init__(self, index: Tensor, keys: Tensor, values: Tensor | None, encoder: SemanticEncoder) -> None:
+        super().__init__()
+        self.table("index", normalize_rows(index))
+        self.table("keys", keys)
+        self.table("values", values)
+        for name, t in encoder._asdict().items():
+            self.table(name, t)
+        self.row_bounds: Tensor | None = None  # int64 [R, 2], the entries that each row of the batch may retrieve
+
+    @property
+    def encoder(self) -> SemanticEncoder:
+        return SemanticEncoder(self.w1, self.b1, self.w2, self.b2)
+
+
+class MemoryAttention(DropIn):
+    """An attention module with the output shift of UniKE, at "pre" = its input and "out" = its output.
+
+    Attributes:
+        memory: the `MemoryTables`; None at first, and the output is then the base module's own.
+        config: the switches.
+        context: shared with the model's other patched modules.
+    """
+
+    memory: MemoryTables | None
+    config: Config
+    context: Context
+    layer: int
+    project: Callable[[nn.Module, Tensor], Tensor] | None
+
+    @classmethod
+    def from_module(
+        cls,
+        base: nn.Module,
+        config: Config,
+        *,
+        context: Context | None = None,
+        layer: int = 0,
+        project: Callable[[nn.Module, Tensor], Tensor] | None = None,
+    ) -> MemoryAttention:
+        """Stand in for `base`, which takes hidden_states [B, T, d] and returns the output or a tuple that begins with it.
+
+        Args:
+            base: the attention module.
+            config: the switches of the memory attention.
+            context: of the model; None: a new one of this module alone.
+            layer: its index in the decoder.
+            project: (base, hidden [M, d]) -> queries [M, H, c], needed for values="projected".
+        """
+        if not isinstance(base, nn.Module):
+            raise TypeError(f"base: expected nn.Module, got {type(base).__name__}")
+        if config.values == "projected" and project is None:
+            raise ValueError("project: expected a function, since config.values is 'projected'")
+        new = cls._adopt(base)
+        new.memory = None
+        fields = {"config": config, "context": context or Context(), "layer": layer, "project": project}
+        new.__dict__.update(fields)
+        return new
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        result = self._originals[0](*args, **kwargs)
+        if self.memory is None:
+            return result
+        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        if isinstance(result, tuple):
+            return (self._shift(hidden, result[0]), *result[1:])
+        return self._shift(hidden, result)
+
+    def _shift(self, hidden: Tensor, out: Tensor) -> Tensor:
+        memory, config = self.memory, self.config
+        assert memory is not None
+        batch, tokens, d = hidden.shape
+        flat, inputs = hidden.reshape(-1, d), out.reshape(-1, d)
+        bounds = self._bounds(memory, batch, tokens)
+        values = memory.keys if memory.values is None else memory.values
+        queries = flat.unsqueeze(1) if self.project is None else self.project(self._originals[0], flat)
+        alpha = None
+        if not isinstance(config.alpha, str):
+            alpha = torch.full((1,), float(config.alpha), dtype=torch.float32, device=out.device)
+        blend = {
+            "scale": config.scale,
+            "alpha": alpha,
+            "anchor": self._from_prompt_end("anchor", lambda last: out[self._rows(last), last])
+            if config.alpha == "last"
+            else None,
+            "convention": config.convention,
+            "norm": config.norm,
+        }
+        if config.retrieval == "token":
+            shifted, _, _ = memory_attention(
+                flat, inputs, memory.index, memory.keys, values, memory.encoder,
+                k=config.k, queries=queries, bounds=bounds, **blend,
+            )  # fmt: skip
+        else:
+            ids = self._from_prompt_end("ids", lambda last: self._retrieve(memory, hidden, last))
+            per_token = ids.repeat_interleave(tokens, 0)
+            if bounds is not None:  # a token that may not be shifted has an empty range
+                per_token = torch.where((bounds[:, :1] < bounds[:, 1:]), per_token, -1)
+            shifted, _ = latent_attention(queries, inputs, memory.keys, values, per_token, memory.encoder, **blend)
+        return shifted.reshape(out.shape)
+
+    @staticmethod
+    def _rows(last: Tensor) -> Tensor:
+        return torch.arange(len(last), device=last.device)
+
+    def _retrieve(self, memory: MemoryTables, hidden: Tensor, last: Tensor) -> Tensor:
+        bounds = memory.row_bounds
+        if bounds is not None:
+            bounds = bounds.repeat_interleave(len(last) // len(bounds), 0)
+        ends = hidden[self._rows(last), last]
+        return cosine_topk(ends.detach(), memory.index, self.config.k, normalized=True, bounds=bounds)[1]
+
+    def _bounds(self, memory: MemoryTables, batch: int, tokens: int) -> Tensor | None:
+        """int64 [B * T, 2]: the entries that each token may retrieve; None: all tokens, all entries."""
+        shifted, rows = self.context.shifted, memory.row_bounds
+        if shifted is None and rows is None:
+            return None
+        if shifted is not None and shifted.shape != (batch, tokens):
+            raise RuntimeError(
+                f"the patched attention got hidden states of [{batch}, {tokens}] tokens, the decoder announced "
+                f"{list(shifted.shape)}: call it through the model"
+            )
+        if rows is None:
+            rows = torch.tensor([[0, memory.index.shape[0]]], device=memory.index.device)
+        bounds = rows.repeat_interleave(batch * tokens // len(rows), 0)
+        return bounds if shifted is None else torch.where(shifted.reshape(-1, 1), bounds, 0)
+
+    def _from_prompt_end(self, name: str, compute: Callable[[Tensor], Tensor]) -> Tensor:
+        """What the last prompt token gives: computed in the pass that holds it, remembered in those that follow."""
+        prompt = self.context.prompt
+        if prompt is None:
+            raise ValueError(
+                "this Config needs the prompt's end (alpha='last' or retrieval='sequence'): "
+                "call the model inside uk.rows(model, prompt_lengths=[...])"
+            )
+        key = (self.layer, name)
+        if prompt.last is not None:
+            prompt.saved[key] = compute(prompt.last)
+        if key not in prompt.saved:
+            raise ValueError("the prompt itself was not seen inside this uk.rows(...) block; start with the prompt")
+        return prompt.saved[key]
