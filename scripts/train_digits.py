@@ -1,0 +1,303 @@
+"""Trains the digit models that ship with unike_kernels, and measures them.
+
+    python scripts/train_digits.py [--decoder opt|llama|both] [--seed 0]
+
+Runs on one thread, about six minutes for each decoder. The same seed, torch version and processor give the same files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from collections import Counter
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+import transformers
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import (
+    Blip2Config,
+    Blip2ForConditionalGeneration,
+    LlamaConfig,
+    OPTConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+)
+
+from unike_kernels import digits
+from unike_kernels.digits.processor import IMAGE_TOKEN, NUM_IMAGE_TOKENS, WEIGHTS
+from unike_kernels.digits.samples import Sample, draw, with_examples
+
+WIDTH = 64
+POSITIONS = 768
+STEPS = 4000
+LEARNING_RATE = 2e-3
+WEIGHT_DECAY = 0.02
+
+
+def train_tokenizer(path: Path) -> None:
+    """Writes a word-level tokenizer over every word of the prompts and answers."""
+    lines = [line for kind in _kinds() for split in ("train", "held_out") for line in digits.phrasings(kind, split)]
+    lines += [fact.answer for fact in digits.FACTS]
+    lines += [line for split in ("train", "test") for item in digits.text_items(split) for line in item]
+    words = sorted({word for line in lines for word in line.split()})
+    special = ["<pad>", "</s>", "<unk>", IMAGE_TOKEN]
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(special + words)}, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(Regex("[?,.]"), "isolated")]
+    )
+    tokenizer.add_special_tokens(special)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(path))
+
+
+def build_model(decoder: str, tokenizer: PreTrainedTokenizerFast) -> Blip2ForConditionalGeneration:
+    """A BLIP-2 model with fresh weights; `decoder`: "opt" or "llama"."""
+    shared = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": WIDTH,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 2,
+        "max_position_embeddings": POSITIONS,
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    text: PreTrainedConfig
+    if decoder == "opt":
+        text = OPTConfig(**shared, ffn_dim=4 * WIDTH, word_embed_proj_dim=WIDTH, dropout=0.0)
+    else:
+        text = LlamaConfig(**shared, intermediate_size=176)
+    vision = {"hidden_size": WIDTH, "intermediate_size": 2 * WIDTH, "num_hidden_layers": 2, "num_attention_heads": 2}
+    qformer = dict(vision, cross_attention_frequency=1, vocab_size=1, max_position_embeddings=1)
+    config = Blip2Config(
+        vision_config=dict(vision, image_size=16, patch_size=4),
+        qformer_config=dict(qformer, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0),
+        text_config=text,
+        num_query_tokens=NUM_IMAGE_TOKENS,
+        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+    )
+    model = Blip2ForConditionalGeneration(config)
+    # Hugging Face's std of 0.02 suits wide models; at this width the image would not reach the answer for a long time.
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                module.weight.normal_(std=module.weight[0].numel() ** -0.5)
+            elif isinstance(module, nn.Embedding):
+                module.weight.normal_(std=WIDTH**-0.5)
+        model.vision_model.embeddings.position_embedding.normal_(std=WIDTH**-0.5)
+        model.query_tokens.normal_()
+        model.tie_weights()
+    return model
+
+
+def augment(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Lightly rotates, scales, shears and shifts pixel values [B, C, H, W]."""
+    jitter = torch.randn(len(images), 2, 3, generator=generator) * torch.tensor([0.08, 0.08, 0.06])
+    grid = nn.functional.affine_grid(torch.eye(2, 3) + jitter, list(images.shape), align_corners=False)
+    return nn.functional.grid_sample(images, grid, padding_mode="border", align_corners=False)
+
+
+class Batches:
+    """Draws training batches: most of plain questions, some with worked examples, a few of them very long."""
+
+    def __init__(self, seed: int, processor: digits.DigitsProcessor) -> None:
+        self.rng = Random(seed)
+        self.generator = torch.Generator().manual_seed(seed)
+        self.processor = processor
+        pixels, labels = digits.images("train")
+        self.by_digit = [pixels[labels == digit] for digit in range(10)]
+
+    def next(self) -> dict[str, Tensor]:
+        """Input ids, attention mask, position ids and labels [B, T], and pixel values for the rows with an image."""
+        kind = self.rng.random()
+        if kind < 0.06:
+            samples = [draw(self.rng, examples=self.rng.randint(5, 40)) for _ in range(8)]
+        elif kind < 0.36:
+            samples = [draw(self.rng, examples=self.rng.randint(1, 4)) for _ in range(64)]
+        else:
+            samples = [draw(self.rng) for _ in range(96)]
+        shown = [sample.digit for sample in samples if sample.digit is not None]
+        images = [self.by_digit[digit][self.rng.randrange(len(self.by_digit[digit]))] for digit in shown]
+        batch = collate(self.processor, samples, images)
+        batch["pixel_values"] = augment(batch["pixel_values"], self.generator)
+        batch["position_ids"] = self._positions(samples, batch["input_ids"].shape[1])
+        return batch
+
+    def _positions(self, samples: list[Sample], length: int) -> Tensor:
+        """Positions [B, T] as if, in some rows, a long context stood before the text: late positions get trained."""
+        positions = torch.arange(length).repeat(len(samples), 1)
+        for row, sample in enumerate(samples):
+            if self.rng.random() < 0.2:
+                start = 0 if sample.digit is None else NUM_IMAGE_TOKENS
+                positions[row, start:] += self.rng.randint(0, POSITIONS - length)
+        return positions
+
+
+def collate(processor: digits.DigitsProcessor, samples: list[Sample], images: list[Tensor]) -> dict[str, Tensor]:
+    """Right-padded inputs; labels are -100 except at the answers and at the end of the sequence after them."""
+    placeholders = " ".join([IMAGE_TOKEN] * NUM_IMAGE_TOKENS)
+    tokenizer = processor.tokenizer
+    texts = [
+        f"{'' if sample.digit is None else placeholders} {sample.prompt} {sample.answer} {tokenizer.eos_token}"
+        for sample in samples
+    ]
+    encoded = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
+    ends = encoded.attention_mask.sum(1, keepdim=True)
+    starts = ends - torch.tensor([[len(sample.answer.split()) + 1] for sample in samples])
+    columns = torch.arange(encoded.input_ids.shape[1])
+    labels = encoded.input_ids.masked_fill((columns < starts) | (columns >= ends), -100)
+    batch = {**encoded, "labels": labels}
+    if images:
+        batch["pixel_values"] = processor([""] * len(images), images).pixel_values
+    return batch
+
+
+def train(model: Blip2ForConditionalGeneration, batches: Batches, steps: int) -> None:
+    """Trains `model` in place, with a linear warm-up and a cosine decay."""
+    optimizer = torch.optim.AdamW(
+        model.parameters(), LEARNING_RATE, betas=(0.9, 0.98), weight_decay=WEIGHT_DECAY, fused=True
+    )
+    warmup = min(100, steps)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * step / steps))
+    )
+    model.train()
+    average = 0.0
+    for step in (progress := tqdm(range(steps), unit="step")):
+        loss = model(**batches.next()).loss
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        average = loss.item() if step == 0 else 0.98 * average + 0.02 * loss.item()
+        progress.set_postfix(loss=f"{average:.3f}")
+    model.eval()
+
+
+def _kinds() -> list[str]:
+    return list(dict.fromkeys(fact.kind for fact in digits.FACTS))
+
+
+@torch.inference_mode()
+def exact(
+    model: Blip2ForConditionalGeneration, processor: digits.DigitsProcessor, samples: list[Sample], images: list[Tensor]
+) -> float:
+    """The share of `samples` that greedy decoding answers exactly, end of sequence included.
+
+    `images`: [16, 16] for each sample that shows a digit, in order.
+    """
+    hits = 0
+    remaining = iter(images)
+    for first in range(0, len(samples), 128):
+        chunk = samples[first : first + 128]
+        batch = collate(processor, chunk, [next(remaining) for sample in chunk if sample.digit is not None])
+        labels = batch.pop("labels")[:, 1:]
+        answerer = model if "pixel_values" in batch else model.language_model
+        guesses = answerer(**batch).logits[:, :-1].argmax(-1)
+        hits += int(((guesses == labels) | (labels == -100)).all(1).sum())
+    return round(hits / len(samples), 4)
+
+
+@torch.inference_mode()
+def common_answer(
+    model: Blip2ForConditionalGeneration, processor: digits.DigitsProcessor, fact: digits.Fact, images: list[Tensor]
+) -> str:
+    """What the model answers to the canonical phrasing on most `images` [16, 16]."""
+    batch = processor([digits.phrasings(fact.kind)[0]] * len(images), images)
+    tokens = model.generate(**batch, max_new_tokens=6, do_sample=False)[:, batch.input_ids.shape[1] :]
+    answers = processor.batch_decode(tokens, skip_special_tokens=True)
+    answer, count = Counter(answers).most_common(1)[0]
+    return f"{answer} ({count}/{len(images)})"
+
+
+def evaluate(model: Blip2ForConditionalGeneration, processor: digits.DigitsProcessor) -> dict[str, Any]:
+    """Exact-match accuracies on the test images and the text-only test items."""
+    pixels, labels = digits.images("test")
+    by_digit = [list(pixels[labels == digit]) for digit in range(10)]
+
+    def ask(facts: list[digits.Fact], split: Any, examples: int = 0) -> float:
+        """Every phrasing of each fact on every test image, or 600 of these behind worked examples."""
+        rng = Random(0)
+        samples, images = [], []
+        for fact in facts:
+            for prompt in digits.phrasings(fact.kind, split):
+                for image in by_digit[fact.digit]:
+                    samples.append(Sample(with_examples(rng, fact, prompt, examples), fact.answer, fact.digit))
+                    images.append(image)
+        if examples:
+            rows = rng.sample(range(len(samples)), min(len(samples), 600))
+            samples, images = [samples[row] for row in rows], [images[row] for row in rows]
+        return exact(model, processor, samples, images)
+
+    taught, withheld = list(digits.facts(withheld=False)), list(digits.facts(withheld=True))
+    kinds = {
+        kind: {
+            "train phrasings": ask([fact for fact in taught if fact.kind == kind], "train"),
+            "held-out phrasings": ask([fact for fact in taught if fact.kind == kind], "held_out"),
+            "withheld facts": ask([fact for fact in withheld if fact.kind == kind], "train"),
+        }
+        for kind in _kinds()
+    }
+    return {
+        "taught facts, train phrasings": ask(taught, "train"),
+        "taught facts, held-out phrasings": ask(taught, "held_out"),
+        "withheld facts, train phrasings": ask(withheld, "train"),
+        "text only": {
+            split: exact(model, processor, [Sample(*item, None) for item in digits.text_items(split)], [])
+            for split in ("train", "test")
+        },
+        "behind worked examples, the right answer among them": {
+            f"{name}, {count} examples": ask(facts, "train", count)
+            for name, facts in (("taught facts", taught), ("withheld facts", withheld))
+            for count in (1, 4, 40)
+        },
+        "by kind": kinds,
+        "withheld facts: right answer, most common answer": {
+            f"{fact.kind} {fact.digit}": [fact.answer, common_answer(model, processor, fact, by_digit[fact.digit])]
+            for fact in withheld
+        },
+    }
+
+
+def main(arguments: list[str] | None = None, output: Path = WEIGHTS, steps: int = STEPS) -> None:
+    """Trains the chosen decoders and writes tokenizer, weights and measurements to `output`."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--decoder", choices=("opt", "llama", "both"), default="both")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(arguments)
+
+    torch.set_num_threads(1)
+    train_tokenizer(output / "tokenizer.json")
+    processor = digits.load_processor(output / "tokenizer.json")
+    for decoder in ("opt", "llama") if options.decoder == "both" else (options.decoder,):
+        torch.manual_seed(options.seed)
+        model = build_model(decoder, processor.tokenizer)
+        start = time.perf_counter()
+        train(model, Batches(options.seed, processor), steps)
+        minutes = (time.perf_counter() - start) / 60
+        model.save_pretrained(output / decoder)
+        report = {
+            "seed": options.seed,
+            "steps": steps,
+            "learning rate": LEARNING_RATE,
+            "minutes on one thread": round(minutes, 1),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "exact-match accuracy": evaluate(model, processor),
+        }
+        text = json.dumps(report, indent=2, ensure_ascii=False)
+        (output / decoder / "training.json").write_text(text + "\n", encoding="utf-8")
+        print(f"{decoder}: {text}")
+
+
+if __name__ == "__main__":
+    main()
