@@ -114,10 +114,35 @@ def test_cosine_topk(d, m):
     check_topk(unit_rows(m, d), unit_rows(300, d), 7)
 
 
-def test_scores_do_not_depend_on_the_norm_of_the_tables():
-    # Sums of very different magnitudes: any other order of the additions gives other bits.
-    keys = torch.randn(64, 576) * torch.logspace(-4, 4, 576)
-    check_topk(torch.randn(5, 576), keys[:, torch.randperm(576)].contiguous(), 64)
+@pytest.mark.parametrize("d", [130, 578])
+def test_scores_that_are_nothing_but_rounding_errors(d):
+    # Every product occurs once with either sign, so the exact score is 0: another order of additions gives other bits.
+    half, order = d // 2, torch.randperm(d)
+    queries = unit_rows(5, half).repeat(1, 2)[:, order]
+    keys = unit_rows(64, half).repeat(1, 2) * torch.ones(d).where(torch.arange(d) < half, -1.0)
+    scores, _ = _native.cosine_topk(queries, keys[:, order], 64)
+    assert scores.count_nonzero() > scores.numel() / 2
+    check_topk(queries.contiguous(), keys[:, order].contiguous(), 64)
+
+
+def rows_whose_quotients_are_ties(rows: int, d: int) -> torch.Tensor:
+    """Rows with an element x such that x / norm is, up to the last bits of float64, a midpoint between two float32."""
+    x = np.random.default_rng(0).uniform(0.5, 1, (rows, d)).astype(np.float32)
+    for row in x:
+        midpoint = np.float64(np.float32(np.random.default_rng(int(row[0] * 2**24)).uniform(0.51, 0.9))) + 2.0**-25
+        # The squares that are missing for the norm row[0] / midpoint, shared by all others, the last ones very finely.
+        rest = (np.longdouble(row[0]) / midpoint) ** 2 - np.longdouble(row[0]) ** 2
+        for i in range(1, d):
+            row[i] = np.sqrt(max(rest, 0) * (row[i] / (d - 4 - i) if i < d - 4 else 1 - 2**-22))
+            rest -= np.longdouble(row[i]) ** 2
+    return torch.from_numpy(x)[:, torch.randperm(d)].contiguous()
+
+
+@pytest.mark.parametrize("d", [20, 100])
+def test_normalize_rows_at_rounding_boundaries(d):
+    # One wrong bit of the norm, or a reciprocal in place of the division, rounds some of the quotients the other way.
+    x = rows_whose_quotients_are_ties(500, d)
+    assert_same_bits(_native.normalize_rows(x), expected_rows(x.numpy()))
 
 
 def test_ties_go_to_the_lower_id():
