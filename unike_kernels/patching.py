@@ -109,6 +109,11 @@ def is_patched(model: nn.Module) -> bool:
     return _state(model) is not None
 
 
+def patched_ffns(model: nn.Module) -> dict[int, PatchedFFN]:
+    """The patched FFN of each patched layer. Raises PatchError if the model is not patched."""
+    return dict(_require(model).ffns)
+
+
 def patch(
     model: nn.Module,
     edits: Sequence[Edit] = (),

@@ -1,0 +1,299 @@
+"""Making one edit: extra neurons trained on the target's tokens, the model frozen, the memory active (paper, section 3.3)."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from ..backbones import find_decoder
+from ..config import Config
+from ..edits import Edit, EditLayer, fresh_layer
+from ..errors import PatchError
+from ..fingerprint import fingerprint
+from ..memory import MemoryBank
+from ..nn import PatchedFFN
+from ..patching import is_patched, patched, patched_ffns, rows
+from .samples import Batch, Sample, batches, device_of, encode, forward
+
+
+@dataclass(frozen=True)
+class EditTraining:
+    """How an edit is trained.
+
+    Attributes:
+        neurons: per layer (the paper's 10).
+        lr: of Adam.
+        steps: at most.
+        stop_loss: stop as soon as every target token is predicted and the target's loss is below this.
+        preserve_weight: of the divergence from the unedited model on the `preserve` samples.
+        preserve_batch: how many of them are seen in a step.
+        seed: of the initialisation and of the order of the preserve samples.
+    """
+
+    neurons: int = 10
+    lr: float = 1e-2
+    steps: int = 200
+    stop_loss: float = 0.05
+    preserve_weight: float = 1.0
+    preserve_batch: int = 16
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("neurons", "lr", "steps", "stop_loss", "preserve_batch"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"EditTraining.{name}: expected a positive number, got {getattr(self, name)!r}")
+        if self.preserve_weight < 0:
+            raise ValueError(f"EditTraining.preserve_weight: expected 0 or more, got {self.preserve_weight!r}")
+
+
+@dataclass(frozen=True)
+class EditResult:
+    """An edit and how its training went.
+
+    Attributes:
+        edit: ready to patch in or save.
+        losses: loss of the target at each step, before the step.
+        reached: whether the edited model predicts every target token.
+        stopped: why training ended: "target met" or "step limit".
+    """
+
+    edit: Edit
+    losses: tuple[float, ...]
+    reached: bool
+    stopped: str
+
+    @property
+    def steps(self) -> int:
+        return len(self.losses)
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Within the block the model is in eval mode and its parameters ask for no gradient."""
+    asked = [p for p in model.parameters() if p.requires_grad]
+    was_training = model.training
+    for p in asked:
+        p.requires_grad_(False)
+    model.eval()
+    try:
+        yield
+    finally:
+        for p in asked:
+            p.requires_grad_(True)
+        model.train(was_training)
+
+
+@contextmanager
+def _prompts(model: nn.Module, config: Config, batch: Batch) -> Iterator[None]:
+    """Tell the patched model where the prompts end, where its config asks for that."""
+    with ExitStack() as stack:
+        if config.needs_prompt_lengths:
+            stack.enter_context(rows(model, prompt_lengths=batch.prompt_lengths))
+        yield
+
+
+def _ffn_inputs(ffns: dict[int, PatchedFFN], run: Callable[[], object]) -> dict[int, Tensor]:
+    """The FFN inputs [tokens, d] of each layer in one forward pass."""
+    seen: dict[int, Tensor] = {}
+    handles = [
+        ffn.register_forward_pre_hook(lambda _, args, i=i: seen.__setitem__(i, args[0].flatten(0, -2)))
+        for i, ffn in ffns.items()
+    ]
+    try:
+        with torch.no_grad():
+            run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+def _initial_layers(
+    wrong: dict[int, Tensor], usual: dict[int, Tensor], zeta: dict[int, Tensor], gated: bool, training: EditTraining
+) -> dict[int, EditLayer]:
+    """Keys as in T-Patcher: with pre-activation 1 where the target is to be produced; 0 at the usual FFN input.
+
+    K = (q - m) / |q - m|^2 and b = -K m, for q the inputs at the target positions [P, d] and m the mean usual input [d].
+    """
+    generator = torch.Generator().manual_seed(training.seed)
+    layers = {}
+    for i, q in wrong.items():
+        away = (q - usual[i])[torch.arange(training.neurons) % len(q)].float()
+        noise = torch.randn(away.shape, generator=generator).to(away.device)
+        away = away + 0.1 * noise * away.norm(dim=-1, keepdim=True) / away.shape[-1] ** 0.5
+        keys = away / (away * away).sum(-1, keepdim=True).clamp(min=1e-12)
+        layers[i] = fresh_layer(keys, -(keys @ usual[i].float()), zeta[i], gated=gated)
+    return layers
+
+
+def _target_loss(model: nn.Module, config: Config, batch: Batch) -> tuple[Tensor, bool]:
+    """Mean negative log-likelihood of the answer tokens, and whether each is the model's first choice."""
+    with _prompts(model, config, batch):
+        logits = forward(model, batch.inputs)
+    answer = batch.answer_mask()[:, 1:]
+    predicted, wanted = logits[:, :-1][answer], batch.inputs["input_ids"][:, 1:][answer]
+    return F.cross_entropy(predicted.float(), wanted), bool((predicted.argmax(-1) == wanted).all())
+
+
+class _Preserve:
+    """Samples on which the edited model is held to what the unedited one says, over all their tokens."""
+
+    def __init__(self, model: nn.Module, processor: Any, samples: Sequence[Sample], size: int, config: Config) -> None:
+        groups = batches(samples, size)
+        self.config = config
+        self.batches = [encode(processor, [samples[i] for i in group], device_of(model)) for group in groups]
+        with torch.no_grad():
+            self.targets = [forward(model, b.inputs).float().log_softmax(-1) for b in self.batches]
+
+    def _logits(self, model: nn.Module, batch: Batch) -> Tensor:
+        with _prompts(model, self.config, batch):
+            return forward(model, batch.inputs)
+
+    def mean_inputs(self, model: nn.Module, ffns: dict[int, PatchedFFN]) -> dict[int, Tensor]:
+        """The mean FFN input [d] of each layer over all tokens but padding."""
+        sums, count = {i: torch.zeros(()) for i in ffns}, 0
+        for batch in self.batches:
+            mask = batch.inputs["attention_mask"].bool().flatten()
+            seen = _ffn_inputs(ffns, lambda batch=batch: self._logits(model, batch))  # type: ignore[misc]
+            sums = {i: sums[i].to(q.device) + q[mask].sum(0) for i, q in seen.items()}
+            count += int(mask.sum())
+        return {i: s / count for i, s in sums.items()}
+
+    def loss(self, model: nn.Module, step: int) -> Tensor:
+        batch, target = self.batches[step % len(self.batches)], self.targets[step % len(self.batches)]
+        found = self._logits(model, batch).float().log_softmax(-1)
+        mask = batch.inputs["attention_mask"].bool()
+        return F.kl_div(found[mask], target[mask], reduction="batchmean", log_target=True)
+
+
+def train_edit(
+    model: nn.Module,
+    processor: Any,
+    request: Sample,
+    memory: MemoryBank | None = None,
+    *,
+    id: str | None = None,
+    previous: Sequence[Edit] = (),
+    preserve: Sequence[Sample] = (),
+    layers: Sequence[int] | None = None,
+    config: Config | None = None,
+    zeta: dict[int, Tensor] | None = None,
+    training: EditTraining | None = None,
+    progress: bool = True,
+) -> EditResult:
+    """Make `model` answer `request.answer` to `request.prompt` (and image) by extra neurons; the model itself is untouched.
+
+    Args:
+        model: a Hugging Face model, not patched.
+        processor: its processor or tokenizer.
+        request: the answer is what the model shall say from now on.
+        memory: active during training exactly as at inference, and the source of zeta'; None: without either.
+        id: of the edit; None: a random one.
+        previous: edits that are in force already (sequential editing); they are not retrained.
+        preserve: samples on which the model shall not change; their mean FFN input also centres the new keys.
+        layers: None: the memory's, else the last four.
+        config: None: the memory's, else the defaults.
+        zeta: layer -> [d], instead of the memory's zeta' (for ablations).
+        training: see `EditTraining`.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: an empty answer, an unknown layer, config.w_zeta="edit" without a memory.
+        PatchError: the model is patched.
+        MismatchError: the memory or a previous edit does not belong to this model.
+    """
+    if is_patched(model):
+        raise PatchError("train_edit: the model is patched; unpatch it first, and pass the edits in force as `previous`")
+    if not request.answer:
+        raise ValueError("request.answer: expected a non-empty string")
+    training = training or EditTraining()
+    config = config or (memory.config if memory else Config())
+    if config.w_zeta == "edit" and memory is None:
+        raise ValueError("config.w_zeta: 'edit' needs a memory, which holds zeta")
+    decoder = find_decoder(model)
+    chosen = decoder.select(sorted(memory.layers) if layers is None and memory else layers)
+    device = device_of(model)
+    batch = encode(processor, [request], device)
+    name = id or uuid.uuid4().hex[:12]
+
+    with _frozen(model):
+        kept = _Preserve(model, processor, preserve, training.preserve_batch, config) if preserve else None
+        with patched(model, previous, memory, layers=chosen, config=config):
+            ffns = {i: ffn for i, ffn in patched_ffns(model).items() if i in chosen}
+            produced = _ffn_inputs(ffns, lambda: _target_loss(model, config, batch))
+            at_target = slice(int(batch.ends[0]), int(batch.lasts[0]))
+            wrong = {i: q[at_target] for i, q in produced.items()}
+            usual = kept.mean_inputs(model, ffns) if kept else {i: torch.zeros_like(q[0]) for i, q in wrong.items()}
+            start = {i: _zeta_prime(i, memory, zeta, decoder.hidden_size).to(device) for i in chosen}
+            neurons = _Neurons(_initial_layers(wrong, usual, start, config.neurons == "gated", training), config, memory)
+            optimizer = torch.optim.Adam(neurons.parameters, lr=training.lr)
+            losses: list[float] = []
+            with tqdm(range(training.steps + 1), desc="edit", disable=not progress, leave=False) as bar:
+                for step in bar:
+                    for i, layer in neurons.layers().items():
+                        ffns[i].edits.set({e.id: e.layers[i] for e in previous if i in e.layers} | {name: layer})
+                    loss, reached = _target_loss(model, config, batch)
+                    losses.append(float(loss.detach()))
+                    bar.set_postfix(loss=f"{losses[-1]:.3f}")
+                    if (reached and losses[-1] < training.stop_loss) or step == training.steps:
+                        break
+                    if kept and training.preserve_weight:
+                        loss = loss + training.preserve_weight * kept.loss(model, step)
+                    optimizer.zero_grad()
+                    loss.backward()
+                    optimizer.step()
+    met = reached and losses[-1] < training.stop_loss
+    edit = Edit(
+        name,
+        {i: layer.detached() for i, layer in neurons.layers().items()},
+        decoder.layers[chosen[0]].activation,
+        config,
+        fingerprint(model),
+        memory.id if memory else None,
+        {"prompt": request.prompt, "answer": request.answer, "training": str(training)},
+    )
+    return EditResult(edit, tuple(losses), reached, "target met" if met else "step limit")
+
+
+class _Neurons:
+    """The tensors that an edit trains, and the layers that they make up."""
+
+    def __init__(self, start: dict[int, EditLayer], config: Config, memory: MemoryBank | None) -> None:
+        trained = ("keys", "key_bias", "values", "up", "up_bias")
+        self._leaves = {
+            i: {name: t.clone().requires_grad_(name in trained) for name, t in layer.tensors().items()}
+            for i, layer in start.items()
+        }
+        self._zeta: dict[int, Tensor] = {}
+        for i, leaves in self._leaves.items():
+            leaves["beta"] = torch.full_like(leaves["beta"], config.beta)
+            if config.w_zeta == "edit" and memory is not None and i in memory.layers:
+                # W_zeta begins where W_zeta zeta = zeta' and is trained with the edit, as in the authors' code.
+                self._zeta[i] = memory.layers[i].zeta.to(leaves["zeta"])
+                size = (self._zeta[i] @ self._zeta[i]).clamp(min=1e-12)
+                leaves["w_zeta"] = torch.outer(leaves["zeta"], self._zeta[i] / size).requires_grad_()
+        self.parameters = [t for leaves in self._leaves.values() for t in leaves.values() if t.requires_grad]
+
+    def layers(self) -> dict[int, EditLayer]:
+        made = {}
+        for i, leaves in self._leaves.items():
+            tensors = dict(leaves)
+            w = tensors.pop("w_zeta", None)
+            if w is not None:
+                tensors["zeta"] = w @ self._zeta[i]
+            made[i] = EditLayer(**tensors)
+        return made
+
+
+def _zeta_prime(layer: int, memory: MemoryBank | None, given: dict[int, Tensor] | None, d: int) -> Tensor:
+    if given is not None:
+        return given[layer].float()
+    return memory.layers[layer].zeta_prime.float() if memory and layer in memory.layers else torch.zeros(d)

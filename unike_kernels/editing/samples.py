@@ -1,0 +1,112 @@
+"""What is asked of a model and what it should answer, and how that becomes a batch of tokens."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Triplet:
+    """A piece of in-context knowledge (paper, Appendix C): a question, its true answer, and the model's wrong one."""
+
+    prompt: str
+    positive: str
+    negative: str
+    image: Any = None
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A prompt, with an image or without, and an answer: an edit request, or something that an edit must not change."""
+
+    prompt: str
+    answer: str
+    image: Any = None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Encoded prompts with answers, of one kind (all with images, or none).
+
+    Attributes:
+        inputs: what the model takes.
+        ends: int64 [B], index of the last prompt token.
+        lasts: int64 [B], index of the last answer token.
+        prompt_lengths: prompt tokens of each row, padding not counted.
+    """
+
+    inputs: dict[str, Tensor]
+    ends: Tensor
+    lasts: Tensor
+    prompt_lengths: list[int]
+
+    def answer_mask(self) -> Tensor:
+        """bool [B, T], the answer tokens."""
+        position = torch.arange(self.inputs["input_ids"].shape[1], device=self.ends.device)
+        return (position > self.ends.unsqueeze(1)) & (position <= self.lasts.unsqueeze(1))
+
+
+def encode(processor: Any, samples: Sequence[Sample], device: torch.device | str = "cpu") -> Batch:
+    """Tokenise `prompt + " " + answer` with a Hugging Face processor (or tokenizer, for text alone).
+
+    Raises:
+        ValueError: no samples; some with and some without an image; or a tokenizer for which the prompt's tokens are not
+            the beginning of the whole's, so that the answer's tokens cannot be told apart.
+    """
+    if not samples:
+        raise ValueError("samples: expected at least one, got none")
+    with_image = [s.image is not None for s in samples]
+    if any(with_image) != all(with_image):
+        raise ValueError("samples: expected all with an image or none, got both; encode them apart")
+
+    def run(texts: list[str]) -> dict[str, Tensor]:
+        images = {"images": [s.image for s in samples]} if all(with_image) else {}
+        encoded = processor(text=texts, padding=True, return_tensors="pt", **images)
+        return {k: v for k, v in encoded.items() if k != "token_type_ids"}
+
+    whole = run([f"{s.prompt} {s.answer}" if s.answer else s.prompt for s in samples])
+    prompts = run([s.prompt for s in samples])
+    ends, lasts = [], []
+    for row in range(len(samples)):
+        positions = whole["attention_mask"][row].nonzero().flatten()
+        tokens = whole["input_ids"][row][positions]
+        head = prompts["input_ids"][row][prompts["attention_mask"][row].bool()]
+        if not torch.equal(tokens[: len(head)], head):
+            raise ValueError(
+                f"samples[{row}]: the tokens of the prompt {samples[row].prompt!r} are not the first tokens of the "
+                "prompt with its answer; end the prompt at a word boundary"
+            )
+        ends.append(int(positions[len(head) - 1]))
+        lasts.append(int(positions[-1]))
+    lengths = [int(n) for n in prompts["attention_mask"].sum(-1)]
+    inputs = {name: t.to(device) for name, t in whole.items()}
+    return Batch(inputs, torch.tensor(ends, device=device), torch.tensor(lasts, device=device), lengths)
+
+
+def batches(samples: Sequence[Sample], size: int) -> Iterator[list[int]]:
+    """Indices of `samples` in batches of one kind (with images, without), in order."""
+    for kind in (True, False):
+        indices = [i for i, s in enumerate(samples) if (s.image is not None) == kind]
+        for start in range(0, len(indices), size):
+            yield indices[start : start + size]
+
+
+def forward(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+    """Logits [B, T, V]. A text batch goes to the language model of a multimodal model that cannot do without an image."""
+    target: Any = model
+    if "pixel_values" not in inputs:
+        pixel = inspect.signature(model.forward).parameters.get("pixel_values")
+        if pixel is not None and pixel.default is inspect.Parameter.empty:
+            target = model.language_model
+    logits: Tensor = target(**inputs, use_cache=False).logits
+    return logits
+
+
+def device_of(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device

@@ -1,0 +1,19 @@
+"""Measuring what an edit does (metrics) and what it costs (latency)."""
+
+from __future__ import annotations
+
+from .latency import LatencyRow, LatencyTable, measure_latency
+from .metrics import METRICS, PROTOCOLS, Case, Observation, observe, observe_case, score
+
+__all__ = [
+    "METRICS",
+    "PROTOCOLS",
+    "Case",
+    "LatencyRow",
+    "LatencyTable",
+    "Observation",
+    "measure_latency",
+    "observe",
+    "observe_case",
+    "score",
+]
