@@ -1,22 +1,35 @@
 """Fused kernels for UniKE: fast, exact, reversible knowledge editing of multimodal language models.
 
-    import unike_kernels as uk
+import unike_kernels as uk
 
-    uk.patch(model, edits=[uk.Edit.load("edit.safetensors")], memory=uk.MemoryBank.load("memory.safetensors"))
-    model.generate(...)
-    uk.unpatch(model)
+uk.patch(model, edits=[uk.Edit.load("edit.safetensors")], memory=uk.MemoryBank.load("memory.safetensors"))
+model.generate(...)
+uk.unpatch(model)
 """
 
 from __future__ import annotations
+
+import importlib
+from types import ModuleType
 
 from . import nn, ops
 from ._version import __version__
 from .config import Config
 from .edits import Edit, EditLayer
+from .environment import show_config
 from .errors import ArtifactError, BackendUnavailableError, MismatchError, PatchError, UnsupportedModelError
 from .memory import MemoryBank, MemoryLayer
 from .ops import backend
 from .patching import PatchReport, is_patched, patch, patched, rows, unpatch
+
+_LAZY = ("editing", "evaluation", "digits")  # they import more than inference needs
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name in _LAZY:
+        return importlib.import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __all__ = [
     "ArtifactError",
@@ -38,5 +51,6 @@ __all__ = [
     "patch",
     "patched",
     "rows",
+    "show_config",
     "unpatch",
 ]

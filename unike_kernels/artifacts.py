@@ -43,7 +43,7 @@ def load(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Any], dict[
 
     Raises:
         FileNotFoundError: there is no such file.
-        ArtifactError: not a safetensors file, truncated, of another kind or version, or with a header that is no JSON object.
+        ArtifactError: not a safetensors file, truncated, of another kind or version, or without a JSON header.
     """
     path = Path(path)
     if not path.is_file():

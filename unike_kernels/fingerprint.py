@@ -20,7 +20,7 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
 
     Weights that are not in memory (offloaded, on `meta`) or not floating (quantised) are left out of the samples.
     """
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
     named = list(model.named_parameters())
     step = max(1, len(named) // _PARAMETERS)
@@ -43,7 +43,7 @@ def _sample(p: Tensor) -> list[float] | None:
 
 
 def compare(expected: dict[str, Any], model: nn.Module) -> tuple[str | None, str | None]:
-    """(error, warning) of using an artifact with fingerprint `expected` on `model`; both None where they agree exactly."""
+    """(error, warning) of using an artifact made for `expected` on `model`; both None where they agree exactly."""
     found = fingerprint(model)
     for name in ("model_type", "hidden_size", "layers"):
         if expected[name] != found[name]:

@@ -1,4 +1,4 @@
-"""The memory of in-context knowledge (paper, section 3.2): per layer keys h_sem and values h_pos, as a value and a file."""
+"""The memory of in-context knowledge (paper, section 3.2): h_sem and h_pos per layer, as a value and as a file."""
 
 from __future__ import annotations
 

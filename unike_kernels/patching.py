@@ -241,7 +241,9 @@ def rows(
         raise ValueError(f"rows: expected one entry per row in each argument, got {counts}")
     if edits is not None:
         _check_rows(edits, state)
-    if prompt_lengths is not None and any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in prompt_lengths):
+    if prompt_lengths is not None and any(
+        isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in prompt_lengths
+    ):
         raise ValueError(f"prompt_lengths: expected integers of at least 1, got {list(prompt_lengths)}")
     device = next(model.parameters()).device
     context = state.context
@@ -313,7 +315,9 @@ def _check_belonging(
         if isinstance(artifact, Edit):
             activation = {decoder.layers[i].activation for i in artifact.layers}
             if activation != {artifact.activation}:
-                raise MismatchError(f"{name}: it is for {artifact.activation} FFNs, the model's are {sorted(activation)}")
+                raise MismatchError(
+                    f"{name}: it is for {artifact.activation} FFNs, the model's are {sorted(activation)}"
+                )
             if artifact.memory_id != (memory.id if memory else None):
                 problems.append(
                     f"it was trained with the memory {artifact.memory_id}, this one is {memory.id if memory else None}"
@@ -369,6 +373,8 @@ def _report(model: nn.Module, decoder: backbones.Decoder, state: _Patched) -> Pa
         entries = 0 if tables is None else tables.index.shape[0]
         names = decoder.layers[i]
         rows.append((i, " + ".join(names.ffn), names.attention, neurons, entries))
-        nbytes += sum(b.nbytes for b in ffn.edits.buffers()) + sum(b.nbytes for b in (tables.buffers() if tables else ()))
+        nbytes += sum(b.nbytes for b in ffn.edits.buffers()) + sum(
+            b.nbytes for b in (tables.buffers() if tables else ())
+        )
     memory = state.memory.id if state.memory else None
     return PatchReport(type(model).__name__, decoder.path, tuple(rows), tuple(state.edits), memory, nbytes)

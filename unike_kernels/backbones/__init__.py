@@ -85,7 +85,7 @@ def find_decoder(model: nn.Module) -> Decoder:
     Raises:
         UnsupportedModelError: the structure is another one; the message says what was looked for and found.
     """
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if not isinstance(model, nn.Module) or not hasattr(config, "get_text_config"):
         raise UnsupportedModelError(f"model: expected a Hugging Face PreTrainedModel, got {type(model).__name__}")
     text: Any = config.get_text_config(decoder=True)
@@ -100,8 +100,8 @@ def find_decoder(model: nn.Module) -> Decoder:
             found.append((path, module, lists[0]))
     if len(found) != 1:
         raise UnsupportedModelError(
-            f"{type(model).__name__}: looked for one submodule with model_type {text.model_type!r} and a list of {total} "
-            f"decoder layers; found {[path or '(the model itself)' for path, _, _ in found] or 'none'}"
+            f"{type(model).__name__}: looked for one submodule with model_type {text.model_type!r} and a list of "
+            f"{total} decoder layers; found {[path or '(the model itself)' for path, _, _ in found] or 'none'}"
         )
     path, module, layers = found[0]
     inspected = tuple(_inspect(i, layer) for i, layer in enumerate(layers))
@@ -116,7 +116,7 @@ def _inspect(index: int, layer: nn.Module) -> Layer:
         raise UnsupportedModelError(f"{where}: looked for attention as one of {_ATTENTION}; found {list(children)}")
     if all(name in children for name in _INLINE):
         return Layer(index, layer, attention, _INLINE, match_activation(children["activation_fn"], where), False)
-    mlp = children.get("mlp")
+    mlp: Any = children.get("mlp")
     if mlp is not None and all(isinstance(getattr(mlp, name, None), nn.Module) for name in _GATED):
         return Layer(index, layer, attention, ("mlp",), match_activation(mlp.act_fn, where), True)
     inside = "" if mlp is None else f", with {[name for name, _ in mlp.named_children()]} in mlp"
@@ -128,7 +128,7 @@ def _inspect(index: int, layer: nn.Module) -> Layer:
 
 @torch.no_grad()
 def match_activation(function: Callable[[Tensor], Tensor], where: str) -> str:
-    """The name of an activation, found by what it computes. Raises UnsupportedModelError if it is none that is known."""
+    """The name of an activation, found by what it computes. Raises UnsupportedModelError for an unknown one."""
     probe = torch.linspace(-6, 6, 97)
     got = function(probe.clone())
     for name in ACTIVATIONS:
@@ -158,7 +158,7 @@ def project_queries(attention: Any, hidden: Tensor) -> Tensor:
 
 
 def project_memory(attention: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys W_k h [N, H, c] and values W_v W_o h [N, H, d] of memory entries [N, d] (Eq. 8); b_o is spread over the heads."""
+    """Keys W_k h [N, H, c] and values W_v W_o h [N, H, d] of entries [N, d] (Eq. 8); b_o is spread over the heads."""
     heads = _heads(attention)
     output = _output(attention)
     width = output.weight.shape[1] // heads
@@ -182,9 +182,8 @@ def _output(attention: Any) -> Any:
 
 def _heads(attention: Any) -> int:
     _output(attention)
-    config = getattr(attention, "config", None)
-    heads = getattr(config, "num_attention_heads", None) or getattr(attention, "num_heads", None)
-    return int(heads)
+    heads = getattr(getattr(attention, "config", None), "num_attention_heads", None)
+    return int(attention.num_heads if heads is None else heads)
 
 
 def score_scale(attention: Any) -> float:

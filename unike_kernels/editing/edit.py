@@ -1,8 +1,10 @@
-"""Making one edit: extra neurons trained on the target's tokens, the model frozen, the memory active (paper, section 3.3)."""
+"""Making one edit: extra neurons, trained on the target's tokens, model frozen, memory active (paper, section 3.3)."""
 
 from __future__ import annotations
 
+import math
 import uuid
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -32,7 +34,9 @@ class EditTraining:
         neurons: per layer (the paper's 10).
         lr: of Adam.
         steps: at most.
-        stop_loss: stop as soon as every target token is predicted and the target's loss is below this.
+        stop_loss: stop when every target token is predicted and the target's loss is below this ...
+        stop_preserve: ... and the divergence on the `preserve` samples was below this, in nats a token, in the mean of
+            the last pass over them.
         preserve_weight: of the divergence from the unedited model on the `preserve` samples.
         preserve_batch: how many of them are seen in a step.
         seed: of the initialisation and of the order of the preserve samples.
@@ -42,12 +46,13 @@ class EditTraining:
     lr: float = 1e-2
     steps: int = 200
     stop_loss: float = 0.05
+    stop_preserve: float = 0.01
     preserve_weight: float = 1.0
     preserve_batch: int = 16
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("neurons", "lr", "steps", "stop_loss", "preserve_batch"):
+        for name in ("neurons", "lr", "steps", "stop_loss", "stop_preserve", "preserve_batch"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"EditTraining.{name}: expected a positive number, got {getattr(self, name)!r}")
         if self.preserve_weight < 0:
@@ -61,12 +66,14 @@ class EditResult:
     Attributes:
         edit: ready to patch in or save.
         losses: loss of the target at each step, before the step.
+        divergence: from the unedited model on the `preserve` samples at the end, in nats a token; 0 without samples.
         reached: whether the edited model predicts every target token.
         stopped: why training ended: "target met" or "step limit".
     """
 
     edit: Edit
     losses: tuple[float, ...]
+    divergence: float
     reached: bool
     stopped: str
 
@@ -121,7 +128,7 @@ def _initial_layers(
 ) -> dict[int, EditLayer]:
     """Keys as in T-Patcher: with pre-activation 1 where the target is to be produced; 0 at the usual FFN input.
 
-    K = (q - m) / |q - m|^2 and b = -K m, for q the inputs at the target positions [P, d] and m the mean usual input [d].
+    K = (q - m) / |q - m|^2 and b = -K m, q the inputs at the target positions [P, d], m the mean usual input [d].
     """
     generator = torch.Generator().manual_seed(training.seed)
     layers = {}
@@ -189,7 +196,7 @@ def train_edit(
     training: EditTraining | None = None,
     progress: bool = True,
 ) -> EditResult:
-    """Make `model` answer `request.answer` to `request.prompt` (and image) by extra neurons; the model itself is untouched.
+    """Train extra neurons that make `model` answer `request.answer`; the model itself is untouched.
 
     Args:
         model: a Hugging Face model, not patched.
@@ -211,7 +218,9 @@ def train_edit(
         MismatchError: the memory or a previous edit does not belong to this model.
     """
     if is_patched(model):
-        raise PatchError("train_edit: the model is patched; unpatch it first, and pass the edits in force as `previous`")
+        raise PatchError(
+            "train_edit: the model is patched; unpatch it first, and pass the edits in force as `previous`"
+        )
     if not request.answer:
         raise ValueError("request.answer: expected a non-empty string")
     training = training or EditTraining()
@@ -233,24 +242,31 @@ def train_edit(
             wrong = {i: q[at_target] for i, q in produced.items()}
             usual = kept.mean_inputs(model, ffns) if kept else {i: torch.zeros_like(q[0]) for i, q in wrong.items()}
             start = {i: _zeta_prime(i, memory, zeta, decoder.hidden_size).to(device) for i in chosen}
-            neurons = _Neurons(_initial_layers(wrong, usual, start, config.neurons == "gated", training), config, memory)
+            neurons = _Neurons(
+                _initial_layers(wrong, usual, start, config.neurons == "gated", training), config, memory
+            )
             optimizer = torch.optim.Adam(neurons.parameters, lr=training.lr)
             losses: list[float] = []
+            divergences: deque[float] = deque([math.inf] * len(kept.batches) if kept else [0.0])
             with tqdm(range(training.steps + 1), desc="edit", disable=not progress, leave=False) as bar:
                 for step in bar:
                     for i, layer in neurons.layers().items():
                         ffns[i].edits.set({e.id: e.layers[i] for e in previous if i in e.layers} | {name: layer})
                     loss, reached = _target_loss(model, config, batch)
                     losses.append(float(loss.detach()))
-                    bar.set_postfix(loss=f"{losses[-1]:.3f}")
-                    if (reached and losses[-1] < training.stop_loss) or step == training.steps:
+                    divergence = sum(divergences) / len(divergences)
+                    bar.set_postfix(loss=f"{losses[-1]:.3f}", divergence=f"{divergence:.3f}")
+                    met = reached and losses[-1] < training.stop_loss
+                    if (met and divergence < training.stop_preserve) or step == training.steps:
                         break
                     if kept and training.preserve_weight:
-                        loss = loss + training.preserve_weight * kept.loss(model, step)
+                        apart = kept.loss(model, step)
+                        divergences.append(float(apart.detach()))
+                        divergences.popleft()
+                        loss = loss + training.preserve_weight * apart
                     optimizer.zero_grad()
                     loss.backward()
                     optimizer.step()
-    met = reached and losses[-1] < training.stop_loss
     edit = Edit(
         name,
         {i: layer.detached() for i, layer in neurons.layers().items()},
@@ -260,7 +276,7 @@ def train_edit(
         memory.id if memory else None,
         {"prompt": request.prompt, "answer": request.answer, "training": str(training)},
     )
-    return EditResult(edit, tuple(losses), reached, "target met" if met else "step limit")
+    return EditResult(edit, tuple(losses), divergence, reached, "target met" if step < training.steps else "step limit")
 
 
 class _Neurons:

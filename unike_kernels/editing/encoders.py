@@ -1,4 +1,4 @@
-"""Disentangling hidden states into a semantic and a truthfulness space (paper, Eq. 4 and 5) and the way back (W_zeta)."""
+"""Disentangling hidden states into a semantic and a truthfulness space (paper, Eq. 4 and 5), and the way back."""
 
 from __future__ import annotations
 

@@ -105,7 +105,9 @@ def extract(
             for indices in plan:
                 for state in ("pos", "neg"):
                     answers = [triplets[i].positive if state == "pos" else triplets[i].negative for i in indices]
-                    samples = [Sample(triplets[i].prompt, a, triplets[i].image) for i, a in zip(indices, answers, strict=True)]
+                    samples = [
+                        Sample(triplets[i].prompt, a, triplets[i].image) for i, a in zip(indices, answers, strict=True)
+                    ]
                     batch = encode(processor, samples, device)
                     forward(model, batch.inputs)
                     rows = torch.arange(len(indices), device=device)

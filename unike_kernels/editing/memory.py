@@ -43,7 +43,7 @@ class MemoryResult:
 
 @torch.no_grad()
 def _tables(decoder: Decoder, layer: int, hidden: Hidden, values: str) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """keys [N, H, c], values [N, H, d] or None for the same, and the states that Enc_sem sees: of h_pos and of h_neg."""
+    """keys [N, H, c], values [N, H, d] or None for the same, and what Enc_sem sees of h_pos and of h_neg [N, d]."""
     if values == "pre":
         return hidden.pos_pre.unsqueeze(1), None, hidden.pos_pre, hidden.neg_pre
     if values == "out":
@@ -97,7 +97,13 @@ def build_memory(
             # zeta' steers the FFN, whose input is of the kind of "pre": its direction is found there.
             truth = disentangle(h.sem_out, h.pos_pre, h.neg_pre, training, progress=progress)
             space = Disentangled(
-                space.semantic, truth.truth, truth.zeta, truth.w_zeta, truth.truth_accuracy, space.semantic_accuracy, space.losses
+                space.semantic,
+                truth.truth,
+                truth.zeta,
+                truth.w_zeta,
+                truth.truth_accuracy,
+                space.semantic_accuracy,
+                space.losses,
             )
         spaces[i] = space
         tables[i] = MemoryLayer(h.sem_pre, keys, values, space.semantic_weights(), space.zeta, space.zeta_prime)

@@ -56,8 +56,8 @@ def encode(processor: Any, samples: Sequence[Sample], device: torch.device | str
     """Tokenise `prompt + " " + answer` with a Hugging Face processor (or tokenizer, for text alone).
 
     Raises:
-        ValueError: no samples; some with and some without an image; or a tokenizer for which the prompt's tokens are not
-            the beginning of the whole's, so that the answer's tokens cannot be told apart.
+        ValueError: no samples; some with and some without an image; or a prompt whose tokens are not the first ones of
+            the prompt with its answer, so that the answer's tokens cannot be told.
     """
     if not samples:
         raise ValueError("samples: expected at least one, got none")
@@ -97,16 +97,21 @@ def batches(samples: Sequence[Sample], size: int) -> Iterator[list[int]]:
             yield indices[start : start + size]
 
 
+def needs_image(model: nn.Module) -> bool:
+    """Whether the model's forward cannot do without pixel_values, so that text goes to its language model."""
+    pixel = inspect.signature(model.forward).parameters.get("pixel_values")
+    return pixel is not None and pixel.default is inspect.Parameter.empty
+
+
 def forward(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
-    """Logits [B, T, V]. A text batch goes to the language model of a multimodal model that cannot do without an image."""
+    """Logits [B, T, V]. Text goes to the language model of a multimodal model that cannot do without an image."""
     target: Any = model
-    if "pixel_values" not in inputs:
-        pixel = inspect.signature(model.forward).parameters.get("pixel_values")
-        if pixel is not None and pixel.default is inspect.Parameter.empty:
-            target = model.language_model
+    if "pixel_values" not in inputs and needs_image(model):
+        target = model.language_model
     logits: Tensor = target(**inputs, use_cache=False).logits
     return logits
 
 
 def device_of(model: nn.Module) -> torch.device:
+    """Where the model's first parameter is."""
     return next(model.parameters()).device

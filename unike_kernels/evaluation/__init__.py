@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .answers import answers
 from .latency import LatencyRow, LatencyTable, measure_latency
 from .metrics import METRICS, PROTOCOLS, Case, Observation, observe, observe_case, score
 
@@ -12,6 +13,7 @@ __all__ = [
     "LatencyRow",
     "LatencyTable",
     "Observation",
+    "answers",
     "measure_latency",
     "observe",
     "observe_case",

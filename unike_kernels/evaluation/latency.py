@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..edits import Edit
 from ..editing.samples import forward
+from ..edits import Edit
 from ..memory import MemoryBank
 from ..patching import patched
 from .eager import eager
@@ -99,7 +99,7 @@ def measure_latency(
 
                 def decode(cache: Any = cache) -> None:
                     text(input_ids=ids[:, -1:], attention_mask=longer, past_key_values=cache, use_cache=True)
-                    cache.crop(ids.shape[1])
+                    cache.crop(-1)
 
                 times["prefill", name].append(_time(lambda: forward(model, inputs), calls))
                 times["decode", name].append(_time(decode, calls))
@@ -107,7 +107,9 @@ def measure_latency(
     for (phase, name), values in times.items():
         quarters = statistics.quantiles(values, n=4)
         ratios = [v / u for v, u in zip(values, times[phase, "unpatched"], strict=True)]
-        rows.append(LatencyRow(phase, name, statistics.median(values), quarters[2] - quarters[0], statistics.median(ratios)))
+        rows.append(
+            LatencyRow(phase, name, statistics.median(values), quarters[2] - quarters[0], statistics.median(ratios))
+        )
     return LatencyTable(tuple(rows), ids.shape[1], torch.get_num_threads(), worst)
 
 

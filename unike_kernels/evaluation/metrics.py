@@ -107,9 +107,7 @@ def agreement(before: Observation, after: Observation, protocol: str, images: bo
     raise ValueError(f"protocol: expected one of {', '.join(PROTOCOLS)}; got {protocol!r}")
 
 
-def score(
-    before: dict[str, list[Observation]], after: dict[str, list[Observation]], protocol: str
-) -> dict[str, float]:
+def score(before: dict[str, list[Observation]], after: dict[str, list[Observation]], protocol: str) -> dict[str, float]:
     """Metric -> share in 0..1; a metric without samples is left out. `before` must come from before the edit."""
     if protocol not in PROTOCOLS:
         raise ValueError(f"protocol: expected one of {', '.join(PROTOCOLS)}; got {protocol!r}")

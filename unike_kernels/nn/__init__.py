@@ -7,5 +7,13 @@ from .context import Context, PromptState
 from .memory_attention import MemoryAttention, MemoryTables
 from .patched_ffn import EditStore, PassThrough, PatchedFFN
 
-__all__ = ["Context", "EditStore", "MemoryAttention", "MemoryTables", "PassThrough", "PatchedFFN", "PromptState",
-    "original"]
+__all__ = [
+    "Context",
+    "EditStore",
+    "MemoryAttention",
+    "MemoryTables",
+    "PassThrough",
+    "PatchedFFN",
+    "PromptState",
+    "original",
+]

@@ -7,7 +7,6 @@ object, hooks and all, which it keeps outside of the registered children; puttin
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any, TypeVar
 
 import torch
@@ -18,12 +17,17 @@ T = TypeVar("T", bound="DropIn")
 _CALL_HOOKS = tuple(name for name in vars(nn.Module()) if name.startswith(("_forward_", "_backward_")))
 
 
-@cache
-def _subclass(mixin: type[DropIn], base: type[nn.Module]) -> type[DropIn]:
-    return type(f"{mixin.__name__}{base.__name__}", (mixin, base), {"__module__": mixin.__module__})
+_subclasses: dict[tuple[type, type], Any] = {}
 
 
-def _restore(mixin: type[DropIn], base: type[nn.Module]) -> DropIn:
+def _subclass(mixin: type[DropIn], base: type[nn.Module]) -> Any:
+    key = (mixin, base)
+    if key not in _subclasses:
+        _subclasses[key] = type(f"{mixin.__name__}{base.__name__}", key, {"__module__": mixin.__module__})
+    return _subclasses[key]
+
+
+def _restore(mixin: type[DropIn], base: type[nn.Module]) -> Any:
     cls = _subclass(mixin, base)
     return cls.__new__(cls)
 
@@ -37,7 +41,7 @@ class DropIn(nn.Module):
     def _adopt(cls: type[T], *originals: nn.Module) -> T:
         """A clone of the first of `originals`; all of them together are what it calls."""
         base = originals[0]
-        new: Any = _restore(cls, type(base))
+        new = _restore(cls, type(base))
         new.__dict__.update(base.__dict__)
         new.__dict__.pop("forward", None)  # an instance forward (accelerate's hook) belongs to the original
         new._modules = dict(base._modules)

@@ -17,6 +17,14 @@ from .context import Context
 class MemoryTables(Tables):
     """One layer of a memory as the operators take it."""
 
+    index: Tensor  # float32 [N, d], unit rows
+    keys: Tensor  # [N, H, c]
+    values: Tensor | None  # [N, H, d]; None: keys
+    w1: Tensor
+    b1: Tensor
+    w2: Tensor
+    b2: Tensor
+
     def __init__(self, index: Tensor, keys: Tensor, values: Tensor | None, encoder: SemanticEncoder) -> None:
         super().__init__()
         self.table("index", normalize_rows(index))
@@ -56,7 +64,7 @@ class MemoryAttention(DropIn):
         layer: int = 0,
         project: Callable[[nn.Module, Tensor], Tensor] | None = None,
     ) -> MemoryAttention:
-        """Stand in for `base`, which takes hidden_states [B, T, d] and returns the output or a tuple that begins with it.
+        """Stand in for `base`: hidden_states [B, T, d] -> the output [B, T, d], or a tuple that begins with it.
 
         Args:
             base: the attention module.
@@ -95,7 +103,7 @@ class MemoryAttention(DropIn):
         alpha = None
         if not isinstance(config.alpha, str):
             alpha = torch.full((1,), float(config.alpha), dtype=torch.float32, device=out.device)
-        blend = {
+        blend: dict[str, Any] = {
             "scale": config.scale,
             "alpha": alpha,
             "anchor": self._from_prompt_end("anchor", lambda last: out[self._rows(last), last])

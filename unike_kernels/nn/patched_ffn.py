@@ -17,6 +17,17 @@ _PER_NEURON = ("keys", "key_bias", "up", "up_bias", "values")
 class EditStore(Tables):
     """The extra neurons of all edits of one layer as a ragged pool, and the rows' selection of edits."""
 
+    keys: Tensor
+    key_bias: Tensor
+    up: Tensor | None
+    up_bias: Tensor | None
+    values: Tensor
+    zeta: Tensor
+    beta: Tensor
+    indptr: Tensor
+    row_indptr: Tensor
+    row_edits: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.ids: list[str] = []
@@ -25,7 +36,7 @@ class EditStore(Tables):
         self.selection: tuple[Tensor, Tensor] | None = None
 
     def set(self, edits: Mapping[str, Any]) -> None:
-        """Replace all edits. Each value has the tensors of an `EditLayer`: keys, key_bias, values, zeta, beta, up, up_bias.
+        """Replace all edits, given as id -> `EditLayer`.
 
         Tensors are concatenated, so gradients reach those that ask for them.
         """
@@ -42,7 +53,9 @@ class EditStore(Tables):
         self.values = torch.cat([layer.values for layer in layers])
         # A plain neuron among gated ones has the factor q 0 + 1.
         self.up = torch.cat([_or(layer.up, torch.zeros_like(layer.keys)) for layer in layers]) if gated else None
-        self.up_bias = torch.cat([_or(layer.up_bias, torch.ones_like(layer.key_bias)) for layer in layers]) if gated else None
+        self.up_bias = (
+            torch.cat([_or(layer.up_bias, torch.ones_like(layer.key_bias)) for layer in layers]) if gated else None
+        )
         self.zeta = torch.stack([layer.zeta for layer in layers])
         self.beta = torch.stack([layer.beta for layer in layers])
         sizes = torch.tensor([0, *(layer.keys.shape[0] for layer in layers)])

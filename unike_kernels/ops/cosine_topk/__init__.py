@@ -111,7 +111,7 @@ def cosine_topk(
         keys: [N, d]; finite.
         k: how many, at least 1.
         normalized: `keys` are the output of `normalize_rows` already.
-        bounds: int64 [M, 2]; query m searches only keys[bounds[m, 0] : bounds[m, 1]]. None: all keys.
+        bounds: int64 [M, 2], 0 <= start <= stop <= N; query m searches only keys[start : stop]. None: all keys.
 
     Returns:
         scores: float32 [M, k] (float64 for float64 queries).

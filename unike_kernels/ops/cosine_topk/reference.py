@@ -19,7 +19,7 @@ LANES = 16
 
 
 def canonical_dot(a: Tensor, b: Tensor) -> Tensor:
-    """Sum of a_i * b_i over the last dimension in the canonical order. a, b: broadcastable [..., d] -> float64 [...]."""
+    """Sum of a_i * b_i over the last dimension in the canonical order. a, b: [..., d], broadcast -> float64 [...]."""
     a, b = a.double(), b.double()
     total: Tensor | None = None
     for start in range(0, a.shape[-1], LANES):
@@ -44,7 +44,7 @@ def normalize_rows(x: Tensor) -> Tensor:
     zero = squares == 0
     norm = torch.where(zero, 1.0, squares).sqrt()
     finite = wide.isfinite().all(-1, keepdim=True)
-    unit = torch.where(finite, wide / norm, float("nan"))
+    unit = torch.where(finite, wide / norm + 0.0, float("nan"))
     return unit if x.dtype == torch.float64 else unit.float()
 
 

@@ -151,7 +151,7 @@ def latent_attention(
         inputs: [M, d], the attention module's output h_input.
         keys: [N, d] or [N, H, c]; what the queries attend to.
         values: [N, d] or [N, H, d]; with several heads their outputs are summed.
-        ids: int64 [M, k], the retrieved entries of each token; or [R, k], shared by the M / R tokens of each row. -1: none.
+        ids: int64 [M, k], the retrieved entries of each token, -1: none; or [R, k], shared by each row's M / R tokens.
         encoder: Enc_sem.
         scale: of the logits; None: 1 / sqrt(c).
         alpha: [1] or [M], a given gate instead of the computed one.
@@ -162,7 +162,7 @@ def latent_attention(
         The shifted output, [M, d] in the dtype of `inputs`, and alpha, [M] in float32 (float64 for float64).
 
     Raises:
-        TypeError, ValueError: a wrong dtype, shape, device or switch; `keys`, `values` or the encoder ask for gradients.
+        TypeError, ValueError: a wrong dtype, shape, device or switch; the memory or the encoder asks for gradients.
     """
     queries, keys, values = (t.unsqueeze(1) if t.dim() == 2 else t for t in (queries, keys, values))
     check_tables(inputs, queries, keys, values, encoder, alpha, anchor, convention, norm)

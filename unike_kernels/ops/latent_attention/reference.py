@@ -190,5 +190,7 @@ def latent_attention_backward(
         grad_anchor = per_row.to(anchor.dtype)
     grad_given = None
     if alpha is not None:
-        grad_given = (grad_gate.sum().expand(1) if alpha.numel() == 1 else grad_gate).to(alpha.dtype).reshape(alpha.shape)
+        grad_given = (
+            (grad_gate.sum().expand(1) if alpha.numel() == 1 else grad_gate).to(alpha.dtype).reshape(alpha.shape)
+        )
     return grad_q.to(queries.dtype), grad_h.to(inputs.dtype), grad_given, grad_anchor

@@ -1,4 +1,4 @@
-"""The memory of UniKE in one operator: top-K retrieval, latent attention, alpha gate and blend (paper, section 3.2-3.3).
+"""The memory of UniKE in one operator: top-K retrieval, latent attention, gate and blend (paper, section 3.2-3.3).
 
 `unike::memory_attention(...) -> (out, alpha, ids)`
 """

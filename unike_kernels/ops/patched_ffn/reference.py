@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")
 
 
@@ -174,7 +173,8 @@ def add_extra_neurons_backward(grad: Tensor, x: Tensor, pool: EditPool, activati
         grad_x = grad_x + grad_gate @ p.keys[of]
     grads = ExtraGradients(grad_x, grad_keys, grad_bias, grad_up, grad_up_bias, grad_values, grad_zeta, grad_beta)
     like = ExtraGradients(x, pool.keys, pool.key_bias, pool.up, pool.up_bias, pool.values, pool.zeta, pool.beta)
-    return ExtraGradients(*(g if g is None or t is None else g.to(t.dtype) for g, t in zip(grads, like, strict=True)))
+    back = (None if g is None or t is None else g.to(t.dtype) for g, t in zip(grads, like, strict=True))
+    return ExtraGradients(*back)  # type: ignore[arg-type]
 
 
 def base_ffn(x: Tensor, base: FFNWeights, activation: str) -> Tensor:

@@ -1,0 +1,38 @@
+"""What a model says: greedy answers to prompts with and without images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..editing.samples import Sample, batches, device_of, encode, needs_image
+from ..patching import is_patched, rows
+
+
+@torch.no_grad()
+def answers(
+    model: nn.Module, processor: Any, samples: Sequence[Sample], *, max_new_tokens: int = 8, batch_size: int = 64
+) -> list[str]:
+    """The greedy continuation of each sample's prompt (its answer is not looked at), special tokens left out."""
+    found = [""] * len(samples)
+    tokenizer = getattr(processor, "tokenizer", processor)
+    for group in batches(samples, batch_size):
+        batch = encode(processor, [Sample(samples[i].prompt, "", samples[i].image) for i in group], device_of(model))
+        target: Any = model
+        if "pixel_values" not in batch.inputs and needs_image(model):
+            target = model.language_model
+        settings = {"max_new_tokens": max_new_tokens, "do_sample": False, "pad_token_id": tokenizer.pad_token_id}
+        if is_patched(model):
+            with rows(model, prompt_lengths=batch.prompt_lengths):
+                out = target.generate(**batch.inputs, **settings)
+        else:
+            out = target.generate(**batch.inputs, **settings)
+        length = batch.inputs["input_ids"].shape[1]
+        if torch.equal(out[:, :length], batch.inputs["input_ids"]):  # some models return the prompt too
+            out = out[:, length:]
+        for i, text in zip(group, processor.batch_decode(out, skip_special_tokens=True), strict=True):
+            found[i] = text.strip()
+    return found
