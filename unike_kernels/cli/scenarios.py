@@ -156,7 +156,7 @@ def _smollm2(seed: int) -> Scenario:
     model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32).eval()
     capitals = dict(pair.split(":") for pair in _CAPITALS.split())
     peru = capitals.pop("Peru")
-    phrasings = ("The capital of {} is", "The capital city of {} is", "The seat of government of {} is in")
+    phrasings = ("The capital of {} is", "The capital city of {} is", "The capital of {} is the city of")
     return Scenario(
         model,
         tokenizer,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -106,20 +105,28 @@ def _encoder(d: int, r: int, out: int) -> nn.Sequential:
 
 
 def disentangle(
-    sem: Tensor, pos: Tensor, neg: Tensor, training: EncoderTraining | None = None, *, progress: bool = True
+    sem: Tensor,
+    pos: Tensor,
+    neg: Tensor,
+    training: EncoderTraining | None = None,
+    *,
+    truth_states: tuple[Tensor, Tensor] | None = None,
+    progress: bool = True,
 ) -> Disentangled:
     """Train both encoders of one layer, then zeta and W_zeta.
 
     Args:
         sem: [N, d], h_sem at the attention's output: the anchors of Eq. 5.
-        pos, neg: [N, d], h_pos and h_neg where the memory takes its values.
+        pos, neg: [N, d], h_pos and h_neg where the memory takes its values: what Enc_sem sees.
         training: see `EncoderTraining`.
+        truth_states: h_pos and h_neg [N, d] as Enc_tru sees them; None: `pos` and `neg`.
         progress: show a progress bar.
 
     Raises:
         ValueError: fewer than four triplets.
     """
     training = training or EncoderTraining()
+    true, false = truth_states or (pos, neg)
     n, d = sem.shape
     if n < 4:
         raise ValueError(f"triplets: expected at least 4 to train and validate the encoders, got {n}")
@@ -134,9 +141,8 @@ def disentangle(
     optimizer = torch.optim.Adam([*semantic.parameters(), *truth.parameters()], lr=training.lr)
 
     def losses(rows: Tensor) -> tuple[Tensor, Tensor]:
-        p, q = pos[rows], neg[rows]
-        one = truthfulness_loss(truth(p), truth(q), training.tau_truth)
-        return one, semantic_loss(sem[rows], semantic(p), semantic(q), training.tau_semantic)
+        one = truthfulness_loss(truth(true[rows]), truth(false[rows]), training.tau_truth)
+        return one, semantic_loss(sem[rows], semantic(pos[rows]), semantic(neg[rows]), training.tau_semantic)
 
     history: list[tuple[float, float]] = []
     best, since = math.inf, 0
@@ -157,39 +163,34 @@ def disentangle(
                 bar.set_postfix(truth=f"{history[-1][0]:.3f}", semantic=f"{history[-1][1]:.3f}")
                 if since >= training.patience:
                     break
-    return _conclude(semantic.eval(), truth.eval(), sem, pos, neg, taught, held, tuple(history))
+    with torch.no_grad():
+        return _conclude(semantic.eval(), truth.eval(), (sem, pos), (true, false), taught, held, tuple(history))
 
 
-@torch.no_grad()
 def _conclude(
     semantic: nn.Sequential,
     truth: nn.Sequential,
-    sem: Tensor,
-    pos: Tensor,
-    neg: Tensor,
+    meaning: tuple[Tensor, Tensor],
+    truthfulness: tuple[Tensor, Tensor],
     taught: Tensor,
     held: Tensor,
     history: tuple[tuple[float, float], ...],
 ) -> Disentangled:
-    unit: Callable[[Tensor], Tensor] = lambda x: F.normalize(x, dim=-1)  # noqa: E731
-    t_pos, t_neg = truth(pos), truth(neg)
+    """zeta, W_zeta and the held-out accuracies of trained encoders; the states are (h_sem, h_pos) and (h_pos, h_neg)."""
+    true, false = truthfulness
+    t_pos, t_neg = truth(true), truth(false)
     zeta = t_pos.mean(0) - t_neg.mean(0)
     # Ridge regression: the differences in truthfulness space are nearly rank one, so plain least squares would blow up.
-    x, y = t_pos - t_neg, pos - neg
+    x, y = t_pos - t_neg, true - false
     gram = x.T @ x
     ridge = 1e-3 * gram.diagonal().mean().clamp(min=1e-12) * torch.eye(len(gram))
     w_zeta = torch.linalg.solve(gram + ridge, x.T @ y).T
 
-    c_pos, c_neg = unit(t_pos[taught]).mean(0), unit(t_neg[taught]).mean(0)
-    side = lambda t: (unit(t) - (c_pos + c_neg) / 2) @ (c_pos - c_neg) > 0  # noqa: E731
-    right = torch.cat([side(t_pos[held]), ~side(t_neg[held])])
-    nearest = (unit(sem[held]) @ unit(semantic(pos[held])).T).argmax(-1)
-    return Disentangled(
-        semantic,
-        truth,
-        zeta,
-        w_zeta,
-        float(right.float().mean()),
-        float((nearest == torch.arange(len(held))).float().mean()),
-        history,
-    )
+    u_pos, u_neg = F.normalize(t_pos, dim=-1), F.normalize(t_neg, dim=-1)
+    c_pos, c_neg = u_pos[taught].mean(0), u_neg[taught].mean(0)
+    sides = [(u[held] - (c_pos + c_neg) / 2) @ (c_pos - c_neg) for u in (u_pos, u_neg)]
+    right = torch.cat([sides[0] > 0, sides[1] < 0])
+    sem, pos = meaning
+    nearest = (F.normalize(sem[held], dim=-1) @ F.normalize(semantic(pos[held]), dim=-1).T).argmax(-1)
+    same = nearest == torch.arange(len(held))
+    return Disentangled(semantic, truth, zeta, w_zeta, float(right.float().mean()), float(same.float().mean()), history)

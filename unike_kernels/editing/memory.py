@@ -92,19 +92,9 @@ def build_memory(
     tables, spaces = {}, {}
     for i, h in hidden.items():
         keys, values, pos, neg = _tables(decoder, i, h, config.values)
-        space = disentangle(h.sem_out, pos, neg, training, progress=progress)
-        if config.values != "pre":
-            # zeta' steers the FFN, whose input is of the kind of "pre": its direction is found there.
-            truth = disentangle(h.sem_out, h.pos_pre, h.neg_pre, training, progress=progress)
-            space = Disentangled(
-                space.semantic,
-                truth.truth,
-                truth.zeta,
-                truth.w_zeta,
-                truth.truth_accuracy,
-                space.semantic_accuracy,
-                space.losses,
-            )
+        # zeta' steers the FFN, whose input is of the kind of "pre": truthfulness is told there, whatever the values are.
+        truth = h.pos_pre, h.neg_pre
+        space = disentangle(h.sem_out, pos, neg, training, truth_states=truth, progress=progress)
         spaces[i] = space
         tables[i] = MemoryLayer(h.sem_pre, keys, values, space.semantic_weights(), space.zeta, space.zeta_prime)
     notes = {"triplets": str(len(triplets)), "training": str(training or EncoderTraining())}
