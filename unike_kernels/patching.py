@@ -149,6 +149,8 @@ def patch(
     """
     if _state(model) is not None and not replace:
         raise PatchError(f"{type(model).__name__} is patched already: unpatch it first, or pass replace=True")
+    if _state(model) is None and any(original(m) is not m for m in model.modules()):
+        raise PatchError(f"a part of {type(model).__name__} was patched on its own: unpatch that model object first")
     for edit in edits:
         if not isinstance(edit, Edit):
             raise TypeError(f"edits: expected a sequence of Edit, got {type(edit).__name__}")
@@ -191,8 +193,9 @@ def unpatch(model: M) -> M:
     """
     _require(model)
     for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            module._modules[name] = original(child)
+        for name, child in module._modules.items():
+            if child is not None:
+                module._modules[name] = original(child)
         for key, hook in list(module._forward_pre_hooks.items()):
             if isinstance(hook, _Decode | _Embed):
                 del module._forward_pre_hooks[key]
