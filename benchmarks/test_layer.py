@@ -1,7 +1,7 @@
 """One edited layer of LLaMA-7B's size: the operators against the same in eager torch. Run with `python3 run.py bench`.
 
-Each benchmark first checks that it computes what its group's first one does. pytest-benchmark prints the medians and, with
---benchmark-json, writes them; compare within a group only.
+Each benchmark first checks what it computes. pytest-benchmark prints the medians and, with --benchmark-json, writes them;
+compare within a group only.
 """
 
 from __future__ import annotations

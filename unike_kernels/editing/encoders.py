@@ -176,7 +176,7 @@ def _conclude(
     held: Tensor,
     history: tuple[tuple[float, float], ...],
 ) -> Disentangled:
-    """zeta, W_zeta and the held-out accuracies of trained encoders; the states are (h_sem, h_pos) and (h_pos, h_neg)."""
+    """Zeta, W_zeta and the held-out accuracies, from the states (h_sem, h_pos) and (h_pos, h_neg)."""
     true, false = truthfulness
     t_pos, t_neg = truth(true), truth(false)
     zeta = t_pos.mean(0) - t_neg.mean(0)

@@ -92,7 +92,7 @@ def build_memory(
     tables, spaces = {}, {}
     for i, h in hidden.items():
         keys, values, pos, neg = _tables(decoder, i, h, config.values)
-        # zeta' steers the FFN, whose input is of the kind of "pre": truthfulness is told there, whatever the values are.
+        # zeta' steers the FFN, whose input is of the kind of "pre": truthfulness is told there, whatever the values.
         truth = h.pos_pre, h.neg_pre
         space = disentangle(h.sem_out, pos, neg, training, truth_states=truth, progress=progress)
         spaces[i] = space
