@@ -63,15 +63,18 @@ def compare(expected: dict[str, Any], model: nn.Module) -> tuple[str | None, str
     return None, None
 
 
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def validate(value: Any) -> dict[str, Any]:
     """`value` as a fingerprint read from a file. Raises ValueError if it is none."""
     if not isinstance(value, dict) or set(value) != set(FIELDS):
         raise ValueError(f"base_model: expected the fields {', '.join(FIELDS)}, got {value!r:.80}")
     samples = value["samples"]
     numbers = isinstance(samples, dict) and all(
-        isinstance(v, list) and len(v) == _VALUES and all(isinstance(x, int | float) for x in v)
-        for v in samples.values()
+        isinstance(v, list) and len(v) == _VALUES and all(_is_finite(x) for x in v) for v in samples.values()
     )
     if not numbers:
-        raise ValueError("base_model: expected 'samples' to map parameter names to numbers")
+        raise ValueError("base_model: expected 'samples' to map parameter names to finite numbers")
     return value

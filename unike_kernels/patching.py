@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from . import backbones
 from .config import Config
-from .edits import Edit
+from .edits import Edit, EditLayer
 from .errors import MismatchError, PatchError
 from .fingerprint import compare
 from .memory import MemoryBank
@@ -28,16 +28,28 @@ class _Decode:
     """Forward pre-hook of the decoder: tells the patched modules about this pass. Picklable with the model."""
 
     context: Context
+    image_token: int | None  # given where image placeholders must be told from text
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         ids = kwargs.get("input_ids", args[0] if args else None)
         source = ids if ids is not None else kwargs.get("inputs_embeds")
         if source is None:
             return
+        if ids is not None and self.image_token is not None:
+            self.context.text = ids != self.image_token
+        mask = kwargs.get("attention_mask")
+        plain = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
         past = 0
-        if self.context.prompt is not None and kwargs.get("past_key_values") is not None:
-            past = int(kwargs["past_key_values"].get_seq_length())
-        self.context.enter(source.shape[0], source.shape[1], past, kwargs.get("attention_mask"))
+        if self.context.prompt is not None:
+            if mask is not None and plain is None:
+                raise ValueError(
+                    "attention_mask: alpha='last' and retrieval='sequence' find the prompt's end in a mask "
+                    "[batch, tokens]; a prepared one (static cache) does not tell"
+                )
+            if kwargs.get("past_key_values") is not None:
+                past = int(kwargs["past_key_values"].get_seq_length())
+        self.context.enter(source.shape[0], source.shape[1], past, plain)
+        self.context.text = None  # it was about this pass alone
 
 
 @dataclass
@@ -161,6 +173,8 @@ def patch(
         raise PatchError(f"edits: expected distinct ids, got {[edit.id for edit in edits]}")
 
     decoder = backbones.find_decoder(model)
+    if _state(model) is None and any(original(m) is not m for m in decoder.module.modules()):
+        raise PatchError(f"{type(model).__name__}: its decoder belongs to a model that is patched already")
     chosen = config or (memory.config if memory else None) or (edits[0].config if edits else None) or Config()
     _check_belonging(model, decoder, list(edits), memory, chosen, override)
     wanted = {i for edit in edits for i in edit.layers} | set(memory.layers if memory else ())
@@ -170,18 +184,16 @@ def patch(
     # Everything that can fail is built first; the model is touched only after that.
     context = Context()
     plan = [_build(decoder.layers[i], named, memory, chosen, context) for i in indices]
-    embedding: Any = None
-    if memory is not None and chosen.tokens == "text":
-        embedding = (model.get_input_embeddings(), _Embed(context, backbones.image_token_id(model)))  # type: ignore[operator]
+    image_token = backbones.image_token_id(model) if memory is not None and chosen.tokens == "text" else None
     if _state(model) is not None:
         unpatch(model)
     state = _Patched(context, chosen, named, memory, {}, {})
     for i, (replacements, ffn, attention) in zip(indices, plan, strict=True):
         decoder.layers[i].module._modules.update(replacements)
         state.ffns[i], state.attentions[i] = ffn, attention
-    decoder.module.register_forward_pre_hook(_Decode(context), with_kwargs=True)
-    if embedding is not None:
-        embedding[0].register_forward_pre_hook(embedding[1])
+    decoder.module.register_forward_pre_hook(_Decode(context, image_token), with_kwargs=True)
+    if image_token is not None:
+        model.get_input_embeddings().register_forward_pre_hook(_Embed(context, image_token))  # type: ignore[operator]
     model.__dict__[_ATTRIBUTE] = state
     return _report(model, decoder, state)
 
@@ -248,15 +260,14 @@ def rows(
         isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in prompt_lengths
     ):
         raise ValueError(f"prompt_lengths: expected integers of at least 1, got {list(prompt_lengths)}")
-    device = next(model.parameters()).device
     context = state.context
     before = context.rows, context.prompt
     selections = {i: ffn.edits.selection for i, ffn in state.ffns.items()}
     bounds = {i: a.memory.row_bounds for i, a in state.attentions.items() if a.memory is not None}
     try:
         context.rows = next(iter(counts.values()), context.rows)
-        if prompt_lengths is not None:
-            context.prompt = PromptState(torch.tensor(list(prompt_lengths), device=device))
+        if prompt_lengths is not None and state.config.needs_prompt_lengths:
+            context.prompt = PromptState(torch.tensor(list(prompt_lengths), device=backbones.device_of(model)))
         if edits is not None:
             for ffn in state.ffns.values():
                 ffn.edits.select(edits)
@@ -331,20 +342,14 @@ def _check_belonging(
             warnings.warn(f"{name}: {warning}", stacklevel=3)
 
 
-def _place_like(module: nn.Module) -> Callable[[Tensor], Tensor]:
-    parameter = next(module.parameters())
-    return lambda t: t.to(parameter.device)
-
-
 def _build(
     layer: backbones.Layer, edits: dict[str, Edit], memory: MemoryBank | None, config: Config, context: Context
 ) -> tuple[dict[str, nn.Module], PatchedFFN, MemoryAttention]:
     """The new children of one layer; nothing of the model is touched."""
     *ffn_parts, base_attention = [original(getattr(layer.module, name)) for name in (*layer.ffn, layer.attention)]
     ffn = PatchedFFN.from_module(*ffn_parts, activation=layer.activation)
-    place = _place_like(ffn_parts[0])
     own = {name: edit.layers[layer.index] for name, edit in edits.items() if layer.index in edit.layers}
-    ffn.edits.set({name: _map(e, place) for name, e in own.items()})
+    ffn.edits.set({name: _to(e, backbones.device_of(ffn_parts[0])) for name, e in own.items()})
     attention = MemoryAttention.from_module(
         base_attention,
         config,
@@ -355,7 +360,7 @@ def _build(
     if memory is not None and layer.index in memory.layers:
         m = memory.layers[layer.index]
         tables = MemoryTables(m.index, m.keys, m.values, m.encoder)
-        attention.memory = tables.to(next(base_attention.parameters()).device)
+        attention.memory = tables.to(backbones.device_of(base_attention))
     replacements: dict[str, nn.Module] = {layer.attention: attention, layer.ffn[0]: ffn}
     replacements |= {
         name: PassThrough.from_module(part) for name, part in zip(layer.ffn[1:], ffn_parts[1:], strict=True)
@@ -363,8 +368,8 @@ def _build(
     return replacements, ffn, attention
 
 
-def _map(layer: Any, place: Callable[[Tensor], Tensor]) -> Any:
-    return type(layer)(**{name: place(t) for name, t in layer.tensors().items()})
+def _to(layer: EditLayer, device: torch.device) -> EditLayer:
+    return EditLayer(**{name: t.to(device) for name, t in layer.tensors().items()})
 
 
 def _report(model: nn.Module, decoder: backbones.Decoder, state: _Patched) -> PatchReport:

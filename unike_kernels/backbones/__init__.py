@@ -14,7 +14,7 @@ from ..nn import original
 from ..ops import ACTIVATIONS
 from ..ops.patched_ffn.reference import FFNWeights, activate
 
-__all__ = ["Decoder", "Layer", "find_decoder", "image_token_id"]
+__all__ = ["Decoder", "Layer", "device_of", "find_decoder", "image_token_id"]
 
 _ATTENTION = ("self_attn", "attn", "self_attention", "attention")
 _INLINE = ("fc1", "activation_fn", "fc2")
@@ -89,7 +89,7 @@ def find_decoder(model: nn.Module) -> Decoder:
     if not isinstance(model, nn.Module) or not hasattr(config, "get_text_config"):
         raise UnsupportedModelError(f"model: expected a Hugging Face PreTrainedModel, got {type(model).__name__}")
     text: Any = config.get_text_config(decoder=True)
-    total = text.num_hidden_layers
+    total = getattr(text, "num_hidden_layers", None)
     found = []
     for path, module in model.named_modules():
         own = getattr(module, "config", None)
@@ -137,6 +137,15 @@ def match_activation(function: Callable[[Tensor], Tensor], where: str) -> str:
     raise UnsupportedModelError(
         f"{where}: its activation {type(function).__name__} computes none of {', '.join(ACTIVATIONS)}"
     )
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where the module computes: where its first parameter is, or is brought to for each call (offloaded)."""
+    for m in module.modules():
+        offloaded = getattr(getattr(m, "_hf_hook", None), "execution_device", None)
+        if offloaded is not None:
+            return torch.device(offloaded)
+    return next(module.parameters()).device
 
 
 def image_token_id(model: nn.Module) -> int:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..backbones import find_decoder
+from ..backbones import device_of, find_decoder
 from ..config import Config
 from ..edits import Edit, EditLayer, fresh_layer
 from ..errors import PatchError
@@ -23,7 +23,7 @@ from ..fingerprint import fingerprint
 from ..memory import MemoryBank
 from ..nn import PatchedFFN
 from ..patching import is_patched, patched, patched_ffns, rows
-from .samples import Batch, Sample, batches, device_of, encode, forward
+from .samples import Batch, Sample, batches, encode, evaluating, forward
 
 
 @dataclass(frozen=True)
@@ -86,16 +86,14 @@ class EditResult:
 def _frozen(model: nn.Module) -> Iterator[None]:
     """Within the block the model is in eval mode and its parameters ask for no gradient."""
     asked = [p for p in model.parameters() if p.requires_grad]
-    was_training = model.training
     for p in asked:
         p.requires_grad_(False)
-    model.eval()
     try:
-        yield
+        with evaluating(model):
+            yield
     finally:
         for p in asked:
             p.requires_grad_(True)
-        model.train(was_training)
 
 
 @contextmanager
@@ -231,6 +229,8 @@ def train_edit(
     chosen = decoder.select(sorted(memory.layers) if layers is None and memory else layers)
     device = device_of(model)
     batch = encode(processor, [request], device)
+    if not batch.answer_mask().any():
+        raise ValueError(f"request.answer: {request.answer!r} has no tokens")
     name = id or uuid.uuid4().hex[:12]
 
     with _frozen(model):

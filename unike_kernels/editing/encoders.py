@@ -132,7 +132,7 @@ def disentangle(
         raise ValueError(f"triplets: expected at least 4 to train and validate the encoders, got {n}")
     generator = torch.Generator().manual_seed(training.seed)
     order = torch.randperm(n, generator=generator)
-    held = order[: max(2, round(n * training.held_out))]
+    held = order[: min(max(2, round(n * training.held_out)), n - 2)]
     taught = order[len(held) :]
     r = training.bottleneck or max(d // 8, 16)
     with torch.random.fork_rng(devices=[]):

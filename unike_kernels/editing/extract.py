@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..backbones import find_decoder
+from ..backbones import device_of, find_decoder
 from ..errors import PatchError
 from ..patching import is_patched
-from .samples import Sample, Triplet, batches, device_of, encode, forward
+from .samples import Sample, Triplet, batches, encode, evaluating, forward
 
 
 @dataclass(frozen=True)
@@ -97,29 +97,25 @@ def extract(
         for state in ("sem", "pos", "neg")
         for site in ("pre", "out")
     }
-    was_training = model.training
-    model.eval()
     plan = list(batches([Sample(t.prompt, "", t.image) for t in triplets], batch_size))
-    try:
-        with _record(attention) as store, tqdm(total=len(triplets), desc="extract", disable=not progress) as bar:
-            for indices in plan:
-                for state in ("pos", "neg"):
-                    answers = [triplets[i].positive if state == "pos" else triplets[i].negative for i in indices]
-                    samples = [
-                        Sample(triplets[i].prompt, a, triplets[i].image) for i, a in zip(indices, answers, strict=True)
-                    ]
-                    batch = encode(processor, samples, device)
-                    forward(model, batch.inputs)
-                    rows = torch.arange(len(indices), device=device)
-                    for (layer, site), states in store.items():
-                        wanted = {f"{state}_{site}": batch.lasts}
-                        if state == "pos":
-                            wanted[f"sem_{site}"] = batch.ends
-                        for name, at in wanted.items():
-                            for i, row in zip(indices, states[rows, at].float().cpu(), strict=True):
-                                found[layer, name][i] = row
-                bar.update(len(indices))
-    finally:
-        model.train(was_training)
+    show = tqdm(total=len(triplets), desc="extract", disable=not progress)
+    with evaluating(model), _record(attention) as store, show as bar:
+        for indices in plan:
+            for state in ("pos", "neg"):
+                answers = [triplets[i].positive if state == "pos" else triplets[i].negative for i in indices]
+                samples = [
+                    Sample(triplets[i].prompt, a, triplets[i].image) for i, a in zip(indices, answers, strict=True)
+                ]
+                batch = encode(processor, samples, device)
+                forward(model, batch.inputs)
+                rows = torch.arange(len(indices), device=device)
+                for (layer, site), states in store.items():
+                    wanted = {f"{state}_{site}": batch.lasts}
+                    if state == "pos":
+                        wanted[f"sem_{site}"] = batch.ends
+                    for name, at in wanted.items():
+                        for i, row in zip(indices, states[rows, at].float().cpu(), strict=True):
+                            found[layer, name][i] = row
+            bar.update(len(indices))
     names = list(Hidden.__dataclass_fields__)
     return {i: Hidden(**{name: torch.stack(found[i, name]) for name in names}) for i in chosen}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,6 +113,13 @@ def forward(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
     return logits
 
 
-def device_of(model: nn.Module) -> torch.device:
-    """Where the model's first parameter is."""
-    return next(model.parameters()).device
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Within the block the model is in eval mode; then each module has its own mode back."""
+    modes = [(m, m.training) for part in model.modules() for m in (part, *getattr(part, "originals", ()))]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..editing.samples import Sample, batches, device_of, encode, needs_image
+from ..backbones import device_of
+from ..editing.samples import Sample, batches, encode, needs_image
 from ..patching import is_patched, rows
 
 

@@ -77,12 +77,14 @@ def eager(model: nn.Module, edits: Sequence[Edit], memory: MemoryBank | None, *,
     """Within the block the unpatched `model` runs the edits and the memory in eager torch.
 
     Raises:
-        NotImplementedError: a config with retrieval="sequence", alpha="last" or values="projected", or gated neurons.
+        NotImplementedError: retrieval="sequence", alpha="last", values="projected" or tokens="text", or gated neurons.
     """
     config = memory.config if memory else Config()
     gated = any(layer.up is not None for e in edits for layer in e.layers.values())
-    if config.needs_prompt_lengths or config.values == "projected" or gated:
-        raise NotImplementedError("the eager baseline knows plain neurons and token-wise retrieval and gate only")
+    if config.needs_prompt_lengths or config.values == "projected" or config.tokens == "text" or gated:
+        raise NotImplementedError(
+            "the eager baseline knows plain neurons, and retrieval and gate that are the same for every token"
+        )
     decoder = find_decoder(model)
     undo: list[Any] = []
     try:

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..editing.samples import Sample, batches, device_of, encode, forward
+from ..backbones import device_of
+from ..editing.samples import Sample, batches, encode, evaluating, forward
 from ..patching import is_patched, rows
 
 PROTOCOLS = ("mmedit", "unike")
@@ -69,9 +70,7 @@ class Observation:
 def observe(model: nn.Module, processor: Any, samples: Sequence[Sample], batch_size: int = 32) -> list[Observation]:
     """Run each sample with its answer through the model as it is now, patched or not."""
     found: list[Observation | None] = [None] * len(samples)
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         for group in batches(samples, batch_size):
             batch = encode(processor, [samples[i] for i in group], device_of(model))
             if is_patched(model):
@@ -87,8 +86,6 @@ def observe(model: nn.Module, processor: Any, samples: Sequence[Sample], batch_s
                 found[i] = Observation(
                     best[row, :-1][real].cpu(), answers[row, 1:][real].cpu(), ids[row][answers[row]].cpu()
                 )
-    finally:
-        model.train(was_training)
     return [o for o in found if o is not None]
 
 
