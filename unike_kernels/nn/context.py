@@ -43,7 +43,7 @@ class Context:
         if self.rows is not None and batch % self.rows:
             raise ValueError(f"rows: {self.rows} edit sets were given, the batch has {batch} rows")
         mask = attention_mask if attention_mask is not None and attention_mask.dim() == 2 else None
-        shifted = None if mask is None else mask[:, -tokens:].bool()
+        shifted = None if mask is None else mask[:, mask.shape[1] - tokens :].bool()
         if self.text is not None:
             text = self.text.repeat_interleave(max(batch // self.text.shape[0], 1), 0)
             if text.shape == (batch, tokens):

@@ -102,7 +102,8 @@ class MemoryAttention(DropIn):
         queries = flat.unsqueeze(1) if self.project is None else self.project(self._originals[0], flat)
         alpha = None
         if not isinstance(config.alpha, str):
-            alpha = torch.full((1,), float(config.alpha), dtype=torch.float32, device=out.device)
+            wide = torch.promote_types(out.dtype, torch.float32)
+            alpha = torch.full((1,), float(config.alpha), dtype=wide, device=out.device)
         blend: dict[str, Any] = {
             "scale": config.scale,
             "alpha": alpha,

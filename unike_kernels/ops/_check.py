@@ -23,10 +23,23 @@ def floating(name: str, t: Tensor, dims: Sequence[int | None]) -> None:
     sized(name, t, dims)
 
 
+def rows(name: str, t: Tensor) -> None:
+    """`t` is a floating tensor [*, d] with d >= 1."""
+    floating(name, t, (None, None))
+    if t.shape[1] < 1:
+        raise ValueError(f"{name}: expected at least one column, got {shape_of(t)}")
+
+
+def instance(name: str, value: object, kind: type) -> None:
+    if not isinstance(value, kind):
+        raise TypeError(f"{name}: expected {kind.__name__}, got {type(value).__name__}")
+
+
 def integer(name: str, t: Tensor, dims: Sequence[int | None]) -> None:
     """`t` is an int64 tensor of this shape."""
     if not isinstance(t, Tensor) or t.dtype != torch.int64:
-        raise TypeError(f"{name}: expected an int64 tensor, got {shape_of(t) if isinstance(t, Tensor) else type(t)}")
+        got = shape_of(t) if isinstance(t, Tensor) else type(t).__name__
+        raise TypeError(f"{name}: expected an int64 tensor, got {got}")
     sized(name, t, dims)
 
 

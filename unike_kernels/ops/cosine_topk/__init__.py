@@ -32,7 +32,8 @@ def _run_native(
     queries: Tensor, keys: Tensor, k: int, normalized: bool, bounds: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     q = _native.normalize_rows(queries.float())
-    return _native.cosine_topk(q, keys if normalized else _native.normalize_rows(keys.float()), k, bounds)
+    keys = keys.float()
+    return _native.cosine_topk(q, keys if normalized else _native.normalize_rows(keys), k, bounds)
 
 
 _backend.register("cosine_topk", "reference", reference.cosine_topk)
@@ -80,21 +81,31 @@ def normalize_rows(x: Tensor) -> Tensor:
     """The canonical unit rows of `x`, as `cosine_topk(..., normalized=True)` takes them.
 
     Args:
-        x: [N, d], any float dtype.
+        x: [N, d], any float dtype, d >= 1.
 
     Returns:
         float32 [N, d] (float64 for a float64 input). Zero rows stay zero.
 
     Raises:
-        ValueError: a row holds a non-finite value; the message names the first one.
+        TypeError, ValueError: a wrong dtype or shape; a row holds a non-finite value, the message names the first one.
     """
-    _check.floating("x", x, (None, None))
+    _check.rows("x", x)
     bad = (~x.isfinite().all(-1)).nonzero()
     if len(bad):
         raise ValueError(f"x: expected finite values, row {int(bad[0])} holds NaN or infinity")
-    if _native.available() and _native_refuse(x) is None:
+    if _backend.forced_backend() != "reference" and _native.available() and _native_refuse(x) is None:
         return _native.normalize_rows(x.float())
     return _normalize_rows(x)
+
+
+def check_retrieval(queries: Tensor, name: str, table: Tensor, k: int, bounds: Tensor | None) -> None:
+    """The checks that cosine_topk and memory_attention share; `name` is what the caller calls `table`."""
+    _check.floating(name, table, (None, queries.shape[1]))
+    if not isinstance(k, int) or k < 1:
+        raise ValueError(f"k: expected an integer of at least 1, got {k!r}")
+    if bounds is not None:
+        _check.integer("bounds", bounds, (queries.shape[0], 2))
+    _check.same_device("queries", queries, **{name: table, "bounds": bounds})
 
 
 def cosine_topk(
@@ -107,7 +118,7 @@ def cosine_topk(
     the rest is id -1 and score -inf. A zero query or key scores 0. Differentiable in queries and keys (scores only).
 
     Args:
-        queries: [M, d], any float dtype.
+        queries: [M, d], any float dtype, d >= 1.
         keys: [N, d]; finite.
         k: how many, at least 1.
         normalized: `keys` are the output of `normalize_rows` already.
@@ -118,16 +129,11 @@ def cosine_topk(
         ids: int64 [M, k].
 
     Raises:
-        TypeError, ValueError: a wrong dtype, shape, device or k.
+        TypeError, ValueError: a wrong dtype, shape, device or k; bounds outside the keys.
     """
-    _check.floating("queries", queries, (None, None))
-    _check.floating("keys", keys, (None, queries.shape[1]))
-    _check.same_device("queries", queries, keys=keys, bounds=bounds)
-    if not isinstance(k, int) or k < 1:
-        raise ValueError(f"k: expected an integer of at least 1, got {k!r}")
+    _check.rows("queries", queries)
+    check_retrieval(queries, "keys", keys, k, bounds)
     if normalized and keys.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"keys: expected the float32 rows of normalize_rows, got {_check.shape_of(keys)}")
-    if bounds is not None:
-        _check.integer("bounds", bounds, (queries.shape[0], 2))
     scores, ids = torch.ops.unike.cosine_topk(queries, keys, k, normalized, bounds)
     return scores, ids

@@ -48,14 +48,24 @@ def normalize_rows(x: Tensor) -> Tensor:
     return unit if x.dtype == torch.float64 else unit.float()
 
 
+def _check_bounds(bounds: Tensor, n: int) -> None:
+    start, stop = bounds.unbind(-1)
+    bad = ((start < 0) | (start > stop) | (stop > n)).nonzero()
+    if len(bad):
+        row = int(bad[0])
+        raise ValueError(f"bounds: expected 0 <= start <= stop <= n = {n}, row {row} is {bounds[row].tolist()}")
+
+
 def cosine_topk(
     queries: Tensor, keys: Tensor, k: int, normalized: bool = False, bounds: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """The k keys of highest cosine for each query: scores [M, k] and ids int64 [M, k]; see the package docstring."""
     q = normalize_rows(queries)
-    keys = keys if normalized else normalize_rows(keys)
     keys = keys.to(q.dtype)
+    keys = keys if normalized else normalize_rows(keys)
     m, n = q.shape[0], keys.shape[0]
+    if bounds is not None:
+        _check_bounds(bounds, n)
     with torch.no_grad():
         scores = canonical_dot(q.unsqueeze(1), keys.unsqueeze(0)).to(q.dtype) + 0.0
         position = torch.arange(n, device=q.device)
@@ -79,12 +89,15 @@ def cosine_topk_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the scores [M, k] to the queries [M, d] and keys [N, d]; ids have none.
 
-    With u = x / |x|: d cos(q, k) / dq = (u_k - cos * u_q) / |q|.
+    With u = x / |x|: d cos(q, k) / dq = (u_k - cos * u_q) / |q|. A query that found nothing has no gradient.
     """
+    if len(keys) == 0:
+        return torch.zeros_like(queries), torch.zeros_like(keys)
     wide = torch.promote_types(queries.dtype, torch.float32)
-    q, table = queries.to(wide), keys.to(wide)
+    found = ids >= 0
+    q, table = torch.where(found.any(-1, keepdim=True), queries.to(wide), 0.0), keys.to(wide)
     chosen = table[ids.clamp(min=0)]
-    grad = torch.where(ids >= 0, grad.to(wide), 0.0).unsqueeze(-1)
+    grad = torch.where(found, grad.to(wide), 0.0).unsqueeze(-1)
 
     def unit(x: Tensor) -> tuple[Tensor, Tensor]:
         norm = x.norm(dim=-1, keepdim=True)

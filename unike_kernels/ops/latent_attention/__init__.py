@@ -104,6 +104,7 @@ def check_tables(
     heads, width = queries.shape[1:]
     _check.floating("keys", keys, (None, heads, width))
     _check.floating("values", values, (keys.shape[0], heads, d))
+    _check.instance("encoder", encoder, SemanticEncoder)
     _check.floating("encoder.w1", encoder.w1, (None, d))
     r = encoder.w1.shape[0]
     _check.floating("encoder.b1", encoder.b1, (r,))
@@ -123,8 +124,13 @@ def check_tables(
 
 
 def divides(name: str, rows: int, tokens: int) -> None:
-    if rows < 1 or tokens % rows:
+    if tokens % rows if rows else tokens:
         raise ValueError(f"{name}: {tokens} tokens cannot be split evenly among its {rows} rows")
+
+
+def with_heads(t: Tensor) -> Tensor:
+    """[N, d] -> [N, 1, d]; anything else as it is, for the checks to judge."""
+    return t.unsqueeze(1) if isinstance(t, Tensor) and t.dim() == 2 else t
 
 
 def latent_attention(
@@ -164,12 +170,11 @@ def latent_attention(
     Raises:
         TypeError, ValueError: a wrong dtype, shape, device or switch; the memory or the encoder asks for gradients.
     """
-    queries, keys, values = (t.unsqueeze(1) if t.dim() == 2 else t for t in (queries, keys, values))
+    queries, keys, values = (with_heads(t) for t in (queries, keys, values))
     check_tables(inputs, queries, keys, values, encoder, alpha, anchor, convention, norm)
     _check.integer("ids", ids, (None, None))
     _check.same_device("inputs", inputs, ids=ids)
-    if inputs.shape[0]:
-        divides("ids", ids.shape[0], inputs.shape[0])
+    divides("ids", ids.shape[0], inputs.shape[0])
     factor = 1 / math.sqrt(queries.shape[-1]) if scale is None else float(scale)
     out, gate = torch.ops.unike.latent_attention(
         queries, inputs, keys, values, ids, *encoder, alpha, anchor, factor, convention, norm

@@ -66,6 +66,11 @@ def _cosine(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).sum(-1) * _inverse(a.norm(dim=-1)) * _inverse(b.norm(dim=-1))
 
 
+def _per_token(rows: Tensor, tokens: int) -> Tensor:
+    """Each row repeated for its equal run of the tokens. [R, ...] -> [tokens, ...]."""
+    return rows.repeat_interleave(tokens // len(rows), 0) if len(rows) else rows
+
+
 def encode(encoder: SemanticEncoder, x: Tensor) -> Tensor:
     """Enc_sem(x). [..., d] -> [..., d]."""
     hidden = activate("gelu", F.linear(x, encoder.w1, encoder.b1))
@@ -86,14 +91,15 @@ def _steps(
     m = inputs.shape[0]
     wide = torch.promote_types(inputs.dtype, torch.float32)
     q, h = queries.to(wide), inputs.to(wide)
-    a = h if anchor is None else anchor.to(wide).repeat_interleave(m // anchor.shape[0], 0)
-    ids = ids.repeat_interleave(m // ids.shape[0], 0) if len(ids) else ids
-    valid = ids >= 0
+    valid = _per_token(ids, m) >= 0
+    ids = _per_token(ids, m).clamp(min=0)
+    h = torch.where(valid.any(-1, keepdim=True), h, 0.0)  # what an untouched token holds reaches no gradient
+    a = h if anchor is None else _per_token(anchor.to(wide), m)
     if len(keys) == 0:
         k_rows = keys.new_zeros(m, ids.shape[1], *keys.shape[1:], dtype=wide)
         v_rows = values.new_zeros(m, ids.shape[1], *values.shape[1:], dtype=wide)
     else:
-        k_rows, v_rows = keys[ids.clamp(min=0)].to(wide), values[ids.clamp(min=0)].to(wide)
+        k_rows, v_rows = keys[ids].to(wide), values[ids].to(wide)
     logits = blend.scale * torch.einsum("mhc,mkhc->mhk", q, k_rows)
     logits = logits.masked_fill(~valid.unsqueeze(1), float("-inf"))
     p = torch.where(valid.unsqueeze(1), logits.softmax(-1), 0.0)  # a token with no entry: NaN -> 0
@@ -186,7 +192,8 @@ def latent_attention_backward(
     if anchor is None:
         grad_h = grad_h + grad_anchor_rows
     else:
-        per_row = grad_anchor_rows.unflatten(0, (anchor.shape[0], -1)).sum(1)
+        rows = len(anchor)
+        per_row = grad_anchor_rows.reshape(rows, len(s.h) // max(rows, 1), -1).sum(1)
         grad_anchor = per_row.to(anchor.dtype)
     grad_given = None
     if alpha is not None:

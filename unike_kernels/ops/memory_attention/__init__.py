@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from .. import _backend, _check, _library
-from ..latent_attention import SemanticEncoder, alpha_dtype, check_tables, pack
+from ..cosine_topk import check_retrieval
+from ..latent_attention import SemanticEncoder, alpha_dtype, check_tables, pack, with_heads
 from . import reference
 
 __all__ = ["memory_attention"]
@@ -109,20 +110,15 @@ def memory_attention(
     Raises:
         TypeError, ValueError: a wrong dtype, shape, device or switch.
     """
-    _check.floating("hidden", hidden, (None, None))
-    _check.floating("index", index, (None, hidden.shape[1]))
-    queries = hidden if queries is None else queries
-    queries, keys, values = (t.unsqueeze(1) if t.dim() == 2 else t for t in (queries, keys, values))
+    _check.rows("hidden", hidden)
+    check_retrieval(hidden, "index", index, k, bounds)
+    queries, keys, values = (with_heads(t) for t in (hidden if queries is None else queries, keys, values))
     check_tables(inputs, queries, keys, values, encoder, alpha, anchor, convention, norm)
     _check.sized("hidden", hidden, (inputs.shape[0], None))
     _check.sized("index", index, (keys.shape[0], None))
-    _check.same_device("inputs", inputs, hidden=hidden, index=index, bounds=bounds)
+    _check.same_device("inputs", inputs, hidden=hidden)
     if index.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"index: expected the float32 rows of normalize_rows, got {_check.shape_of(index)}")
-    if not isinstance(k, int) or k < 1:
-        raise ValueError(f"k: expected an integer of at least 1, got {k!r}")
-    if bounds is not None:
-        _check.integer("bounds", bounds, (hidden.shape[0], 2))
     factor = 1 / math.sqrt(queries.shape[-1]) if scale is None else float(scale)
     out, gate, ids = torch.ops.unike.memory_attention(
         hidden, index, k, bounds, queries, inputs, keys, values, *encoder, alpha, anchor, factor, convention, norm

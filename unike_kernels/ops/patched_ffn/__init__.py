@@ -127,6 +127,7 @@ _library.define(
 
 
 def _check_pool(x: Tensor, pool: EditPool) -> None:
+    _check.instance("pool", pool, EditPool)
     d = x.shape[-1]
     _check.floating("pool.keys", pool.keys, (None, d))
     p = pool.keys.shape[0]
@@ -143,7 +144,7 @@ def _check_pool(x: Tensor, pool: EditPool) -> None:
     _check.integer("pool.indptr", pool.indptr, (edits + 1,))
     _check.integer("pool.row_indptr", pool.row_indptr, (None,))
     _check.integer("pool.row_edits", pool.row_edits, (None,))
-    rows, tokens = pool.row_indptr.shape[0] - 1, x[..., 0].numel()
+    rows, tokens = pool.row_indptr.shape[0] - 1, x.shape[:-1].numel()
     if pool.token_rows is not None:
         _check.integer("pool.token_rows", pool.token_rows, (tokens,))
     elif rows < 1 or tokens % rows:
@@ -170,22 +171,27 @@ def patched_ffn(x: Tensor, base: Tensor | FFNWeights, pool: EditPool, *, activat
         TypeError, ValueError: a wrong dtype, shape, device or activation.
     """
     _check.one_of("activation", activation, ACTIVATIONS)
+    _check.instance("x", x, Tensor)
     _check.floating("x", x, x.shape)
+    if x.dim() < 1 or x.shape[-1] < 1:
+        raise ValueError(f"x: expected shape [..., d] with d >= 1, got {_check.shape_of(x)}")
     _check_pool(x, pool)
     d = x.shape[-1]
     flat = x.reshape(-1, d)
     if isinstance(base, FFNWeights):
         _check.floating("base.w_in", base.w_in, (None, d))
         f = base.w_in.shape[0]
+        _check.floating("base.w_out", base.w_out, (d, f))
         for name, t, dims in (
             ("b_in", base.b_in, (f,)),
             ("w_up", base.w_up, (f, d)),
             ("b_up", base.b_up, (f,)),
-            ("w_out", base.w_out, (d, f)),
             ("b_out", base.b_out, (d,)),
         ):
             if t is not None:
                 _check.floating(f"base.{name}", t, dims)
+        if base.b_up is not None and base.w_up is None:
+            raise ValueError("base.b_up: expected None without base.w_up")
         _check.same_device("x", x, **{f"base.{name}": t for name, t in base._asdict().items()})
         out = torch.ops.unike.patched_ffn(flat, *base, *pool, activation)
     else:
