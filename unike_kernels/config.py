@@ -10,7 +10,7 @@ from typing import Any
 _CHOICES = {
     "retrieval": ("token", "sequence"),
     "tokens": ("all", "text"),
-    "values": ("pre", "out", "projected"),
+    "values": ("out", "pre", "projected"),
     "convention": ("inclusion", "eq7"),
     "norm": ("match", "none"),
     "neurons": ("plain", "gated"),
@@ -29,8 +29,9 @@ class Config:
         retrieval: "token": each token retrieves its own entries (causal, stateless); "sequence": once, with the last
             prompt token, as the paper words it (needs `uk.rows(..., prompt_lengths=...)`).
         tokens: which tokens are shifted: "all", or "text" (not those of an image). Padding never is.
-        values: what the memory attention reads: "pre" (h_pos at the attention's input, as keys and values),
-            "out" (h_pos at its output as values), "projected" (W_k and W_v W_o per head, Eq. 8 to the letter).
+        values: what the memory attention returns: "out" (h_pos at the attention's output, where the blend takes place),
+            "pre" (h_pos at its input, keys and values in one, the paper's wording), "projected" (W_k and W_v W_o per
+            head, Eq. 8 to the letter).
         scale: of the attention logits; None: 1 / sqrt(width of a key).
         alpha: the gate: "token" (cosine with the token's own h_input), "last" (with h_input of the last prompt token,
             Eq. 7; needs `uk.rows(..., prompt_lengths=...)`), or a fixed number in 0..1.
@@ -47,7 +48,7 @@ class Config:
     k: int = 40
     retrieval: str = "token"
     tokens: str = "all"
-    values: str = "pre"
+    values: str = "out"
     scale: float | None = None
     alpha: str | float = "token"
     convention: str = "inclusion"

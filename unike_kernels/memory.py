@@ -94,6 +94,12 @@ class MemoryBank:
         sizes = {tuple(layer.index.shape) for layer in self.layers.values()}
         if len(sizes) != 1:
             raise ValueError(f"MemoryBank.layers: expected the same [N, d] in every layer, got {sorted(sizes)}")
+        for i, layer in self.layers.items():
+            if (layer.values is None) != (self.config.values == "pre"):
+                raise ValueError(
+                    f"MemoryBank.layers: with Config(values={self.config.values!r}) layer {i} should "
+                    f"{'take its keys as values' if layer.values is not None else 'have values of its own'}"
+                )
         if not self.id:
             object.__setattr__(self, "id", artifacts.digest(self._tensors()))
 
