@@ -44,10 +44,10 @@ class EditTraining:
 
     neurons: int = 10
     lr: float = 1e-2
-    steps: int = 200
+    steps: int = 100
     stop_loss: float = 0.05
     stop_preserve: float = 0.01
-    preserve_weight: float = 1.0
+    preserve_weight: float = 10.0
     preserve_batch: int = 16
     seed: int = 0
 
@@ -68,7 +68,8 @@ class EditResult:
         losses: loss of the target at each step, before the step.
         divergence: from the unedited model on the `preserve` samples at the end, in nats a token; 0 without samples.
         reached: whether the edited model predicts every target token.
-        stopped: why training ended: "target met" or "step limit".
+        stopped: why training ended: "target met" (and the preserve samples kept), "step limit, target met" or
+            "step limit, target not met".
     """
 
     edit: Edit
@@ -267,6 +268,7 @@ def train_edit(
                     optimizer.zero_grad()
                     loss.backward()
                     optimizer.step()
+    stopped = "target met" if step < training.steps else f"step limit, target {'met' if met else 'not met'}"
     edit = Edit(
         name,
         {i: layer.detached() for i, layer in neurons.layers().items()},
@@ -276,7 +278,7 @@ def train_edit(
         memory.id if memory else None,
         {"prompt": request.prompt, "answer": request.answer, "training": str(training)},
     )
-    return EditResult(edit, tuple(losses), divergence, reached, "target met" if step < training.steps else "step limit")
+    return EditResult(edit, tuple(losses), divergence, reached, stopped)
 
 
 class _Neurons:
