@@ -96,4 +96,5 @@ def _print_answers(scenario: Scenario, before: dict[str, list[str]], after: dict
             continue
         print(f"{_SHOWN[metric]}:")
         for sample, old, new in zip(samples, before[metric], after[metric], strict=False):
+            old, new = (" ".join(text.split()) for text in (old, new))
             print(f"  {sample.prompt:50.50s}  {old:24.24s} -> {new:.24s}")
