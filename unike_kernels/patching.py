@@ -37,6 +37,8 @@ class _Decode:
             return
         if ids is not None and self.image_token is not None:
             self.context.text = ids != self.image_token
+        elif self.image_token is not None and self.context.text is None:
+            raise ValueError("inputs_embeds: Config(tokens='text') tells images from text by input_ids; give those")
         mask = kwargs.get("attention_mask")
         plain = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
         past = 0
@@ -60,7 +62,7 @@ class _Embed:
     image_token: int
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        self.context.text = args[0] != self.image_token
+        self.context.text = args[0] != self.image_token if args[0].dim() == 2 else None
 
 
 @dataclass
@@ -173,8 +175,6 @@ def patch(
         raise PatchError(f"edits: expected distinct ids, got {[edit.id for edit in edits]}")
 
     decoder = backbones.find_decoder(model)
-    if _state(model) is None and any(original(m) is not m for m in decoder.module.modules()):
-        raise PatchError(f"{type(model).__name__}: its decoder belongs to a model that is patched already")
     chosen = config or (memory.config if memory else None) or (edits[0].config if edits else None) or Config()
     _check_belonging(model, decoder, list(edits), memory, chosen, override)
     wanted = {i for edit in edits for i in edit.layers} | set(memory.layers if memory else ())
