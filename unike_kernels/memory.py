@@ -58,7 +58,10 @@ class MemoryLayer:
             if tuple(found[name].shape) != shape:
                 raise ValueError(f"MemoryLayer.{name}: expected shape {list(shape)}, got {list(found[name].shape)}")
         for name, t in self.tensors().items():
-            bad = (~t.isfinite().reshape(t.shape[0] if t.dim() else 1, -1).all(-1)).nonzero()
+            if not t.is_floating_point():
+                raise TypeError(f"MemoryLayer.{name}: expected a floating dtype, got {t.dtype}")
+            finite = t.isfinite()
+            bad = (~(finite.flatten(1).all(-1) if t.dim() > 1 else finite)).nonzero()
             if len(bad):
                 raise ValueError(f"MemoryLayer.{name}: row {int(bad[0])} holds NaN or infinity")
 

@@ -1,0 +1,74 @@
+"""Config: what it accepts, what it compares, and that it survives a round trip through JSON."""
+
+import dataclasses
+import json
+
+import pytest
+
+import unike_kernels as uk
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("k", 0),
+        ("k", 1.0),
+        ("k", True),
+        ("retrieval", "batch"),
+        ("tokens", "image"),
+        ("values", None),
+        ("scale", 0),
+        ("scale", float("inf")),
+        ("alpha", "first"),
+        ("alpha", 1.01),
+        ("alpha", -0.01),
+        ("alpha", True),
+        ("alpha", float("nan")),
+        ("convention", "eq8"),
+        ("norm", "l2"),
+        ("neurons", "fused"),
+        ("w_zeta", "frozen"),
+        ("beta", float("nan")),
+        ("beta", "0.1"),
+    ],
+)
+def test_a_value_out_of_range_is_named(name, value):
+    with pytest.raises(ValueError, match=f"Config.{name}: expected .*got {value!r}"):
+        uk.Config(**{name: value})
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{}, {"k": 1, "alpha": 0, "scale": 2}, {"alpha": 1.0, "beta": -0.5, "tokens": "text"}, {"values": "projected"}],
+)
+def test_round_trip_through_json(values):
+    config = uk.Config(**values)
+    assert uk.Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+@pytest.mark.parametrize("change", [{"extra": 1}, {"k": 0}, None, "k"])
+def test_from_dict_refuses_what_is_no_config(change):
+    values = uk.Config().to_dict()
+    if change == "k":
+        del values["k"]
+    values = None if change is None else values | (change if isinstance(change, dict) else {})
+    with pytest.raises(ValueError, match="Config"):
+        uk.Config.from_dict(values)
+
+
+def test_differences_are_those_that_inference_sees():
+    base = uk.Config(k=7)
+    assert base.differences(uk.Config(k=7, neurons="gated", w_zeta="edit", beta=0.7)) == []
+    other = {"retrieval": "sequence", "tokens": "text", "values": "projected", "scale": 0.5, "alpha": 0.5}
+    other |= {"convention": "eq7", "norm": "none", "k": 3}
+    for name, value in other.items():
+        mine = getattr(base, name)
+        assert base.differences(dataclasses.replace(base, **{name: value})) == [f"{name}: {mine!r} != {value!r}"]
+
+
+@pytest.mark.parametrize(
+    ("values", "needed"),
+    [({}, False), ({"alpha": 0.5}, False), ({"alpha": "last"}, True), ({"retrieval": "sequence"}, True)],
+)
+def test_needs_prompt_lengths(values, needed):
+    assert uk.Config(**values).needs_prompt_lengths is needed

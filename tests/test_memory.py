@@ -1,0 +1,107 @@
+"""Memories as values and as files."""
+
+import pytest
+import torch
+
+import unike_kernels as uk
+from unike_kernels.ops import SemanticEncoder
+
+
+def layer(n=5, d=8, r=3, heads=1, width=8, own_values=False, **changes):
+    encoder = {"w1": torch.randn(r, d), "b1": torch.randn(r), "w2": torch.randn(d, r), "b2": torch.randn(d)}
+    encoder |= {name: changes.pop(name) for name in list(changes) if name in encoder}
+    tensors = {
+        "index": torch.randn(n, d),
+        "keys": torch.randn(n, heads, width),
+        "values": torch.randn(n, heads, d) if own_values else None,
+        "zeta": torch.randn(2),
+        "zeta_prime": torch.randn(d),
+    }
+    return uk.MemoryLayer(encoder=SemanticEncoder(**encoder), **{**tensors, **changes})
+
+
+BASE = {"model_type": "opt", "hidden_size": 8, "layers": 4, "parameters": 2, "samples": {}}
+
+
+PRE = uk.Config(k=2, values="pre")
+
+
+def bank(layers=None, **changes):
+    return uk.MemoryBank(layers or {2: layer(), 3: layer()}, **{"config": PRE, "base_model": BASE, **changes})
+
+
+@pytest.mark.parametrize(
+    ("values", "shape"),
+    [
+        ("pre", {}),
+        ("out", {"own_values": True}),
+        ("projected", {"heads": 2, "width": 4, "own_values": True}),
+        ("pre", {"n": 0}),
+    ],
+)
+def test_round_trip(tmp_path, values, shape):
+    config = uk.Config(k=2, alpha=0.25, values=values)
+    memory = bank({0: layer(**shape), 9: layer(**shape)}, config=config, notes={"a": "b"})
+    memory.save(tmp_path / "memory.safetensors")
+    found = uk.MemoryBank.load(tmp_path / "memory.safetensors")
+    same = ("config", "base_model", "notes", "id")
+    assert [getattr(found, name) for name in same] == [getattr(memory, name) for name in same]
+    assert (len(found), found.hidden_size, found.nbytes) == (shape.get("n", 5), 8, memory.nbytes)
+    for index, mine in memory.layers.items():
+        theirs = found.layers[index].tensors()
+        assert theirs.keys() == mine.tensors().keys()
+        assert all(torch.equal(theirs[name], t) for name, t in mine.tensors().items())
+
+
+def test_id_is_of_the_contents():
+    one, two = layer(), layer()
+    assert bank({2: one, 3: two}).id == bank({3: two, 2: one}, config=uk.Config(k=1, values="pre"), notes={"x": "y"}).id
+    assert bank({2: one, 3: two}).id != bank({2: two, 3: one}).id
+    assert bank({2: one}).id != bank({3: one}).id
+
+
+def test_nbytes_counts_shared_tables_once():
+    encoder = 3 * 8 + 3 + 8 * 3 + 8
+    assert bank({0: layer()}).nbytes == 4 * (2 * 5 * 8 + encoder + 2 + 8)
+    assert bank({0: layer(own_values=True)}, config=uk.Config(values="out")).nbytes == 4 * (3 * 5 * 8 + encoder + 2 + 8)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"index": torch.zeros(5)}, r"expected index \[N, d\] and keys \[N, H, c\], got \[5\]"),
+        ({"keys": torch.zeros(5, 8)}, r"expected index \[N, d\] and keys \[N, H, c\]"),
+        ({"keys": torch.zeros(4, 1, 8)}, "MemoryLayer.keys: expected 5 entries as index, got 4"),
+        ({"keys": torch.zeros(5, 2, 4)}, r"keys of shape \[5, 2, 4\] cannot serve as values"),
+        ({"values": torch.zeros(5, 1, 7)}, r"MemoryLayer.values: expected shape \[5, 1, 8\], got \[5, 1, 7\]"),
+        ({"zeta_prime": torch.zeros(7)}, r"MemoryLayer.zeta_prime: expected shape \[8\], got \[7\]"),
+        ({"b1": torch.zeros(4)}, r"MemoryLayer.b1: expected shape \[3\], got \[4\]"),
+        ({"w2": torch.zeros(3, 8)}, r"MemoryLayer.w2: expected shape \[8, 3\], got \[3, 8\]"),
+        ({"index": torch.eye(5, 8).log()}, "MemoryLayer.index: row 0 holds NaN or infinity"),
+        (
+            {"keys": torch.zeros(5, 1, 8).index_fill(0, torch.tensor([3]), float("nan"))},
+            "MemoryLayer.keys: row 3 holds",
+        ),
+        ({"b2": torch.tensor([0.0] * 6 + [float("inf"), 0])}, "MemoryLayer.encoder.b2: row 6 holds NaN or infinity"),
+    ],
+)
+def test_a_layer_whose_tensors_do_not_fit(changes, message):
+    with pytest.raises(ValueError, match=message):
+        layer(**changes)
+
+
+@pytest.mark.parametrize("name", ["index", "keys", "zeta", "w1"])
+def test_a_layer_of_integers(name):
+    shape = {"index": (5, 8), "keys": (5, 1, 8), "zeta": (2,), "w1": (3, 8)}[name]
+    with pytest.raises(TypeError, match=f"{name}: expected a floating dtype, got torch.int64"):
+        layer(**{name: torch.zeros(shape, dtype=torch.int64)})
+
+
+def test_a_bank_whose_layers_do_not_fit():
+    with pytest.raises(ValueError, match=r"MemoryBank.layers: expected at least one layer"):
+        uk.MemoryBank({}, PRE, BASE)
+    with pytest.raises(ValueError, match=r"the same \[N, d\] in every layer, got \[\(5, 8\), \(6, 8\)\]"):
+        bank({0: layer(), 1: layer(n=6)})
+    for values, tables in (("pre", True), ("out", False), ("projected", False)):
+        with pytest.raises(ValueError, match=rf"MemoryBank.layers: with Config\(values='{values}'\) layer 1 should"):
+            bank({1: layer(own_values=tables)}, config=uk.Config(values=values))
