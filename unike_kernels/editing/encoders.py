@@ -46,6 +46,10 @@ class EncoderTraining:
         for name in positive:
             if not getattr(self, name) > 0:
                 raise ValueError(f"EncoderTraining.{name}: expected a positive number, got {getattr(self, name)!r}")
+        for name in ("bottleneck", "truth_size"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"EncoderTraining.{name}: expected None or a positive number, got {value!r}")
         if not 0 < self.held_out < 1:
             raise ValueError(f"EncoderTraining.held_out: expected a share between 0 and 1, got {self.held_out!r}")
 

@@ -1,0 +1,156 @@
+"""Finding decoder, attention and FFN; what is said about a model of another structure."""
+
+import pytest
+import torch
+from torch import nn
+
+import unike_kernels as uk
+from unike_kernels import backbones
+from unike_kernels.ops.patched_ffn.reference import ACTIVATIONS, activate, base_ffn
+
+
+@pytest.mark.parametrize(
+    ("kind", "path"),
+    [
+        ("opt", "model.decoder"),
+        ("llama", "model"),
+        ("blip2-opt", "language_model.model.decoder"),
+        ("blip2-llama", "language_model.model"),
+    ],
+)
+def test_finds_the_decoder(make_model, kind, path):
+    model = make_model(kind)
+    decoder = backbones.find_decoder(model)
+    assert (decoder.path, decoder.hidden_size, len(decoder.layers)) == (path, 64, 6)
+    assert decoder.module is model.get_submodule(path)
+    gated = kind.endswith("llama")
+    for index, layer in enumerate(decoder.layers):
+        assert (layer.index, layer.attention, layer.gated) == (index, "self_attn", gated)
+        assert layer.module is decoder.module.layers[index]
+        assert layer.ffn == (("mlp",) if gated else ("fc1", "activation_fn", "fc2"))
+        assert layer.activation == ("silu" if gated else "relu")
+
+
+@pytest.mark.parametrize("kind", ["opt", "llama"])
+@pytest.mark.parametrize("patched", [False, True])
+def test_weights_are_those_of_the_ffn(make_model, kind, patched):
+    model = make_model(kind)
+    if patched:
+        uk.patch(model)
+    layer = backbones.find_decoder(model).layers[3]
+    x = torch.randn(4, 64)
+    parts = layer.module.mlp if layer.gated else nn.Sequential(layer.module.fc1, nn.ReLU(), layer.module.fc2)
+    wanted = layer.module.fc1(x) if patched and not layer.gated else parts(x)
+    torch.testing.assert_close(base_ffn(x, layer.weights(), layer.activation), wanted)
+
+
+def test_select(make_model):
+    decoder = backbones.find_decoder(make_model("opt"))
+    assert decoder.select(None) == [2, 3, 4, 5]
+    assert decoder.select(None, count=9) == [0, 1, 2, 3, 4, 5]
+    assert decoder.select([4, 1, 4]) == [1, 4]
+    for wrong in ([6], [-1], [], [True], [1.0], ["1"]):
+        with pytest.raises(ValueError, match=r"layers: expected indices in 0..5"):
+            decoder.select(wrong)
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_an_activation_is_known_by_what_it_computes(name):
+    assert backbones.match_activation(lambda x: activate(name, x), "here") == name
+
+
+def test_an_unknown_activation():
+    with pytest.raises(uk.UnsupportedModelError, match="layer 3: its activation Tanh computes none of relu, gelu"):
+        backbones.match_activation(nn.Tanh(), "layer 3")
+
+
+def gpt2():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    return GPT2LMHeadModel(GPT2Config(vocab_size=20, n_embd=16, n_layer=2, n_head=2, n_positions=8))
+
+
+def vit():
+    from transformers import ResNetConfig, ResNetModel
+
+    return ResNetModel(ResNetConfig(embedding_size=4, hidden_sizes=[4, 4], depths=[1, 1], layer_type="basic"))
+
+
+def of_another_activation(make_model):
+    model = make_model("llama")
+    model.model.layers[4].mlp.act_fn = nn.Softsign()
+    return model
+
+
+def with_two_decoders(make_model):
+    model = make_model("opt")
+    model.second = make_model("opt").model
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda _: gpt2(), r"layer 0 \(GPT2Block\): looked for an FFN .* with \['c_fc', 'c_proj', .*\] in mlp"),
+        (lambda _: vit(), "ResNetModel: looked for one submodule with model_type 'resnet'.*found none"),
+        (lambda _: nn.Linear(2, 2), "model: expected a Hugging Face PreTrainedModel, got Linear"),
+        (lambda _: "model", "model: expected a Hugging Face PreTrainedModel, got str"),
+        (of_another_activation, r"layer 4 \(LlamaDecoderLayer\): its activation Softsign computes none of relu"),
+        (with_two_decoders, r"found \['model.decoder', 'second.decoder'\]"),
+    ],
+)
+def test_an_unsupported_model_is_described_and_left_alone(make_model, make_edit, make_memory, make, message):
+    model = make(make_model)
+    before = dict(model.named_modules()) if isinstance(model, nn.Module) else None
+    with pytest.raises(uk.UnsupportedModelError, match=message):
+        backbones.find_decoder(model)
+    if before is not None:
+        with pytest.raises(uk.UnsupportedModelError, match=message):
+            uk.patch(model)
+        assert dict(model.named_modules()) == before
+
+
+def test_image_token(make_model):
+    assert backbones.image_token_id(make_model("blip2-opt")) == 3
+    with pytest.raises(
+        uk.UnsupportedModelError, match=r"OPTForCausalLM: Config\(tokens='text'\) needs an image_token_id"
+    ):
+        backbones.image_token_id(make_model("opt"))
+
+
+@pytest.mark.parametrize("kind", ["opt", "llama"])
+def test_projections_are_the_attention_modules_own(make_model, kind):
+    """A single entry, attended to by anything, comes out as the module's own output for it (Eq. 8); keys agree with
+    the scores that the module computes without positions."""
+    attention = backbones.find_decoder(make_model(kind)).layers[2].module.self_attn
+    hidden, other = torch.randn(5, 64), torch.randn(3, 64)
+    with torch.no_grad():
+        keys, values = backbones.project_memory(attention, hidden)
+        queries = backbones.project_queries(attention, other)
+        output = attention.out_proj if kind == "opt" else attention.o_proj
+        grouped = attention.v_proj(hidden).view(5, -1, 16)
+        wide = grouped.repeat_interleave(4 // grouped.shape[1], 1).flatten(1)
+        torch.testing.assert_close(values.sum(1), output(wide))
+        for head in range(4):
+            own = attention.k_proj(hidden).view(5, -1, 16)[:, head * grouped.shape[1] // 4]
+            torch.testing.assert_close(
+                queries[:, head] @ keys[:, head].T, attention.q_proj(other).view(3, 4, 16)[:, head] @ own.T
+            )
+    assert keys.shape == (5, 4, 16)
+    assert values.shape == (5, 4, 64)
+    assert backbones.score_scale(attention) == 0.25
+
+
+def test_projections_of_another_attention():
+    with pytest.raises(uk.UnsupportedModelError, match=r"Linear: Config\(values='projected'\) looked for q_proj"):
+        backbones.project_queries(nn.Linear(2, 2), torch.zeros(1, 2))
+
+
+def test_device_of(make_model):
+    model = make_model("opt")
+    assert backbones.device_of(model) == torch.device("cpu")
+    assert backbones.device_of(model.to("meta")) == torch.device("meta")
+    accelerate = pytest.importorskip("accelerate")
+    offloaded = accelerate.cpu_offload(make_model("opt"), execution_device=torch.device("cpu"))
+    assert next(offloaded.parameters()).is_meta
+    assert backbones.device_of(offloaded) == torch.device("cpu")
