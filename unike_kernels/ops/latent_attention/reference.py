@@ -192,8 +192,8 @@ def latent_attention_backward(
     if anchor is None:
         grad_h = grad_h + grad_anchor_rows
     else:
-        rows = len(anchor)
-        per_row = grad_anchor_rows.reshape(rows, len(s.h) // max(rows, 1), -1).sum(1)
+        rows, d = anchor.shape
+        per_row = grad_anchor_rows.reshape(rows, len(s.h) // max(rows, 1), d).sum(1)
         grad_anchor = per_row.to(anchor.dtype)
     grad_given = None
     if alpha is not None:
