@@ -58,6 +58,10 @@ class EditLayer:
         """Name -> tensor, without the absent ones."""
         return {name: t for name, t in vars(self).items() if t is not None}
 
+    def to(self, device: torch.device | str) -> EditLayer:
+        """On another device."""
+        return EditLayer(**{name: t.to(device) for name, t in self.tensors().items()})
+
     def detached(self) -> EditLayer:
         """The same numbers on the CPU, without their history."""
         return EditLayer(**{name: t.detach().cpu().clone() for name, t in self.tensors().items()})

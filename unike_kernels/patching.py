@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from . import backbones
 from .config import Config
-from .edits import Edit, EditLayer
+from .edits import Edit
 from .errors import MismatchError, PatchError
 from .fingerprint import compare
 from .memory import MemoryBank
@@ -349,7 +349,7 @@ def _build(
     *ffn_parts, base_attention = [original(getattr(layer.module, name)) for name in (*layer.ffn, layer.attention)]
     ffn = PatchedFFN.from_module(*ffn_parts, activation=layer.activation)
     own = {name: edit.layers[layer.index] for name, edit in edits.items() if layer.index in edit.layers}
-    ffn.edits.set({name: _to(e, backbones.device_of(ffn_parts[0])) for name, e in own.items()})
+    ffn.edits.set({name: e.to(backbones.device_of(ffn_parts[0])) for name, e in own.items()})
     attention = MemoryAttention.from_module(
         base_attention,
         config,
@@ -366,10 +366,6 @@ def _build(
         name: PassThrough.from_module(part) for name, part in zip(layer.ffn[1:], ffn_parts[1:], strict=True)
     }
     return replacements, ffn, attention
-
-
-def _to(layer: EditLayer, device: torch.device) -> EditLayer:
-    return EditLayer(**{name: t.to(device) for name, t in layer.tensors().items()})
 
 
 def _report(model: nn.Module, decoder: backbones.Decoder, state: _Patched) -> PatchReport:

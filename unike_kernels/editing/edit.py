@@ -55,7 +55,7 @@ class EditTraining:
         for name in ("neurons", "lr", "steps", "stop_loss", "stop_preserve", "preserve_batch"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"EditTraining.{name}: expected a positive number, got {getattr(self, name)!r}")
-        if self.preserve_weight < 0:
+        if not self.preserve_weight >= 0:
             raise ValueError(f"EditTraining.preserve_weight: expected 0 or more, got {self.preserve_weight!r}")
 
 
@@ -213,7 +213,7 @@ def train_edit(
 
     Raises:
         ValueError: an empty answer, an unknown layer, config.w_zeta="edit" without a memory.
-        PatchError: the model is patched.
+        PatchError: the model is patched; a previous edit has this id.
         MismatchError: the memory or a previous edit does not belong to this model.
     """
     if is_patched(model):
@@ -233,6 +233,9 @@ def train_edit(
     if not batch.answer_mask().any():
         raise ValueError(f"request.answer: {request.answer!r} has no tokens")
     name = id or uuid.uuid4().hex[:12]
+    if name in [e.id for e in previous]:
+        raise PatchError(f"id: {name!r} is already the id of a previous edit")
+    in_force = {i: {e.id: e.layers[i].to(device) for e in previous if i in e.layers} for i in chosen}
 
     with _frozen(model):
         kept = _Preserve(model, processor, preserve, training.preserve_batch, config) if preserve else None
@@ -252,7 +255,7 @@ def train_edit(
             with tqdm(range(training.steps + 1), desc="edit", disable=not progress, leave=False) as bar:
                 for step in bar:
                     for i, layer in neurons.layers().items():
-                        ffns[i].edits.set({e.id: e.layers[i] for e in previous if i in e.layers} | {name: layer})
+                        ffns[i].edits.set(in_force[i] | {name: layer})
                     loss, reached = _target_loss(model, config, batch)
                     losses.append(float(loss.detach()))
                     divergence = sum(divergences) / len(divergences)
@@ -260,7 +263,7 @@ def train_edit(
                     met = reached and losses[-1] < training.stop_loss
                     if (met and divergence < training.stop_preserve) or step == training.steps:
                         break
-                    if kept and training.preserve_weight:
+                    if kept:
                         apart = kept.loss(model, step)
                         divergences.append(float(apart.detach()))
                         divergences.popleft()

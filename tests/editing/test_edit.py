@@ -1,0 +1,298 @@
+"""Training an edit: it reaches its target as it will be at inference, and nothing else changes."""
+
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import unike_kernels as uk
+from unike_kernels.editing import EditTraining, Sample, train_edit
+from unike_kernels.editing.samples import encode, forward
+from unike_kernels.fingerprint import fingerprint
+
+REQUEST = Sample("w1 w2 w3", "w30 w31")
+FAST = EditTraining(neurons=4, lr=5e-2, steps=60)
+BRIEF = EditTraining(neurons=3, lr=1e-2, steps=5)
+PRE = {"k": 7, "values": "pre"}
+
+
+def train(model, processor, request=REQUEST, memory=None, training=FAST, **kwargs):
+    return train_edit(model, processor, request, memory, training=training, progress=False, **kwargs)
+
+
+@torch.no_grad()
+def target_loss(model, processor, request):
+    """Mean negative log-likelihood of the answer, and whether it is what the model would say; by hand."""
+    batch = encode(processor, [request])
+    logits = forward(model, batch.inputs)[0]
+    words = request.answer.split()
+    wanted = batch.inputs["input_ids"][0, -len(words) :]
+    predicted = logits[-len(words) - 1 : -1]
+    return float(F.cross_entropy(predicted, wanted)), torch.equal(predicted.argmax(-1), wanted)
+
+
+def same_tensors(one, two):
+    return one.layers.keys() == two.layers.keys() and all(
+        torch.equal(t, two.layers[i].tensors()[name])
+        for i, layer in one.layers.items()
+        for name, t in layer.tensors().items()
+    )
+
+
+@pytest.mark.parametrize("with_memory", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "neurons"),
+    [("opt", "plain"), ("llama", "plain"), ("llama", "gated"), ("blip2-opt", "plain"), ("blip2-llama", "plain")],
+)
+def test_reaches_its_target_as_at_inference(make_model, make_memory, processor, kind, neurons, with_memory, tmp_path):
+    """The last loss in training is the loss of the saved edit, patched in with the same memory."""
+    model = make_model(kind)
+    config = uk.Config(**PRE, neurons=neurons)
+    memory = make_memory(model, config) if with_memory else None
+    request = dataclasses.replace(REQUEST, image=torch.rand(16, 16)) if kind.startswith("blip2") else REQUEST
+    with torch.no_grad():
+        assert not target_loss(model, processor, request)[1]
+    result = train(model, processor, request, memory, config=config, id="new")
+    assert result.reached
+    assert result.stopped == "target met"
+    assert result.losses[-1] < FAST.stop_loss < min(result.losses[:-1])
+    assert result.steps == len(result.losses) <= FAST.steps
+    edit = result.edit
+    assert (edit.id, edit.config, edit.memory_id) == ("new", config, memory.id if memory else None)
+    assert edit.base_model == fingerprint(model)
+    assert list(edit.layers) == [2, 3, 4, 5]
+    for i, layer in edit.layers.items():
+        assert (layer.up is not None) == (neurons == "gated")
+        assert layer.keys.shape == (4, 64)
+        assert float(layer.beta) == pytest.approx(0.1)
+        assert torch.equal(layer.zeta, memory.layers[i].zeta_prime if memory else torch.zeros(64))
+        assert not any(t.requires_grad for t in layer.tensors().values())
+    edit.save(tmp_path / "e")
+    with uk.patched(model, [uk.Edit.load(tmp_path / "e")], memory):
+        loss, reached = target_loss(model, processor, request)
+    assert reached
+    assert loss == pytest.approx(result.losses[-1], rel=1e-3)
+
+
+def test_the_modes_that_need_the_prompts_end(make_model, make_memory, processor):
+    model = make_model("opt")
+    memory = make_memory(model, uk.Config(**PRE, alpha="last", retrieval="sequence"))
+    result = train(model, processor, memory=memory, preserve=[Sample("w9", "w8"), Sample("w7 w6 w5", "w4")])
+    with uk.patched(model, [result.edit], memory), uk.rows(model, prompt_lengths=[3]):
+        assert target_loss(model, processor, REQUEST)[0] == pytest.approx(result.losses[-1], rel=1e-3)
+
+
+def test_half_precision_model(make_model, processor):
+    result = train(make_model("opt", dtype=torch.bfloat16), processor)
+    assert result.reached
+    assert result.edit.layers[2].keys.dtype == torch.float32
+
+
+# --- the model is left alone ----------------------------------------------------------------------------------------
+
+
+def snapshot(model):
+    return (
+        {name: p.clone() for name, p in model.state_dict().items()},
+        [p.requires_grad for p in model.parameters()],
+        [p.grad for p in model.parameters()],
+        [(id(m), m.training, len(m._forward_pre_hooks), len(m._forward_hooks)) for m in model.modules()],
+    )
+
+
+def assert_same(one, two):
+    assert one[1:] == two[1:]
+    assert all(torch.equal(t, two[0][name]) for name, t in one[0].items())
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_model_is_left_as_it_was(make_model, make_memory, processor, monkeypatch, fails):
+    model = make_model("llama").train()
+    model.model.layers[1].eval()
+    model.lm_head.weight.requires_grad_(False)
+    before = snapshot(model)
+    steps = []
+    step = torch.optim.Adam.step
+
+    def counting(self, *args):
+        steps.append(uk.is_patched(model))
+        if fails and len(steps) == 3:
+            raise MemoryError
+        return step(self, *args)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", counting)
+    arguments = {"memory": make_memory(model), "preserve": [Sample("w5", "w6")], "training": BRIEF}
+    if fails:
+        with pytest.raises(MemoryError):
+            train(model, processor, **arguments)
+    else:
+        train(model, processor, **arguments)
+    assert steps == [True] * (3 if fails else 5)
+    assert not uk.is_patched(model)
+    assert_same(before, snapshot(model))
+
+
+def test_previous_edits_are_in_force_and_not_retrained(make_model, make_memory, processor):
+    model = make_model("opt")
+    memory = make_memory(model)
+    second = Sample("w4 w5", "w32")
+    one = train(model, processor, memory=memory, id="one").edit
+    kept = dataclasses.replace(one, layers={i: layer.detached() for i, layer in one.layers.items()})
+    two = train(model, processor, second, memory, id="two", previous=[one])
+    alone = train(model, processor, second, memory, id="two")
+    assert same_tensors(one, kept)
+    assert two.edit.layers[2].keys.shape == (4, 64)
+    assert not same_tensors(two.edit, alone.edit)
+    with uk.patched(model, [one, two.edit], memory):
+        assert target_loss(model, processor, second)[0] == pytest.approx(two.losses[-1], rel=1e-3)
+
+
+# --- zeta -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_direction_of_zeta_changes_the_edit(make_model, make_memory, processor):
+    """Same seeds, same norms: only the direction of zeta' differs, and what is trained differs with it."""
+    model = make_model("opt")
+    memory = make_memory(model)
+    ahead = {i: m.zeta_prime for i, m in memory.layers.items()}
+    random = {i: F.normalize(torch.randn(64), dim=0) * z.norm() for i, z in ahead.items()}
+    trained = [
+        train(model, processor, memory=memory, training=BRIEF, zeta=zeta, id="e").edit
+        for zeta in (ahead, {i: -z for i, z in ahead.items()}, random)
+    ]
+    assert same_tensors(trained[0], train(model, processor, memory=memory, training=BRIEF).edit)
+    for i in memory.layers:
+        for name in ("keys", "values"):
+            one, two, three = (getattr(edit.layers[i], name) for edit in trained)
+            size = (one - one.mean()).norm()
+            assert (one - two).norm() > 1e-3 * size
+            assert (one - three).norm() > 1e-3 * size
+            assert (two - three).norm() > 1e-3 * size
+
+
+def test_with_w_zeta_in_the_edit_only_the_size_of_zeta_counts(make_model, make_memory, processor):
+    """zeta with its entries' signs and places changed: the same start W_zeta zeta = zeta', and then the same edit.
+
+    (To Adam, which divides by the gradient's size entry by entry, the size is that of the entries.)
+    """
+    model = make_model("opt")
+    memory = make_memory(model, uk.Config(**PRE, w_zeta="edit"))
+    signs = torch.tensor([1.0, -1.0] * 4)
+
+    def trained(change):
+        layers = {i: dataclasses.replace(m, zeta=change(m.zeta)) for i, m in memory.layers.items()}
+        changed = dataclasses.replace(memory, layers=layers, id="")
+        return train(model, processor, memory=changed, training=BRIEF).edit
+
+    as_it_is, turned, larger = (
+        trained(change) for change in (torch.clone, lambda z: -z.roll(3) * signs, lambda z: 3 * z)
+    )
+    assert as_it_is.memory_id != turned.memory_id
+    for i, m in memory.layers.items():
+        assert (as_it_is.layers[i].zeta - m.zeta_prime).norm() > 1e-3 * m.zeta_prime.norm()  # it was trained
+        for name in ("keys", "values", "zeta"):
+            one, two, three = (getattr(edit.layers[i], name) for edit in (as_it_is, turned, larger))
+            assert (one - two).norm() < 0.02 * (one - three).norm()
+
+
+def test_zeta_of_too_few_layers_or_another_size(make_model, processor):
+    model = make_model("opt")
+    with pytest.raises(ValueError, match="zeta: expected one for each layer that is edited, got none for layer 3"):
+        train(model, processor, zeta={2: torch.zeros(64)})
+    with pytest.raises(ValueError, match=r"EditLayer.zeta: expected shape \[64\], got \[32\]"):
+        train(model, processor, layers=[2], zeta={2: torch.zeros(32)})
+    assert not uk.is_patched(model)
+
+
+# --- when it ends ---------------------------------------------------------------------------------------------------
+
+PRESERVE = [Sample("w5 w6", "w7"), Sample("w8", "w9 w10"), Sample("w11", "w12")]
+
+
+def test_stops_at_the_limit(make_model, processor):
+    result = train(make_model("opt"), processor, training=EditTraining(steps=2))
+    assert (result.stopped, result.reached, result.steps) == ("step limit, target not met", False, 3)
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_goes_on_until_the_preserved_samples_are_kept(make_model, processor, weight):
+    # SiLU is never quite silent, so the divergence cannot be nothing.
+    strict = dataclasses.replace(FAST, stop_preserve=1e-9, preserve_weight=weight, steps=40)
+    result = train(make_model("llama"), processor, training=strict, preserve=PRESERVE)
+    assert result.stopped == "step limit, target met"
+    assert result.steps == 41
+    lax = train(
+        make_model("llama"), processor, training=dataclasses.replace(strict, stop_preserve=1e9), preserve=PRESERVE
+    )
+    assert lax.stopped == "target met"
+    assert 0 < lax.divergence < float("inf")
+
+
+def test_preserve_samples_are_preserved(make_model, processor):
+    """The divergence, measured by hand on the finished edit, is smaller than that of an edit trained without them."""
+    model = make_model("opt")
+    measured = {}
+    for weight in (0.0, 10.0):
+        training = dataclasses.replace(FAST, steps=40, preserve_weight=weight, preserve_batch=2, stop_preserve=1e-9)
+        result = train(model, processor, training=training, preserve=PRESERVE)
+        total, tokens = 0.0, 0
+        for sample in PRESERVE:
+            inputs = encode(processor, [sample]).inputs
+            with torch.no_grad():
+                before = forward(model, inputs).log_softmax(-1)
+                with uk.patched(model, [result.edit]):
+                    after = forward(model, inputs).log_softmax(-1)
+            total += float((before.exp() * (before - after)).sum())
+            tokens += before.shape[1]
+        measured[weight] = total / tokens
+        assert measured[weight] == pytest.approx(result.divergence, rel=0.5)  # the mean over the last two steps
+    assert measured[10.0] < 0.2 * measured[0.0]
+
+
+def test_seeds(make_model, processor):
+    model = make_model("opt")
+    state = torch.get_rng_state()
+    one, same, other = (train(model, processor, training=dataclasses.replace(BRIEF, seed=seed)) for seed in (0, 0, 1))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert same_tensors(one.edit, same.edit)
+    assert one.losses == same.losses
+    assert not same_tensors(one.edit, other.edit)
+    assert one.edit.id != same.edit.id  # random, where none is given
+
+
+# --- misuse ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["neurons", "lr", "steps", "stop_loss", "stop_preserve", "preserve_batch"])
+@pytest.mark.parametrize("value", [0, -1, float("nan")])
+def test_numbers_out_of_range(name, value):
+    with pytest.raises(ValueError, match=f"EditTraining.{name}: expected a positive number, got {value}"):
+        EditTraining(**{name: value})
+
+
+@pytest.mark.parametrize("value", [-0.1, float("nan")])
+def test_weight_out_of_range(value):
+    with pytest.raises(ValueError, match=f"EditTraining.preserve_weight: expected 0 or more, got {value}"):
+        EditTraining(preserve_weight=value)
+
+
+def test_what_is_refused(make_model, make_memory, make_edit, processor):
+    model = make_model("opt")
+    for answer in ("", " "):
+        with pytest.raises(ValueError, match=r"request.answer: (expected a non-empty string|' ' has no tokens)"):
+            train(model, processor, Sample("w1", answer))
+    with pytest.raises(ValueError, match=r"layers: expected indices in 0..5"):
+        train(model, processor, layers=[6])
+    with pytest.raises(ValueError, match=r"config.w_zeta: 'edit' needs a memory"):
+        train(model, processor, config=uk.Config(w_zeta="edit"))
+    with pytest.raises(uk.PatchError, match="id: 'a' is already the id of a previous edit"):
+        train(model, processor, id="a", previous=[make_edit(model, "a")])
+    with pytest.raises(uk.MismatchError, match="made for other weights"):
+        train(model, processor, memory=make_memory(make_model("opt", seed=5)))
+    with pytest.raises(uk.MismatchError, match="edit 'a': it was trained with the memory"):
+        train(model, processor, config=uk.Config(**PRE), previous=[make_edit(model, "a", make_memory(model))])
+    with pytest.raises(ValueError, match=r"shape \(16, 16\), not \(4, 4\)"):
+        train(model, processor, Sample("w1", "w2", torch.rand(4, 4)))
+    with uk.patched(model), pytest.raises(uk.PatchError, match="train_edit: the model is patched"):
+        train(model, processor)
