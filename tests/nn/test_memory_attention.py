@@ -1,0 +1,279 @@
+"""The drop-in attention, compared with the operators called by hand on its input and output."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from unike_kernels import ops
+from unike_kernels.config import Config
+from unike_kernels.nn import Context, MemoryAttention, MemoryTables, PromptState
+
+B, T, D, N, HEADS = 3, 4, 6, 15, 2
+LAST = [1, 3, 2]
+
+
+class Attention(nn.Module):
+    """Mixes neighbouring tokens; returns what a Hugging Face attention may return."""
+
+    def __init__(self, returns=tuple) -> None:
+        super().__init__()
+        self.q_proj = nn.Linear(D, D)
+        self.o_proj = nn.Linear(D, D)
+        self.returns = returns
+
+    def forward(self, hidden_states, attention_mask=None, **kwargs):
+        out = self.o_proj(self.q_proj(hidden_states) + hidden_states.roll(1, 1))
+        return out if self.returns is torch.Tensor else (out, "weights")
+
+
+def heads_of(base, hidden):
+    return base.q_proj(hidden).unflatten(-1, (HEADS, -1))
+
+
+def encoder():
+    return ops.SemanticEncoder(torch.randn(3, D), torch.randn(3), torch.randn(D, 3), torch.randn(D))
+
+
+def tables(values="out"):
+    projected = values == "projected"
+    keys = torch.randn(N, HEADS, D // HEADS) if projected else torch.randn(N, 1, D)
+    return MemoryTables(
+        torch.randn(N, D) * 3, keys, None if values == "pre" else torch.randn(N, keys.shape[1], D), encoder()
+    )
+
+
+def make(config=None, context=None, returns=tuple, **kwargs):
+    """A drop-in with a memory, hidden states, and the base's own output."""
+    config = config or Config(k=3)
+    base = Attention(returns)
+    project = heads_of if config.values == "projected" else None
+    new = MemoryAttention.from_module(base, config, context=context, project=project, **kwargs)
+    new.memory = tables(config.values)
+    hidden = torch.randn(B, T, D)
+    out = base(hidden)
+    return new, hidden, out[0] if returns is tuple else out
+
+
+def values_of(m):
+    return m.keys if m.values is None else m.values
+
+
+def by_hand(new, hidden, out, **kwargs):
+    """memory_attention of all tokens."""
+    m, config = new.memory, new.config
+    queries = heads_of(new, hidden.reshape(-1, D)) if config.values == "projected" else None
+    switches = {"scale": config.scale, "convention": config.convention, "norm": config.norm, "k": config.k}
+    shifted, alpha, ids = ops.memory_attention(
+        hidden.reshape(-1, D), out.reshape(-1, D), m.index, m.keys, values_of(m), m.encoder,
+        queries=queries, **switches | kwargs,
+    )  # fmt: skip
+    return shifted.reshape(out.shape), alpha, ids
+
+
+def test_without_a_memory_the_result_is_the_base_s_own():
+    base, hidden = Attention(), torch.randn(B, T, D)
+    new = MemoryAttention.from_module(base, Config())
+    assert isinstance(new, Attention) and new.memory is None
+    assert torch.equal(new(hidden)[0], base(hidden)[0])
+    new.memory = tables()
+    assert not torch.equal(new(hidden)[0], base(hidden)[0])
+    new.memory = None
+    assert torch.equal(new(hidden)[0], base(hidden)[0])
+
+
+def test_a_context_of_its_own_or_a_shared_one():
+    shared = Context()
+    one, two = (MemoryAttention.from_module(Attention(), Config(), context=shared) for _ in range(2))
+    assert one.context is shared and two.context is shared
+    assert isinstance(MemoryAttention.from_module(Attention(), Config()).context, Context)
+
+
+def test_the_tables_keep_unit_rows_for_the_index():
+    m = tables()
+    torch.testing.assert_close(m.index.norm(dim=1), torch.ones(N), rtol=0, atol=1e-6)
+    assert m.encoder.w2 is m.w2 and m.state_dict() == {}
+    m.half()
+    assert m.index.dtype == m.keys.dtype == torch.float32
+
+
+@pytest.mark.parametrize("returns", [tuple, torch.Tensor])
+@pytest.mark.parametrize("call", ["positional", "keyword"])
+def test_each_form_of_a_call_and_of_a_result(call, returns):
+    new, hidden, out = make(returns=returns)
+    got = new(hidden_states=hidden, attention_mask=None) if call == "keyword" else new(hidden, None, other=1)
+    if returns is tuple:
+        assert got[1:] == ("weights",)
+        got = got[0]
+    wanted, alpha, _ = by_hand(new, hidden, out)
+    assert torch.equal(got, wanted) and alpha.any()
+    assert not torch.equal(got, out)
+
+
+@pytest.mark.parametrize(
+    ("switches", "arguments"),
+    [
+        ({}, {}),
+        ({"k": 1}, {"k": 1}),
+        ({"k": 40}, {"k": 40}),
+        ({"scale": 2.0}, {"scale": 2.0}),
+        ({"convention": "eq7"}, {"convention": "eq7"}),
+        ({"norm": "none"}, {"norm": "none"}),
+        ({"alpha": 0.3}, {"alpha": torch.tensor([0.3])}),
+        ({"alpha": 1}, {"alpha": torch.tensor([1.0])}),
+        ({"values": "pre"}, {}),
+        ({"values": "out"}, {}),
+        ({"values": "projected"}, {}),
+    ],
+)
+def test_each_switch_reaches_the_operator(switches, arguments):
+    new, hidden, out = make(Config(**{"k": 3} | switches))
+    got = new(hidden)[0]
+    assert torch.equal(got, by_hand(new, hidden, out, **arguments)[0])
+    if switches and "values" not in switches:
+        plain = {"k": 3, "scale": None, "convention": "inclusion", "norm": "match"}
+        assert not torch.equal(got, by_hand(new, hidden, out, **plain)[0])
+
+
+def test_a_table_of_values_is_what_is_read():
+    new, hidden, _ = make(Config(k=3, values="out"))
+    before = new(hidden)[0]
+    new.memory.values = new.memory.keys
+    assert not torch.equal(new(hidden)[0], before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_fixed_alpha_is_as_exact_as_the_model(dtype):
+    new, hidden, _ = make(Config(k=3, alpha=0.3))
+    hidden = hidden.to(dtype)
+    out = new.to(dtype).originals[0](hidden)[0]
+    wide = torch.promote_types(dtype, torch.float32)
+    assert torch.equal(new(hidden)[0], by_hand(new, hidden, out, alpha=torch.tensor([0.3], dtype=wide))[0])
+
+
+def test_tokens_that_may_not_be_shifted_are_untouched():
+    new, hidden, out = make()
+    new.context.shifted = torch.tensor([[False, True, True, True], [True] * 4, [True, False, False, True]])
+    got = new(hidden)[0]
+    wanted = by_hand(new, hidden, out)[0]
+    assert torch.equal(got, torch.where(new.context.shifted.unsqueeze(-1), wanted, out))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("retrieval", ["token", "sequence"])
+def test_each_row_has_its_own_part_of_the_memory(retrieval, masked):
+    new, hidden, out = make(Config(k=3, retrieval=retrieval, values="out"))
+    new.context.prompt = PromptState(torch.tensor([0]), torch.tensor(LAST))
+    new.memory.row_bounds = torch.tensor([[0, N], [0, 0], [4, 9]])
+    if masked:
+        new.context.shifted = torch.ones(B, T, dtype=torch.bool)
+        new.context.shifted[:, 0] = False
+    got = new(hidden)[0]
+    assert torch.equal(got[1], out[1])
+    assert torch.equal(got[:, 0], out[:, 0]) == masked
+    for row in (0, 2):
+        alone = tables()
+        part = slice(*new.memory.row_bounds[row].tolist())
+        for name in ("index", "keys", "values"):
+            alone.table(name, getattr(new.memory, name)[part])
+        for name in ("w1", "b1", "w2", "b2"):
+            alone.table(name, getattr(new.memory, name))
+        single = MemoryAttention.from_module(new.originals[0], new.config)
+        single.memory = alone
+        single.context.prompt = PromptState(torch.tensor([0]), torch.tensor(LAST[row : row + 1]))
+        wanted = single(hidden[row : row + 1])[0][0]
+        start = int(masked)
+        torch.testing.assert_close(got[row, start:], wanted[start:], rtol=0, atol=1e-5)
+
+
+def test_beams_share_the_bounds_of_their_row():
+    new, hidden, _ = make()
+    new.memory.row_bounds = torch.tensor([[0, N]])
+    expected = new(hidden)[0]
+    new.memory.row_bounds = None
+    assert torch.equal(new(hidden)[0], expected)
+    new.memory.row_bounds = torch.tensor([[0, N], [0, 0]])
+    twice = new(hidden[:2].repeat_interleave(2, 0))[0]
+    out = new.originals[0](hidden[1:2])[0]
+    torch.testing.assert_close(twice[:2], expected[:1].expand(2, T, D), rtol=0, atol=1e-5)
+    torch.testing.assert_close(twice[2:], out.expand(2, T, D), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("retrieval", ["token", "sequence"])
+@pytest.mark.parametrize("alpha", ["token", "last", 0.3])
+def test_what_depends_on_the_prompts_end(alpha, retrieval):
+    config = Config(k=3, retrieval=retrieval, alpha=alpha)
+    new, hidden, out = make(config, layer=7)
+    new.context.prompt = PromptState(torch.tensor([0]), torch.tensor(LAST))
+    first = new(hidden)[0]
+    m = new.memory
+    ends = torch.stack([out[row, t] for row, t in enumerate(LAST)])
+    queries = torch.stack([hidden[row, t] for row, t in enumerate(LAST)])
+    _, ids = ops.cosine_topk(queries, m.index, 3, normalized=True)
+    gate = {"anchor": ends} if alpha == "last" else {"alpha": torch.tensor([0.3])} if alpha == 0.3 else {}
+
+    def wanted(hidden, out):
+        if retrieval == "token":
+            return by_hand(new, hidden, out, **gate)[0]
+        flat, inputs = hidden.reshape(-1, D), out.reshape(-1, D)
+        shifted, _ = ops.latent_attention(flat, inputs, m.keys, values_of(m), ids, m.encoder, **gate)
+        return shifted.reshape(out.shape)
+
+    assert torch.equal(first, wanted(hidden, out))
+    names = {"anchor"} if alpha == "last" else set()
+    names |= {"ids"} if retrieval == "sequence" else set()
+    assert set(new.context.prompt.saved) == {(7, name) for name in names}
+    # The next token: what the prompt left behind still holds.
+    new.context.prompt.last = None
+    step = torch.randn(B, 1, D)
+    assert torch.equal(new(step)[0], wanted(step, new.originals[0](step)[0]))
+
+
+@pytest.mark.parametrize("switches", [{"alpha": "last"}, {"retrieval": "sequence"}])
+def test_the_prompts_end_must_be_known(switches):
+    new, hidden, _ = make(Config(k=3, **switches))
+    with pytest.raises(ValueError, match="prompt_lengths"):
+        new(hidden)
+    new.context.prompt = PromptState(torch.tensor([2]))
+    with pytest.raises(ValueError, match="the prompt itself was not seen"):
+        new(hidden)
+
+
+def test_layers_remember_for_themselves():
+    context = Context(prompt=PromptState(torch.tensor([0]), torch.tensor(LAST)))
+    config = Config(k=3, retrieval="sequence")
+    for layer in (0, 1):
+        new, hidden, _ = make(config, context, layer=layer)
+        new(hidden)
+    assert set(context.prompt.saved) == {(0, "ids"), (1, "ids")}
+    assert not torch.equal(*context.prompt.saved.values())
+
+
+def test_gradients_flow_through_the_shift():
+    new, hidden, _ = make(Config(k=3, alpha=0.5))
+    hidden.requires_grad_()
+    new(hidden)[0].square().sum().backward()
+    base = new.originals[0](hidden)[0]
+    plain = torch.autograd.grad(base.square().sum(), hidden)[0]
+    assert hidden.grad.any() and not torch.allclose(hidden.grad, plain)
+    assert new.o_proj.weight.grad.any()
+
+
+def test_a_pass_that_did_not_come_through_the_model_is_an_error():
+    new, hidden, _ = make()
+    new.context.shifted = torch.ones(B, T + 1, dtype=torch.bool)
+    with pytest.raises(RuntimeError, match=r"got hidden states of \[3, 4\] tokens, the decoder announced \[3, 5\]"):
+        new(hidden)
+
+
+@pytest.mark.parametrize(
+    ("base", "config", "error", "message"),
+    [
+        (torch.relu, Config(), TypeError, "base: expected nn.Module, got builtin_function_or_method"),
+        (Attention(), Config(values="projected"), ValueError, "project: expected a function"),
+    ],
+)
+def test_wrong_arguments_are_errors(base, config, error, message):
+    with pytest.raises(error, match=message):
+        MemoryAttention.from_module(base, config)

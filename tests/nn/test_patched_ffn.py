@@ -1,0 +1,192 @@
+"""The store of edits and the drop-in FFN, compared with the operator called by hand."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import nn
+
+from unike_kernels import ops
+from unike_kernels.edits import EditLayer
+from unike_kernels.nn import EditStore, PassThrough, PatchedFFN
+from unike_kernels.nn.patched_ffn import csr
+
+D = 4
+
+
+def layer(n, gated=False, dtype=torch.float32):
+    def rand(*shape):
+        return torch.randn(shape).to(dtype)
+
+    return EditLayer(
+        keys=rand(n, D), key_bias=rand(n), values=rand(n, D), zeta=rand(D), beta=rand(),
+        up=rand(n, D) if gated else None, up_bias=rand(n) if gated else None,
+    )  # fmt: skip
+
+
+def store_of(**layers):
+    store = EditStore()
+    store.set(layers)
+    return store
+
+
+def alone(x, base, edit, activation="silu"):
+    """base + the neurons of one edit."""
+    return ops.patched_ffn(x, base, store_of(only=edit).pool(), activation=activation)
+
+
+class Mlp(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.act, self.fc2 = nn.Linear(D, 6), nn.SiLU(), nn.Linear(6, D)
+
+    def forward(self, hidden_states, factor=1.0):
+        return self.fc2(self.act(self.fc1(hidden_states))) * factor
+
+
+def test_csr():
+    for rows in ([[0, 2], [], [1]], [[], []], [[3]], []):
+        indptr, indices = csr(rows, "cpu")
+        assert indptr.dtype == indices.dtype == torch.int64
+        assert [indices[a:b].tolist() for a, b in pairwise(indptr)] == rows
+
+
+def test_the_pool_holds_the_edits_one_after_the_other():
+    layers = {"a": layer(3), "b": layer(0), "c": layer(2)}
+    pool = store_of(**layers).pool()
+    assert pool.indptr.tolist() == [0, 3, 3, 5]
+    assert (pool.row_indptr.tolist(), pool.row_edits.tolist()) == ([0, 3], [0, 1, 2])
+    assert pool.up is None and pool.up_bias is None and pool.token_rows is None
+    for e, (start, stop) in enumerate(((0, 3), (3, 3), (3, 5))):
+        one = list(layers.values())[e]
+        for name in ("keys", "key_bias", "values"):
+            assert torch.equal(getattr(pool, name)[start:stop], getattr(one, name))
+        assert torch.equal(pool.zeta[e], one.zeta) and torch.equal(pool.beta[e], one.beta)
+
+
+def test_a_plain_edit_among_gated_ones_stays_plain():
+    x, base = torch.randn(6, D), torch.randn(6, D)
+    plain, gated = layer(3), layer(2, gated=True)
+    store = store_of(plain=plain, gated=gated)
+    assert torch.equal(store.up[3:], gated.up) and torch.equal(store.up_bias[3:], gated.up_bias)
+    for name, edit in (("plain", plain), ("gated", gated)):
+        store.select([[name]])
+        got = ops.patched_ffn(x, base, store.pool(), activation="silu")
+        assert torch.equal(got, alone(x, base, edit))
+
+
+def test_selections():
+    store = store_of(a=layer(1), b=layer(1), c=layer(1))
+    store.select([["c", "a"], [], ["elsewhere", "b"]])
+    pool = store.pool()
+    assert (pool.row_indptr.tolist(), pool.row_edits.tolist()) == ([0, 2, 2, 3], [2, 0, 1])
+    store.select([[], []])
+    assert (store.pool().row_indptr.tolist(), store.pool().row_edits.tolist()) == ([0, 0, 0], [])
+    store.select(None)
+    assert (store.pool().row_indptr.tolist(), store.pool().row_edits.tolist()) == ([0, 3], [0, 1, 2])
+
+
+def test_an_empty_store():
+    store = store_of(a=layer(2, gated=True))
+    store.set({})
+    assert store.ids == [] and all(t is None for t in store._buffers.values())
+    store.select([["a"]])
+    assert store.selection is None
+
+
+def test_set_replaces_all_that_was_there():
+    store = store_of(a=layer(2, gated=True), b=layer(1))
+    new = layer(3)
+    store.set({"c": new})
+    assert store.ids == ["c"] and store.up is None
+    assert torch.equal(store.keys, new.keys) and store.pool().row_edits.tolist() == [0]
+
+
+def test_gradients_reach_the_edits():
+    edit = layer(2)
+    for t in edit.tensors().values():
+        t.requires_grad_()
+    new = PatchedFFN.from_module(Mlp(), activation="silu")
+    new.edits.set({"frozen": layer(3), "trained": edit})
+    new(torch.randn(5, D)).sum().backward()
+    assert all(t.grad is not None and t.grad.any() for t in edit.tensors().values())
+
+
+def test_from_a_module():
+    x, mlp = torch.randn(2, 3, D), Mlp()
+    new = PatchedFFN.from_module(mlp, activation="silu")
+    assert isinstance(new, Mlp) and new.originals == (mlp,)
+    assert torch.equal(new(x), mlp(x))
+    one, two = layer(2), layer(3)
+    new.edits.set({"one": one, "two": two})
+    new.edits.select([["two"], []])
+    out = new(x)
+    assert torch.equal(out[0], alone(x, mlp(x), two)[0])
+    assert torch.equal(out[1], mlp(x)[1])
+    assert torch.equal(new(x, factor=2.0)[1], mlp(x, factor=2.0)[1])
+    new.edits.select(None)
+    wanted = ops.patched_ffn(x, mlp(x), new.edits.pool(), activation="silu")
+    assert torch.equal(new(hidden_states=x), wanted)
+    assert not torch.equal(wanted[1], out[1])
+
+
+def test_the_activation_is_that_of_the_extra_neurons():
+    x, mlp, edit = torch.randn(2, 3, D), Mlp(), layer(2)
+    for activation in ops.ACTIVATIONS:
+        new = PatchedFFN.from_module(mlp, activation=activation)
+        new.edits.set({"a": edit})
+        assert torch.equal(new(x), alone(x, mlp(x), edit, activation))
+
+
+class Inline(nn.Module):
+    """A layer with its FFN inline, as OPT has it: tokens of all rows in one dimension."""
+
+    def __init__(self, mlp) -> None:
+        super().__init__()
+        self.fc1, self.activation_fn, self.fc2 = mlp.fc1, mlp.act, mlp.fc2
+
+    def forward(self, x):
+        flat = x.reshape(-1, D)
+        return (flat + self.fc2(self.activation_fn(self.fc1(flat)))).view(x.shape)
+
+
+def test_from_the_parts_of_an_inline_ffn():
+    x, mlp = torch.randn(2, 3, D), Mlp()
+    block = Inline(mlp)
+    before, keys = block(x), list(block.state_dict())
+    block.fc1 = PatchedFFN.from_module(mlp.fc1, mlp.act, mlp.fc2, activation="silu")
+    block.activation_fn, block.fc2 = PassThrough.from_module(mlp.act), PassThrough.from_module(mlp.fc2)
+    assert isinstance(block.fc1, nn.Linear) and isinstance(block.fc2, nn.Linear)
+    assert list(block.state_dict()) == keys
+    assert torch.equal(block(x), before)
+    edit = layer(2)
+    block.fc1.edits.set({"a": edit})
+    block.fc1.edits.select([[], ["a"]])
+    out = block(x)
+    assert torch.equal(out[0], before[0])
+    flat = x.reshape(-1, D)
+    assert torch.equal(out[1], (flat + alone(flat, mlp(flat), edit)).view(x.shape)[1])
+
+
+def test_casting_the_model_leaves_the_edits_as_they_are():
+    new = PatchedFFN.from_module(Mlp(), activation="silu")
+    new.edits.set({"a": layer(2)})
+    new.to(torch.bfloat16)
+    assert new.fc1.weight.dtype == torch.bfloat16 and new.edits.keys.dtype == torch.float32
+    assert new(torch.randn(2, D).bfloat16()).dtype == torch.bfloat16
+    assert all("edits" not in name for name in new.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("base", "activation", "error", "message"),
+    [
+        ((Mlp(),), "tanh", ValueError, r"activation: expected one of relu, .*; got 'tanh'"),
+        ((), "relu", TypeError, r"base: expected nn.Module, got \[\]"),
+        ((Mlp(), torch.relu), "relu", TypeError, r"base: expected nn.Module, got \['Mlp', 'builtin_function"),
+    ],
+)
+def test_wrong_arguments_are_errors(base, activation, error, message):
+    with pytest.raises(error, match=message):
+        PatchedFFN.from_module(*base, activation=activation)
