@@ -122,9 +122,31 @@ def _random(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> torch.Tensor
     return (torch.randn(shape) * scale).to(dtype)
 
 
+def _usual_outputs(model, layers) -> list[torch.Tensor]:
+    """The mean output of these layers' attention over a text of all words."""
+    from unike_kernels.backbones import find_decoder
+
+    found = find_decoder(model).layers
+    means: dict[int, torch.Tensor] = {}
+    handles = [
+        getattr(found[i].module, found[i].attention).register_forward_hook(
+            lambda module, args, output, i=i: means.__setitem__(i, output[0].mean((0, 1)))
+        )
+        for i in layers
+    ]
+    with torch.no_grad():
+        getattr(model, "language_model", model)(input_ids=torch.arange(4, 4 + len(WORDS))[None])
+    for handle in handles:
+        handle.remove()
+    return [means[i] for i in layers]
+
+
 @pytest.fixture(scope="session")
 def make_memory():
-    """(model, config) -> a random memory of 50 entries in the last four layers."""
+    """(model, config) -> a random memory of 50 entries in the last four layers.
+
+    Enc_sem leans towards the layer's usual attention output, so that most gates are open, each by its own width.
+    """
 
     def make(model, config: uk.Config | None = None, *, seed: int = 1, entries: int = 50, layers=(2, 3, 4, 5)):
         torch.manual_seed(seed)
@@ -134,10 +156,10 @@ def make_memory():
         d, r = WIDTH, 16
         heads, width = (4, d // 4) if config.values == "projected" else (1, d)
 
-        def layer() -> uk.MemoryLayer:
+        def layer(usual: torch.Tensor) -> uk.MemoryLayer:
             encoder = uk.ops.SemanticEncoder(
                 _random(r, d, dtype=dtype, scale=d**-0.5), _random(r, dtype=dtype),
-                _random(d, r, dtype=dtype, scale=r**-0.5), _random(d, dtype=dtype),
+                _random(d, r, dtype=dtype, scale=r**-0.5), (6 * usual / usual.norm()).to(dtype),
             )  # fmt: skip
             return uk.MemoryLayer(
                 index=_random(entries, d, dtype=dtype),
@@ -148,7 +170,8 @@ def make_memory():
                 zeta_prime=_random(d, dtype=dtype),
             )
 
-        return uk.MemoryBank({i: layer() for i in layers}, config, fingerprint(model), {"made": "at random"})
+        tables = {i: layer(usual) for i, usual in zip(layers, _usual_outputs(model, layers), strict=True)}
+        return uk.MemoryBank(tables, config, fingerprint(model), {"made": "at random"})
 
     return make
 

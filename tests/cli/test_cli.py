@@ -1,0 +1,64 @@
+"""The command `unike`."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+import unike_kernels as uk
+from unike_kernels.cli import main
+
+
+def test_info(capsys):
+    assert main(["info"]) == 0
+    assert capsys.readouterr().out.strip() == uk.show_config()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nonsense"], "invalid choice: 'nonsense'"),
+        ([], "the following arguments are required: command"),
+        (["demo", "--model", "gpt4"], "invalid choice: 'gpt4'"),
+        (["demo", "--seed", "x"], "invalid int value: 'x'"),
+    ],
+)
+def test_a_command_line_that_is_not_understood(capsys, arguments, message):
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments)
+    assert exit_.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_reload_without_artifacts(capsys, tmp_path):
+    assert main(["demo", "--reload", "--out", str(tmp_path)]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert f"unike demo: {tmp_path / 'digits-opt-edit.safetensors'}: there is no such file" in captured.err
+
+
+def test_reload_of_something_else(capsys, tmp_path):
+    (tmp_path / "digits-opt-edit.safetensors").write_bytes(b"x" * 100)
+    assert main(["demo", "--reload", "--out", str(tmp_path)]) == 1
+    assert "not a complete safetensors file" in capsys.readouterr().err
+
+
+def test_the_module_is_the_command():
+    run = subprocess.run([sys.executable, "-m", "unike_kernels", "info"], capture_output=True, text=True)
+    assert run.returncode == 0
+    assert run.stdout.startswith(f"unike_kernels {uk.__version__}")
+
+
+@pytest.mark.slow
+def test_the_demo_from_end_to_end(tmp_path):
+    """Exit status 0 says that the edit holds, and that a fresh process answers the same from the files."""
+    demo = [sys.executable, "-m", "unike_kernels", "demo", "--model", "digits-opt", "--out", str(tmp_path)]
+    run = subprocess.run(demo, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+    assert "the edit holds" in run.stdout
+    assert "loaded in a fresh process: the same answers" in run.stdout
+    assert {p.name for p in tmp_path.iterdir()} == {"digits-opt-edit.safetensors", "digits-opt-memory.safetensors"}
+    again = subprocess.run([*demo, "--reload"], capture_output=True, text=True)
+    assert again.returncode == 0
+    assert "reliability" in json.loads(again.stdout.splitlines()[-1])
