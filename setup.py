@@ -22,9 +22,12 @@ CXX_FLAGS = shlex.split(
 )
 # Only the files of these folders get these flags. They run after unike_cpu_isa() has found the same features, and keep
 # their functions in unnamed namespaces: the linker could otherwise take their copy of a shared inline function.
+# Theirs is not the canonical arithmetic, so multiplications and additions may be fused.
 X86_ISA_FLAGS = {
-    "csrc/cpu/avx2": shlex.split("-mavx2 -mfma -mf16c"),
-    "csrc/cpu/avx512": shlex.split("-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl"),
+    "csrc/cpu/avx2": shlex.split("-mavx2 -mfma -mf16c -ffp-contract=fast"),
+    "csrc/cpu/avx512": shlex.split(
+        "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512 -ffp-contract=fast"
+    ),
 }
 
 

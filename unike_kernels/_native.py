@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -101,6 +103,117 @@ def cosine_topk(queries: Tensor, keys: Tensor, k: int, bounds: Tensor | None = N
         torch.get_num_threads(),
     )
     return scores, ids
+
+
+def add_extra_neurons(x: Tensor, base: Tensor, pool: Sequence[Tensor | None], activation: int) -> Tensor:
+    """`base` plus the extra neurons of each token's edits (csrc/include/unike/patched_ffn.h).
+
+    Args:
+        x, base: float32 [m, d] on the CPU, any strides.
+        pool: the tensors of an `EditPool` in order, float32 or int64, contiguous, shapes checked by the caller.
+        activation: index into `ops.ACTIVATIONS`.
+
+    Returns:
+        float32 [m, d], contiguous.
+
+    Raises:
+        ValueError: for another device, dtype or shape, or indices out of range.
+        RuntimeError: without the compiled extension.
+    """
+    _require_extension()
+    x, base = _table(x, "x"), _table(base, "base")
+    if x.shape != base.shape:
+        raise ValueError(f"base must be {_describe(x)}, got {_describe(base)}")
+    keys, zeta, row_indptr = pool[0], pool[5], pool[8]
+    assert keys is not None and zeta is not None and row_indptr is not None
+    m, d = x.shape
+    out = torch.empty(m, d, dtype=torch.float32)
+    _C.add_extra_neurons_f32(
+        x.data_ptr(),
+        x.stride(0),
+        base.data_ptr(),
+        base.stride(0),
+        m,
+        d,
+        (keys.shape[0], zeta.shape[0], row_indptr.shape[0] - 1),
+        [_address(t) for t in pool],
+        activation,
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def latent_attention(
+    queries: Tensor,
+    inputs: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    ids: Tensor,
+    encoder: Sequence[Tensor],
+    alpha: Tensor | None,
+    anchor: Tensor | None,
+    scale: float,
+    *,
+    eq7: bool,
+    match_norm: bool,
+) -> tuple[Tensor, Tensor]:
+    """The shifted output and alpha of each token (csrc/include/unike/latent_attention.h).
+
+    Args:
+        queries: float32 [m, heads, width].
+        inputs: float32 [m, d], any strides.
+        keys, values: float32 [n, heads, width] and [n, heads, d]; one tensor may serve as both.
+        ids: int64 [rows, k], rows dividing m.
+        encoder: w1 [r, d], b1 [r], w2 [d, r], b2 [d], float32.
+        alpha: float32 [1] or [m], or None; anchor: float32 [anchors, d], anchors dividing m, or None.
+        scale: of the logits.
+        eq7, match_norm: the switches of the blend.
+
+    Returns:
+        float32 [m, d] and [m], contiguous.
+
+    Raises:
+        ValueError: for another device or dtype, or ids out of range; shapes are checked by the caller.
+        RuntimeError: without the compiled extension.
+    """
+    _require_extension()
+    inputs = _table(inputs, "inputs")
+    queries, keys, values, ids = (t.contiguous() for t in (queries, keys, values, ids))
+    encoder = [t.contiguous() for t in encoder]
+    alpha, anchor = (None if t is None else t.contiguous() for t in (alpha, anchor))
+    (m, d), (n, heads, width) = inputs.shape, keys.shape
+    out, gate = torch.empty(m, d, dtype=torch.float32), torch.empty(m, dtype=torch.float32)
+    _C.latent_attention_f32(
+        queries.data_ptr(),
+        inputs.data_ptr(),
+        inputs.stride(0),
+        m,
+        d,
+        (n, heads, width),
+        keys.data_ptr(),
+        values.data_ptr(),
+        ids.data_ptr(),
+        ids.shape[0],
+        ids.shape[1],
+        encoder[0].shape[0],
+        [t.data_ptr() for t in encoder],
+        scale,
+        eq7,
+        match_norm,
+        _address(alpha),
+        0 if alpha is None else alpha.shape[0],
+        _address(anchor),
+        0 if anchor is None else anchor.shape[0],
+        out.data_ptr(),
+        gate.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out, gate
+
+
+def _address(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
 
 
 def _require_extension() -> None:

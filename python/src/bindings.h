@@ -2,6 +2,7 @@
 #pragma once
 
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <cstdint>
 #include <new>
@@ -12,6 +13,8 @@
 namespace unike::python {
 
 void bind_cosine_topk(pybind11::module_& module);
+void bind_latent_attention(pybind11::module_& module);
+void bind_patched_ffn(pybind11::module_& module);
 
 template <typename T>
 T* pointer(std::uintptr_t address) {

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .. import _native
 from ..errors import BackendUnavailableError
 
 BACKENDS = ("native", "triton", "cuda", "reference")  # in the order of preference
@@ -40,6 +41,19 @@ def register(
 ) -> None:
     """Offer `run` as the implementation of `op` on `backend`."""
     _table.setdefault(op, {})[backend] = Implementation(run, refuse, missing)
+
+
+def native_refuse(t: torch.Tensor) -> str | None:
+    """Why the native CPU kernels cannot run on a tensor like `t`, or None."""
+    if t.device.type != "cpu":
+        return f"it runs on the CPU, the tensors are on {t.device}"
+    return "it works in float32, the tensors are float64" if t.dtype == torch.float64 else None
+
+
+def register_native(op: str, run: Callable[..., Any]) -> None:
+    """Offer `run`, which calls the compiled extension, as the native backend of `op`."""
+    missing = lambda: None if _native.available() else _native.reason()  # noqa: E731
+    register(op, "native", run, refuse=native_refuse, missing=missing)
 
 
 def _check_name(name: str, source: str) -> str:

@@ -44,10 +44,15 @@ def integer(name: str, t: Tensor, dims: Sequence[int | None]) -> None:
 
 
 def sized(name: str, t: Tensor, dims: Sequence[int | None]) -> None:
-    fits = t.dim() == len(dims) and all(want is None or have == want for have, want in zip(t.shape, dims, strict=True))
-    if not fits:
-        wanted = ", ".join("*" if n is None else str(n) for n in dims)
-        raise ValueError(f"{name}: expected shape [{wanted}], got {shape_of(t)}")
+    shape = t.shape
+    if len(shape) == len(dims):
+        for have, want in zip(shape, dims, strict=True):  # a loop, not all(...): this runs dozens of times a token
+            if want is not None and have != want:
+                break
+        else:
+            return
+    wanted = ", ".join("*" if n is None else str(n) for n in dims)
+    raise ValueError(f"{name}: expected shape [{wanted}], got {shape_of(t)}")
 
 
 def same_device(first: str, t: Tensor, **others: Tensor | None) -> None:

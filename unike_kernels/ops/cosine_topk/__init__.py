@@ -18,16 +18,6 @@ from .reference import normalize_rows as _normalize_rows
 __all__ = ["cosine_topk", "normalize_rows"]
 
 
-def _native_refuse(t: Tensor) -> str | None:
-    if t.device.type != "cpu":
-        return f"it runs on the CPU, the tensors are on {t.device}"
-    return "it works in float32, the tensors are float64" if t.dtype == torch.float64 else None
-
-
-def _native_missing() -> str | None:
-    return None if _native.available() else _native.reason()
-
-
 def _run_native(
     queries: Tensor, keys: Tensor, k: int, normalized: bool, bounds: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -37,7 +27,7 @@ def _run_native(
 
 
 _backend.register("cosine_topk", "reference", reference.cosine_topk)
-_backend.register("cosine_topk", "native", _run_native, refuse=_native_refuse, missing=_native_missing)
+_backend.register_native("cosine_topk", _run_native)
 
 
 def _run(queries: Tensor, keys: Tensor, k: int, normalized: bool, bounds: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -93,7 +83,7 @@ def normalize_rows(x: Tensor) -> Tensor:
     bad = (~x.isfinite().all(-1)).nonzero()
     if len(bad):
         raise ValueError(f"x: expected finite values, row {int(bad[0])} holds NaN or infinity")
-    if _backend.forced_backend() != "reference" and _native.available() and _native_refuse(x) is None:
+    if _backend.forced_backend() != "reference" and _native.available() and _backend.native_refuse(x) is None:
         return _native.normalize_rows(x.float())
     return _normalize_rows(x)
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ... import _native
 from .. import _backend, _check, _library
 from . import reference
 from .reference import CONVENTIONS, NORMS, Blend, SemanticEncoder
@@ -23,6 +24,37 @@ _SCHEMA = (
 )
 
 _backend.register("latent_attention", "reference", reference.latent_attention)
+
+
+def _run_native(
+    queries: Tensor,
+    inputs: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    ids: Tensor,
+    encoder: SemanticEncoder,
+    alpha: Tensor | None,
+    anchor: Tensor | None,
+    blend: Blend,
+) -> tuple[Tensor, Tensor]:
+    keys_wide = keys.float()
+    out, gate = _native.latent_attention(
+        queries.float(),
+        inputs.float(),
+        keys_wide,
+        keys_wide if values is keys else values.float(),
+        ids,
+        [t.float() for t in encoder],
+        None if alpha is None else alpha.float(),
+        None if anchor is None else anchor.float(),
+        blend.scale,
+        eq7=blend.convention == "eq7",
+        match_norm=blend.norm == "match",
+    )
+    return out.to(inputs.dtype), gate
+
+
+_backend.register_native("latent_attention", _run_native)
 
 
 def pack(args: tuple[Any, ...]) -> tuple[Any, ...]:

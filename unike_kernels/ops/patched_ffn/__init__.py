@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ... import _native
 from .. import _backend, _check, _library
 from . import reference
 from .reference import ACTIVATIONS, EditPool, FFNWeights
@@ -25,6 +26,15 @@ _BASE = "Tensor w_in, Tensor? b_in, Tensor? w_up, Tensor? b_up, Tensor w_out, Te
 _BASE_SIZE = len(FFNWeights._fields)
 
 _backend.register("add_extra_neurons", "reference", reference.add_extra_neurons)
+
+
+def _run_native(x: Tensor, base_out: Tensor, pool: EditPool, activation: str) -> Tensor:
+    tensors = [None if t is None else (t.float() if t.is_floating_point() else t).contiguous() for t in pool]
+    out = _native.add_extra_neurons(x.float(), base_out.float(), tensors, ACTIVATIONS.index(activation))
+    return out.to(base_out.dtype)
+
+
+_backend.register_native("add_extra_neurons", _run_native)
 
 
 def _fused_reference(x: Tensor, base: FFNWeights, pool: EditPool, activation: str) -> Tensor:

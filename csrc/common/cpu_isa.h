@@ -1,0 +1,22 @@
+// Which kernels this process runs.
+#pragma once
+
+namespace unike {
+
+enum class Isa { kBaseline, kAvx2, kAvx512 };
+
+// The best that this CPU has, or what the environment variable UNIKE_ISA names ("baseline", "avx2", "avx512"), read at
+// each call. Throws std::invalid_argument for an unknown name or one that this CPU lacks.
+Isa active_isa();
+
+}  // namespace unike
+
+// The kernel `name` of the active ISA.
+#if defined(__x86_64__)
+#define UNIKE_PICK(name)                                          \
+  (::unike::active_isa() == ::unike::Isa::kAvx512 ? name##_avx512 \
+   : ::unike::active_isa() == ::unike::Isa::kAvx2 ? name##_avx2   \
+                                                  : name##_baseline)
+#else
+#define UNIKE_PICK(name) name##_baseline
+#endif

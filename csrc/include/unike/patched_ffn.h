@@ -1,0 +1,49 @@
+/* The extra key-value neurons of edited FFNs (UniKE, Eq. 3 and 6), added to the output of a base FFN. */
+#ifndef UNIKE_PATCHED_FFN_H_
+#define UNIKE_PATCHED_FFN_H_
+
+#include "unike/unike.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef enum unike_activation {
+  UNIKE_RELU = 0,
+  UNIKE_GELU = 1,
+  UNIKE_GELU_TANH = 2,
+  UNIKE_SILU = 3,
+} unike_activation;
+
+/* The neurons of all edits of a layer, and which row of the batch uses which edits. All arrays are contiguous. */
+typedef struct unike_edit_pool_f32 {
+  int64_t neurons, edits, rows; /* P, E, R */
+  const float* keys;            /* [P, d] */
+  const float* key_bias;        /* [P] */
+  const float* up;              /* [P, d] for gated neurons, or null */
+  const float* up_bias;         /* [P], null where up is */
+  const float* values;          /* [P, d] */
+  const float* zeta;            /* [E, d] */
+  const float* beta;            /* [E] */
+  const int64_t* indptr;     /* [E + 1], ascending from 0 to P: edit e owns neurons indptr[e], ..., indptr[e + 1] - 1 */
+  const int64_t* row_indptr; /* [R + 1], ascending from 0 to the length of row_edits */
+  const int64_t* row_edits;  /* row r uses the edits row_edits[row_indptr[r]], ... in this order; each in 0..E-1 */
+  const int64_t* token_rows; /* [m], the row of each token; null: the m tokens belong to the R rows in equal runs */
+} unike_edit_pool_f32;
+
+/* out = base + sum over the edits e of the token's row of o_e (V_e + beta_e zeta_e),
+ * o_e = act(x K_e^T + b_e), times (x U_e^T + c_e) for gated neurons.
+ *
+ * A token whose row has no edit gets the bits of `base`. A token's result depends on x, base and its own row's edits
+ * only, not on `threads`.
+ * x, base, out: [m, d], row strides in elements; out may be base. */
+UNIKE_API unike_status unike_add_extra_neurons_f32(const float* x, int64_t x_stride, const float* base,
+                                                   int64_t base_stride, int64_t m, int64_t d,
+                                                   const unike_edit_pool_f32* pool, unike_activation activation,
+                                                   float* out, int64_t out_stride, int threads);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif /* UNIKE_PATCHED_FFN_H_ */
