@@ -1,6 +1,6 @@
 """One edited layer of LLaMA-7B's size: the operators against the same in eager torch. Run with `python3 run.py bench`.
 
-Each benchmark first checks what it computes. pytest-benchmark prints the medians and, with --benchmark-json, writes them;
+Each benchmark first checks what it computes. pytest-benchmark prints the medians (--benchmark-json: writes them too);
 compare within a group only.
 """
 
