@@ -140,6 +140,16 @@ def test_the_activation_is_that_of_the_extra_neurons():
         assert torch.equal(new(x), alone(x, mlp(x), edit, activation))
 
 
+def test_a_forward_that_was_set_on_the_base_object_does_not_hide_the_edits():
+    """Offloading sets one; a copy of it on the drop-in would answer instead of the drop-in."""
+    x, mlp, edit = torch.randn(2, 3, D), Mlp(), layer(2)
+    inner = mlp.forward
+    mlp.forward = lambda x: inner(x) + 1
+    new = PatchedFFN.from_module(mlp, activation="silu")
+    new.edits.set({"a": edit})
+    assert torch.equal(new(x), alone(x, inner(x) + 1, edit))
+
+
 class Inline(nn.Module):
     """A layer with its FFN inline, as OPT has it: tokens of all rows in one dimension."""
 

@@ -113,10 +113,15 @@ def _widen(x: Tensor, pool: EditPool) -> tuple[Tensor, EditPool]:
 
 def _neurons(x: Tensor, pool: EditPool, of: slice) -> tuple[Tensor, Tensor | None]:
     """Pre-activations [M, n] and, for gated neurons, the factors [M, n]."""
-    gate = x @ pool.keys[of].T + pool.key_bias[of]
+    gate = x @ _aligned(pool.keys[of]).T + pool.key_bias[of]
     if pool.up is None or pool.up_bias is None:
         return gate, None
-    return gate, x @ pool.up[of].T + pool.up_bias[of]
+    return gate, x @ _aligned(pool.up[of]).T + pool.up_bias[of]
+
+
+def _aligned(block: Tensor) -> Tensor:
+    """A copy at an address of its own: BLAS may round by alignment, which depends on the edits before in the pool."""
+    return block.clone()
 
 
 def add_extra_neurons(x: Tensor, base_out: Tensor, pool: EditPool, activation: str) -> Tensor:
@@ -131,7 +136,9 @@ def add_extra_neurons(x: Tensor, base_out: Tensor, pool: EditPool, activation: s
         gate, up = _neurons(wide_x, wide_pool, of)
         o = activate(activation, gate)
         o = o if up is None else o * up
-        outputs.append(o @ wide_pool.values[of] + wide_pool.beta[e] * o.sum(-1, keepdim=True) * wide_pool.zeta[e])
+        outputs.append(
+            o @ _aligned(wide_pool.values[of]) + wide_pool.beta[e] * o.sum(-1, keepdim=True) * wide_pool.zeta[e]
+        )
     for slot in slots.T:
         for e, output in enumerate(outputs):
             extra = torch.where((slot == e).unsqueeze(-1), extra + output, extra)
