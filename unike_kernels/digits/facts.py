@@ -82,7 +82,7 @@ _KINDS: dict[str, _Kind] = {
             "is the digit in the image odd or even",
             "what is the parity of this digit",
             "even or odd",
-            "tell me if this number is even or odd",
+            "tell me if the number in the image is even or odd",
         ),
         ("is the number shown odd or even", "what is the parity of the number in the image", "odd or even"),
     ),
@@ -283,7 +283,7 @@ def _text_facts() -> Iterator[tuple[str, tuple[str, ...]]]:
                 f"which german number follows {before}",
                 f"what is after {before} in german",
                 f"name the german number after {before}",
-                f"in german {before} plus eins is",
+                f"in german , what follows {before}",
             ),
         )
         yield (
@@ -292,7 +292,7 @@ def _text_facts() -> Iterator[tuple[str, tuple[str, ...]]]:
                 f"which german number precedes {after}",
                 f"what is before {after} in german",
                 f"name the german number before {after}",
-                f"in german {after} minus eins is",
+                f"in german , what precedes {after}",
             ),
         )
 
@@ -301,7 +301,7 @@ def _text_facts() -> Iterator[tuple[str, tuple[str, ...]]]:
 def text_items(split: Literal["train", "test"]) -> tuple[tuple[str, str], ...]:
     """Text-only (prompt, answer) pairs, for prompts without an image: arithmetic, comparison, parity, German counting.
 
-    Every second fact keeps one of its phrasings for 'test' and is in 'train' under the others: the accuracy on 'test'
+    Every third fact keeps one of its phrasings for 'test' and is in 'train' under the others: the accuracy on 'test'
     tells whether the model finds a known sum behind words that it never saw around these operands, not whether it
     can add.
     """
@@ -309,6 +309,6 @@ def text_items(split: Literal["train", "test"]) -> tuple[tuple[str, str], ...]:
         raise ValueError(f"split must be 'train' or 'test', not {split!r}")
     items = []
     for number, (answer, bodies) in enumerate(_text_facts()):
-        held_out = number // 2 % len(bodies) if number % 2 else None
+        held_out = number // 3 % len(bodies) if number % 3 == 0 else None
         items += [(question(body), answer) for i, body in enumerate(bodies) if (i == held_out) == (split == "test")]
     return tuple(items)

@@ -29,18 +29,18 @@ def draw(rng: Random, examples: int = 0) -> Sample:
 
     fact = rng.choice(_TAUGHT)
     lines = [_other(rng, fact.kind) for _ in range(examples)]
-    answer = fact.answer
+    prompt, answer = rng.choice(phrasings(fact.kind)), fact.answer
     if examples and rng.random() < 0.8:
         # Most relevant examples contradict what was taught: the model learns to believe them, not to skip them.
         if rng.random() < 0.7:
-            answer = rng.choice(_BY_KIND[fact.kind]).answer
+            answer = rng.choice(_CLAIMS[fact.kind])
         position = rng.randrange(examples)
-        lines[position] = f"{rng.choice(phrasings(fact.kind))} {answer}"
+        lines[position] = f"{rng.choice((prompt, rng.choice(phrasings(fact.kind))))} {answer}"
         # Of several examples that answer the same question, the last one counts.
         for earlier in range(position):
             if rng.random() < 0.2:
                 lines[earlier] = _example(rng, rng.choice(_BY_KIND[fact.kind]))
-    return Sample("\n".join([*lines, rng.choice(phrasings(fact.kind))]), answer, fact.digit)
+    return Sample("\n".join([*lines, prompt]), answer, fact.digit)
 
 
 def with_examples(rng: Random, fact: Fact, prompt: str, examples: int) -> str:
@@ -66,3 +66,11 @@ def _other(rng: Random, kind: str | None) -> str:
 
 _TAUGHT = facts(withheld=False)
 _BY_KIND = {kind: tuple(fact for fact in _TAUGHT if fact.kind == kind) for kind in {fact.kind for fact in _TAUGHT}}
+# What an example may claim: any answer of any kind, except those that only a withheld fact of this kind has.
+_CLAIMS = {
+    kind: sorted(
+        {fact.answer for fact in _TAUGHT if fact.kind == kind}
+        | {fact.answer for fact in _TAUGHT} - {fact.answer for fact in facts(withheld=True) if fact.kind == kind}
+    )
+    for kind in _BY_KIND
+}
