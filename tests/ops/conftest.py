@@ -8,6 +8,12 @@ import torch
 from unike_kernels import ops
 
 
+@pytest.fixture(params=["default", "reference"])
+def each_backend(request, monkeypatch):
+    """Once with the backend that is chosen unasked, once with the definition (for float64 they are the same)."""
+    monkeypatch.setenv("UNIKE_BACKEND", "" if request.param == "default" else request.param)
+
+
 @pytest.fixture(scope="session")
 def assert_near():
     """The two differ by no more than the rounding of `terms` additions in the wide dtype, and of one to a half type."""

@@ -8,7 +8,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from unike_kernels import ops
@@ -17,6 +17,9 @@ from unike_kernels.ops import EditPool, FFNWeights
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 SIZES = (3, 1, 0, 4)  # neurons of each edit
 ROWS = ([0], [], [2, 0], [3, 1, 0], [1], [0, 1, 2, 3])  # edits of each row, in order
+
+each_backend = pytest.mark.usefixtures("each_backend")
+same_backend_in_all_examples = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 ACT = {
     "relu": lambda x: max(x, 0.0),
@@ -90,6 +93,7 @@ def expected_base(x, base, activation):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", ["plain", "gated", "mixed"])
 @pytest.mark.parametrize("activation", ops.ACTIVATIONS)
+@each_backend
 def test_neurons_on_a_given_base(activation, kind, dtype, assert_near):
     d, tokens = 11, 2 * len(ROWS)
     x, base = torch.randn(tokens, d).to(dtype), torch.randn(tokens, d).to(dtype)
@@ -125,6 +129,7 @@ def test_the_base_of_a_half_dtype_is_rounded_before_the_neurons_are_added(dtype,
     assert torch.equal(fused, ops.patched_ffn(x, base_out, pool, activation="silu"))
 
 
+@each_backend
 def test_float32_neurons_in_a_bfloat16_model(assert_near):
     x, base = torch.randn(12, 8).bfloat16(), torch.randn(12, 8).bfloat16()
     pool = make_pool(8)
@@ -133,11 +138,16 @@ def test_float32_neurons_in_a_bfloat16_model(assert_near):
     assert_near(out, base.double().numpy() + expected_extra(x, pool, "gelu"), terms=24)
 
 
-def test_the_output_has_the_dtype_of_the_base():
-    out = ops.patched_ffn(torch.randn(6, 4).bfloat16(), torch.randn(6, 4), make_pool(4), activation="relu")
-    assert out.dtype == torch.float32
+@each_backend
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_output_has_the_dtype_of_the_base_and_its_bits_where_there_is_no_edit(dtype):
+    base = torch.randn(6, 4, dtype=torch.float64).to(dtype)
+    out = ops.patched_ffn(torch.randn(6, 4), base, make_pool(4), activation="relu")
+    assert out.dtype == dtype
+    assert torch.equal(out[1], base[1])
 
 
+@each_backend
 def test_edits_are_summed_in_the_order_of_the_list():
     d = 64
     x, base = torch.randn(50, d), torch.randn(50, d)
@@ -166,6 +176,7 @@ def test_beta_steers_the_values_along_zeta():
     assert (got - still).abs().max() > 1e-3
 
 
+@each_backend
 def test_a_fresh_edit_changes_no_bit():
     pool = make_pool(6, sizes=(4,), rows=([0],))
     fresh = pool._replace(values=torch.zeros(4, 6), beta=torch.zeros(1))
@@ -174,6 +185,7 @@ def test_a_fresh_edit_changes_no_bit():
 
 
 @pytest.mark.parametrize("form", ["vendor", "fused"])
+@each_backend
 def test_leading_dimensions_strides_and_rows_of_tokens(form):
     d = 6
     x, base_out = torch.randn(6, 4, d), torch.randn(6, 4, d)
@@ -195,6 +207,7 @@ def test_leading_dimensions_strides_and_rows_of_tokens(form):
 
 @pytest.mark.parametrize("shape", [(0, 6), (6, 0, 6), (0, 3, 6)])
 @pytest.mark.parametrize("form", ["vendor", "fused"])
+@each_backend
 def test_no_tokens(form, shape):
     x = torch.zeros(shape, requires_grad=True)
     base = torch.zeros(shape) if form == "vendor" else make_base(6, True)
@@ -214,6 +227,8 @@ def test_no_tokens(form, shape):
     kind=st.sampled_from(["plain", "gated"]),
     seed=st.integers(0, 2**31),
 )
+@same_backend_in_all_examples
+@each_backend
 def test_any_selection(rows, per_row, d, kind, seed, assert_near):
     torch.manual_seed(seed)
     x, base = torch.randn(len(rows) * per_row, d), torch.randn(len(rows) * per_row, d)
@@ -233,6 +248,8 @@ def test_any_selection(rows, per_row, d, kind, seed, assert_near):
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     seed=st.integers(0, 2**31),
 )
+@same_backend_in_all_examples
+@each_backend
 def test_no_row_depends_on_the_edits_of_another(rows, others, mine, d, dtype, seed):
     """Design point 10, bit for bit: other rows' edits removed, replaced, changed in value, or taken from the pool."""
     torch.manual_seed(seed)
@@ -258,6 +275,7 @@ def test_no_row_depends_on_the_edits_of_another(rows, others, mine, d, dtype, se
 @pytest.mark.parametrize("sizes", [(3, 5, 1, 4), (3, 1, 2, 4)])
 @pytest.mark.parametrize("kind", ["plain", "gated"])
 @pytest.mark.parametrize("d", [17, 49, 63, 64, 90])
+@each_backend
 def test_no_row_depends_on_what_is_left_in_the_pool(d, kind, sizes):
     """Without the edits of others one's own neurons lie at another alignment, by which BLAS may round."""
     for tokens in (1, 2) * 10:

@@ -45,7 +45,8 @@ _backend.register("patched_ffn", "reference", _fused_reference)
 
 
 def _run_add(x: Tensor, base_out: Tensor, *rest: Any) -> Tensor:
-    out: Tensor = _backend.dispatch("add_extra_neurons", x)(x, base_out, EditPool(*rest[:-1]), rest[-1])
+    like = base_out if base_out.dtype == torch.float64 else x  # a float64 base keeps its bits where there is no edit
+    out: Tensor = _backend.dispatch("add_extra_neurons", like)(x, base_out, EditPool(*rest[:-1]), rest[-1])
     return out
 
 
