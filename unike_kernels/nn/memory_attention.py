@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..config import Config
-from ..ops import SemanticEncoder, cosine_topk, latent_attention, memory_attention, normalize_rows
+from ..ops import SemanticEncoder, cosine_topk, latent_attention, normalize_rows
+from ..ops.memory_attention import attend
 from ._drop_in import DropIn, Tables
 from .context import Context
 
@@ -18,6 +19,7 @@ class MemoryTables(Tables):
     """One layer of a memory as the operators take it."""
 
     index: Tensor  # float32 [N, d], unit rows
+    all: Tensor  # int64 [1, 2], the bounds of all entries
     keys: Tensor  # [N, H, c]
     values: Tensor | None  # [N, H, d]; None: keys
     w1: Tensor
@@ -28,6 +30,7 @@ class MemoryTables(Tables):
     def __init__(self, index: Tensor, keys: Tensor, values: Tensor | None, encoder: SemanticEncoder) -> None:
         super().__init__()
         self.table("index", normalize_rows(index))
+        self.table("all", torch.tensor([[0, len(index)]], device=index.device))
         self.table("keys", keys)
         self.table("values", values)
         for name, t in encoder._asdict().items():
@@ -104,26 +107,23 @@ class MemoryAttention(DropIn):
         if not isinstance(config.alpha, str):
             wide = torch.promote_types(out.dtype, torch.float32)
             alpha = torch.full((1,), float(config.alpha), dtype=wide, device=out.device)
-        blend: dict[str, Any] = {
-            "scale": config.scale,
-            "alpha": alpha,
-            "anchor": self._from_prompt_end("anchor", lambda last: out[self._rows(last), last])
-            if config.alpha == "last"
-            else None,
-            "convention": config.convention,
-            "norm": config.norm,
-        }
+        anchor = None
+        if config.alpha == "last":
+            anchor = self._from_prompt_end("anchor", lambda last: out[self._rows(last), last])
         if config.retrieval == "token":
-            shifted, _, _ = memory_attention(
-                flat, inputs, memory.index, memory.keys, values, memory.encoder,
-                k=config.k, queries=queries, bounds=bounds, **blend,
+            shifted, _, _ = attend(
+                flat, memory.index, config.k, bounds, queries, inputs, memory.keys, values, memory.encoder,
+                alpha, anchor, config.scale, config.convention, config.norm,
             )  # fmt: skip
         else:
             ids = self._from_prompt_end("ids", lambda last: self._retrieve(memory, hidden, last))
             per_token = ids.repeat_interleave(tokens, 0)
             if bounds is not None:  # a token that may not be shifted has an empty range
                 per_token = torch.where((bounds[:, :1] < bounds[:, 1:]), per_token, -1)
-            shifted, _ = latent_attention(queries, inputs, memory.keys, values, per_token, memory.encoder, **blend)
+            shifted, _ = latent_attention(
+                queries, inputs, memory.keys, values, per_token, memory.encoder,
+                scale=config.scale, alpha=alpha, anchor=anchor, convention=config.convention, norm=config.norm,
+            )  # fmt: skip
         return shifted.reshape(out.shape)
 
     @staticmethod
@@ -147,9 +147,7 @@ class MemoryAttention(DropIn):
                 f"the patched attention got hidden states of [{batch}, {tokens}] tokens, the decoder announced "
                 f"{list(shifted.shape)}: call it through the model"
             )
-        if rows is None:
-            rows = torch.tensor([[0, memory.index.shape[0]]], device=memory.index.device)
-        bounds = rows.repeat_interleave(batch * tokens // len(rows), 0)
+        bounds = memory.all if rows is None else rows.repeat_interleave(batch * tokens // len(rows), 0)
         return bounds if shifted is None else torch.where(shifted.reshape(-1, 1), bounds, 0)
 
     def _from_prompt_end(self, name: str, compute: Callable[[Tensor], Tensor]) -> Tensor:

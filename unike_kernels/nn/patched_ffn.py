@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops import ACTIVATIONS, EditPool, patched_ffn
+from ..ops import ACTIVATIONS, EditPool
+from ..ops.patched_ffn import add_extra_neurons
 from ._drop_in import DropIn, Tables
 
 _PER_NEURON = ("keys", "key_bias", "up", "up_bias", "values")
@@ -123,7 +124,7 @@ class PatchedFFN(DropIn):
             out = module(out)
         if not self.edits.ids:
             return out
-        return patched_ffn(hidden_states, out, self.edits.pool(), activation=self.activation)
+        return add_extra_neurons(hidden_states, out, self.edits.pool(), self.activation)
 
 
 class PassThrough(DropIn):

@@ -16,7 +16,7 @@ from ..cosine_topk import check_retrieval
 from ..latent_attention import SemanticEncoder, alpha_dtype, check_tables, pack, with_heads
 from . import reference
 
-__all__ = ["memory_attention"]
+__all__ = ["attend", "memory_attention"]
 
 
 def _composed(
@@ -74,6 +74,30 @@ _library.define(
 )
 
 
+def attend(
+    hidden: Tensor,
+    index: Tensor,
+    k: int,
+    bounds: Tensor | None,
+    queries: Tensor,
+    inputs: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    encoder: SemanticEncoder,
+    alpha: Tensor | None,
+    anchor: Tensor | None,
+    scale: float | None,
+    convention: str,
+    norm: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`memory_attention` unchecked and with heads: for callers that made the tables themselves."""
+    factor = 1 / math.sqrt(queries.shape[-1]) if scale is None else float(scale)
+    out, gate, ids = torch.ops.unike.memory_attention(
+        hidden, index, k, bounds, queries, inputs, keys, values, *encoder, alpha, anchor, factor, convention, norm
+    )
+    return out, gate, ids
+
+
 def memory_attention(
     hidden: Tensor,
     inputs: Tensor,
@@ -119,8 +143,6 @@ def memory_attention(
     _check.same_device("inputs", inputs, hidden=hidden)
     if index.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"index: expected the float32 rows of normalize_rows, got {_check.shape_of(index)}")
-    factor = 1 / math.sqrt(queries.shape[-1]) if scale is None else float(scale)
-    out, gate, ids = torch.ops.unike.memory_attention(
-        hidden, index, k, bounds, queries, inputs, keys, values, *encoder, alpha, anchor, factor, convention, norm
+    return attend(
+        hidden, index, k, bounds, queries, inputs, keys, values, encoder, alpha, anchor, scale, convention, norm
     )
-    return out, gate, ids

@@ -16,7 +16,7 @@ from .. import _backend, _check, _library
 from . import reference
 from .reference import ACTIVATIONS, EditPool, FFNWeights
 
-__all__ = ["ACTIVATIONS", "EditPool", "FFNWeights", "patched_ffn"]
+__all__ = ["ACTIVATIONS", "EditPool", "FFNWeights", "add_extra_neurons", "patched_ffn"]
 
 _POOL = (
     "Tensor keys, Tensor key_bias, Tensor? up, Tensor? up_bias, Tensor values, Tensor zeta, Tensor beta, "
@@ -163,6 +163,13 @@ def _check_pool(x: Tensor, pool: EditPool) -> None:
     _check.same_device("x", x, **{f"pool.{name}": t for name, t in pool._asdict().items()})
 
 
+def add_extra_neurons(x: Tensor, base: Tensor, pool: EditPool, activation: str) -> Tensor:
+    """`patched_ffn` for a base computed elsewhere, unchecked: for callers that made the pool themselves."""
+    d = x.shape[-1]
+    out: Tensor = torch.ops.unike.add_extra_neurons(x.reshape(-1, d), base.reshape(-1, d), *pool, activation)
+    return out.reshape(x.shape)
+
+
 def patched_ffn(x: Tensor, base: Tensor | FFNWeights, pool: EditPool, *, activation: str) -> Tensor:
     """FFN_edit(x) = FFN(x) + o_extra (W_V^extra + beta * zeta')  (paper, Eq. 3 and 6).
 
@@ -188,7 +195,6 @@ def patched_ffn(x: Tensor, base: Tensor | FFNWeights, pool: EditPool, *, activat
         raise ValueError(f"x: expected shape [..., d] with d >= 1, got {_check.shape_of(x)}")
     _check_pool(x, pool)
     d = x.shape[-1]
-    flat = x.reshape(-1, d)
     if isinstance(base, FFNWeights):
         _check.floating("base.w_in", base.w_in, (None, d))
         f = base.w_in.shape[0]
@@ -204,9 +210,8 @@ def patched_ffn(x: Tensor, base: Tensor | FFNWeights, pool: EditPool, *, activat
         if base.b_up is not None and base.w_up is None:
             raise ValueError("base.b_up: expected None without base.w_up")
         _check.same_device("x", x, **{f"base.{name}": t for name, t in base._asdict().items()})
-        out = torch.ops.unike.patched_ffn(flat, *base, *pool, activation)
-    else:
-        _check.floating("base", base, x.shape)
-        _check.same_device("x", x, base=base)
-        out = torch.ops.unike.add_extra_neurons(flat, base.reshape(-1, d), *pool, activation)
-    return out.reshape(x.shape)
+        out: Tensor = torch.ops.unike.patched_ffn(x.reshape(-1, d), *base, *pool, activation)
+        return out.reshape(x.shape)
+    _check.floating("base", base, x.shape)
+    _check.same_device("x", x, base=base)
+    return add_extra_neurons(x, base, pool, activation)
