@@ -173,7 +173,8 @@ def add_extra_neurons(x: Tensor, base: Tensor, pool: EditPool, activation: str) 
 def patched_ffn(x: Tensor, base: Tensor | FFNWeights, pool: EditPool, *, activation: str) -> Tensor:
     """FFN_edit(x) = FFN(x) + o_extra (W_V^extra + beta * zeta')  (paper, Eq. 3 and 6).
 
-    A token whose row selects no edit keeps the bits of the base FFN. Computed in float32 at least, rounded once.
+    A token whose row selects no edit keeps the bits of the base FFN. Base and sum are each computed in float32 at least
+    and rounded once.
     Differentiable in x, the base and the neurons, zeta' and beta.
 
     Args:
