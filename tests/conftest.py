@@ -13,6 +13,8 @@ from hypothesis import settings
 import unike_kernels as uk
 from unike_kernels.fingerprint import fingerprint
 
+pytest_plugins = ["ptxsim.plugin"]
+
 settings.register_profile("unike", deadline=None, print_blob=True)
 settings.load_profile("unike")
 

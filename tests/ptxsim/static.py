@@ -100,7 +100,7 @@ def _cuda(compiled: Any, arch: int) -> Resources:
     registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
     operations = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)", sass)
     metadata = compiled.metadata
-    loads = [name for name in operations if name.startswith(("LDG", "LDGSTS"))]
+    loads = [name for name in operations if name.split(".")[0] in ("LDG", "LDGSTS")]
     return Resources(
         architecture=f"sm_{arch}",
         registers=registers,

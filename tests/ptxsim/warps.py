@@ -12,6 +12,7 @@ from .table import implements
 from .transfers import address_of
 
 WARP = 32
+ALL_LANES = np.array([0xFFFFFFFF], np.uint32)
 BITS = (np.uint32(1) << np.arange(WARP, dtype=np.uint32)).astype(np.uint32)
 
 
@@ -27,6 +28,8 @@ def active_lanes(group, mask: Mask) -> np.ndarray:
 
 def check_members(group, mask: Mask, members: np.ndarray) -> np.ndarray:
     """All lanes that the operation names must be here, and only they; their words, one for each warp."""
+    if mask is None and (members == ALL_LANES).all():
+        return ALL_LANES.repeat(group.size // WARP)
     active = active_lanes(group, mask)
     words = per_lane(group, members).reshape(-1, WARP)
     named = words[np.arange(len(words)), active.argmax(axis=1)]
@@ -219,9 +222,6 @@ def warp_barrier(instruction: Instruction) -> Step:
     """bar.warp.sync: the lanes must be here; what they wrote is visible to each other in any case."""
     members = reader(instruction.operands[0], "b32")
     return lambda group, mask: check_members(group, mask, members(group)) and None
-
-
-ALL_LANES = np.array([0xFFFFFFFF], np.uint32)
 
 
 @implements("ldmatrix", "stmatrix")
