@@ -69,7 +69,7 @@ def encode(x: Array, kind: str, mode: str = "rn", saturate: bool = False) -> Arr
 def _encode_8bit(y: Array, kind: str) -> Array:
     digits, least, _ = FORMATS[kind]
     magnitude = np.abs(np.where(np.isfinite(y), y, 0.0))
-    exponent = np.maximum(np.frexp(magnitude)[1] - 1, least)
+    exponent = np.where(magnitude > 0, np.maximum(np.frexp(magnitude)[1] - 1, least), least)
     significand = np.ldexp(magnitude, digits - 1 - exponent).astype(np.int64)
     # A subnormal number has significand below 2^(digits-1): the biased exponent 1 less the missing one gives 0.
     bits = ((exponent - least) << (digits - 1)) + significand
@@ -136,6 +136,7 @@ def fma64(a: Array, b: Array, c: Array) -> Array:
     # Splitting overflows or loses digits near the ends of the range; exact rationals there.
     sizes = np.abs(np.stack([a, b, high, c]))
     hard = ((sizes != 0) & ((sizes < 2.0**-960) | (sizes > 2.0**960))).any(axis=0)
+    hard |= (high == 0) & (a != 0) & (b != 0)
     hard &= np.isfinite(a) & np.isfinite(b) & np.isfinite(c)
     result = np.where(np.isfinite(a) & np.isfinite(b) & np.isfinite(c), result, a * b + c)
     for i in np.flatnonzero(hard):

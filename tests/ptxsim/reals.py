@@ -165,7 +165,7 @@ def unary(instruction: Instruction) -> Step:
 
 def extremum(larger: bool, keeps_nan: bool) -> Function:
     """min and max: -0 is below +0; NaN loses against a number unless .NaN is given."""
-    pick = (np.maximum if larger else np.minimum) if keeps_nan else (np.fmax if larger else np.fmin)
+    pick = np.maximum if larger else np.minimum
 
     def compute(first: np.ndarray, *others: np.ndarray) -> np.ndarray:
         result = first
@@ -173,7 +173,10 @@ def extremum(larger: bool, keeps_nan: bool) -> Function:
             bits = UNSIGNED[result.dtype.itemsize]
             a, b = (x.view(bits) for x in np.broadcast_arrays(result, other))
             zero = (a & b if larger else a | b).view(result.dtype)
-            result = np.where(result == other, zero, pick(result, other))
+            best = np.where(result == other, zero, pick(result, other))
+            if not keeps_nan:  # np.fmax would return the NaN that is a signalling one
+                best = np.where(np.isnan(result), other, np.where(np.isnan(other), result, best))
+            result = best
         return result
 
     return compute

@@ -119,6 +119,7 @@ def round_exactly(x: Fraction, kind: str, mode: str = "rn") -> float:
     digits, least, largest = FORMATS[kind]
     if x == 0:
         return 0.0
+    sign = 1 if x > 0 else -1
     magnitude = abs(x)
     exponent = magnitude.numerator.bit_length() - magnitude.denominator.bit_length()
     if magnitude < Fraction(2) ** exponent:
@@ -136,8 +137,8 @@ def round_exactly(x: Fraction, kind: str, mode: str = "rn") -> float:
     result = (floor + up) * unit
     if abs(result) > largest:
         stays = mode == "rz" or (mode == "rm" and x > 0) or (mode == "rp" and x < 0)
-        return math.copysign(float(largest) if stays else math.inf, x)
-    return math.copysign(float(result), x)
+        return math.copysign(float(largest) if stays else math.inf, sign)
+    return math.copysign(float(result), sign)
 
 
 def exactly(compute, kind: str, *columns: np.ndarray, mode: str = "rn") -> np.ndarray:
