@@ -66,7 +66,7 @@ class LoadedKernel:
     """A kernel of a loaded file."""
 
     def __init__(self, module: Module, kernel: Kernel, variables: dict[str, np.ndarray]):
-        self.kernel, self.variables = kernel, variables
+        self.module, self.kernel, self.variables = module, kernel, variables
         addresses = {name: array.ctypes.data for name, array in variables.items()}
         self.program: Program = build(module, kernel, addresses)
 

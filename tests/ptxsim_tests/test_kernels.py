@@ -1,0 +1,122 @@
+"""Whole kernels of Triton and nvcc, on every architecture and schedule, and what the interpreter counts of them."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+
+import sample_launches
+from ptxsim import Session, UnsupportedInstructionError
+from sample_launches import CUDA, TRITON
+
+SCHEDULES = ["lockstep", "reversed", "random:0"]
+needs_nvcc = pytest.mark.skipif(not sample_launches.has_nvcc(), reason="nvcc is not on the PATH")
+
+
+@needs_nvcc
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("name", CUDA)
+def test_cuda_kernels(name, schedule):
+    CUDA[name](Session(schedule))
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("name", TRITON)
+def test_triton_kernels(name, schedule, on_gpu):
+    with on_gpu(schedule=schedule) as session:
+        TRITON[name](session)
+    assert len(session.launches) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [90, 100, 120])
+@pytest.mark.parametrize("name", TRITON)
+def test_triton_kernels_on_newer_architectures(name, arch, on_gpu):
+    with on_gpu(arch=arch) as session:
+        TRITON[name](session)
+
+
+def test_large_dots_of_sm_90_are_refused_by_name(on_gpu):
+    import torch
+
+    import triton_samples
+
+    x = torch.zeros(64, 64, dtype=torch.bfloat16)
+    with on_gpu(arch=90), pytest.raises(UnsupportedInstructionError, match=r"wgmma|fence\.proxy"):
+        triton_samples.matmul[(1, 1)](x, x, torch.zeros(64, 64), 64, 64, 64, 64, 64, 32, "tf32")
+
+
+def ffn_launch():
+    import torch
+
+    import triton_samples
+
+    x, up, down = (torch.randn(*s).bfloat16() / 16 for s in ((16, 256), (256, 512), (512, 256)))
+    out = torch.zeros(16, 256)
+    triton_samples.fused_ffn[(16,)](x, up, down, out, 256, 512, 16, 32, 64)
+
+
+def test_speed_and_traffic_of_a_fused_ffn(on_gpu):
+    with on_gpu() as session:
+        ffn_launch()  # compiles
+        times = []
+        for _ in range(3):
+            start = time.process_time()
+            ffn_launch()
+            times.append(time.process_time() - start)
+    assert min(times) < 0.5
+    launch = session.launches[-1]
+    # 16 x 256, 256 x 512 and 512 x 256 numbers of 2 bytes, 16 to a sector
+    assert {name: traffic.unique_sectors for name, traffic in launch.loads.items()} == {
+        "x": 256,
+        "up": 8192,
+        "down": 8192,
+    }
+    assert launch.loads["up"].sectors_per_request == 16  # 16 bytes for each lane
+    assert launch.loads["up"].bytes == 256 * 512 * 2 and launch.loads["x"].bytes == 16 * (16 * 256 * 2)
+    assert launch.stores["out"].unique_sectors == 16 * 256 * 4 // 32
+    assert launch.shared.bank_conflicts == 0
+    # 16 blocks x (256 x 32 up and 32 x 256 down) over 16 x 8 x 16 products, 16 rows
+    assert launch.instructions["mma"] == 16 * 2 * (256 // 16) * (32 // 8)
+    # Per block: its slice of both weights, x, and the atomics
+    assert launch.largest_block_bytes == 2 * 256 * 32 * 2 + 16 * 256 * 2 + 16 * 256 * 4
+    assert launch.largest_block_instructions == sum(launch.instructions.values()) // 16
+
+
+@needs_nvcc
+def test_counts_of_coalesced_and_padded_accesses():
+    session = Session()
+    sample_launches.transpose(session)
+    (launch,) = session.launches
+    assert launch.shared.bank_conflicts == 0  # 33 columns for 32
+    assert launch.loads["x"].bytes == 50 * 70 * 4 and launch.stores["out"].bytes == 50 * 70 * 4
+    assert launch.loads["x"].unique_sectors == -(-50 * 70 * 4 // 32)
+    assert launch.instructions["bar"] == 3 * 2 * 8  # blocks x warps
+
+
+def test_bank_conflicts_and_scattered_sectors():
+    """Column accesses of a 32 x 32 tile in shared memory, rows 128 bytes apart in global memory."""
+    from ptxsim.counters import SharedTraffic, Traffic
+
+    lanes = np.arange(32)
+    for stride, size, passes in ((4, 4, 1), (8, 4, 2), (128, 4, 32), (0, 4, 1), (8, 8, 2), (16, 16, 4), (256, 16, 32)):
+        shared = SharedTraffic()
+        shared.count(lanes, lanes * stride, size)
+        assert (shared.passes, shared.ideal) == (passes, max(size // 4, 1)), (stride, size)
+    scattered = Traffic(0, 4096)
+    scattered.count(lanes, lanes * 128, 4)
+    scattered.count(lanes, lanes * 4, 4)
+    assert (scattered.requests, scattered.sectors, scattered.unique_sectors, scattered.bytes) == (2, 36, 35, 256)
+
+
+def test_launches_are_counted_for_each_operator(on_gpu):
+    with on_gpu() as session:
+        with session.counting() as first:
+            TRITON["triton_scan"](session)
+        with session.counting() as second:
+            TRITON["triton_sort"](session)
+            TRITON["triton_scan"](session)
+    assert [launch.kernel for launch in first] == ["scan"]
+    assert [launch.kernel for launch in second] == ["sort", "scan"]
