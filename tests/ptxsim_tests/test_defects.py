@@ -1,0 +1,170 @@
+"""Deliberately broken kernels: each kind of defect must be reported, under every schedule."""
+
+from __future__ import annotations
+
+import functools
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import sample_launches
+from ptxsim import (
+    AsyncCopyError,
+    DeadlockError,
+    DivergentBarrierError,
+    LoadedModule,
+    MisalignedError,
+    MissingLanesError,
+    OutOfBoundsError,
+    RaceError,
+    Session,
+    SimulationError,
+    UninitialisedReadError,
+    UnsupportedInstructionError,
+    load,
+)
+
+needs_nvcc = pytest.mark.skipif(not sample_launches.has_nvcc(), reason="nvcc is not on the PATH")
+SCHEDULES = ["lockstep", "reversed", "random:0"]
+
+
+@functools.cache
+def broken() -> LoadedModule:
+    source = Path(__file__).with_name("broken.cu")
+    command = ["nvcc", "-ptx", "-arch=sm_80", "-std=c++17", str(source), "-o", "/dev/stdout"]
+    return load(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def floats(n: int) -> np.ndarray:
+    return np.arange(n, dtype="f4")
+
+
+# kernel -> error, a part of the message, blocks, dynamic shared memory, arguments ("out": 64 elements, poisoned)
+BROKEN = {
+    "load_past_the_end": (OutOfBoundsError, r"x \+ 256, which has 256", 1, 0, [floats(64), "out"]),
+    "store_before_the_start": (OutOfBoundsError, r"\+ -4", 1, 0, ["out"]),
+    "wild_pointer": (OutOfBoundsError, "which has", 1, 0, [np.array([64], "u8"), "out"]),
+    "shared_past_the_end": (OutOfBoundsError, r"shared \+ 128", 1, 128, ["out"]),
+    "misaligned": (MisalignedError, "4 bytes", 1, 0, [np.zeros(300, "u1"), "out"]),
+    "shared_nobody_wrote": (UninitialisedReadError, "thread 58", 1, 0, ["out"]),
+    "reads_its_output": (UninitialisedReadError, "thread", 1, 0, ["out"]),
+    "shuffle_of_half_a_warp": (MissingLanesError, "0x0000ffff are here, 0xffffffff are named", 1, 0, ["out"]),
+    "shuffle_from_outside": (MissingLanesError, "reads lane 20", 1, 0, ["out"]),
+    "barrier_in_a_branch": (DivergentBarrierError, "warp", 1, 0, ["out"]),
+    "two_barriers": (DivergentBarrierError, "different barriers", 1, 0, ["out"]),
+    "copy_without_wait": (AsyncCopyError, "has not landed", 1, 0, [floats(64), "out"]),
+    "waits_for_too_few": (AsyncCopyError, "has not landed", 1, 0, [floats(128), "out"]),
+    "copy_without_barrier": ((RaceError, UninitialisedReadError, AsyncCopyError), "shared", 1, 0, [floats(64), "out"]),
+    "lanes_write_one_place": (RaceError, "lanes disagree", 1, 0, ["out"]),
+    "warps_write_one_place": (RaceError, "block", 1, 0, ["out"]),
+    "blocks_write_one_place": (RaceError, "was written by warp", 2, 0, ["out"]),
+    "warps_write_one_shared_place": (RaceError, "block", 1, 0, ["out"]),
+    "reads_before_the_barrier": ((RaceError, UninitialisedReadError), "shared", 1, 0, ["out"]),
+    "overwrites_what_is_read": (RaceError, "no barrier since", 1, 0, ["out"]),
+    "no_fence": (RaceError, "was written by warp 0", 4, 0, [np.zeros(1, "u4"), "out", "out"]),
+    "waits_for_ever": (DeadlockError, "spins", 2, 0, [np.zeros(1, "u4"), "out"]),
+    "trips": (SimulationError, "trap", 1, 0, ["out"]),
+}
+
+
+@needs_nvcc
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_kernels(name, schedule):
+    error, message, blocks, shared, arguments = BROKEN[name]
+    session = Session(schedule)
+    given = [session.empty(64, "f4") if isinstance(a, str) else a.copy() for a in arguments]
+    names = ["x", *(f"out{i}" for i in range(len(given) - 1))]
+    with pytest.raises(error, match=message):
+        session.launch(broken()[name], (blocks,), (64,), given, names=names, shared=shared)
+
+
+@needs_nvcc
+def test_the_list_is_complete():
+    assert set(broken().names) == set(BROKEN)
+
+
+@needs_nvcc
+def test_a_grid_barrier_of_more_blocks_than_fit_is_a_deadlock():
+    session = Session(resident=5)
+    with pytest.raises(DeadlockError, match="1 blocks have not started"):
+        sample_launches.spin(session)
+    sample_launches.spin(Session(resident=6))
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("frobnicate.b32 $d0, $a0;", "opcode frobnicate"),
+        ("add.cc.u32 $d0, $a0, $a0;", r"modifier \.cc of: add\.cc\.u32"),
+        ("mma.sync.aligned.m8n8k128.row.col.s32.b1.b1.s32 $d0, $a0, $a0, $a0;", "mma"),
+        ("ld.shared::cluster.b32 $d0, [$a0];", "shared::cluster"),
+        ("mov.u32 $d0, %envreg3;", "%envreg3"),
+        ("shfl.down.b32 $d0, $a0, 1, 31;", "only shfl.sync"),
+        ("call.uni helper, ($a0);", "opcode call"),
+    ],
+)
+def test_what_is_unknown_is_named(text, named):
+    from one_instruction import execute
+
+    with pytest.raises(UnsupportedInstructionError, match=named):
+        execute(text, [np.zeros(32, "u4")], ["u4"])
+
+
+def test_an_unknown_instruction_is_refused_even_if_it_is_never_reached():
+    from one_instruction import execute
+
+    with pytest.raises(UnsupportedInstructionError, match="frobnicate"):
+        execute("@$a0 bra past;\nfrobnicate.b32 $d0, 0;\npast:\nmov.b32 $d0, 0;", [np.ones(32, bool)], ["u4"])
+
+
+def test_a_view_is_bounded_by_its_own_extent(on_gpu):
+    """A launch may touch what its arguments span, not the rest of the memory that they are cut from."""
+    import torch
+
+    import triton_samples
+
+    whole = torch.zeros(1024)
+    with on_gpu() as session:
+        triton_samples.scan[(1,)](whole[:512], whole[512:], 512)
+        with pytest.raises(OutOfBoundsError, match="x "):
+            triton_samples.scan[(1,)](whole[:500], torch.empty(512), 512)
+    assert len(session.launches) == 1
+
+
+def test_allocations_inside_the_block_are_poisoned_until_somebody_writes(on_gpu):
+    import torch
+
+    import triton_samples
+
+    with on_gpu():
+        for allocate in (
+            lambda: torch.empty(512),
+            lambda: torch.empty_like(torch.zeros(512)),
+            lambda: torch.zeros(1).new_empty(512),
+            lambda: torch.empty_strided((512,), (1,)),
+        ):
+            assert torch.isnan(allocate()).all()
+            with pytest.raises(UninitialisedReadError):
+                triton_samples.scan[(1,)](allocate(), torch.zeros(512), 512)
+        by_torch = torch.empty(512)
+        by_torch.fill_(1.0)
+        by_kernel = torch.empty(512)
+        triton_samples.scan[(1,)](by_torch, by_kernel, 512)
+        triton_samples.scan[(1,)](by_kernel, by_torch, 512)
+        half = torch.empty(512)
+        half[:256] = 1.0
+        with pytest.raises(UninitialisedReadError, match=r"x \+ 1024"):
+            triton_samples.scan[(1,)](half, by_torch, 512)
+    assert torch.empty is not None and "call" not in torch.empty.__name__
+
+
+def test_an_operator_sees_the_device_of_the_interpreter(on_gpu):
+    triton = pytest.importorskip("triton")
+    before = triton.runtime.driver._active
+    with on_gpu(arch=90):
+        assert triton.runtime.driver.active.get_active_torch_device().type == "cpu"
+        assert triton.runtime.driver.active.get_current_target().arch == 90
+    assert triton.runtime.driver._active is before

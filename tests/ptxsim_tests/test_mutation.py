@@ -1,0 +1,90 @@
+"""Delete each barrier, each wait and each fence of the sample kernels in turn: the bench must notice, or say why not."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+import sample_launches
+from ptxsim import LoadedKernel, Session, SimulationError
+from ptxsim.parser import Instruction
+from sample_launches import CUDA, TRITON
+
+SCHEDULES = ["reversed", "random:0", "random:1", "lockstep"]
+
+# sample -> {position among its barriers, waits and fences: why its deletion changes nothing that is defined}
+SURVIVORS: dict[str, dict[int, str]] = {}
+
+
+def orders_something(instruction: Instruction) -> bool:
+    waits = instruction.opcode == "cp" and {"wait_group", "wait_all"} & set(instruction.modifiers)
+    return instruction.opcode in ("bar", "barrier", "membar", "fence") or bool(waits)
+
+
+class Mutating(Session):
+    """Launches kernels without the `victim`-th instruction that orders something."""
+
+    def __init__(self, schedule: str, victim: int):
+        super().__init__(schedule)
+        self.victim = victim
+        self.sites: list[str] = []
+
+    def launch(self, kernel, *arguments, **options):
+        places = [i for i, each in enumerate(kernel.kernel.code) if orders_something(each)]
+        self.sites = [f"{kernel.kernel.code[i].text} ({kernel.kernel.code[i].source})" for i in places]
+        if self.victim >= 0:
+            code = list(kernel.kernel.code)
+            code[places[self.victim]] = dataclasses.replace(code[places[self.victim]], opcode="pmevent", modifiers=())
+            mutant = dataclasses.replace(kernel.kernel, code=code)
+            kernel = LoadedKernel(kernel.module, mutant, kernel.variables)
+        return super().launch(kernel, *arguments, **options)
+
+
+def noticed(sample, run, victim: int) -> str | None:
+    """What gave the mutant away: an error of the interpreter or a wrong result; None if nothing did."""
+    for schedule in SCHEDULES:
+        session = Mutating(schedule, victim)
+        try:
+            run(sample, session)
+        except (SimulationError, AssertionError) as error:
+            return f"{schedule}: {type(error).__name__}"
+    return None
+
+
+def check(name: str, sample, run) -> None:
+    original = Mutating("reversed", -1)
+    run(sample, original)
+    if not original.sites:
+        pytest.skip("nothing to delete")
+    survivors = {}
+    for victim, site in enumerate(original.sites):
+        found = noticed(sample, run, victim)
+        print(f"{name}[{victim}] {site}: {found or 'survives'}")
+        if found is None:
+            survivors[victim] = site
+    assert set(survivors) == set(SURVIVORS.get(name, {})), survivors
+
+
+@pytest.mark.skipif(not sample_launches.has_nvcc(), reason="nvcc is not on the PATH")
+@pytest.mark.parametrize("name", CUDA)
+def test_cuda_kernels_without_one_barrier(name):
+    # Device variables keep their values between launches: a stopped kernel leaves some behind.
+    def run(sample, session) -> None:
+        for array in sample_launches.cuda_kernels().variables.values():
+            array[:] = 0
+        sample(session)
+
+    check(name, CUDA[name], run)
+
+
+@pytest.mark.parametrize("name", TRITON)
+def test_triton_kernels_without_one_barrier(name):
+    pytest.importorskip("triton", reason="triton is not installed: it compiles the kernels")
+    from ptxsim.triton_driver import interpreting
+
+    def run(sample, session) -> None:
+        with interpreting(session):
+            sample(session)
+
+    check(name, TRITON[name], run)
