@@ -298,9 +298,8 @@ class SharedMemory(Bytes):
         self.check(group, lanes, addresses, size)
         index = addresses // size
         data, state = self.view(width, count)
-        if (state[index].view(np.uint8) == IN_FLIGHT).any():
-            raise AsyncCopyError(group.where(lanes[0], "shared memory is written while a cp.async is on its way there"))
         mine = self._stamps(group, lanes, width)
+        self.check_landed(group, lanes, addresses, width, count)
         if not atomic:
             self.claim(group, lanes, addresses, width, count, values)
         data[index] = values
@@ -309,6 +308,13 @@ class SharedMemory(Bytes):
             rows(self.wrote, width, count)[index] = mine
         state[index] = EACH_BYTE[width]
         group.launch.shared.count(lanes, addresses, size)
+
+    def check_landed(self, group, lanes, addresses, width, count) -> None:
+        """No cp.async may be on its way to what is about to be written."""
+        flying = (self.view(width, count)[1][addresses // (width * count)].view(np.uint8) == IN_FLIGHT).any(axis=1)
+        if flying.any():
+            i = int(np.flatnonzero(flying)[0])
+            raise AsyncCopyError(group.where(lanes[i], f"cp.async has not landed: shared + {int(addresses[i])}"))
 
     def claim(self, group, lanes, addresses, width, count, values=None) -> None:
         """No other warp may have touched these places since the last barrier, unless `values` change nothing."""

@@ -332,6 +332,7 @@ def asynchronous_copy(instruction: Instruction) -> Step:
         copy = Copy(lanes, target(group)[lanes], origin(group)[lanes], sizes, width, group.committed[lanes])
         shared = group.block.shared
         shared.check(group, lanes, copy.targets, width)
+        shared.check_landed(group, lanes, copy.targets, *_elements(width))
         shared.claim(group, lanes, copy.targets, *_elements(width))
         _mark(shared, copy, IN_FLIGHT)
         whole = sizes == width

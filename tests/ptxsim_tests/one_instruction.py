@@ -6,7 +6,6 @@ import math
 from fractions import Fraction
 
 import numpy as np
-
 from ptxsim import Session, load
 
 KINDS = {"u1": "u8", "i1": "s8", "u2": "b16", "i2": "b16", "u4": "b32", "i4": "b32", "u8": "b64", "i8": "b64"}

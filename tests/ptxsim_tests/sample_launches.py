@@ -13,7 +13,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-
 from ptxsim import LoadedModule, Session, load
 
 SOURCE = Path(__file__).with_name("samples.cu")
@@ -100,9 +99,10 @@ def spin(session: Session) -> None:
 
 @cuda
 def pipelined_sum(session: Session) -> None:
-    x, out = rng().integers(-9, 9, (5, 64, 4)).astype("f4"), np.zeros(1, "f4")
-    session.launch(cuda_kernels()["pipelined_sum"], (1,), (64,), [x, out, np.int32(5)])
-    assert out[0] == x.sum()
+    for tiles in (4, 5, 6, 7, 10):  # nvcc unrolls the loop by four: each copy of its body has to be the last one once
+        x, out = rng().integers(-9, 9, (tiles, 64, 4)).astype("f4"), np.zeros(1, "f4")
+        session.launch(cuda_kernels()["pipelined_sum"], (1,), (64,), [x, out, np.int32(tiles)])
+        assert out[0] == x.sum()
 
 
 @cuda
@@ -132,7 +132,6 @@ def warp_votes(session: Session) -> None:
 def tensors():
     """torch and the Triton kernels, imported where they are used: both may be missing."""
     import torch
-
     import triton_samples
 
     torch.manual_seed(0)

@@ -101,7 +101,7 @@ __global__ void last_block_min(const double* x, double* partial, double* out, in
   }
 }
 
-// A grid barrier by hand: one thread of each block announces it and spins; then everybody reads the other blocks' values.
+// A grid barrier by hand: one thread of each block announces it and spins; then another warp reads the blocks' values.
 __global__ void spin(int* values, unsigned* counter, int* out) {
   if (threadIdx.x == 0) {
     values[blockIdx.x] = 100 + blockIdx.x;
@@ -112,7 +112,8 @@ __global__ void spin(int* values, unsigned* counter, int* out) {
     __threadfence();
   }
   __syncthreads();
-  if (threadIdx.x < gridDim.x) out[blockIdx.x * gridDim.x + threadIdx.x] = values[threadIdx.x];
+  int i = threadIdx.x - 32;
+  if (i >= 0 && i < gridDim.x) out[blockIdx.x * gridDim.x + i] = values[i];
 }
 
 // Double-buffered copies from global to shared memory.

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
 import sample_launches
 from ptxsim import (
     AsyncCopyError,
@@ -123,7 +122,6 @@ def test_an_unknown_instruction_is_refused_even_if_it_is_never_reached():
 def test_a_view_is_bounded_by_its_own_extent(on_gpu):
     """A launch may touch what its arguments span, not the rest of the memory that they are cut from."""
     import torch
-
     import triton_samples
 
     whole = torch.zeros(1024)
@@ -136,7 +134,6 @@ def test_a_view_is_bounded_by_its_own_extent(on_gpu):
 
 def test_allocations_inside_the_block_are_poisoned_until_somebody_writes(on_gpu):
     import torch
-
     import triton_samples
 
     with on_gpu():

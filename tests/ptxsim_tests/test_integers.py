@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-
 from one_instruction import assert_same, execute, samples
 
 SIZE = 256
@@ -152,9 +151,7 @@ def test_bit_fields(kind):
         x %= 1 << bits
         last = min(start + count - 1, bits - 1)
         sign = 0 if kind[0] == "u" or count == 0 else x >> last & 1
-        return sum(
-            (x >> (start + i) & 1 if i < count and start + i < bits else sign) << i for i in range(bits)
-        )
+        return sum((x >> (start + i) & 1 if i < count and start + i < bits else sign) << i for i in range(bits))
 
     def insert(x: int, y: int, start: int, count: int) -> int:
         for i in range(count):
@@ -242,7 +239,9 @@ def test_select_and_move(bits):
     a, b = samples(f"u{bits // 8}", SIZE, 1), samples(f"u{bits // 8}", SIZE, 2)
     p = np.random.default_rng(3).random(SIZE) < 0.5
     assert_same(execute(f"selp.b{bits} $d0, $a0, $a1, $a2;", [a, b, p], [a.dtype])[0], np.where(p, a, b))
-    assert_same(execute(f"@$a1 mov.b{bits} $d0, $a0;\n@!$a1 mov.b{bits} $d0, 7;", [a, p], [a.dtype])[0], np.where(p, a, 7))
+    assert_same(
+        execute(f"@$a1 mov.b{bits} $d0, $a0;\n@!$a1 mov.b{bits} $d0, 7;", [a, p], [a.dtype])[0], np.where(p, a, 7)
+    )
 
 
 def test_packing():

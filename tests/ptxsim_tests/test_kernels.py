@@ -6,7 +6,6 @@ import time
 
 import numpy as np
 import pytest
-
 import sample_launches
 from ptxsim import Session, UnsupportedInstructionError
 from sample_launches import CUDA, TRITON
@@ -30,7 +29,6 @@ def test_triton_kernels(name, schedule, on_gpu):
     assert len(session.launches) == 1
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("arch", [90, 100, 120])
 @pytest.mark.parametrize("name", TRITON)
 def test_triton_kernels_on_newer_architectures(name, arch, on_gpu):
@@ -40,7 +38,6 @@ def test_triton_kernels_on_newer_architectures(name, arch, on_gpu):
 
 def test_large_dots_of_sm_90_are_refused_by_name(on_gpu):
     import torch
-
     import triton_samples
 
     x = torch.zeros(64, 64, dtype=torch.bfloat16)
@@ -50,7 +47,6 @@ def test_large_dots_of_sm_90_are_refused_by_name(on_gpu):
 
 def ffn_launch():
     import torch
-
     import triton_samples
 
     x, up, down = (torch.randn(*s).bfloat16() / 16 for s in ((16, 256), (256, 512), (512, 256)))

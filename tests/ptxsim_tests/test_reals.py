@@ -7,7 +7,6 @@ import math
 
 import numpy as np
 import pytest
-
 from one_instruction import EDGES, FORMATS, assert_same, bf16, exactly, execute, from_bf16, round_exactly, samples
 
 SIZE = 384
@@ -171,7 +170,7 @@ def test_extrema(name, kind):
     def pick(x: float, y: float, keeps_nan: bool) -> float:
         if math.isnan(x) or math.isnan(y):
             return math.nan if keeps_nan or (math.isnan(x) and math.isnan(y)) else (y if math.isnan(x) else x)
-        key = (lambda v: (v, math.copysign(1, v)))  # -0 is below +0
+        key = lambda v: (v, math.copysign(1, v))  # -0 is below +0
         return (min if name == "min" else max)(x, y, key=key)
 
     for suffix, keeps in (("", False), (".NaN", True)):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-
 from one_instruction import assert_same, bf16, execute, from_bf16, samples
 from ptxsim import Session, load
 
@@ -334,7 +333,9 @@ def test_floating_atomics(kind, dtype):
     memory, values = memory.view(dtype), values.view(dtype)
     expected = memory.copy()
     for place, value in zip(at, values, strict=True):
-        expected[place : place + 1] = (expected[place : place + 1].view(number) + np.array([value]).view(number)).view(dtype)
+        expected[place : place + 1] = (expected[place : place + 1].view(number) + np.array([value]).view(number)).view(
+            dtype
+        )
     atomically("add", kind, memory, at, values)
     assert_same(memory, expected)
 
