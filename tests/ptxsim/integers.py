@@ -6,7 +6,7 @@ import numpy as np
 
 from .errors import UnsupportedInstructionError
 from .parser import Instruction, Vector
-from .registers import NUMPY, UNSIGNED, WIDTHS, Mask, Modifiers, Step, items, pair, per_lane, reader, sources, writer
+from .registers import NUMPY, UNSIGNED, WIDTHS, Mask, Modifiers, Step, items, per_lane, reader, sources, writer
 from .table import implements
 
 INTEGERS = {f"{kind}{bits}" for kind in "us" for bits in (8, 16, 32, 64)}
@@ -356,75 +356,3 @@ def select(instruction: Instruction) -> Step:
     read_a, read_b, read_p = reader(a, kind), reader(b, kind), reader(p, "pred")
     write = writer(instruction.operands[0], kind)
     return lambda group, mask: write(group, mask, np.where(read_p(group), read_a(group), read_b(group)))
-
-
-COMPARE = {
-    "eq": np.equal,
-    "ne": np.not_equal,
-    "lt": np.less,
-    "le": np.less_equal,
-    "gt": np.greater,
-    "ge": np.greater_equal,
-}
-COMPARE |= {"lo": np.less, "ls": np.less_equal, "hi": np.greater, "hs": np.greater_equal}
-ORDERED_ONLY = dict(COMPARE, ne=lambda a, b: (a < b) | (a > b))
-UNORDERED = {
-    "equ": "eq",
-    "neu": "ne",
-    "ltu": "lt",
-    "leu": "le",
-    "gtu": "gt",
-    "geu": "ge",
-}
-
-
-def _unordered(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    return np.isnan(a) | np.isnan(b)
-
-
-def comparison(name: str, is_float: bool):
-    """The numpy function of a comparison; NaN makes the plain ones false and those in -u true."""
-    if name == "nan":
-        return _unordered
-    if name == "num":
-        return lambda a, b: ~_unordered(a, b)
-    if name in UNORDERED:
-        plain = COMPARE[UNORDERED[name]]
-        return lambda a, b: plain(a, b) | _unordered(a, b)
-    return (ORDERED_ONLY if is_float else COMPARE)[name]
-
-
-@implements("setp", "set")
-def compare(instruction: Instruction) -> Step:
-    """Compare, combine with a predicate, and write a predicate (and its complement) or all ones."""
-    from .reals import real_reader
-
-    modifiers = Modifiers(instruction)
-    kind = modifiers.type()
-    result = modifiers.type() if instruction.opcode == "set" else "pred"
-    name = modifiers.one_of(*COMPARE, *UNORDERED, "num", "nan")
-    boolean = modifiers.one_of("and", "or", "xor")
-    ftz = modifiers.flag("ftz")
-    modifiers.done()
-    if name is None:
-        raise UnsupportedInstructionError(f"comparison of: {instruction.text}")
-    is_float = "f" in kind
-    test = comparison(name, is_float)
-    a, b = ((real_reader(o, kind, ftz) if is_float else reader(o, kind)) for o in instruction.operands[1:3])
-    third = reader(instruction.operands[3], "pred") if boolean else None
-    combine = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor, None: None}[boolean]
-    first, second = pair(instruction.operands[0])
-    write_first, write_second = writer(first, result), writer(second, result)
-    true = np.array([1.0], NUMPY[result]) if "f" in result else np.array([-1]).astype(NUMPY[result])
-
-    def step(group, mask: Mask) -> None:
-        holds = test(a(group), b(group)).reshape(-1)
-        opposite = ~holds
-        if combine is not None:
-            holds, opposite = combine(holds, third(group)), combine(opposite, third(group))
-        if result != "pred":
-            holds = np.where(holds, true, np.zeros(1, true.dtype))
-        write_first(group, mask, holds)
-        write_second(group, mask, opposite)
-
-    return step

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from . import integers, mma, reals, transfers, warps  # noqa: F401  (they fill the table)
+from . import comparisons, integers, mma, reals, transfers, warps  # noqa: F401  (they fill the table)
 from .control import BARRIERS, BasicBlock, basic_blocks, ends_block
 from .errors import SimulationError, UnsupportedInstructionError
 from .machine import DecodedBlock, Program

@@ -17,7 +17,7 @@ def kind_of(dtype) -> str:
 
 
 def execute(text: str, inputs: list[np.ndarray], outputs: list, schedule: str = "lockstep") -> list[np.ndarray]:
-    """Run `text` on every element: $a0, $a1... hold the inputs, $d0, $d1... the outputs; bool stands for a predicate."""
+    """Run `text` on every element: $a0, $a1... are the inputs, $d0, $d1... the outputs; bool stands for a predicate."""
     size = len(inputs[0])
     padded = -(-size // 32) * 32
     declarations, loads, stores, parameters, arguments = [], [], [], [], []

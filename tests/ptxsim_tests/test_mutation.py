@@ -1,4 +1,4 @@
-"""Delete each barrier, each wait and each fence of the sample kernels in turn: the bench must notice, or say why not."""
+"""Delete each barrier, wait and fence of the sample kernels in turn: the bench must notice, or it is said why not."""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -97,8 +98,6 @@ def test_saturation():
     expected = exactly(BINARY["add"], "f32", a, b)
     clamped = np.where(expected > 0, np.minimum(expected, 1.0), 0.0)
     assert_same(run("add.sat.f32 $d0, $a0, $a1;", "f32", a, b), clamped, a, b)
-    clamped = np.where(np.isnan(a) | (a > 0), a, 0)
-    assert_same(run("fma.rn.relu.f16 $d0, $a0, $a1, $a1;", "f16", numbers("f16", 1), np.zeros(SIZE, "f2"))[:0], [])
     half = numbers("f16", 1)
     product = exactly(lambda x: x * 2, "f16", half)
     product = np.where(np.isnan(product) | (product > 0), product, 0.0)
@@ -170,8 +169,7 @@ def test_extrema(name, kind):
     def pick(x: float, y: float, keeps_nan: bool) -> float:
         if math.isnan(x) or math.isnan(y):
             return math.nan if keeps_nan or (math.isnan(x) and math.isnan(y)) else (y if math.isnan(x) else x)
-        key = lambda v: (v, math.copysign(1, v))  # -0 is below +0
-        return (min if name == "min" else max)(x, y, key=key)
+        return (min if name == "min" else max)(x, y, key=lambda v: (v, math.copysign(1, v)))  # -0 is below +0
 
     for suffix, keeps in (("", False), (".NaN", True)):
         expected = np.array([pick(float(x), float(y), keeps) for x, y in pairs])
@@ -247,8 +245,6 @@ def test_integers_to_reals(source, target, mode):
     if mode != "rn" and a.dtype.itemsize == 8:
         pytest.skip("directed rounding of 64-bit integers is refused")
     (got,) = execute(f"cvt.{mode}.{target}.{source} $d0, $a0;", [a], [DTYPES[target]])
-    from fractions import Fraction
-
     assert_same(got, np.array([round_exactly(Fraction(int(x)), target, mode) for x in a]), a)
 
 
