@@ -132,36 +132,78 @@ def test_a_view_is_bounded_by_its_own_extent(on_gpu):
     assert len(session.launches) == 1
 
 
-def test_allocations_inside_the_block_are_poisoned_until_somebody_writes(on_gpu):
-    import torch
-    import triton_samples
-
-    with on_gpu():
-        for allocate in (
-            lambda: torch.empty(512),
-            lambda: torch.empty_like(torch.zeros(512)),
-            lambda: torch.zeros(1).new_empty(512),
-            lambda: torch.empty_strided((512,), (1,)),
-        ):
-            assert torch.isnan(allocate()).all()
-            with pytest.raises(UninitialisedReadError):
-                triton_samples.scan[(1,)](allocate(), torch.zeros(512), 512)
-        by_torch = torch.empty(512)
-        by_torch.fill_(1.0)
-        by_kernel = torch.empty(512)
-        triton_samples.scan[(1,)](by_torch, by_kernel, 512)
-        triton_samples.scan[(1,)](by_kernel, by_torch, 512)
-        half = torch.empty(512)
-        half[:256] = 1.0
-        with pytest.raises(UninitialisedReadError, match=r"x \+ 1024"):
-            triton_samples.scan[(1,)](half, by_torch, 512)
-    assert torch.empty is not None and "call" not in torch.empty.__name__
+PASS_ON = """
+.version 8.7
+.target sm_80
+.address_size 64
+.visible .entry pass_on(.param .u64 data, .param .u64 flag, .param .u64 out)
+{
+.reg .pred %p<3>; .reg .b32 %r<4>; .reg .b64 %rd<4>;
+ld.param.u64 %rd0, [data]; ld.param.u64 %rd1, [flag]; ld.param.u64 %rd2, [out];
+mov.u32 %r0, %tid.x; setp.ne.b32 %p0, %r0, 0; @%p0 exit;
+mov.u32 %r1, %ctaid.x; setp.ne.b32 %p1, %r1, 0; @%p1 bra consumer;
+st.global.b32 [%rd0], 42;
+STORE.b32 [%rd1], 1;
+exit;
+consumer:
+LOAD.b32 %r2, [%rd1]; setp.eq.b32 %p2, %r2, 0; @%p2 bra consumer;
+ld.global.b32 %r3, [%rd0]; st.global.b32 [%rd2], %r3;
+ret;
+}
+"""
 
 
-def test_an_operator_sees_the_device_of_the_interpreter(on_gpu):
-    triton = pytest.importorskip("triton")
-    before = triton.runtime.driver._active
-    with on_gpu(arch=90):
-        assert triton.runtime.driver.active.get_active_torch_device().type == "cpu"
-        assert triton.runtime.driver.active.get_current_target().arch == 90
-    assert triton.runtime.driver._active is before
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize(
+    ("store", "load_", "ordered"),
+    [
+        ("st.release.gpu.global", "ld.acquire.gpu.global", True),
+        ("fence.acq_rel.gpu; st.relaxed.gpu.global", "ld.acquire.gpu.global", True),
+        ("membar.gl; st.volatile.global", "ld.acquire.gpu.global", True),
+        ("st.relaxed.gpu.global", "ld.acquire.gpu.global", False),
+        ("st.release.gpu.global", "ld.relaxed.gpu.global", False),
+        ("membar.cta; st.volatile.global", "ld.acquire.gpu.global", False),
+    ],
+)
+def test_a_message_from_block_to_block(store, load_, ordered, schedule):
+    kernel = load(PASS_ON.replace("STORE", store).replace("LOAD", load_))["pass_on"]
+    session = Session(schedule)
+    data, flag, out = session.empty(1, "u4"), np.zeros(1, "u4"), session.empty(1, "u4")
+    if ordered:
+        session.launch(kernel, (2,), (32,), [data, flag, out])
+        assert out[0] == 42
+    else:
+        with pytest.raises(RaceError, match="was written by warp 0 of block 0"):
+            session.launch(kernel, (2,), (32,), [data, flag, out])
+
+
+NAMED = """
+.version 8.7
+.target sm_80
+.address_size 64
+.visible .entry named(.param .u64 out)
+{
+.reg .pred %p<3>; .reg .b32 %r<4>; .reg .b64 %rd<4>;
+.shared .align 4 .b8 tile[512];
+mov.u32 %r0, %tid.x; mov.u32 %r1, tile; mad.lo.u32 %r1, %r0, 4, %r1; st.shared.b32 [%r1], %r0;
+setp.ge.u32 %p0, %r0, 64; @%p0 bra second;
+BARRIER 1, 64; bra done;
+second: BARRIER 2, 64;
+done:
+xor.b32 %r2, %r0, OTHER; mov.u32 %r1, tile; mad.lo.u32 %r1, %r2, 4, %r1; ld.shared.b32 %r3, [%r1];
+ld.param.u64 %rd0, [out]; mad.wide.u32 %rd0, %r0, 4, %rd0; st.global.b32 [%rd0], %r3;
+ret;
+}
+"""
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_barriers_of_a_part_of_the_block_order_that_part(schedule):
+    """Two pairs of warps, each with a barrier of its own."""
+    session = Session(schedule)
+    out = session.empty(128, "u4")
+    ptx = NAMED.replace("BARRIER", "bar.sync").replace("OTHER", "32")
+    session.launch(load(ptx)["named"], (1,), (128,), [out])
+    assert (out == np.arange(128) ^ 32).all()
+    with pytest.raises(DeadlockError, match="waits at a barrier"):
+        session.launch(load(ptx.replace("2, 64", "2, 96"))["named"], (1,), (128,), [out])

@@ -311,6 +311,24 @@ def test_integer_atomics_one_lane_after_another(operation, kind, dtype):
     assert_same(old, np.array(returned)) or assert_same(memory, expected)
 
 
+def test_reduction_without_a_result():
+    ptx = """
+.version 8.7
+.target sm_80
+.address_size 64
+.visible .entry one(.param .u64 out)
+{
+.reg .b32 %r<4>; .reg .b64 %rd<2>;
+mov.u32 %r0, %tid.x; and.b32 %r1, %r0, 3; ld.param.u64 %rd0, [out]; mad.wide.u32 %rd0, %r1, 4, %rd0;
+red.relaxed.gpu.global.add.u32 [%rd0], %r0;
+ret;
+}
+"""
+    out = np.zeros(4, "u4")
+    Session().launch(load(ptx)["one"], (2,), (64,), [out])
+    assert_same(out, (2 * np.arange(64).reshape(16, 4).sum(axis=0)).astype("u4"))
+
+
 def test_compare_and_swap():
     at = np.random.default_rng(1).integers(0, 4, 64).astype("u4")
     memory = np.zeros(4, "u4")
