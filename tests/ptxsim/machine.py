@@ -53,8 +53,8 @@ class Group:
         self.warps = np.arange(first_warp, first_warp + warps)
         self.lanes = np.arange(self.size)
         self.thread = self.lanes + first_warp * WARP
-        self.stamps = {w: (self.thread // WARP + 1).astype(UNSIGNED[w]) * UNSIGNED[w].type(_ones(w)) for w in (1, 2, 4)}
-        self.stamps[8] = (self.thread // WARP + 1).astype(np.uint64) * np.uint64(_ones(8))
+        stamp = (self.thread // WARP + 1).astype(np.uint8)  # who touched shared memory, for elements of each width
+        self.stamps = {width: stamp.repeat(width).view(UNSIGNED[width]) for width in (1, 2, 4, 8)}
         self.at = np.where(self.thread < block.run.launch.threads, 0, DONE).astype(np.int64)
         self.spun = False  # it waits for what others write
         self._deferred = np.zeros(self.size, np.int64)
@@ -65,7 +65,7 @@ class Group:
         self.local = LocalMemory(self.program.local_size, self.size)
         # cp.async: groups committed so far by each lane, and the copies that have not landed
         self.committed = np.zeros(self.size, np.int64)
-        self.copies: list = []
+        self.copies: list = []  # of transfers.Copy
 
     @property
     def ready(self) -> bool:
@@ -74,11 +74,12 @@ class Group:
 
     def symbol(self, name: str) -> np.ndarray:
         """A special register, or the address of a variable."""
+        if name in _LANE_REGISTERS:
+            return _LANE_REGISTERS[name](self)
         if name.startswith("%"):
-            special = self.block.special(name)
-            if name in _LANE_REGISTERS:
-                return _LANE_REGISTERS[name](self)
-            return np.full(self.size, special)
+            return np.full(self.size, self.block.special(name))
+        if name not in self.program.symbols:
+            raise UnsupportedInstructionError(self.where(0, f"symbol {name}"))
         return np.full(self.size, self.program.symbols[name], np.uint64)
 
     def global_warps(self, lanes: np.ndarray) -> np.ndarray:
@@ -132,10 +133,6 @@ class Group:
             end(self, mask)
 
 
-def _ones(width: int) -> int:
-    return int.from_bytes(b"\1" * width, "little")
-
-
 _LANE_REGISTERS: dict[str, Callable[[Group], np.ndarray]] = {
     "%laneid": lambda group: group.thread % WARP,
     "%warpid": lambda group: group.thread // WARP,
@@ -169,12 +166,7 @@ class Block:
     def special(self, name: str) -> int:
         """A special register that all threads of the block share."""
         stem, _, axis = name[1:].partition(".")
-        values = {
-            "ctaid": self.position,
-            "nctaid": self.run.launch.grid,
-            "ntid": self.run.threads,
-            "tid": (0, 0, 0),
-        }
+        values = {"ctaid": self.position, "nctaid": self.run.launch.grid, "ntid": self.run.threads}
         if stem in values and axis in ("x", "y", "z"):
             return values[stem]["xyz".index(axis)]
         if stem in ("clock", "clock64", "globaltimer"):
@@ -186,8 +178,6 @@ class Block:
             "dynamic_smem_size": self.run.dynamic_shared,
             "total_smem_size": self.run.shared_size,
         }
-        if name in _LANE_REGISTERS:
-            return 0
         if stem not in alone:
             raise UnsupportedInstructionError(f"special register {name}")
         return alone[stem]
