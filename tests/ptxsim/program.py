@@ -76,7 +76,7 @@ def _decode_end(instruction: Instruction, block: BasicBlock, place: int) -> Step
         target = block.targets[0]
         taken = _jump(target, back=target <= place and block.spins)
     elif instruction.opcode == "brx":
-        modifiers.flag("idx"), modifiers.flag("uni")
+        modifiers.ignore("idx", "uni")
         index, table = reader(instruction.operands[0], "u32"), np.array(block.targets)
         taken = lambda group, mask: group.go(mask, table[np.where(_full(group, mask), index(group), 0)])  # noqa: E731
     else:

@@ -311,7 +311,7 @@ def asynchronous_copy(instruction: Instruction) -> Step:
         return _commit
     if modifiers.flag("wait_all"):
         modifiers.done()
-        return lambda group, mask: (_commit(group, mask), _wait(group, mask, 0))[0]
+        return _wait_all
     if modifiers.flag("wait_group"):
         modifiers.done()
         left = int(instruction.operands[0].value)
@@ -369,6 +369,11 @@ def _read_origins(group, copy: Copy) -> np.ndarray:
 
 def _commit(group, mask: Mask) -> None:
     group.committed = group.committed + (1 if mask is None else mask)
+
+
+def _wait_all(group, mask: Mask) -> None:
+    _commit(group, mask)
+    _wait(group, mask, 0)
 
 
 def _wait(group, mask: Mask, left: int) -> None:

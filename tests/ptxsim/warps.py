@@ -221,7 +221,11 @@ def elect(instruction: Instruction) -> Step:
 def warp_barrier(instruction: Instruction) -> Step:
     """bar.warp.sync: the lanes must be here; what they wrote is visible to each other in any case."""
     members = reader(instruction.operands[0], "b32")
-    return lambda group, mask: check_members(group, mask, members(group)) and None
+
+    def step(group, mask: Mask) -> None:
+        check_members(group, mask, members(group))
+
+    return step
 
 
 @implements("ldmatrix", "stmatrix")

@@ -71,8 +71,6 @@ def check(name: str, sample, run) -> None:
     assert noticed(sample, run, -1) is None
     original = Mutating("lockstep", -1)
     run(sample, original)
-    if not original.sites:
-        pytest.skip("nothing to delete")
     survivors = {}
     for victim, site in enumerate(original.sites):
         found = noticed(sample, run, victim)

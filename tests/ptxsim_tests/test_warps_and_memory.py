@@ -295,11 +295,15 @@ INTEGER_ATOMICS = {
 }
 
 
-@pytest.mark.parametrize(("kind", "dtype"), [("s32", "i4"), ("u32", "u4"), ("s64", "i8"), ("u64", "u8")])
-@pytest.mark.parametrize("operation", INTEGER_ATOMICS)
-def test_integer_atomics_one_lane_after_another(operation, kind, dtype):
-    if operation in ("inc", "dec") and kind != "u32":
-        pytest.skip("inc and dec exist for u32 only")
+ATOMIC_TYPES = {"s32": "i4", "u32": "u4", "s64": "i8", "u64": "u8"}
+
+
+@pytest.mark.parametrize(
+    ("operation", "kind"),
+    [(name, kind) for name in INTEGER_ATOMICS for kind in ATOMIC_TYPES if name not in ("inc", "dec") or kind == "u32"],
+)
+def test_integer_atomics_one_lane_after_another(operation, kind):
+    dtype = ATOMIC_TYPES[kind]
     logical = operation in ("and", "or", "xor", "exch")
     at = np.random.default_rng(1).integers(0, 6, 64).astype("u4")
     memory, values = samples(dtype, 6, 2), samples(dtype, 64, 3)
