@@ -6,7 +6,7 @@ import numpy as np
 
 from .errors import UnsupportedInstructionError
 from .parser import Instruction
-from .reals import real_reader
+from .reals import PACKED, real_reader
 from .registers import NUMPY, Mask, Modifiers, Step, pair, reader, writer
 from .table import implements
 
@@ -48,7 +48,7 @@ def comparison(name: str, is_float: bool):
 
 @implements("setp", "set")
 def compare(instruction: Instruction) -> Step:
-    """Compare, combine with a predicate, and write a predicate (and its complement) or all ones."""
+    """Compare, combine with a predicate, and write a predicate (and its complement) or all ones; of two packed numbers, two predicates."""
     modifiers = Modifiers(instruction)
     kind = modifiers.type()
     result = modifiers.type() if instruction.opcode == "set" else "pred"
@@ -58,7 +58,9 @@ def compare(instruction: Instruction) -> Step:
     modifiers.done()
     if name is None:
         raise UnsupportedInstructionError(f"comparison of: {instruction.text}")
-    is_float = "f" in kind
+    is_float, packed = "f" in kind, kind in PACKED
+    if packed and (boolean or result != "pred"):
+        raise UnsupportedInstructionError(instruction.text)
     test = comparison(name, is_float)
     a, b = ((real_reader(o, kind, ftz) if is_float else reader(o, kind)) for o in instruction.operands[1:3])
     third = reader(instruction.operands[3], "pred") if boolean else None
@@ -68,7 +70,12 @@ def compare(instruction: Instruction) -> Step:
     true = np.array([1.0], NUMPY[result]) if "f" in result else np.array([-1]).astype(NUMPY[result])
 
     def step(group, mask: Mask) -> None:
-        holds = test(a(group), b(group)).reshape(-1)
+        holds = test(a(group), b(group))
+        if packed:
+            write_first(group, mask, np.ascontiguousarray(holds[:, 0]))
+            write_second(group, mask, np.ascontiguousarray(holds[:, 1]))
+            return
+        holds = holds.reshape(-1)
         opposite = ~holds
         if combine is not None:
             holds, opposite = combine(holds, third(group)), combine(opposite, third(group))

@@ -52,6 +52,8 @@ def multiply(kind: str, part: str):
 
 def integer_mul(instruction: Instruction) -> Step:
     """mul, mad on integers."""
+    if "cc" in instruction.modifiers:
+        return with_carry(instruction)
     modifiers = Modifiers(instruction)
     kind = modifiers.type()
     part = modifiers.one_of("lo", "hi", "wide")
@@ -66,6 +68,37 @@ def integer_mul(instruction: Instruction) -> Step:
     read_a, read_b, read_c = reader(a, kind), reader(b, kind), reader(c, result)
     write = writer(instruction.operands[0], result)
     return lambda group, mask: write(group, mask, product(read_a(group), read_b(group)) + read_c(group))
+
+
+@implements("addc", "subc", "madc")
+def with_carry(instruction: Instruction) -> Step:
+    """add, sub and mad that set the carry (.cc) or take it in (addc, subc, madc); of a difference, the borrow."""
+    modifiers = Modifiers(instruction)
+    kind = modifiers.type()
+    part = modifiers.one_of("lo", "hi")
+    sets, takes = modifiers.flag("cc"), instruction.opcode.endswith("c")
+    modifiers.done()
+    bits = 8 * WIDTHS[kind]
+    reads = [reader(operand, kind) for operand in instruction.operands[1:]]
+    write = writer(instruction.operands[0], kind)
+    sign = -1 if instruction.opcode.startswith("sub") else 1
+    width = UNSIGNED[WIDTHS[kind]]
+
+    def step(group, mask: Mask) -> None:
+        *factors, last = (per_lane(group, read(group)).astype(object) for read in reads)
+        total = factors[0]
+        if len(factors) == 2:
+            total = factors[0] * factors[1]
+            total = (total >> bits if part == "hi" else total) % (1 << bits)
+        total = total % (1 << bits) + sign * (last % (1 << bits))
+        if takes:
+            total = total + sign * group.carry.astype(object)
+        if sets:
+            carry = ((total >> bits) & 1).astype(bool)
+            group.carry = carry if mask is None else np.where(mask, carry, group.carry)
+        write(group, mask, (total % (1 << bits)).astype(width).view(NUMPY[kind]))
+
+    return step
 
 
 def _quotient(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -94,6 +127,8 @@ INTEGER = {  # opcode -> operands, numpy
 
 def integer_arithmetic(instruction: Instruction) -> Step:
     """The plain ones."""
+    if "cc" in instruction.modifiers:
+        return with_carry(instruction)
     modifiers = Modifiers(instruction)
     kind = modifiers.type()
     modifiers.done()

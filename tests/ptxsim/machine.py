@@ -62,6 +62,7 @@ class Group:
         unknown = {w: np.full(self.size, 0xCD, np.uint8).repeat(w).view(UNSIGNED[w]) for w in (1, 2, 4, 8)}
         unknown[0] = np.zeros(self.size, bool)
         self.registers = [unknown[width] for width in self.program.kernel.widths]
+        self.carry = np.zeros(self.size, bool)  # the condition code of add.cc and its like
         self.local = LocalMemory(self.program.local_size, self.size)
         # cp.async: groups committed so far by each lane, and the copies that have not landed
         self.committed = np.zeros(self.size, np.int64)

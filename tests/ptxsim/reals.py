@@ -95,6 +95,8 @@ def arithmetic(instruction: Instruction) -> Step:
     kind = modifiers.type()
     if "f" not in kind:
         return integer_mul(instruction) if instruction.opcode == "mul" else integer_arithmetic(instruction)
+    if "f32" in modifiers.left:
+        return _mixed(instruction, modifiers, kind)
     mode = modifiers.one_of(*MODES) or "rn"
     modifiers.ignore("noftz")
     plain = {"add": np.add, "sub": np.subtract, "mul": np.multiply}[instruction.opcode]
@@ -111,6 +113,8 @@ def fused(instruction: Instruction) -> Step:
     kind = modifiers.type()
     if "f" not in kind:
         return integer_mul(instruction)
+    if "f32" in modifiers.left:
+        return _mixed(instruction, modifiers, kind)
     mode = modifiers.one_of(*MODES) or "rn"
     element = PACKED.get(kind, kind)
     if element == "f64":
@@ -125,6 +129,24 @@ def fused(instruction: Instruction) -> Step:
         if mode != "rn"
         else lambda a, b, c: fma(a.astype(np.float64), b.astype(np.float64), c.astype(np.float64)),
     )
+
+
+def _mixed(instruction: Instruction, modifiers: Modifiers, kind: str) -> Step:
+    """fma, add and sub in f32 of operands in f16 or bf16 and a last one in f32."""
+    modifiers.type()
+    mode, sat = modifiers.one_of(*MODES) or "rn", modifiers.flag("sat")
+    modifiers.done()
+    reads = [real_reader(operand, kind) for operand in instruction.operands[1:-1]]
+    reads.append(real_reader(instruction.operands[-1], "f32"))
+    sign = -1.0 if instruction.opcode == "sub" else 1.0
+    write = real_writer(instruction.operands[0], "f32", sat=sat)
+
+    def step(group, mask: Mask) -> None:
+        *factors, last = (read(group).astype(np.float64) for read in reads)
+        exact = odd_sum(factors[0] * factors[1] if len(factors) == 2 else factors[0], sign * last)
+        write(group, mask, rounded(exact, "f32", mode))
+
+    return step
 
 
 @implements("div")

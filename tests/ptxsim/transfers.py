@@ -10,7 +10,7 @@ import numpy as np
 from .errors import OutOfBoundsError, UnsupportedInstructionError
 from .floats import decode, encode
 from .memory import EACH_BYTE, IN_FLIGHT, LOCAL_WINDOW, SHARED_WINDOW, GenericMemory, rows
-from .parser import Address, Immediate, Instruction, Operand, Symbol
+from .parser import Address, Immediate, Instruction, Operand, Register, Symbol
 from .registers import NUMPY, UNSIGNED, WIDTHS, Mask, Modifiers, Step, items, per_lane, reader, writer
 from .table import implements
 
@@ -42,6 +42,8 @@ def address_of(operand: Operand) -> Callable:
     if base is None:
         base = reader(operand.base, f"u{8 * operand.base.width}")
     offset = operand.offset
+    if isinstance(operand.base, Register) and operand.base.width == 4:  # wraps around at 32 bits
+        return lambda group: (base(group) + np.uint32(offset % (1 << 32))).astype(np.int64)
     return lambda group: per_lane(group, base(group).astype(np.int64) + offset)
 
 

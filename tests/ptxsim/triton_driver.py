@@ -92,8 +92,8 @@ def _init_handles(kernel: CompiledKernel) -> None:
     limit = SHARED_LIMIT[metadata.target.arch]
     if metadata.shared > limit:
         raise triton.OutOfResources(metadata.shared, limit, "shared memory")
-    kernel.module = load(kernel.asm["ptx"])
-    kernel.function = kernel.module[metadata.name]
+    module = load(kernel.asm["ptx"])
+    kernel.function = module[metadata.name]
     signature = [(index, kind) for index, kind in enumerate(kernel.src.signature.values()) if kind != "constexpr"]
     names = [kernel.src.fn.arg_names[index] for index, _ in signature]
 
@@ -114,7 +114,7 @@ def _init_handles(kernel: CompiledKernel) -> None:
         if leave is not None:
             leave(launch_metadata)
 
-    kernel._run = run
+    kernel.module, kernel._run = module, run
 
 
 def _argument(value: Any, kind: str) -> Any:

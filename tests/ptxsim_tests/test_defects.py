@@ -97,7 +97,7 @@ def test_a_grid_barrier_of_more_blocks_than_fit_is_a_deadlock():
     ("text", "named"),
     [
         ("frobnicate.b32 $d0, $a0;", "opcode frobnicate"),
-        ("add.cc.u32 $d0, $a0, $a0;", r"modifier \.cc of: add\.cc\.u32"),
+        ("add.wrong.u32 $d0, $a0, $a0;", r"modifier \.wrong of: add\.wrong\.u32"),
         ("mma.sync.aligned.m8n8k128.row.col.s32.b1.b1.s32 $d0, $a0, $a0, $a0;", "mma"),
         ("ld.shared::cluster.b32 $d0, [$a0];", "shared::cluster"),
         ("mov.u32 $d0, %envreg3;", "%envreg3"),

@@ -267,3 +267,25 @@ def test_conversions_between_integers(source, target):
     limits = np.iinfo(dtype)
     clamped = wrapped([min(max(int(v), limits.min), limits.max) for v in a], dtype)
     assert_same(execute(f"cvt.sat.{target}.{source} $d0, $a0;", [a], [dtype])[0], clamped, a)
+
+
+@pytest.mark.parametrize("bits", [32, 64])
+def test_carries(bits):
+    """Sums, differences and products of numbers in two registers."""
+    kind, dtype = f"u{bits}", f"u{bits // 8}"
+    low_a, high_a, low_b, high_b = (samples(dtype, SIZE, seed) for seed in (1, 2, 3, 4))
+    a, b = (
+        [int(high) << bits | int(low) for low, high in zip(*parts, strict=True)]
+        for parts in ((low_a, high_a), (low_b, high_b))
+    )
+    texts = {
+        "add": f"add.cc.{kind} $d0, $a0, $a2; addc.{kind} $d1, $a1, $a3;",
+        "sub": f"sub.cc.{kind} $d0, $a0, $a2; subc.{kind} $d1, $a1, $a3;",
+        "mad": f"mad.lo.cc.{kind} $d0, $a0, $a2, $a1; madc.hi.{kind} $d1, $a0, $a2, $a3;",
+    }
+    for name, text in texts.items():
+        low, high = execute(text, [low_a, high_a, low_b, high_b], [dtype, dtype])
+        for i in range(SIZE):
+            wide = int(low_a[i]) * int(low_b[i]) + int(high_a[i]) + (int(high_b[i]) << bits)
+            expected = {"add": a[i] + b[i], "sub": a[i] - b[i], "mad": wide}[name] % (1 << 2 * bits)
+            assert int(high[i]) << bits | int(low[i]) == expected, (name, i)

@@ -123,6 +123,27 @@ def test_packed_arithmetic_is_that_of_the_elements(packed):
     assert_same(got, exactly(lambda x, y, z: x * y + z, kind, *columns), *columns)
 
 
+@pytest.mark.parametrize("kind", ["f16", "bf16"])
+def test_mixed_precision(kind):
+    """Of sm_100: operands of 16 bits, a sum in f32."""
+    a, b, c = numbers(kind, 1), numbers(kind, 2), numbers("f32", 3)
+    halves = [stored(kind, a), stored(kind, b)]
+    (got,) = execute(f"fma.rn.f32.{kind} $d0, $a0, $a1, $a2;", [*halves, c], ["f4"])
+    assert_same(got, exactly(lambda x, y, z: x * y + z, "f32", a, b, c), a, b, c)
+    for name in ("add", "sub"):
+        (got,) = execute(f"{name}.rn.f32.{kind} $d0, $a0, $a1;", [halves[0], c], ["f4"])
+        assert_same(got, exactly(BINARY[name], "f32", a, c), a, c)
+
+
+@pytest.mark.parametrize("kind", ["f16x2", "bf16x2"])
+def test_packed_comparison(kind):
+    element, word = PACKED[kind]
+    a, b = numbers(element, 1), numbers(element, 2)
+    words = [stored(element, column).view(word) for column in (a, b)]
+    low, high = execute(f"setp.gt.{kind} $d0|$d1, $a0, $a1;", words, [bool, bool])
+    assert_same(low, (a > b)[::2]) or assert_same(high, (a > b)[1::2])
+
+
 @pytest.mark.parametrize("name", ["div.rn", "div.full", "div.approx"])
 def test_division(name):
     a, b = numbers("f32", 1), numbers("f32", 2)
