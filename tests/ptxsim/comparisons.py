@@ -48,7 +48,7 @@ def comparison(name: str, is_float: bool):
 
 @implements("setp", "set")
 def compare(instruction: Instruction) -> Step:
-    """Compare, combine with a predicate, and write a predicate (and its complement) or all ones; of two packed numbers, two predicates."""
+    """Compare, combine with a predicate, and write predicates (of two packed numbers, one each) or all ones."""
     modifiers = Modifiers(instruction)
     kind = modifiers.type()
     result = modifiers.type() if instruction.opcode == "set" else "pred"

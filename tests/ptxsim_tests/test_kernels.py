@@ -36,6 +36,54 @@ def test_triton_kernels_on_newer_architectures(name, arch, on_gpu):
         TRITON[name](session)
 
 
+@pytest.mark.parametrize("arch", [80, 120])
+def test_functions_of_triton_and_of_libdevice(arch, on_gpu):
+    import torch
+    import triton_samples
+
+    x = torch.rand(256) * 4 + 0.5
+    v = x.double()
+    expected = v.exp() + v.log() + v.sin() * v.cos() + v.sqrt() + v.rsqrt() + v.sigmoid() + v.floor()
+    expected += v.tanh() + v.pow(2.5) + v.expm1() + v.log1p() + v / 3
+    whole = torch.randint(-1000, 1000, (256,), dtype=torch.int32)
+    quotient = torch.div(whole, 7, rounding_mode="trunc")
+    with on_gpu(arch=arch):
+        out, counted = torch.empty(256), torch.empty(256, dtype=torch.int32)
+        triton_samples.functions[(1,)](x, out, 256)
+        triton_samples.integers[(1,)](whole, counted, 7, 256)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-6, atol=0)
+    assert (counted == quotient + (whole - 7 * quotient) + (whole >> 3) + whole.abs()).all()
+
+
+@pytest.mark.parametrize("arch", [80, 100])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_attention_over_rows_that_ids_name(schedule, arch, on_gpu):
+    import torch
+    import triton_samples
+
+    ids = torch.stack([torch.randperm(100)[:40] for _ in range(4)])
+    ids[1, 5:9] = -1
+    table, q = torch.randn(100, 64).bfloat16(), torch.randn(4, 64).bfloat16()
+    with on_gpu(schedule=schedule, arch=arch):
+        out = torch.empty(4, 64)
+        triton_samples.gathered_attention[(4,)](q, table, ids, out, 40, 64, 64)
+    for token in range(4):
+        rows = table[ids[token][ids[token] >= 0]].double()
+        expected = (rows @ q[token].double()).softmax(0) @ rows
+        torch.testing.assert_close(out[token].double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_lock_in_global_memory(schedule, on_gpu):
+    import torch
+    import triton_samples
+
+    with on_gpu(schedule=schedule):
+        out = torch.zeros(1)
+        triton_samples.locked_sum[(5,)](torch.zeros(1, dtype=torch.int32), out)
+    assert out.item() == 0 + 1 + 2 + 3 + 4
+
+
 def test_large_dots_of_sm_90_are_refused_by_name(on_gpu):
     import torch
     import triton_samples

@@ -2,6 +2,7 @@
 
 import triton
 import triton.language as tl
+from triton.language.extra import libdevice
 
 
 @triton.jit
@@ -127,3 +128,43 @@ def spin_barrier(x, scratch, counter, out, BLOCKS: tl.constexpr, BLOCK: tl.const
         pass
     total = tl.sum(tl.load(scratch + tl.arange(0, BLOCKS)), 0)
     tl.store(out + offsets, values / total)
+
+
+@triton.jit
+def functions(x, out, BLOCK: tl.constexpr):
+    offsets = tl.arange(0, BLOCK)
+    v = tl.load(x + offsets)
+    total = tl.exp(v) + tl.log(v) + tl.sin(v) * tl.cos(v) + tl.sqrt(v) + tl.rsqrt(v) + tl.sigmoid(v) + tl.floor(v)
+    total += libdevice.tanh(v) + libdevice.pow(v, 2.5) + libdevice.expm1(v) + libdevice.log1p(v) + tl.fdiv(v, 3.0)
+    tl.store(out + offsets, total)
+
+
+@triton.jit
+def integers(x, out, divisor, BLOCK: tl.constexpr):
+    offsets = tl.arange(0, BLOCK)
+    v = tl.load(x + offsets)
+    tl.store(out + offsets, v // divisor + v % divisor + (v >> 3) + tl.abs(v))
+
+
+@triton.jit
+def gathered_attention(q, table, ids, out, K: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr):
+    """Over the K rows of `table` that each query names; -1 names none."""
+    token = tl.program_id(0)
+    k, d = tl.arange(0, PADDED), tl.arange(0, D)
+    row = tl.load(ids + token * K + k, mask=k < K, other=-1)
+    rows = tl.load(table + row[:, None] * D + d[None, :], mask=(row >= 0)[:, None], other=0.0).to(tl.float32)
+    scores = tl.sum(rows * tl.load(q + token * D + d)[None, :].to(tl.float32), 1)
+    weights = tl.exp(tl.where(row >= 0, scores - tl.max(scores, 0), float("-inf")))
+    tl.store(out + token * D + d, tl.sum(weights[:, None] * rows, 0) / tl.sum(weights, 0))
+
+
+@triton.jit
+def locked_sum(lock, out):
+    """Blocks add to one number, one at a time. Every warp loads it: the barrier keeps the store behind all loads."""
+    while tl.atomic_cas(lock, 0, 1) == 1:
+        pass
+    total = tl.load(out) + tl.program_id(0)
+    tl.debug_barrier()
+    tl.store(out, total)
+    tl.debug_barrier()
+    tl.atomic_xchg(lock, 0)
