@@ -30,4 +30,7 @@ def decode(instruction: Instruction) -> Step:
     """
     if instruction.opcode not in TABLE:
         raise UnsupportedInstructionError(f"opcode {instruction.opcode} of: {instruction.text}")
-    return TABLE[instruction.opcode](instruction)
+    try:
+        return TABLE[instruction.opcode](instruction)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:  # a form that the decoder did not expect
+        raise UnsupportedInstructionError(f"form of: {instruction.text}") from error

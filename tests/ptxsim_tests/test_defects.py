@@ -102,6 +102,8 @@ def test_a_grid_barrier_of_more_blocks_than_fit_is_a_deadlock():
         ("ld.shared::cluster.b32 $d0, [$a0];", "shared::cluster"),
         ("mov.u32 $d0, %envreg3;", "%envreg3"),
         ("shfl.down.b32 $d0, $a0, 1, 31;", "only shfl.sync"),
+        ("ldmatrix.sync.aligned.m16n16.x3.shared.b16 {$d0}, [$a0];", "form of: ldmatrix"),
+        ("lop3.b32 $d0, $a0, $a0, $a0, $a0;", "form of: lop3"),
         ("call.uni helper, ($a0);", "opcode call"),
     ],
 )
