@@ -209,3 +209,17 @@ def test_barriers_of_a_part_of_the_block_order_that_part(schedule):
     assert (out == np.arange(128) ^ 32).all()
     with pytest.raises(DeadlockError, match="waits at a barrier"):
         session.launch(load(ptx.replace("2, 64", "2, 96"))["named"], (1,), (128,), [out])
+
+
+@needs_nvcc
+def test_memory_behind_a_pointer_in_memory_has_to_be_exposed():
+    """The broken kernel `wild_pointer` follows a table of pointers; a table of good ones makes it a good kernel."""
+    x = floats(64)
+    table = np.array([x.ctypes.data], "u8")
+    session = Session()
+    out = session.empty(64, "f4")
+    with pytest.raises(OutOfBoundsError):
+        session.launch(broken()["wild_pointer"], (1,), (64,), [table, out])
+    session.expose("x", x)
+    launch = session.launch(broken()["wild_pointer"], (1,), (64,), [table, out])
+    assert (out == x).all() and launch.loads["x"].bytes == 256
