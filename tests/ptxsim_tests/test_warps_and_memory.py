@@ -149,28 +149,44 @@ MMA = [
     ("m16n8k16", "s8", "s32", 8),
     ("m16n8k32", "s8", "s32", 8),
     ("m16n8k32", "u8", "s32", 8),
+    ("m16n8k32", "e4m3", "f32", 8),
+    ("m16n8k32", "e5m2", "f32", 8),
+    ("m8n8k4", "f64", "f64", 64),
     ("m16n8k4", "f64", "f64", 64),
     ("m16n8k8", "f64", "f64", 64),
+    ("m16n8k16", "f64", "f64", 64),
 ]
+E4M3 = np.array([0x00, 0x38, 0x40, 0x44, 0x48, 0x4A, 0x4C, 0x4E, 0x50], "u1")  # 0 to 8
+
+
+def held_as(values: np.ndarray, kind: str) -> np.ndarray:
+    """The numbers in the format of a multiplicand."""
+    if kind == "bf16":
+        return bf16(values)
+    if kind == "e5m2":
+        return (values.astype("f2").view("u2") >> 8).astype("u1")
+    if kind == "e4m3":
+        return E4M3[np.abs(values)] | ((values < 0) * 0x80).astype("u1")
+    return values.astype({"f16": "f2", "tf32": "f4", "s8": "i1", "u8": "u1", "f64": "f8"}[kind])
 
 
 @pytest.mark.parametrize(("shape", "kind", "sums", "bits"), MMA)
 def test_matrix_product(shape, kind, sums, bits):
-    k = int(shape.split("k")[1])
+    m, k = 8 if shape.startswith("m8") else 16, int(shape.split("k")[1])
     rng = np.random.default_rng(0)
-    store = {"f16": "f2", "bf16": "u2", "tf32": "f4", "s8": "i1", "u8": "u1", "f64": "f8"}[kind]
     total = {"f32": "f4", "f16": "f2", "s32": "i4", "f64": "f8"}[sums]
     if bits == 8:
-        a, b = (rng.integers(*((-128, 128) if kind == "s8" else (0, 256)), s) for s in ((16, k), (k, 8)))
+        least, beyond = {"s8": (-128, 128), "u8": (0, 256), "e4m3": (-8, 9), "e5m2": (-4, 5)}[kind]
+        a, b = (rng.integers(least, beyond, s) for s in ((m, k), (k, 8)))
     else:
-        a, b = (rng.integers(-64, 64, s) / 16 for s in ((16, k), (k, 8)))  # exact in every format, and so is the sum
-    c = rng.integers(-64, 64, (16, 8))
+        a, b = (rng.integers(-64, 64, s) / 16 for s in ((m, k), (k, 8)))  # exact in every format, and so is the sum
+    c = rng.integers(-64, 64, (m, 8))
     spread = []
-    for matrix, place, dtype in ((a, place_a, store), (b, place_b, store), (c, None, total)):
+    for matrix, place in ((a, place_a), (b, place_b), (c, None)):
         count = matrix.size // 32
         at = [[place(i, lane, bits) if place else place_c(i, lane) for i in range(count)] for lane in range(32)]
         held = np.array([[matrix[rc] for rc in row] for row in at])
-        held = bf16(held) if (kind == "bf16" and place) else held.astype(dtype)
+        held = held_as(held, kind) if place else held.astype(total)
         words = np.ascontiguousarray(held).view("u8" if bits == 64 else "u4")
         spread.append([np.ascontiguousarray(words[:, i]) for i in range(words.shape[1])])
     inputs = [column for part in spread for column in part]
@@ -183,7 +199,7 @@ def test_matrix_product(shape, kind, sums, bits):
     got = np.stack(execute(text, inputs, [inputs[0].dtype] * len(spread[2])), axis=1).view(total)
     expected = (a @ b + c).astype(total)
     for lane in range(32):
-        for i in range(4):
+        for i in range(expected.size // 32):
             assert got[lane, i] == expected[place_c(i, lane)], (lane, i)
 
 
