@@ -322,3 +322,17 @@ else:
     raise AssertionError
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+LEVELS = ("baseline", "avx2", "avx512")
+
+
+@pytest.mark.parametrize("level", LEVELS[: LEVELS.index(_native.isa()) + 1])
+@pytest.mark.parametrize("d", [64, 1000, 4096])
+def test_the_scan_in_float32_loses_no_key(monkeypatch, level, d):
+    """600 keys whose scores lie closer together than sums in float32 can tell."""
+    monkeypatch.setenv("UNIKE_ISA", level)
+    base = torch.randn(d)
+    keys = _native.normalize_rows(base + 1e-6 * torch.randn(600, d))
+    queries = _native.normalize_rows(torch.randn(9, d) + 0.1 * base)
+    check_topk(queries, keys, 40)

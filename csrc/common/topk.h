@@ -34,6 +34,12 @@ class TopK {
     }
   }
 
+  // A candidate with a score below this cannot enter.
+  float threshold() const {
+    return static_cast<int64_t>(heap_.size()) < capacity_ || heap_.empty() ? -std::numeric_limits<float>::infinity()
+                                                                           : heap_.front().score;
+  }
+
   void merge(const TopK& other) {
     for (const Candidate& candidate : other.heap_) push(candidate);
   }
