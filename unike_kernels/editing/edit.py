@@ -6,7 +6,7 @@ import math
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,8 +22,8 @@ from ..errors import PatchError
 from ..fingerprint import fingerprint
 from ..memory import MemoryBank
 from ..nn import PatchedFFN
-from ..patching import is_patched, patched, patched_ffns, rows
-from .samples import Batch, Sample, batches, encode, evaluating, forward
+from ..patching import is_patched, patched, patched_ffns
+from .samples import Batch, Sample, batches, encode, evaluating, forward, telling_prompts
 
 
 @dataclass(frozen=True)
@@ -97,15 +97,6 @@ def _frozen(model: nn.Module) -> Iterator[None]:
             p.requires_grad_(True)
 
 
-@contextmanager
-def _prompts(model: nn.Module, config: Config, batch: Batch) -> Iterator[None]:
-    """Tell the patched model where the prompts end, where its config asks for that."""
-    with ExitStack() as stack:
-        if config.needs_prompt_lengths:
-            stack.enter_context(rows(model, prompt_lengths=batch.prompt_lengths))
-        yield
-
-
 def _ffn_inputs(ffns: dict[int, PatchedFFN], run: Callable[[], object]) -> dict[int, Tensor]:
     """The FFN inputs [tokens, d] of each layer in one forward pass."""
     seen: dict[int, Tensor] = {}
@@ -140,9 +131,9 @@ def _initial_layers(
     return layers
 
 
-def _target_loss(model: nn.Module, config: Config, batch: Batch) -> tuple[Tensor, bool]:
+def _target_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, bool]:
     """Mean negative log-likelihood of the answer tokens, and whether each is the model's first choice."""
-    with _prompts(model, config, batch):
+    with telling_prompts(model, batch):
         logits = forward(model, batch.inputs)
     answer = batch.answer_mask()[:, 1:]
     predicted, wanted = logits[:, :-1][answer], batch.inputs["input_ids"][:, 1:][answer]
@@ -152,15 +143,14 @@ def _target_loss(model: nn.Module, config: Config, batch: Batch) -> tuple[Tensor
 class _Preserve:
     """Samples on which the edited model is held to what the unedited one says, over all their tokens."""
 
-    def __init__(self, model: nn.Module, processor: Any, samples: Sequence[Sample], size: int, config: Config) -> None:
+    def __init__(self, model: nn.Module, processor: Any, samples: Sequence[Sample], size: int) -> None:
         groups = batches(samples, size)
-        self.config = config
         self.batches = [encode(processor, [samples[i] for i in group], device_of(model)) for group in groups]
         with torch.no_grad():
             self.targets = [forward(model, b.inputs).float().log_softmax(-1) for b in self.batches]
 
     def _logits(self, model: nn.Module, batch: Batch) -> Tensor:
-        with _prompts(model, self.config, batch):
+        with telling_prompts(model, batch):
             return forward(model, batch.inputs)
 
     def mean_inputs(self, model: nn.Module, ffns: dict[int, PatchedFFN]) -> dict[int, Tensor]:
@@ -238,10 +228,10 @@ def train_edit(
     in_force = {i: {e.id: e.layers[i].to(device) for e in previous if i in e.layers} for i in chosen}
 
     with _frozen(model):
-        kept = _Preserve(model, processor, preserve, training.preserve_batch, config) if preserve else None
+        kept = _Preserve(model, processor, preserve, training.preserve_batch) if preserve else None
         with patched(model, previous, memory, layers=chosen, config=config):
             ffns = {i: ffn for i, ffn in patched_ffns(model).items() if i in chosen}
-            produced = _ffn_inputs(ffns, lambda: _target_loss(model, config, batch))
+            produced = _ffn_inputs(ffns, lambda: _target_loss(model, batch))
             at_target = slice(int(batch.ends[0]), int(batch.lasts[0]))
             wrong = {i: q[at_target] for i, q in produced.items()}
             usual = kept.mean_inputs(model, ffns) if kept else {i: torch.zeros_like(q[0]) for i, q in wrong.items()}
@@ -256,7 +246,7 @@ def train_edit(
                 for step in bar:
                     for i, layer in neurons.layers().items():
                         ffns[i].edits.set(in_force[i] | {name: layer})
-                    loss, reached = _target_loss(model, config, batch)
+                    loss, reached = _target_loss(model, batch)
                     losses.append(float(loss.detach()))
                     divergence = sum(divergences) / len(divergences)
                     bar.set_postfix(loss=f"{losses[-1]:.3f}", divergence=f"{divergence:.3f}")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from ..patching import is_patched, rows
 
 
 @dataclass(frozen=True)
@@ -104,13 +106,20 @@ def needs_image(model: nn.Module) -> bool:
     return pixel is not None and pixel.default is inspect.Parameter.empty
 
 
+def taker(model: nn.Module, inputs: Mapping[str, Tensor]) -> Any:
+    """What takes these inputs: the model, or for text the language model of one that cannot do without an image."""
+    return model.language_model if "pixel_values" not in inputs and needs_image(model) else model
+
+
 def forward(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
-    """Logits [B, T, V]. Text goes to the language model of a multimodal model that cannot do without an image."""
-    target: Any = model
-    if "pixel_values" not in inputs and needs_image(model):
-        target = model.language_model
-    logits: Tensor = target(**inputs, use_cache=False).logits
+    """Logits [B, T, V] of the model, or of its language model; see `taker`."""
+    logits: Tensor = taker(model, inputs)(**inputs, use_cache=False).logits
     return logits
+
+
+def telling_prompts(model: nn.Module, batch: Batch) -> AbstractContextManager[None]:
+    """Within the block a patched model knows where the prompts of this batch end; an unpatched one need not."""
+    return rows(model, prompt_lengths=batch.prompt_lengths) if is_patched(model) else nullcontext()
 
 
 @contextmanager

@@ -9,8 +9,7 @@ import torch
 from torch import nn
 
 from ..backbones import device_of
-from ..editing.samples import Sample, batches, encode, needs_image
-from ..patching import is_patched, rows
+from ..editing.samples import Sample, batches, encode, taker, telling_prompts
 
 
 @torch.no_grad()
@@ -22,15 +21,9 @@ def answers(
     tokenizer = getattr(processor, "tokenizer", processor)
     for group in batches(samples, batch_size):
         batch = encode(processor, [Sample(samples[i].prompt, "", samples[i].image) for i in group], device_of(model))
-        target: Any = model
-        if "pixel_values" not in batch.inputs and needs_image(model):
-            target = model.language_model
         settings = {"max_new_tokens": max_new_tokens, "do_sample": False, "pad_token_id": tokenizer.pad_token_id}
-        if is_patched(model):
-            with rows(model, prompt_lengths=batch.prompt_lengths):
-                out = target.generate(**batch.inputs, **settings)
-        else:
-            out = target.generate(**batch.inputs, **settings)
+        with telling_prompts(model, batch):
+            out = taker(model, batch.inputs).generate(**batch.inputs, **settings)
         length = batch.inputs["input_ids"].shape[1]
         if torch.equal(out[:, :length], batch.inputs["input_ids"]):  # some models return the prompt too
             out = out[:, length:]

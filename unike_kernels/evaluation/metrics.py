@@ -20,8 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backbones import device_of
-from ..editing.samples import Sample, batches, encode, evaluating, forward
-from ..patching import is_patched, rows
+from ..editing.samples import Sample, batches, encode, evaluating, forward, telling_prompts
 
 PROTOCOLS = ("mmedit", "unike")
 METRICS = ("reliability", "t_generality", "m_generality", "t_locality", "m_locality")
@@ -73,10 +72,7 @@ def observe(model: nn.Module, processor: Any, samples: Sequence[Sample], batch_s
     with evaluating(model):
         for group in batches(samples, batch_size):
             batch = encode(processor, [samples[i] for i in group], device_of(model))
-            if is_patched(model):
-                with rows(model, prompt_lengths=batch.prompt_lengths):
-                    logits = forward(model, batch.inputs)
-            else:
+            with telling_prompts(model, batch):
                 logits = forward(model, batch.inputs)
             ids, mask = batch.inputs["input_ids"], batch.inputs["attention_mask"].bool()
             answers = batch.answer_mask()
