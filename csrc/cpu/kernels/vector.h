@@ -1,10 +1,13 @@
-// The few float32 primitives of the kernels, in GCC's vector types: one register of SSE, AVX2 or AVX-512.
+// The few float32 primitives of the kernels, in GCC's vector types: one register of SSE, AVX2 or AVX-512. Rows may be
+// stored as float or BFloat16: they are loaded as float32, and stored rounded to nearest, ties to even.
 //
 // Files that include this are compiled once for each ISA. Everything lives in an unnamed namespace, and no inline
 // function of the standard library is used: the linker could take the copy that the CPU does not have.
 #pragma once
 
 #include <cstdint>
+
+#include "common/bfloat16.h"
 
 namespace unike {
 namespace {
@@ -19,8 +22,30 @@ constexpr int64_t kLanes = 4;
 using Vec = float __attribute__((vector_size(kLanes * sizeof(float))));
 using Unaligned = float __attribute__((vector_size(kLanes * sizeof(float)), aligned(4), may_alias));
 
+using Bits = uint32_t __attribute__((vector_size(kLanes * sizeof(uint32_t))));
+using Halves = uint16_t __attribute__((vector_size(kLanes * sizeof(uint16_t)), aligned(2), may_alias));
+
 inline Vec load(const float* p) { return *reinterpret_cast<const Unaligned*>(p); }
 inline void store(float* p, Vec v) { *reinterpret_cast<Unaligned*>(p) = v; }
+
+inline Vec load(const BFloat16* p) {
+  return (Vec)(__builtin_convertvector(*reinterpret_cast<const Halves*>(p), Bits) << 16);
+}
+inline void store(BFloat16* p, Vec v) {
+  const Bits bits = (Bits)v;
+  const Bits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const Bits quiet = (bits >> 16) | 0x40;  // rounding could turn a NaN into an infinity
+  *reinterpret_cast<Halves*>(p) = __builtin_convertvector((Bits)(v != v) ? quiet : rounded, Halves);
+}
+
+// One element as float32, and back.
+inline float get(const float* p) { return *p; }
+inline float get(const BFloat16* p) { return __builtin_bit_cast(float, static_cast<uint32_t>(p->bits) << 16); }
+inline void put(float* p, float x) { *p = x; }
+inline void put(BFloat16* p, float x) {
+  const auto bits = __builtin_bit_cast(uint32_t, x);
+  p->bits = static_cast<uint16_t>(x != x ? (bits >> 16) | 0x40 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
 
 inline float sum(Vec v) {
   for (int width = kLanes / 2; width > 0; width /= 2) {
@@ -30,7 +55,8 @@ inline float sum(Vec v) {
 }
 
 // Four accumulators hide the latency of the additions.
-inline float dot(const float* a, const float* b, int64_t n) {
+template <typename A, typename B>
+inline float dot(const A* a, const B* b, int64_t n) {
   Vec s0{}, s1{}, s2{}, s3{};
   int64_t i = 0;
   for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
@@ -41,15 +67,16 @@ inline float dot(const float* a, const float* b, int64_t n) {
   }
   for (; i + kLanes <= n; i += kLanes) s0 += load(a + i) * load(b + i);
   float tail = 0.0f;
-  for (; i < n; ++i) tail += a[i] * b[i];
+  for (; i < n; ++i) tail += get(a + i) * get(b + i);
   return sum((s0 + s1) + (s2 + s3)) + tail;
 }
 
 // y += w x.
-inline void axpy(float w, const float* x, float* y, int64_t n) {
+template <typename X>
+inline void axpy(float w, const X* x, float* y, int64_t n) {
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) store(y + i, load(y + i) + w * load(x + i));
-  for (; i < n; ++i) y[i] += w * x[i];
+  for (; i < n; ++i) y[i] += w * get(x + i);
 }
 
 }  // namespace

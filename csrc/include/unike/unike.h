@@ -21,6 +21,12 @@ typedef enum unike_status {
   UNIKE_INTERNAL_ERROR = 3,
 } unike_status;
 
+/* How the elements of a table are stored. All arithmetic is in float32 at least. */
+typedef enum unike_dtype {
+  UNIKE_F32 = 0,
+  UNIKE_BF16 = 1,
+} unike_dtype;
+
 /* The version of the library as built, "major.minor.patch". */
 UNIKE_API const char* unike_version(void);
 
