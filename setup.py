@@ -18,16 +18,17 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 CXX_FLAGS = shlex.split(
     # No contraction: the canonical arithmetic must not depend on what a compiler chooses to fuse.
-    "-std=c++20 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -pthread -Wall -Wextra -Werror"
+    "-std=c++20 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -pthread -fopenmp -Wall -Wextra -Werror"
 )
 # Only the files of these folders get these flags. They run after unike_cpu_isa() has found the same features, and keep
 # their functions in unnamed namespaces: the linker could otherwise take their copy of a shared inline function.
-# Theirs is not the canonical arithmetic, so multiplications and additions may be fused.
+# In them multiplications and additions may be fused: canonical products are exact.
+AVX2 = "-mavx2 -mfma -mf16c -ffp-contract=fast"
+AVX512 = f"{AVX2} -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512"
 X86_ISA_FLAGS = {
-    "csrc/cpu/avx2": shlex.split("-mavx2 -mfma -mf16c -ffp-contract=fast"),
-    "csrc/cpu/avx512": shlex.split(
-        "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512 -ffp-contract=fast"
-    ),
+    "csrc/cpu/avx2": shlex.split(AVX2),
+    "csrc/cpu/avx512": shlex.split(AVX512),
+    "csrc/cpu/avx512vnni": shlex.split(f"{AVX512} -mavx512vnni"),
 }
 
 
@@ -62,7 +63,7 @@ class NinjaBuildExt(build_ext):
             ninja.rule(
                 "compile", f"{compiler} $flags -MMD -MF $out.d -c $in -o $out", "compile $in", "$out.d", deps="gcc"
             )
-            ninja.rule("link", f"{compiler} -shared -pthread $in $flags -o $out", "link $out")
+            ninja.rule("link", f"{compiler} -shared -pthread -fopenmp $in $flags -o $out", "link $out")
             objects = []
             for source in map(Path, ext.sources):
                 flags = {"flags": shlex.join(compile_flags(source))}

@@ -36,6 +36,7 @@ def test_the_extension_depends_on_neither_torch_nor_libpython():
         "libm",
         "libgcc_s",
         "libc",
+        "libgomp",
         "libpthread",
         "ld-linux-x86-64",
         "ld-linux-aarch64",

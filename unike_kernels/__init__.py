@@ -18,6 +18,7 @@ from .config import Config
 from .edits import Edit, EditLayer
 from .environment import show_config
 from .errors import ArtifactError, BackendUnavailableError, MismatchError, PatchError, UnsupportedModelError
+from .index import CosineIndex
 from .memory import MemoryBank, MemoryLayer
 from .ops import backend
 from .patching import PatchReport, is_patched, patch, patched, rows, unpatch
@@ -35,6 +36,7 @@ __all__ = [
     "ArtifactError",
     "BackendUnavailableError",
     "Config",
+    "CosineIndex",
     "Edit",
     "EditLayer",
     "MemoryBank",

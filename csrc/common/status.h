@@ -16,6 +16,8 @@ inline void require(bool condition, const char* message) {
   if (!condition) throw std::invalid_argument(message);
 }
 
+inline int64_t size_of(unike_dtype dtype) { return dtype == UNIKE_BF16 ? 2 : 4; }
+
 // Runs the body of a function of the C ABI: no exception leaves it.
 template <typename Body>
 unike_status guarded(Body&& body) noexcept {
@@ -31,6 +33,14 @@ unike_status guarded(Body&& body) noexcept {
   } catch (...) {
     return fail(UNIKE_INTERNAL_ERROR, "unknown error");
   }
+}
+
+// Runs the body of a workspace function: the bytes that it returns, or 0 for arguments that the call itself will refuse.
+template <typename Body>
+int64_t guarded_bytes(Body&& body) noexcept {
+  int64_t bytes = 0;
+  guarded([&] { bytes = body(); });
+  return bytes;
 }
 
 }  // namespace unike

@@ -1,14 +1,83 @@
-// What the exact top-k hands to the kernel of an ISA.
+// What the exact top-k hands to the kernels of an ISA.
 #pragma once
 
 #include <cstdint>
 
+#include "unike/cosine_topk.h"
+
 namespace unike {
 
-// out[q * n + i] = queries[q] . keys[i] in float32, in any order of summation.
-using ScoreTile = void (*)(const float* const* queries, int64_t count, const float* keys, int64_t n, int64_t stride,
-                           int64_t d, float* out);
+// Keys that are scored together.
+constexpr int64_t kTile = 64;
 
-extern const ScoreTile score_tile_baseline, score_tile_avx2, score_tile_avx512;
+// Codes of int8 keys are stored with this added, as the instructions want one operand unsigned.
+constexpr int kCodeOffset = 128;
+
+// Bytes of a packed row of d elements.
+static inline int64_t padded_bytes(int64_t element, int64_t d) { return (element * d + 63) / 64 * 64; }
+
+// Steps of a query's low codes in one of its high codes.
+constexpr float kLowSteps = 254.0f;
+
+// A key as the scan knows it: x = b u + scale c + r, with u the direction and c the codes.
+struct KeyBounds {
+  float scale;
+  float along;     // b + scale (u.c)
+  float residual;  // >= |r|
+  float norm;      // >= |scale c|
+};
+static_assert(sizeof(KeyBounds) == UNIKE_KEY_BOUNDS * sizeof(float));
+
+// The bounds of a tile of keys, transposed.
+struct TileBounds {
+  float scale[kTile], along[kTile], residual[kTile], norm[kTile];
+};
+
+// A query as the scan knows it: q = along u + w, with w = scale (high + low / kLowSteps) + z for an int8 scan. The score of
+// a key is along key.along + scale key.scale (codes . key codes), within residual key.residual + norm key.norm + slack.
+struct QueryBounds {
+  float scale, along;
+  float residual;        // >= |w|
+  float norm, low_norm;  // >= |z| without and with the low codes, or the rounding of float products
+  float slack;
+  int32_t high_offset, low_offset;  // kCodeOffset times the sum of the codes: part of their raw products with keys
+};
+
+struct ScanKernels {
+  // The unit row of x, in canonical arithmetic.
+  void (*normalize[2])(const void* x, int64_t d, float* out);  // by unike_dtype
+
+  // Packs a unit row, with uu = u.u, into `codes` padded to unike_code_bytes; rest: d floats, padded to 64 bytes.
+  KeyBounds (*pack_key[4])(const float* x, const float* u, double uu, int64_t d, float* rest, void* codes);  // by scan
+
+  // Takes u (null: nothing) out of a unit row. rest = w, padded to 64 bytes; fills in along and residual.
+  void (*take_out)(const float* x, const float* u, int64_t d, float* rest, QueryBounds* bounds);
+  // Quantises w, padded to 64 bytes, into high and low; fills in the scale, the norms and the offsets.
+  void (*quantize)(const float* rest, int64_t d, int8_t* high, int8_t* low, QueryBounds* bounds);
+
+  // out[q * kTile + i] = queries[q] . keys[i], int32 for UNIKE_SCAN_I8 (of signed query codes and offset key codes), else
+  // float32. queries: count rows of float32, or of int8; keys: n <= kTile rows, as packed; all of `length` elements.
+  // onward: the keys lie in memory at equal distances, and more follow.
+  using Tile = void (*)(const void* const* queries, int64_t count, const void* const* keys, int64_t n, int64_t length,
+                        bool onward, void* out);
+  Tile tile[4];  // by scan
+
+  // Transposes the bounds of kTile keys.
+  void (*load_bounds)(const KeyBounds* keys, TileBounds* out);
+
+  // Writes the i for which the upper bound of key i reaches `threshold`, and returns how many there are. high: the raw
+  // products of a tile; low: those with the low codes, or null.
+  int64_t (*survivors)(const void* high, const int32_t* low, bool integers, const TileBounds& keys,
+                       const QueryBounds& query, float threshold, int32_t* out);
+
+  // out[i] = the canonical product of `query` and keys[i], rounded to float32, -0.0 as 0.0.
+  void (*canonical)(const float* query, const float* const* keys, int64_t count, int64_t d, float* out);
+
+  // No float32 product of `tile` sums more than d / lanes + kDepth rounded values one after the other.
+  int lanes;
+};
+constexpr int64_t kDepth = 64;
+
+extern const ScanKernels scan_kernels_baseline, scan_kernels_avx2, scan_kernels_avx512, scan_kernels_avx512vnni;
 
 }  // namespace unike

@@ -10,22 +10,39 @@ void bind_cosine_topk(pybind11::module_& module) {
   const pybind11::call_guard<pybind11::gil_scoped_release> release_gil;
 
   module.def(
-      "normalize_rows_f32",
-      [](Address x, int64_t rows, int64_t d, int64_t row_stride, Address out, int threads) {
-        check(unike_normalize_rows_f32(pointer<const float>(x), rows, d, row_stride, pointer<float>(out), threads));
+      "normalize_rows",
+      [](const Rows& x, int64_t rows, int64_t d, Address out, int threads) {
+        check(unike_normalize_rows(x.to_read(), rows, d, pointer<float>(out), threads));
       },
-      release_gil, arg("x"), arg("rows"), arg("d"), arg("row_stride"), arg("out"), arg("threads"));
+      release_gil, arg("x"), arg("rows"), arg("d"), arg("out"), arg("threads"));
 
   module.def(
-      "cosine_topk_f32",
-      [](Address queries, int64_t m, int64_t q_stride, Address keys, int64_t n, int64_t k_stride, int64_t d, int64_t k,
-         Address bounds, Address scores, Address ids, int threads) {
-        check(unike_cosine_topk_f32(pointer<const float>(queries), m, q_stride, pointer<const float>(keys), n, k_stride,
-                                    d, k, pointer<const int64_t>(bounds), pointer<float>(scores), pointer<int64_t>(ids),
-                                    threads));
+      "code_bytes", [](int scan, int64_t d) { return unike_code_bytes(static_cast<unike_scan>(scan), d); }, arg("scan"),
+      arg("d"));
+
+  module.def(
+      "pack_keys",
+      [](Address rows, int64_t n, int64_t d, int64_t stride, int scan, Address direction, Address codes, Address bounds,
+         int threads) {
+        const WorkspaceOf workspace(unike_pack_keys_workspace(d, threads));
+        check(unike_pack_keys(pointer<const float>(rows), n, d, stride, static_cast<unike_scan>(scan),
+                              pointer<const float>(direction), pointer<void>(codes), pointer<float>(bounds),
+                              workspace.data(), workspace.bytes(), threads));
       },
-      release_gil, arg("queries"), arg("m"), arg("q_stride"), arg("keys"), arg("n"), arg("k_stride"), arg("d"),
-      arg("k"), arg("bounds"), arg("scores"), arg("ids"), arg("threads"));
+      release_gil, arg("rows"), arg("n"), arg("d"), arg("stride"), arg("scan"), arg("direction"), arg("codes"),
+      arg("bounds"), arg("threads"));
+
+  module.def(
+      "cosine_topk",
+      [](const Keys& keys, const Rows& queries, int64_t m, int64_t k, Address ranges, Address scores, Address ids,
+         int threads) {
+        const unike_keys table = keys.table();
+        const WorkspaceOf workspace(unike_cosine_topk_workspace(&table, m, k, threads));
+        check(unike_cosine_topk(&table, queries.to_read(), m, k, pointer<const int64_t>(ranges), pointer<float>(scores),
+                                pointer<int64_t>(ids), workspace.data(), workspace.bytes(), threads));
+      },
+      release_gil, arg("keys"), arg("queries"), arg("m"), arg("k"), arg("ranges"), arg("scores"), arg("ids"),
+      arg("threads"));
 }
 
 }  // namespace unike::python

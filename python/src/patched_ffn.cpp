@@ -5,36 +5,62 @@
 #include "bindings.h"
 
 namespace unike::python {
+namespace {
+
+using Address = std::uintptr_t;
+
+// sizes: (neurons, edits, rows); tables: the addresses of an EditPool in its order.
+unike_edit_pool pool_of(const std::array<int64_t, 3>& sizes, int dtype, const std::array<Address, 11>& tables) {
+  return {sizes[0],
+          sizes[1],
+          sizes[2],
+          static_cast<unike_dtype>(dtype),
+          pointer<const void>(tables[0]),
+          pointer<const float>(tables[1]),
+          pointer<const void>(tables[2]),
+          pointer<const float>(tables[3]),
+          pointer<const void>(tables[4]),
+          pointer<const void>(tables[5]),
+          pointer<const float>(tables[6]),
+          pointer<const int64_t>(tables[7]),
+          pointer<const int64_t>(tables[8]),
+          pointer<const int64_t>(tables[9]),
+          pointer<const int64_t>(tables[10])};
+}
+
+}  // namespace
 
 void bind_patched_ffn(pybind11::module_& module) {
-  using Address = std::uintptr_t;
   using pybind11::arg;
+  const pybind11::call_guard<pybind11::gil_scoped_release> release_gil;
 
   module.def(
-      "add_extra_neurons_f32",
-      [](Address x, int64_t x_stride, Address base, int64_t base_stride, int64_t m, int64_t d,
-         const std::array<int64_t, 3>& sizes, const std::array<Address, 11>& pool, int activation, Address out,
-         int threads) {
-        const unike_edit_pool_f32 p{sizes[0],
-                                    sizes[1],
-                                    sizes[2],
-                                    pointer<const float>(pool[0]),
-                                    pointer<const float>(pool[1]),
-                                    pointer<const float>(pool[2]),
-                                    pointer<const float>(pool[3]),
-                                    pointer<const float>(pool[4]),
-                                    pointer<const float>(pool[5]),
-                                    pointer<const float>(pool[6]),
-                                    pointer<const int64_t>(pool[7]),
-                                    pointer<const int64_t>(pool[8]),
-                                    pointer<const int64_t>(pool[9]),
-                                    pointer<const int64_t>(pool[10])};
-        const pybind11::gil_scoped_release release;
-        check(unike_add_extra_neurons_f32(pointer<const float>(x), x_stride, pointer<const float>(base), base_stride, m,
-                                          d, &p, static_cast<unike_activation>(activation), pointer<float>(out), d,
-                                          threads));
+      "add_extra_neurons",
+      [](const Rows& x, const Rows& base, int64_t m, int64_t d, const std::array<int64_t, 3>& sizes, int dtype,
+         const std::array<Address, 11>& tables, int activation, const Rows& out, int threads) {
+        const unike_edit_pool pool = pool_of(sizes, dtype, tables);
+        const WorkspaceOf workspace(unike_add_extra_neurons_workspace(m, d, &pool, threads));
+        check(unike_add_extra_neurons(x.to_read(), base.to_read(), m, d, &pool,
+                                      static_cast<unike_activation>(activation), out.to_write(), workspace.data(),
+                                      workspace.bytes(), threads));
       },
-      arg("x"), arg("x_stride"), arg("base"), arg("base_stride"), arg("m"), arg("d"), arg("sizes"), arg("pool"),
+      release_gil, arg("x"), arg("base"), arg("m"), arg("d"), arg("sizes"), arg("dtype"), arg("tables"),
+      arg("activation"), arg("out"), arg("threads"));
+
+  module.def(
+      "add_extra_neurons_backward",
+      [](const Rows& grad, const Rows& x, int64_t m, int64_t d, const std::array<int64_t, 3>& sizes, int dtype,
+         const std::array<Address, 11>& tables, int activation, const std::array<Address, 8>& out, int threads) {
+        const unike_edit_pool pool = pool_of(sizes, dtype, tables);
+        const unike_extra_gradients gradients{pointer<float>(out[0]), pointer<float>(out[1]), pointer<float>(out[2]),
+                                              pointer<float>(out[3]), pointer<float>(out[4]), pointer<float>(out[5]),
+                                              pointer<float>(out[6]), pointer<float>(out[7])};
+        const WorkspaceOf workspace(unike_add_extra_neurons_backward_workspace(m, d, &pool, threads));
+        check(unike_add_extra_neurons_backward(grad.to_read(), x.to_read(), m, d, &pool,
+                                               static_cast<unike_activation>(activation), &gradients, workspace.data(),
+                                               workspace.bytes(), threads));
+      },
+      release_gil, arg("grad"), arg("x"), arg("m"), arg("d"), arg("sizes"), arg("dtype"), arg("tables"),
       arg("activation"), arg("out"), arg("threads"));
 }
 

@@ -67,7 +67,7 @@ def by_hand(new, hidden, out, **kwargs):
     switches = {"scale": config.scale, "convention": config.convention, "norm": config.norm, "k": config.k}
     shifted, alpha, ids = ops.memory_attention(
         hidden.reshape(-1, D), out.reshape(-1, D), m.index, m.keys, values_of(m), m.encoder,
-        queries=queries, **switches | kwargs,
+        queries=queries, packed=m.packed, projected=m.projected, **switches | kwargs,
     )  # fmt: skip
     return shifted.reshape(out.shape), alpha, ids
 
@@ -173,12 +173,8 @@ def test_each_row_has_its_own_part_of_the_memory(retrieval, masked):
     assert torch.equal(got[1], out[1])
     assert torch.equal(got[:, 0], out[:, 0]) == masked
     for row in (0, 2):
-        alone = tables()
-        part = slice(*new.memory.row_bounds[row].tolist())
-        for name in ("index", "keys", "values"):
-            alone.table(name, getattr(new.memory, name)[part])
-        for name in ("w1", "b1", "w2", "b2"):
-            alone.table(name, getattr(new.memory, name))
+        m, part = new.memory, slice(*new.memory.row_bounds[row].tolist())
+        alone = MemoryTables(m.index[part], m.keys[part], m.values[part], m.encoder)
         single = MemoryAttention.from_module(new.originals[0], new.config)
         single.memory = alone
         single.context.prompt = PromptState(torch.tensor([0]), torch.tensor(LAST[row : row + 1]))
@@ -217,7 +213,9 @@ def test_what_depends_on_the_prompts_end(alpha, retrieval):
         if retrieval == "token":
             return by_hand(new, hidden, out, **gate)[0]
         flat, inputs = hidden.reshape(-1, D), out.reshape(-1, D)
-        shifted, _ = ops.latent_attention(flat, inputs, m.keys, values_of(m), ids, m.encoder, **gate)
+        shifted, _ = ops.latent_attention(
+            flat, inputs, m.keys, values_of(m), ids, m.encoder, projected=m.projected, **gate
+        )
         return shifted.reshape(out.shape)
 
     assert torch.equal(first, wanted(hidden, out))

@@ -20,7 +20,7 @@ def no_environment(monkeypatch):
 def native_calls(monkeypatch):
     """The names of the native functions that were called."""
     calls = []
-    for name in ("cosine_topk", "normalize_rows"):
+    for name in ("cosine_topk", "normalize_rows", "memory_attention"):
         real = getattr(_native, name)
         monkeypatch.setattr(_native, name, lambda *a, name=name, real=real: (calls.append(name), real(*a))[1])
     return calls
@@ -40,12 +40,12 @@ def run_of(op="op"):
 
 def test_the_native_backend_is_the_default_on_the_cpu(native_calls):
     ops.cosine_topk(X, X, 2)
-    assert native_calls == ["normalize_rows", "normalize_rows", "cosine_topk"]
+    assert native_calls == ["normalize_rows", "cosine_topk"]  # the keys; queries are normalised inside
     native_calls.clear()
     encoder = ops.SemanticEncoder(X, X[0], X, X[0])
     ops.memory_attention(X, X, X, X, X, encoder, k=1)
     ops.normalize_rows(X)
-    assert native_calls == ["normalize_rows", "cosine_topk", "normalize_rows"]
+    assert native_calls == ["memory_attention", "normalize_rows"]
 
 
 def test_float64_goes_to_the_reference_unasked(native_calls):
@@ -97,9 +97,9 @@ def test_an_unknown_name_is_an_error(name, monkeypatch):
 
 
 def test_a_forced_backend_that_the_operator_lacks_is_an_error(monkeypatch):
-    encoder = ops.SemanticEncoder(X, X[0], X, X[0])
-    with ops.backend("native"), pytest.raises(BackendUnavailableError, match="memory_attention has no 'native'"):
-        ops.memory_attention(X, X, X, X, X, encoder, k=1)
+    pool = ops.EditPool(X, X[0], None, None, X, X[:1], X[0, :1], *(torch.tensor(t) for t in ([0, 3], [0, 1], [0])))
+    with ops.backend("native"), pytest.raises(BackendUnavailableError, match="patched_ffn has no 'native'"):
+        ops.patched_ffn(X, ops.FFNWeights(X, None, None, None, X, None), pool, activation="relu")
     monkeypatch.setenv("UNIKE_BACKEND", "cuda")
     with pytest.raises(BackendUnavailableError, match=r"cosine_topk has no 'cuda' backend; it has: .*native"):
         ops.cosine_topk(X, X, 1)

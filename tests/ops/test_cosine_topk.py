@@ -311,8 +311,10 @@ def test_gradients_of_zero_rows_and_of_no_keys_are_zero():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_opcheck(opcheck, dtype):
     queries, keys = small(dtype).values()
-    opcheck("cosine_topk", (queries, keys, 3, False, None), trained=(0, 1))
-    opcheck("cosine_topk", (queries.T, keys[:, :3], 3, False, torch.tensor([[0, 4]] * 5)), trained=(0, 1))
+    opcheck("cosine_topk", (queries, keys, 3, False, None, None, None, None), trained=(0, 1))
+    opcheck(
+        "cosine_topk", (queries.T, keys[:, :3], 3, False, torch.tensor([[0, 4]] * 5), None, None, None), trained=(0, 1)
+    )
     ids = torch.tensor([[0, 1], [5, -1], [2, 2]])
     opcheck("cosine_topk_backward", (torch.randn(3, 2).to(dtype), queries.T.contiguous().T, keys, ids, True))
 

@@ -324,6 +324,7 @@ def test_opcheck(opcheck, encoder, mode, dtype):
     tail = (
         a["keys"],
         a["values"],
+        None if mode == "token" else ops.project_values(a["values"], a["encoder"]).to(dtype),
         a["ids"],
         *a["encoder"],
         gates.get("alpha"),
@@ -332,7 +333,7 @@ def test_opcheck(opcheck, encoder, mode, dtype):
         "eq7",
         "match",
     )
-    opcheck("latent_attention", (queries, inputs, *tail), trained=(0, 1, 9, 10))
+    opcheck("latent_attention", (queries, inputs, *tail), trained=(0, 1, 10, 11))
     grads = (torch.randn(8, 6).to(dtype).T, torch.randn(6))
     opcheck("latent_attention_backward", (*grads, queries, inputs, *tail))
 

@@ -151,10 +151,10 @@ def test_opcheck(opcheck, encoder, given, dtype):
     gates = (None, None) if given == "nothing" else (torch.rand(6).to(dtype), torch.randn(2, 8).to(dtype))
     bounds = None if given == "nothing" else torch.tensor([[0, 20], [3, 3]] * 3)
     arguments = (
-        a["hidden"].T.contiguous().T, a["index"], 4, bounds, a["queries"], a["inputs"].T.contiguous().T, a["keys"],
-        a["values"], *a["encoder"], *gates, 0.5, "inclusion", "match",
+        a["hidden"].T.contiguous().T, a["index"], 4, bounds, *(ops.pack_keys(a["index"], "int8") or ()), a["queries"],
+        a["inputs"].T.contiguous().T, a["keys"], a["values"], None, *a["encoder"], *gates, 0.5, "inclusion", "match",
     )  # fmt: skip
-    opcheck("memory_attention", arguments, trained=(4, 5, 12, 13))
+    opcheck("memory_attention", arguments, trained=(7, 8, 16, 17))
 
 
 def test_compiles(assert_compiles, encoder):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from unike_kernels import _native, ops
 
-LEVELS = ("baseline", "avx2", "avx512")
+LEVELS = ("baseline", "avx2", "avx512", "avx512vnni")
 AVAILABLE = LEVELS[: LEVELS.index(_native.isa()) + 1]
 
 

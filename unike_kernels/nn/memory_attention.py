@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import Config
-from ..ops import SemanticEncoder, cosine_topk, latent_attention, normalize_rows
+from ..ops import PackedKeys, SemanticEncoder, cosine_topk, latent_attention, normalize_rows, pack_keys, project_values
 from ..ops.memory_attention import attend
 from ._drop_in import DropIn, Tables
 from .context import Context
@@ -19,9 +19,15 @@ class MemoryTables(Tables):
     """One layer of a memory as the operators take it."""
 
     index: Tensor  # float32 [N, d], unit rows
+    codes: (
+        Tensor | None
+    )  # of the index, as `pack_keys` makes them, and the next two; None where there is no native scan
+    code_bounds: Tensor | None
+    direction: Tensor | None
     all: Tensor  # int64 [1, 2], the bounds of all entries
     keys: Tensor  # [N, H, c]
     values: Tensor | None  # [N, H, d]; None: keys
+    projected: Tensor  # [N, H, r], the first layer of Enc_sem on the values
     w1: Tensor
     b1: Tensor
     w2: Tensor
@@ -30,12 +36,22 @@ class MemoryTables(Tables):
     def __init__(self, index: Tensor, keys: Tensor, values: Tensor | None, encoder: SemanticEncoder) -> None:
         super().__init__()
         self.table("index", normalize_rows(index))
+        packed = pack_keys(self.index, "int8") if index.shape[1] <= 65536 else None
+        for name, t in zip(("codes", "code_bounds", "direction"), packed or (None,) * 3, strict=True):
+            self.table(name, t)
         self.table("all", torch.tensor([[0, len(index)]], device=index.device))
         self.table("keys", keys)
         self.table("values", values)
+        self.table("projected", project_values(keys if values is None else values, encoder))
         for name, t in encoder._asdict().items():
             self.table(name, t)
         self.row_bounds: Tensor | None = None  # int64 [R, 2], the entries that each row of the batch may retrieve
+
+    @property
+    def packed(self) -> PackedKeys | None:
+        if self.codes is None or self.code_bounds is None or self.direction is None:
+            return None
+        return PackedKeys(self.codes, self.code_bounds, self.direction)
 
     @property
     def encoder(self) -> SemanticEncoder:
@@ -112,8 +128,8 @@ class MemoryAttention(DropIn):
             anchor = self._from_prompt_end("anchor", lambda last: out[self._rows(last), last])
         if config.retrieval == "token":
             shifted, _, _ = attend(
-                flat, memory.index, config.k, bounds, queries, inputs, memory.keys, values, memory.encoder,
-                alpha, anchor, config.scale, config.convention, config.norm,
+                flat, memory.index, config.k, bounds, memory.packed, queries, inputs, memory.keys, values,
+                memory.projected, memory.encoder, alpha, anchor, config.scale, config.convention, config.norm,
             )  # fmt: skip
         else:
             ids = self._from_prompt_end("ids", lambda last: self._retrieve(memory, hidden, last))
@@ -123,6 +139,7 @@ class MemoryAttention(DropIn):
             shifted, _ = latent_attention(
                 queries, inputs, memory.keys, values, per_token, memory.encoder,
                 scale=config.scale, alpha=alpha, anchor=anchor, convention=config.convention, norm=config.norm,
+                projected=memory.projected,
             )  # fmt: skip
         return shifted.reshape(out.shape)
 
@@ -135,7 +152,9 @@ class MemoryAttention(DropIn):
         if bounds is not None:
             bounds = bounds.repeat_interleave(len(last) // len(bounds), 0)
         ends = hidden[self._rows(last), last]
-        return cosine_topk(ends.detach(), memory.index, self.config.k, normalized=True, bounds=bounds)[1]
+        return cosine_topk(
+            ends.detach(), memory.index, self.config.k, normalized=True, bounds=bounds, packed=memory.packed
+        )[1]
 
     def _bounds(self, memory: MemoryTables, batch: int, tokens: int) -> Tensor | None:
         """int64 [B * T, 2]: the entries that each token may retrieve; None: all tokens, all entries."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from ._backend import available, backend
-from .cosine_topk import cosine_topk, normalize_rows
-from .latent_attention import SemanticEncoder, latent_attention
+from .cosine_topk import PackedKeys, cosine_topk, normalize_rows, pack_keys
+from .latent_attention import SemanticEncoder, latent_attention, project_values
 from .memory_attention import memory_attention
 from .patched_ffn import ACTIVATIONS, EditPool, FFNWeights, patched_ffn
 
@@ -12,6 +12,7 @@ __all__ = [
     "ACTIVATIONS",
     "EditPool",
     "FFNWeights",
+    "PackedKeys",
     "SemanticEncoder",
     "available",
     "backend",
@@ -19,5 +20,7 @@ __all__ = [
     "latent_attention",
     "memory_attention",
     "normalize_rows",
+    "pack_keys",
     "patched_ffn",
+    "project_values",
 ]

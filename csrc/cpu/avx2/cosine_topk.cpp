@@ -2,6 +2,6 @@
 
 namespace unike {
 
-const ScoreTile score_tile_avx2 = score_tile;
+const ScanKernels scan_kernels_avx2 = scan_kernels;
 
 }  // namespace unike

@@ -2,6 +2,6 @@
 
 namespace unike {
 
-const ScoreTile score_tile_avx512 = score_tile;
+const ScanKernels scan_kernels_avx512 = scan_kernels;
 
 }  // namespace unike

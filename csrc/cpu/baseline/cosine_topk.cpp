@@ -2,6 +2,6 @@
 
 namespace unike {
 
-const ScoreTile score_tile_baseline = score_tile;
+const ScanKernels scan_kernels_baseline = scan_kernels;
 
 }  // namespace unike

@@ -1,51 +1,332 @@
-// Approximate scores of a tile of keys, compiled once for each ISA.
-//
-// Four queries by two keys at a time: six loads feed eight multiply-adds, and eight accumulators hide their latency. The
-// tile of keys comes from the cache for all queries but the first.
+// Canonical arithmetic, and the packing and scanning of keys and queries, compiled once for each ISA. cosine_topk.cpp says
+// what the numbers mean and proves the bounds.
 #pragma once
 
+#include <math.h>  // the plain C functions: see vector.h
+
 #include "cpu/cosine_topk.h"
-#include "cpu/kernels/vector.h"
+#include "cpu/kernels/dot_tile.h"
 
 namespace unike {
 namespace {
 
-constexpr int64_t kQueries = 4, kKeys = 2;
+// float64 registers, two for one of float32.
+constexpr int kWide = kLanes / 2;
+using Wide = double __attribute__((vector_size(kWide * sizeof(double))));
+using Narrow = float __attribute__((vector_size(kWide * sizeof(float)), aligned(4), may_alias));
 
-void score_block(const float* const* queries, const float* keys, int64_t stride, int64_t d, float* out, int64_t n) {
-  Vec s[kQueries][kKeys] = {};
-  int64_t j = 0;
-  for (; j + kLanes <= d; j += kLanes) {
-    Vec key[kKeys];
-    for (int64_t i = 0; i < kKeys; ++i) key[i] = load(keys + i * stride + j);
-    for (int64_t q = 0; q < kQueries; ++q) {
-      const Vec query = load(queries[q] + j);
-      for (int64_t i = 0; i < kKeys; ++i) s[q][i] += query * key[i];
-    }
+inline Wide widen(const float* p) { return __builtin_convertvector(*reinterpret_cast<const Narrow*>(p), Wide); }
+inline Wide widen(const BFloat16* p) {
+  double wide[kWide];
+  for (int j = 0; j < kWide; ++j) wide[j] = get(p + j);
+  Wide v;
+  __builtin_memcpy(&v, wide, sizeof v);
+  return v;
+}
+
+// The two halves of a register as float64.
+struct Pair {
+  Wide half[2];
+};
+inline Pair widen(Vec v) {
+  float lanes[kLanes];
+  __builtin_memcpy(lanes, &v, sizeof v);
+  return {{widen(lanes), widen(lanes + kWide)}};
+}
+
+inline double total(Wide v) {
+  for (int width = kWide / 2; width > 0; width /= 2) {
+    for (int j = 0; j < width; ++j) v[j] += v[j + width];
   }
-  for (int64_t q = 0; q < kQueries; ++q) {
-    for (int64_t i = 0; i < kKeys; ++i) {
-      float tail = 0.0f;
-      for (int64_t l = j; l < d; ++l) tail += queries[q][l] * keys[i * stride + l];
-      out[q * n + i] = sum(s[q][i]) + tail;
-    }
+  return v[0];
+}
+inline double total(const Pair& p) { return total(p.half[0] + p.half[1]); }
+
+// Calls body(i, x) with the elements i, ..., i + kLanes - 1 of a row, zeros behind its end.
+template <typename T, typename Body>
+inline void each_vector(const T* x, int64_t d, const Body& body) {
+  int64_t i = 0;
+  for (; i + kLanes <= d; i += kLanes) body(i, x + i);
+  if (i < d) {
+    T rest[kLanes] = {};
+    __builtin_memcpy(rest, x + i, (d - i) * sizeof(T));
+    body(i, rest);
   }
 }
 
-void score_tile(const float* const* queries, int64_t count, const float* keys, int64_t n, int64_t stride, int64_t d,
-                float* out) {
-  int64_t q = 0;
-  for (; q + kQueries <= count; q += kQueries) {
-    int64_t i = 0;
-    for (; i + kKeys <= n; i += kKeys) score_block(queries + q, keys + i * stride, stride, d, out + q * n + i, n);
-    for (; i < n; ++i) {
-      for (int64_t r = q; r < q + kQueries; ++r) out[r * n + i] = dot(queries[r], keys + i * stride, d);
+// The canonical sums of the products of `query` with K keys, all of T or float. The products of float32 values are exact in
+// float64, so that a fused multiply-add gives the same bits.
+// `ahead`: null, or K keys that come next, to be fetched from memory meanwhile.
+template <int K, typename T>
+inline void canonical_dots(const T* query, const T* const* keys, int64_t d, const T* const* ahead, double* out) {
+  constexpr int kParts = 16 / kWide;
+  Wide s[K][kParts] = {};
+  int64_t i = 0;
+  for (; i + 16 <= d; i += 16) {
+    if (ahead != nullptr) {
+      for (int k = 0; k < K; ++k) __builtin_prefetch(ahead[k] + i);
+    }
+    for (int part = 0; part < kParts; ++part) {
+      const Wide q = widen(query + i + part * kWide);
+      for (int k = 0; k < K; ++k) s[k][part] += q * widen(keys[k] + i + part * kWide);
     }
   }
-  for (; q < count; ++q) {
-    for (int64_t i = 0; i < n; ++i) out[q * n + i] = dot(queries[q], keys + i * stride, d);
+  for (int k = 0; k < K; ++k) {
+    double lane[16];
+    __builtin_memcpy(lane, s[k], sizeof lane);
+    for (int64_t j = i; j < d; ++j) {
+      lane[j - i] += static_cast<double>(get(query + j)) * static_cast<double>(get(keys[k] + j));
+    }
+    for (int width = 8; width > 0; width /= 2) {
+      for (int j = 0; j < width; ++j) lane[j] += lane[j + width];
+    }
+    out[k] = lane[0];
   }
 }
+
+void canonical(const float* query, const float* const* keys, int64_t count, int64_t d, float* out) {
+  constexpr int64_t kGroup = 4;
+  const auto key = [&](int64_t i) { return keys[i < count ? i : count - 1]; };  // the last one fills the group
+  for (int64_t i = 0; i < count; i += kGroup) {
+    const float *group[kGroup], *ahead[kGroup];
+    double sums[kGroup];
+    for (int64_t k = 0; k < kGroup; ++k) {
+      group[k] = key(i + k);
+      ahead[k] = key(i + kGroup + k);
+    }
+    canonical_dots<kGroup, float>(query, group, d, i + kGroup < count ? ahead : nullptr, sums);
+    for (int64_t k = 0; k < kGroup && i + k < count; ++k) out[i + k] = static_cast<float>(sums[k]) + 0.0f;
+  }
+}
+
+template <typename T>
+void normalize(const void* row, int64_t d, float* out) {
+  const T* x = static_cast<const T*>(row);
+  double squares;
+  canonical_dots<1, T>(x, &x, d, nullptr, &squares);
+  // Squares of finite float32 values cannot overflow a float64 sum, nor underflow to zero.
+  if (!(squares - squares == 0.0)) {
+    for (int64_t i = 0; i < d; ++i) out[i] = __builtin_nanf("");
+  } else if (squares == 0.0) {
+    for (int64_t i = 0; i < d; ++i) out[i] = 0.0f;
+  } else {
+    const double norm = ::sqrt(squares);
+    for (int64_t i = 0; i < d; ++i) out[i] = static_cast<float>(static_cast<double>(get(x + i)) / norm);
+  }
+}
+
+inline Vec abs(Vec v) { return (Vec)((Bits)v & 0x7fffffff); }
+inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
+
+// To the nearest integer, for |v| < 2^22.
+inline Vec nearest(Vec v) { return (v + 0x1.8p23f) - 0x1.8p23f; }
+
+inline float raised(double value) { return static_cast<float>(value * (1 + 0x1p-20)); }
+
+// sum a_i b_i in float64.
+double wide_dot(const float* a, const float* b, int64_t d) {
+  Wide s{};
+  int64_t i = 0;
+  for (; i + kWide <= d; i += kWide) s += widen(a + i) * widen(b + i);
+  double tail = 0.0;
+  for (; i < d; ++i) tail += static_cast<double>(a[i]) * static_cast<double>(b[i]);
+  return total(s) + tail;
+}
+
+// rest = x - b u up to a whole register, zeros behind the end; returns the largest |rest|.
+float subtract(const float* x, float b, const float* u, int64_t d, float* rest) {
+  Vec largest{};
+  each_vector(x, d, [&](int64_t i, const float* part) {
+    float direction[kLanes] = {};
+    __builtin_memcpy(direction, u + i, (d - i < kLanes ? d - i : kLanes) * sizeof(float));
+    const Vec v = load(part) - b * load(direction);
+    store(rest + i, v);
+    largest = larger(largest, abs(v));
+  });
+  float result = 0.0f;
+  for (int j = 0; j < kLanes; ++j) result = largest[j] > result ? largest[j] : result;
+  return result;
+}
+
+void take_out(const float* x, const float* u, int64_t d, float* rest, QueryBounds* bounds) {
+  bounds->along = u ? static_cast<float>(wide_dot(x, u, d)) : 0.0f;
+  subtract(x, bounds->along, u ? u : x, d, rest);
+  bounds->residual = raised(::sqrt(wide_dot(rest, rest, d)));
+}
+
+// How many steps of a code of 127 steps a value is: 1 / step, and 0 where there is nothing to quantise.
+inline float step_of(float largest) { return largest > 0x1p-60f ? largest / 127.0f : 0.0f; }
+inline float inverse_of(float step) { return step > 0.0f ? 1.0f / step : 0.0f; }
+
+void quantize(const float* rest, int64_t d, int8_t* high, int8_t* low, QueryBounds* bounds) {
+  using Codes = int8_t __attribute__((vector_size(kLanes), aligned(1), may_alias));
+  Vec largest{};
+  for (int64_t i = 0; i < d; i += kLanes) largest = larger(largest, abs(load(rest + i)));
+  float most = 0.0f;
+  for (int j = 0; j < kLanes; ++j) most = largest[j] > most ? largest[j] : most;
+  const float step = step_of(most), inverse = inverse_of(step);
+  Ints high_sum{}, low_sum{};
+  Pair left_by_high{}, left_by_low{};
+  for (int64_t i = 0; i < d; i += kLanes) {
+    const Vec steps = load(rest + i) * inverse, h = nearest(steps), l = nearest((steps - h) * kLowSteps);
+    const Ints high_codes = __builtin_convertvector(h, Ints), low_codes = __builtin_convertvector(l, Ints);
+    *reinterpret_cast<Codes*>(high + i) = __builtin_convertvector(high_codes, Codes);
+    *reinterpret_cast<Codes*>(low + i) = __builtin_convertvector(low_codes, Codes);
+    high_sum += high_codes;
+    low_sum += low_codes;
+    const Pair w = widen(load(rest + i)), hs = widen(h), ls = widen(l);
+    for (int part = 0; part < 2; ++part) {
+      const Wide after_high = w.half[part] - hs.half[part] * step;
+      const Wide after_low = after_high - ls.half[part] * (static_cast<double>(step) / kLowSteps);
+      left_by_high.half[part] += after_high * after_high;
+      left_by_low.half[part] += after_low * after_low;
+    }
+  }
+  bounds->scale = step;
+  bounds->norm = raised(::sqrt(total(left_by_high)));
+  bounds->low_norm = raised(::sqrt(total(left_by_low)));
+  bounds->high_offset = bounds->low_offset = 0;
+  for (int j = 0; j < kLanes; ++j) {
+    bounds->high_offset += kCodeOffset * high_sum[j];
+    bounds->low_offset += kCodeOffset * low_sum[j];
+  }
+}
+
+// How the codes of a scan are made and read: of the values v, in steps of 1 / inverse.
+template <typename T>
+struct HalfCodes {
+  using Code = T;
+  static float scale(float) { return 1.0f; }
+  static void encode(Vec v, float, T* codes) { store(codes, v); }
+  static Vec decode(const T* codes) { return load(codes); }
+};
+struct ByteCodes {
+  using Code = uint8_t;
+  using Codes = uint8_t __attribute__((vector_size(kLanes), aligned(1), may_alias));
+  static float scale(float largest) { return step_of(largest); }
+  static void encode(Vec v, float inverse, uint8_t* codes) {
+    const Ints steps = __builtin_convertvector(nearest(v * inverse), Ints) + kCodeOffset;
+    *reinterpret_cast<Codes*>(codes) = __builtin_convertvector(steps, Codes);
+  }
+  static Vec decode(const uint8_t* codes) {
+    const Ints steps = __builtin_convertvector(*reinterpret_cast<const Codes*>(codes), Ints) - kCodeOffset;
+    return __builtin_convertvector(steps, Vec);
+  }
+};
+
+template <typename C>
+KeyBounds pack_key(const float* x, const float* u, double uu, int64_t d, float* rest, void* row) {
+  auto* codes = static_cast<typename C::Code*>(row);
+  const double xu = wide_dot(x, u, d);
+  const float scale = C::scale(subtract(x, static_cast<float>(uu > 0 ? xu / uu : 0.0), u, d, rest));
+  const float inverse = inverse_of(scale);
+  Pair cu{}, cc{};
+  each_vector(u, d, [&](int64_t i, const float* direction) {
+    C::encode(load(rest + i), inverse, codes + i);
+    const Pair c = widen(C::decode(codes + i)), along = widen(load(direction));
+    for (int part = 0; part < 2; ++part) {
+      cu.half[part] += c.half[part] * along.half[part];
+      cc.half[part] += c.half[part] * c.half[part];
+    }
+  });
+  const int64_t length = padded_bytes(sizeof(typename C::Code), d) / static_cast<int64_t>(sizeof(typename C::Code));
+  for (int64_t i = (d + kLanes - 1) / kLanes * kLanes; i < length; i += kLanes) C::encode(Vec{}, inverse, codes + i);
+  // Once more along u, now that the codes are known: nothing of the residual is left there.
+  const double codes_along = scale * total(cu);
+  const auto b = static_cast<float>(uu > 0 ? (xu - codes_along) / uu : 0.0);
+  Pair rr{};
+  each_vector(x, d, [&](int64_t i, const float* part) {
+    float direction[kLanes] = {};
+    __builtin_memcpy(direction, u + i, (d - i < kLanes ? d - i : kLanes) * sizeof(float));
+    const Pair value = widen(load(part)), along = widen(load(direction)), c = widen(C::decode(codes + i));
+    for (int half = 0; half < 2; ++half) {
+      const Wide r = value.half[half] - along.half[half] * b - c.half[half] * scale;
+      rr.half[half] += r * r;
+    }
+  });
+  return {scale, static_cast<float>(b + codes_along), raised(::sqrt(total(rr))), raised(scale * ::sqrt(total(cc)))};
+}
+
+// Transposes the bounds of kTile keys.
+void load_bounds(const KeyBounds* keys, TileBounds* out) {
+  static_assert(sizeof(KeyBounds) == 4 * sizeof(float));
+  constexpr int kHalf = kLanes / 2;
+  Ints even, odd, low;  // of two registers: the first and second numbers of their keys, the others, the lower halves
+  for (int l = 0; l < kHalf; ++l) {
+    even[l] = 4 * l;
+    even[l + kHalf] = 4 * l + 1;
+    low[l] = l;
+    low[l + kHalf] = kLanes + l;
+  }
+  odd = even + 2;
+  const auto* numbers = reinterpret_cast<const float*>(keys);
+  for (int64_t i = 0; i < kTile; i += kLanes) {
+    Vec v[4];
+    for (int part = 0; part < 4; ++part) v[part] = load(numbers + 4 * i + part * kLanes);
+    const Vec first[2] = {__builtin_shuffle(v[0], v[1], even), __builtin_shuffle(v[2], v[3], even)};
+    const Vec second[2] = {__builtin_shuffle(v[0], v[1], odd), __builtin_shuffle(v[2], v[3], odd)};
+    store(out->scale + i, __builtin_shuffle(first[0], first[1], low));
+    store(out->along + i, __builtin_shuffle(first[0], first[1], low + kHalf));
+    store(out->residual + i, __builtin_shuffle(second[0], second[1], low));
+    store(out->norm + i, __builtin_shuffle(second[0], second[1], low + kHalf));
+  }
+}
+
+inline unsigned lanes_set(Ints mask) {
+#if defined(__AVX512DQ__)
+  return _mm512_movepi32_mask((__m512i)mask);
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps((__m256)mask);
+#elif defined(__SSE2__)
+  return _mm_movemask_ps((__m128)mask);
+#else
+  unsigned bits = 0;
+  for (int j = 0; j < kLanes; ++j) bits |= (mask[j] & 1u) << j;
+  return bits;
+#endif
+}
+
+inline Ints load_ints(const void* p) {
+  Ints v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+
+int64_t survivors(const void* high, const int32_t* low, bool integers, const TileBounds& keys, const QueryBounds& query,
+                  float threshold, int32_t* out) {
+  int64_t count = 0;
+  const float left = low ? query.low_norm : query.norm;
+  for (int64_t i = 0; i < kTile; i += kLanes) {
+    const Ints raw = load_ints(static_cast<const int32_t*>(high) + i);
+    Vec product = integers ? __builtin_convertvector(raw - query.high_offset, Vec) : (Vec)raw;
+    if (low) product += __builtin_convertvector(load_ints(low + i) - query.low_offset, Vec) * (1.0f / kLowSteps);
+    const Vec score = query.along * load(keys.along + i) + query.scale * load(keys.scale + i) * product;
+    const Vec error = query.residual * load(keys.residual + i) + left * load(keys.norm + i) + query.slack;
+    for (unsigned set = lanes_set((Ints)(score + error >= threshold)); set != 0; set &= set - 1) {
+      out[count++] = static_cast<int32_t>(i) + __builtin_ctz(set);
+    }
+  }
+  return count;
+}
+
+template <typename C>
+void tile(const void* const* queries, int64_t count, const void* const* keys, int64_t n, int64_t length, bool onward,
+          void* out) {
+  dot_tile<C>(reinterpret_cast<const typename C::Query* const*>(queries), count,
+              reinterpret_cast<const typename C::Key* const*>(keys), n, length, onward,
+              static_cast<typename C::Element*>(out), kTile);
+}
+
+constexpr ScanKernels scan_kernels{
+    {normalize<float>, normalize<BFloat16>},
+    {nullptr, pack_key<HalfCodes<Float16>>, pack_key<HalfCodes<BFloat16>>, pack_key<ByteCodes>},
+    take_out,
+    quantize,
+    {tile<Floats<float>>, tile<Floats<Float16>>, tile<Floats<BFloat16>>, tile<Bytes>},
+    load_bounds,
+    survivors,
+    canonical,
+    kLanes};
 
 }  // namespace
 }  // namespace unike

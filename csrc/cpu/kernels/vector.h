@@ -5,9 +5,13 @@
 // function of the standard library is used: the linker could take the copy that the CPU does not have.
 #pragma once
 
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
 #include <cstdint>
 
-#include "common/bfloat16.h"
+#include "common/half.h"
 
 namespace unike {
 namespace {
@@ -31,16 +35,37 @@ inline void store(float* p, Vec v) { *reinterpret_cast<Unaligned*>(p) = v; }
 inline Vec load(const BFloat16* p) {
   return (Vec)(__builtin_convertvector(*reinterpret_cast<const Halves*>(p), Bits) << 16);
 }
+inline Vec load(const Float16* p) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__F16C__)
+  return (Vec)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  Vec v{};
+  for (int j = 0; j < kLanes; ++j) v[j] = static_cast<float>(p[j]);
+  return v;
+#endif
+}
 inline void store(BFloat16* p, Vec v) {
   const Bits bits = (Bits)v;
   const Bits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   const Bits quiet = (bits >> 16) | 0x40;  // rounding could turn a NaN into an infinity
   *reinterpret_cast<Halves*>(p) = __builtin_convertvector((Bits)(v != v) ? quiet : rounded, Halves);
 }
+inline void store(Float16* p, Vec v) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_maskz_cvtps_ph(0xffff, v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+#else
+  for (int j = 0; j < kLanes; ++j) p[j] = static_cast<Float16>(v[j]);
+#endif
+}
 
 // One element as float32, and back.
 inline float get(const float* p) { return *p; }
 inline float get(const BFloat16* p) { return __builtin_bit_cast(float, static_cast<uint32_t>(p->bits) << 16); }
+inline float get(const Float16* p) { return static_cast<float>(*p); }
 inline void put(float* p, float x) { *p = x; }
 inline void put(BFloat16* p, float x) {
   const auto bits = __builtin_bit_cast(uint32_t, x);
@@ -69,14 +94,6 @@ inline float dot(const A* a, const B* b, int64_t n) {
   float tail = 0.0f;
   for (; i < n; ++i) tail += get(a + i) * get(b + i);
   return sum((s0 + s1) + (s2 + s3)) + tail;
-}
-
-// y += w x.
-template <typename X>
-inline void axpy(float w, const X* x, float* y, int64_t n) {
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) store(y + i, load(y + i) + w * load(x + i));
-  for (; i < n; ++i) y[i] += w * get(x + i);
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-/* Exact cosine top-k over float32 rows.
+/* Exact cosine top-k over float32 rows, and the packed copies of the rows that make its scan fast.
  *
  * Canonical arithmetic, the same bit for bit in every implementation: a sum over i < d of float64 products of float32
  * values is taken in 16 lanes, each starting from 0.0; lane j adds the terms i = j, j + 16, j + 32, ... in this order;
@@ -15,20 +15,54 @@ extern "C" {
 /* out[r, i] = float32(float64(x[r, i]) / sqrt(s)), with s the canonical sum of the squares of row r.
  *
  * A row of zeros gives zeros; a row with a NaN or an infinity gives NaNs only.
- * x: [rows, d], row_stride >= 0, in elements; out: [rows, d], contiguous, not overlapping x; d >= 1. */
-UNIKE_API unike_status unike_normalize_rows_f32(const float* x, int64_t rows, int64_t d, int64_t row_stride, float* out,
-                                                int threads);
+ * x: [rows, d]; out: [rows, d], contiguous, not overlapping x; d >= 1. */
+UNIKE_API unike_status unike_normalize_rows(unike_rows x, int64_t rows, int64_t d, float* out, int threads);
 
-/* The k best keys of each query by score = float32(canonical dot product), -0.0 counted and returned as 0.0.
+/* What the scan reads of each key. The result is the same with all of them. */
+typedef enum unike_scan {
+  UNIKE_SCAN_F32 = 0, /* the rows themselves, nothing packed */
+  UNIKE_SCAN_F16 = 1,
+  UNIKE_SCAN_BF16 = 2,
+  UNIKE_SCAN_I8 = 3, /* d <= 65536 */
+} unike_scan;
+
+/* The keys of a search: normalised finite rows, and for all scans but UNIKE_SCAN_F32 what unike_pack_keys made of them. */
+typedef struct unike_keys {
+  int64_t n, d;
+  const float* rows; /* [n, d]; null: scores are those of the scan, not canonical, and the k keys may be others */
+  int64_t stride;    /* of the rows, in elements, >= 0 */
+  unike_scan scan;
+  const void* codes;      /* [n, unike_code_bytes(scan, d)] bytes */
+  const float* bounds;    /* [n, UNIKE_KEY_BOUNDS] */
+  const float* direction; /* [d] */
+} unike_keys;
+
+#define UNIKE_KEY_BOUNDS 4
+
+/* Bytes of a packed key, a multiple of 64; 0 for UNIKE_SCAN_F32. */
+UNIKE_API int64_t unike_code_bytes(unike_scan scan, int64_t d);
+
+/* Packs rows, one by one: keys that come later are packed alike, with the same direction.
+ *
+ * rows: [n, d] normalised and finite. direction: [d], of norm 1 or all zero; any will do, but the scan rules out more if
+ * the keys share it: take their normalised mean. codes, bounds: as in unike_keys. */
+UNIKE_API unike_status unike_pack_keys(const float* rows, int64_t n, int64_t d, int64_t stride, unike_scan scan,
+                                       const float* direction, void* codes, float* bounds, void* workspace,
+                                       int64_t workspace_bytes, int threads);
+UNIKE_API int64_t unike_pack_keys_workspace(int64_t d, int threads);
+
+/* The k best keys of each query by score = float32(canonical dot product of the normalised query and the key), -0.0
+ * counted and returned as 0.0.
  *
  * Best first: score descending, then id (the key's row) ascending. Where fewer than k keys are in range, the rest is
  * id -1 and score -inf; a query with a NaN or an infinity gets nothing else.
- * queries: [m, d], keys: [n, d], both normalised, keys finite; strides >= 0, in elements. d >= 1; m, n, k may be 0.
- * bounds: null, or [m, 2] int64 with 0 <= start <= stop <= n: query i sees the keys start, ..., stop - 1.
+ * queries: [m, d], of any norm. m, n, k may be 0.
+ * ranges: null, or [m, 2] int64 with 0 <= start <= stop <= n: query i sees the keys start, ..., stop - 1.
  * scores: [m, k] float32; ids: [m, k] int64; both contiguous. The result does not depend on `threads`. */
-UNIKE_API unike_status unike_cosine_topk_f32(const float* queries, int64_t m, int64_t q_stride, const float* keys,
-                                             int64_t n, int64_t k_stride, int64_t d, int64_t k, const int64_t* bounds,
-                                             float* scores, int64_t* ids, int threads);
+UNIKE_API unike_status unike_cosine_topk(const unike_keys* keys, unike_rows queries, int64_t m, int64_t k,
+                                         const int64_t* ranges, float* scores, int64_t* ids, void* workspace,
+                                         int64_t workspace_bytes, int threads);
+UNIKE_API int64_t unike_cosine_topk_workspace(const unike_keys* keys, int64_t m, int64_t k, int threads);
 
 #ifdef __cplusplus
 }

@@ -2,6 +2,7 @@
 #ifndef UNIKE_LATENT_ATTENTION_H_
 #define UNIKE_LATENT_ATTENTION_H_
 
+#include "unike/cosine_topk.h"
 #include "unike/unike.h"
 
 #ifdef __cplusplus
@@ -9,20 +10,23 @@ extern "C" {
 #endif
 
 /* Enc_sem: w2 gelu(w1 x + b1) + b2. All arrays are contiguous. */
-typedef struct unike_semantic_encoder_f32 {
+typedef struct unike_semantic_encoder {
   int64_t r;
-  const float* w1; /* [r, d] */
-  const float* b1; /* [r] */
-  const float* w2; /* [d, r] */
-  const float* b2; /* [d] */
-} unike_semantic_encoder_f32;
+  unike_dtype dtype; /* of w1 and w2 */
+  const void* w1;    /* [r, d]; may be null where the memory has `projected` */
+  const float* b1;   /* [r] */
+  const void* w2;    /* [d, r] */
+  const float* b2;   /* [d] */
+} unike_semantic_encoder;
 
 /* The memory's tables, contiguous; `values` may be `keys` where heads * width == d. */
-typedef struct unike_memory_f32 {
+typedef struct unike_memory {
   int64_t n, heads, width;
-  const float* keys;   /* [n, heads, width] */
-  const float* values; /* [n, heads, d] */
-} unike_memory_f32;
+  unike_dtype dtype;      /* of keys and values */
+  const void* keys;       /* [n, heads, width] */
+  const void* values;     /* [n, heads, d] */
+  const float* projected; /* [n, heads, r]: values w1^T, so that w1 is not read for each token; or null */
+} unike_memory;
 
 typedef struct unike_blend {
   float scale;        /* of the attention logits */
@@ -34,17 +38,51 @@ typedef struct unike_blend {
   int64_t anchors;
 } unike_blend;
 
+/* What comes in: m tokens of d values. */
+typedef struct unike_latent_inputs {
+  int64_t m, d;
+  unike_rows queries; /* [m, heads * width] */
+  unike_rows inputs;  /* h: [m, d] */
+  const int64_t* ids; /* [id_rows, k] contiguous, each -1 or in 0..n-1; m / id_rows tokens share a row */
+  int64_t id_rows, k;
+} unike_latent_inputs;
+
 /* For each token: h_know = sum over heads of softmax(scale q K^T) V over its entries, alpha = clamp(cos(Enc_sem(h_know),
  * anchor), 0, 1), out = the blend of h and h_know.
  *
- * A token whose ids are all -1 gets the bits of h, and alpha 0. No result depends on `threads`.
- * queries: [m, heads, width] contiguous; inputs h: [m, d] and out: [m, d], row strides in elements; out may be inputs.
- * ids: [id_rows, k] contiguous, each -1 or in 0..n-1; m / id_rows tokens share a row. alpha_out: [m]. */
-UNIKE_API unike_status unike_latent_attention_f32(const float* queries, const float* inputs, int64_t inputs_stride,
-                                                  int64_t m, int64_t d, const unike_memory_f32* memory,
-                                                  const int64_t* ids, int64_t id_rows, int64_t k,
-                                                  const unike_semantic_encoder_f32* encoder, const unike_blend* blend,
-                                                  float* out, int64_t out_stride, float* alpha_out, int threads);
+ * A token whose ids are all -1 gets the bits of h, and alpha 0. A token's result depends on its own inputs only, not on
+ * the others and not on `threads`.
+ * out: [m, d] in the dtype of inputs, may be inputs; alpha_out: [m]. */
+UNIKE_API unike_status unike_latent_attention(const unike_latent_inputs* in, const unike_memory* memory,
+                                              const unike_semantic_encoder* encoder, const unike_blend* blend,
+                                              unike_rows_out out, float* alpha_out, void* workspace,
+                                              int64_t workspace_bytes, int threads);
+UNIKE_API int64_t unike_latent_attention_workspace(const unike_latent_inputs* in, const unike_memory* memory,
+                                                   const unike_semantic_encoder* encoder, int threads);
+
+/* The gradients of unike_latent_attention for those of its results; memory and encoder are constants.
+ *
+ * grad: [m, d], of out; grad_alpha: [m], of alpha_out. grad_queries: [m, heads * width] and grad_inputs: [m, d], float32.
+ * grad_given: [m], of a given alpha, summed by the caller where it has one value; null where alpha is computed.
+ * grad_anchor: [m, d], of each token's anchor, summed by the caller over the tokens that share it; null without one. */
+UNIKE_API unike_status unike_latent_attention_backward(const unike_latent_inputs* in, const unike_memory* memory,
+                                                       const unike_semantic_encoder* encoder, const unike_blend* blend,
+                                                       unike_rows grad, const float* grad_alpha, float* grad_queries,
+                                                       float* grad_inputs, float* grad_given, float* grad_anchor,
+                                                       void* workspace, int64_t workspace_bytes, int threads);
+UNIKE_API int64_t unike_latent_attention_backward_workspace(const unike_latent_inputs* in, const unike_memory* memory,
+                                                            const unike_semantic_encoder* encoder, int threads);
+
+/* unike_cosine_topk followed by unike_latent_attention with the ids that it found. hidden: [m, index->d], what retrieves;
+ * in->ids is ignored, in->k is the number of entries. ids: [m, k], written. */
+UNIKE_API unike_status unike_memory_attention(const unike_keys* index, unike_rows hidden, const int64_t* ranges,
+                                              const unike_latent_inputs* in, const unike_memory* memory,
+                                              const unike_semantic_encoder* encoder, const unike_blend* blend,
+                                              unike_rows_out out, float* alpha_out, int64_t* ids, void* workspace,
+                                              int64_t workspace_bytes, int threads);
+UNIKE_API int64_t unike_memory_attention_workspace(const unike_keys* index, const unike_latent_inputs* in,
+                                                   const unike_memory* memory, const unike_semantic_encoder* encoder,
+                                                   int threads);
 
 #ifdef __cplusplus
 }

@@ -1,7 +1,11 @@
 /* What all headers of the native core share: the version, the status of a call, and what the CPU can do.
  *
- * A C ABI without Python or torch: plain pointers, sizes, row strides in elements and an explicit number of threads.
- * No function throws, keeps a pointer after it returns, or holds state of its own; all may be called concurrently. */
+ * A C ABI without Python or torch: plain pointers, sizes, row strides in elements, an explicit number of threads, and a
+ * workspace for all that a call needs beside its arguments. No function throws, keeps a pointer after it returns, or holds
+ * state of its own; all may be called concurrently.
+ *
+ * Threads are those of OpenMP. A workspace is memory of any alignment and content, at least as large as the function named
+ * like the operation with `_workspace` says for the same arguments; it is free again when the call returns. */
 #ifndef UNIKE_UNIKE_H_
 #define UNIKE_UNIKE_H_
 
@@ -27,13 +31,27 @@ typedef enum unike_dtype {
   UNIKE_BF16 = 1,
 } unike_dtype;
 
+/* Rows to read: row i begins at element i * stride, stride >= 0. */
+typedef struct unike_rows {
+  const void* data;
+  unike_dtype dtype;
+  int64_t stride;
+} unike_rows;
+
+/* Rows to write. */
+typedef struct unike_rows_out {
+  void* data;
+  unike_dtype dtype;
+  int64_t stride;
+} unike_rows_out;
+
 /* The version of the library as built, "major.minor.patch". */
 UNIKE_API const char* unike_version(void);
 
 /* Why this thread's last failed call failed; "" before the first failure. Valid until this thread's next failure. */
 UNIKE_API const char* unike_last_error(void);
 
-/* The best instruction set that this CPU and its kernels support: "avx512", "avx2" or "baseline". */
+/* The best instruction set that this CPU and its kernels support: "avx512vnni", "avx512", "avx2" or "baseline". */
 UNIKE_API const char* unike_cpu_isa(void);
 
 #ifdef __cplusplus

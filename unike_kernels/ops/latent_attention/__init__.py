@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,20 +15,73 @@ from torch import Tensor
 
 from ... import _native
 from .. import _backend, _check, _library
+from ..cosine_topk import native_dtype
 from . import reference
 from .reference import CONVENTIONS, NORMS, Blend, SemanticEncoder
 
-__all__ = ["SemanticEncoder", "latent_attention"]
+__all__ = ["SemanticEncoder", "latent_attention", "project_values"]
 
 _SCHEMA = (
-    "Tensor queries, Tensor inputs, Tensor keys, Tensor values, Tensor ids, Tensor w1, Tensor b1, Tensor w2, "
-    "Tensor b2, Tensor? alpha, Tensor? anchor, float scale, str convention, str norm"
+    "Tensor queries, Tensor inputs, Tensor keys, Tensor values, Tensor? projected, Tensor ids, Tensor w1, Tensor b1, "
+    "Tensor w2, Tensor b2, Tensor? alpha, Tensor? anchor, float scale, str convention, str norm"
 )
+_TENSORS = 12  # in the schema, before the switches
 
 _backend.register("latent_attention", "reference", reference.latent_attention)
+_backend.register("latent_attention_backward", "reference", reference.latent_attention_backward)
+
+
+def _one_dtype(*tables: Tensor) -> list[Tensor]:
+    """All bfloat16 as they are, anything else as float32."""
+    narrow = all(t.dtype == torch.bfloat16 for t in tables)
+    return [t if narrow or t.dtype == torch.float32 else t.float() for t in tables]
+
+
+def native_inputs(
+    queries: Tensor,
+    inputs: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    projected: Tensor | None,
+    encoder: SemanticEncoder,
+    alpha: Tensor | None,
+    anchor: Tensor | None,
+    blend: Blend,
+) -> _native.LatentInputs:
+    """The arguments of an operator in the dtypes that the native kernels take."""
+    wide_keys, wide_values = _one_dtype(keys, values)
+    w1, w2 = _one_dtype(encoder.w1, encoder.w2)
+    return _native.LatentInputs(
+        native_dtype(queries),
+        native_dtype(inputs),
+        wide_keys,
+        wide_keys if values is keys else wide_values,
+        None if projected is None else projected.float(),
+        (w1, encoder.b1.float(), w2, encoder.b2.float()),
+        None if alpha is None else alpha.float(),
+        None if anchor is None else anchor.float(),
+        blend.scale,
+        eq7=blend.convention == "eq7",
+        match_norm=blend.norm == "match",
+    )
 
 
 def _run_native(
+    queries: Tensor,
+    inputs: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    ids: Tensor,
+    *rest: Any,
+    projected: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    out, gate = _native.latent_attention(native_inputs(queries, inputs, keys, values, projected, *rest), ids)
+    return out.to(inputs.dtype), gate
+
+
+def _run_native_backward(
+    grad: Tensor,
+    grad_alpha: Tensor,
     queries: Tensor,
     inputs: Tensor,
     keys: Tensor,
@@ -36,35 +91,42 @@ def _run_native(
     alpha: Tensor | None,
     anchor: Tensor | None,
     blend: Blend,
-) -> tuple[Tensor, Tensor]:
-    keys_wide = keys.float()
-    out, gate = _native.latent_attention(
-        queries.float(),
-        inputs.float(),
-        keys_wide,
-        keys_wide if values is keys else values.float(),
-        ids,
-        [t.float() for t in encoder],
-        None if alpha is None else alpha.float(),
-        None if anchor is None else anchor.float(),
-        blend.scale,
-        eq7=blend.convention == "eq7",
-        match_norm=blend.norm == "match",
+    projected: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    of = native_inputs(queries, inputs, keys, values, projected, encoder, alpha, anchor, blend)
+    to_queries, to_inputs, given, per_token = _native.latent_attention_backward(
+        native_dtype(grad), grad_alpha.float(), of, ids
     )
-    return out.to(inputs.dtype), gate
+    if given is not None and alpha is not None:
+        given = (given.sum().reshape(1) if alpha.numel() == 1 else given).to(alpha.dtype)
+    to_anchor = None
+    if per_token is not None and anchor is not None:
+        rows, d = anchor.shape
+        to_anchor = per_token.reshape(rows, len(per_token) // max(rows, 1), d).sum(1).to(anchor.dtype)
+    return to_queries.to(queries.dtype), to_inputs.to(inputs.dtype), given, to_anchor
 
 
 _backend.register_native("latent_attention", _run_native)
+_backend.register_native("latent_attention_backward", _run_native_backward)
 
 
-def pack(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The flat arguments of the operator's schema -> those of the reference."""
-    return (*args[:5], SemanticEncoder(*args[5:9]), args[9], args[10], Blend(*args[11:]))
+def pack(args: tuple[Any, ...]) -> tuple[tuple[Any, ...], Tensor | None]:
+    """The flat arguments of the operator's schema -> those of the reference, and the projected values."""
+    queries, inputs, keys, values, projected, ids, *rest = args
+    return (
+        queries, inputs, keys, values, ids, SemanticEncoder(*rest[:4]), rest[4], rest[5], Blend(*rest[6:])
+    ), projected  # fmt: skip
+
+
+def _dispatch(op: str, inputs: Tensor, projected: Tensor | None) -> Callable[..., Any]:
+    """The implementation; the native one knows what to do with projected values, the definition needs none."""
+    run = _backend.dispatch(op, inputs)
+    return functools.partial(run, projected=projected) if run in (_run_native, _run_native_backward) else run
 
 
 def _run(*args: Any) -> tuple[Tensor, Tensor]:
-    inputs = args[1]
-    out, alpha = _backend.dispatch("latent_attention", inputs)(*pack(args))
+    packed, projected = pack(args)
+    out, alpha = _dispatch("latent_attention", args[1], projected)(*packed)
     return out, alpha
 
 
@@ -77,39 +139,32 @@ def _fake(queries: Tensor, inputs: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 
 
 def _run_backward(grad: Tensor, grad_alpha: Tensor, *args: Any) -> list[Tensor]:
-    grads = reference.latent_attention_backward(grad, grad_alpha, *pack(args))
+    packed, projected = pack(args)
+    grads = _dispatch("latent_attention_backward", args[1], projected)(grad, grad_alpha, *packed)
     return [grad.new_empty(0) if g is None else g for g in grads]
 
 
 def _fake_backward(grad: Tensor, grad_alpha: Tensor, *args: Any) -> list[Tensor]:
-    trained = (args[0], args[1], args[9], args[10])
+    trained = (args[0], args[1], args[10], args[11])
     return [grad.new_empty(0) if t is None else torch.empty_like(t) for t in trained]
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:11])
-    ctx.switches = inputs[11:]
+    ctx.save_for_backward(*inputs[:_TENSORS])
+    ctx.switches = inputs[_TENSORS:]
 
 
-def _backward(ctx: Any, grad: Tensor, grad_alpha: Tensor) -> tuple[Tensor | None, ...]:
+def backward_of(ctx: Any, grad: Tensor, grad_alpha: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradients to the arguments of the schema, from what `_setup` saved."""
     saved = ctx.saved_tensors
     grads = torch.ops.unike.latent_attention_backward(grad, grad_alpha, *saved, *ctx.switches)
     grad_q, grad_h, given, anchor = grads
-    none = (None,) * 7
-    return (
-        grad_q,
-        grad_h,
-        *none,
-        None if saved[9] is None else given,
-        None if saved[10] is None else anchor,
-        None,
-        None,
-        None,
-    )
+    gates = (None if saved[10] is None else given, None if saved[11] is None else anchor)
+    return (grad_q, grad_h, *(None,) * 8, *gates, None, None, None)
 
 
 _library.define(
-    f"latent_attention({_SCHEMA}) -> (Tensor, Tensor)", _run, _fake, setup_context=_setup, backward=_backward
+    f"latent_attention({_SCHEMA}) -> (Tensor, Tensor)", _run, _fake, setup_context=_setup, backward=backward_of
 )
 _library.define(
     f"latent_attention_backward(Tensor grad, Tensor grad_alpha, {_SCHEMA}) -> Tensor[]", _run_backward, _fake_backward
@@ -121,6 +176,7 @@ def check_tables(
     queries: Tensor,
     keys: Tensor,
     values: Tensor,
+    projected: Tensor | None,
     encoder: SemanticEncoder,
     alpha: Tensor | None,
     anchor: Tensor | None,
@@ -142,6 +198,8 @@ def check_tables(
     _check.floating("encoder.b1", encoder.b1, (r,))
     _check.floating("encoder.w2", encoder.w2, (d, r))
     _check.floating("encoder.b2", encoder.b2, (d,))
+    if projected is not None:
+        _check.floating("projected", projected, (keys.shape[0], heads, r))
     if alpha is not None:
         _check.floating("alpha", alpha, (None,))
         if alpha.shape[0] not in (1, m):
@@ -149,10 +207,9 @@ def check_tables(
     if anchor is not None:
         _check.floating("anchor", anchor, (None, d))
         divides("anchor", anchor.shape[0], m)
-    _check.frozen(keys=keys, values=values, **{f"encoder_{n}": t for n, t in encoder._asdict().items()})
-    _check.same_device(
-        "inputs", inputs, queries=queries, keys=keys, values=values, alpha=alpha, anchor=anchor, **encoder._asdict()
-    )
+    tables = {"keys": keys, "values": values, "projected": projected}
+    _check.frozen(**tables, **{f"encoder_{n}": t for n, t in encoder._asdict().items()})
+    _check.same_device("inputs", inputs, queries=queries, alpha=alpha, anchor=anchor, **tables, **encoder._asdict())
 
 
 def divides(name: str, rows: int, tokens: int) -> None:
@@ -178,6 +235,7 @@ def latent_attention(
     anchor: Tensor | None = None,
     convention: str = "inclusion",
     norm: str = "match",
+    projected: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Shift the attention output towards the retrieved memory entries (paper, Eq. 2 and 7).
 
@@ -195,6 +253,8 @@ def latent_attention(
         alpha: [1] or [M], a given gate instead of the computed one.
         anchor: [R, d], compared with Enc_sem(h_know) instead of `inputs` (the paper's h_input[-1]).
         convention: "inclusion" or "eq7"; norm: "match" or "none". See `Config`.
+        projected: [N, r] or [N, H, r], `project_values(values, encoder)`: a native kernel that has them does not read w1
+            for each token, as Enc_sem's first layer commutes with the average of the values.
 
     Returns:
         The shifted output, [M, d] in the dtype of `inputs`, and alpha, [M] in float32 (float64 for float64).
@@ -202,13 +262,20 @@ def latent_attention(
     Raises:
         TypeError, ValueError: a wrong dtype, shape, device or switch; the memory or the encoder asks for gradients.
     """
-    queries, keys, values = (with_heads(t) for t in (queries, keys, values))
-    check_tables(inputs, queries, keys, values, encoder, alpha, anchor, convention, norm)
+    queries, keys = with_heads(queries), with_heads(keys_given := keys)
+    values = keys if values is keys_given else with_heads(values)
+    projected = None if projected is None else with_heads(projected)
+    check_tables(inputs, queries, keys, values, projected, encoder, alpha, anchor, convention, norm)
     _check.integer("ids", ids, (None, None))
     _check.same_device("inputs", inputs, ids=ids)
     divides("ids", ids.shape[0], inputs.shape[0])
     factor = 1 / math.sqrt(queries.shape[-1]) if scale is None else float(scale)
     out, gate = torch.ops.unike.latent_attention(
-        queries, inputs, keys, values, ids, *encoder, alpha, anchor, factor, convention, norm
+        queries, inputs, keys, values, projected, ids, *encoder, alpha, anchor, factor, convention, norm
     )
     return out, gate
+
+
+def project_values(values: Tensor, encoder: SemanticEncoder) -> Tensor:
+    """The first layer of Enc_sem on each value, without its bias: float32 [N, H, r] of values [N, H, d] or [N, d]."""
+    return torch.nn.functional.linear(with_heads(values).float(), encoder.w1.float())

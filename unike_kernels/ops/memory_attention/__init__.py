@@ -11,16 +11,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ... import _native
 from .. import _backend, _check, _library
-from ..cosine_topk import check_retrieval
-from ..latent_attention import SemanticEncoder, alpha_dtype, check_tables, pack, with_heads
+from ..cosine_topk import PackedKeys, check_retrieval, native_dtype, packed_of
+from ..latent_attention import (
+    SemanticEncoder,
+    alpha_dtype,
+    backward_of,
+    check_tables,
+    native_inputs,
+    pack,
+    with_heads,
+)
 from . import reference
 
 __all__ = ["attend", "memory_attention"]
 
 
 def _composed(
-    hidden: Tensor, index: Tensor, k: int, bounds: Tensor | None, queries: Tensor, inputs: Tensor, *rest: Any
+    hidden: Tensor,
+    index: Tensor,
+    k: int,
+    bounds: Tensor | None,
+    queries: Tensor,
+    inputs: Tensor,
+    *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The fastest cosine_topk followed by the fastest latent_attention that there are."""
     _, ids = _backend.dispatch("cosine_topk", hidden)(hidden, index, k, True, bounds)
@@ -29,44 +44,87 @@ def _composed(
     return out, alpha, ids
 
 
+def _run_native(
+    hidden: Tensor,
+    index: Tensor,
+    k: int,
+    bounds: Tensor | None,
+    queries: Tensor,
+    inputs: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *rest: Any,
+    packed: PackedKeys | None = None,
+    projected: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    of = native_inputs(queries, inputs, keys, values, projected, *rest)
+    out, alpha, ids = _native.memory_attention(native_dtype(hidden), index.float(), k, bounds, packed, of)
+    return out.to(inputs.dtype), alpha, ids
+
+
 _backend.register("memory_attention", "reference", reference.memory_attention)
+_backend.register_native("memory_attention", _run_native)
 
 
-def _run(hidden: Tensor, index: Tensor, k: int, bounds: Tensor | None, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    queries, inputs, keys, values, *rest = args
-    packed = pack((queries, inputs, keys, values, None, *rest))
-    run = _composed if _backend.forced_backend() is None else _backend.dispatch("memory_attention", hidden)
-    out, alpha, ids = run(hidden, index, k, bounds, *packed[:4], *packed[5:])
+def _run(
+    hidden: Tensor,
+    index: Tensor,
+    k: int,
+    bounds: Tensor | None,
+    codes: Tensor | None,
+    key_bounds: Tensor | None,
+    direction: Tensor | None,
+    *args: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    queries, inputs, keys, values, projected, *rest = args
+    packed, _ = pack((queries, inputs, keys, values, None, None, *rest))
+    given = (hidden, index, k, bounds, *packed[:4], *packed[5:])
+    run = _backend.dispatch("memory_attention", inputs if hidden.dtype != torch.float64 else hidden)
+    if run is _run_native:
+        out, alpha, ids = run(*given, packed=packed_of(codes, key_bounds, direction), projected=projected)
+    else:
+        out, alpha, ids = (run if _backend.forced_backend() else _composed)(*given)
     return out, alpha, ids
 
 
 def _fake(
-    hidden: Tensor, index: Tensor, k: int, bounds: Tensor | None, queries: Tensor, inputs: Tensor, *_: Any
+    hidden: Tensor,
+    index: Tensor,
+    k: int,
+    bounds: Tensor | None,
+    codes: Tensor | None,
+    key_bounds: Tensor | None,
+    direction: Tensor | None,
+    queries: Tensor,
+    inputs: Tensor,
+    *_: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     m = inputs.shape[0]
     alpha = inputs.new_empty(m, dtype=alpha_dtype(inputs))
     return torch.empty_like(inputs), alpha, inputs.new_empty((m, k), dtype=torch.int64)
 
 
+_RETRIEVAL = 7  # arguments of the schema before those of the latent attention
+
+
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    _, _, _, _, queries, states, keys, values, *rest = inputs
+    queries, states, keys, values, projected, *rest = inputs[_RETRIEVAL:]
     ids = output[2]
-    ctx.save_for_backward(queries, states, keys, values, ids, *rest[:6])
+    ctx.save_for_backward(queries, states, keys, values, projected, ids, *rest[:6])
     ctx.switches = rest[6:]
     ctx.mark_non_differentiable(ids)
 
 
 def _backward(ctx: Any, grad: Tensor, grad_alpha: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    saved = ctx.saved_tensors
-    grad_q, grad_h, given, anchor = torch.ops.unike.latent_attention_backward(grad, grad_alpha, *saved, *ctx.switches)
-    gates = (None if saved[9] is None else given, None if saved[10] is None else anchor)
-    return (None,) * 4 + (grad_q, grad_h) + (None,) * 6 + gates + (None,) * 3
+    to_latent = backward_of(ctx, grad, grad_alpha)
+    return (*(None,) * _RETRIEVAL, *to_latent[:5], *to_latent[6:])  # ids are no argument here
 
 
 _library.define(
-    "memory_attention(Tensor hidden, Tensor index, int k, Tensor? bounds, Tensor queries, Tensor inputs, Tensor keys, "
-    "Tensor values, Tensor w1, Tensor b1, Tensor w2, Tensor b2, Tensor? alpha, Tensor? anchor, float scale, "
-    "str convention, str norm) -> (Tensor, Tensor, Tensor)",
+    "memory_attention(Tensor hidden, Tensor index, int k, Tensor? bounds, Tensor? codes, Tensor? key_bounds, "
+    "Tensor? direction, Tensor queries, Tensor inputs, Tensor keys, Tensor values, Tensor? projected, Tensor w1, "
+    "Tensor b1, Tensor w2, Tensor b2, Tensor? alpha, Tensor? anchor, float scale, str convention, str norm) "
+    "-> (Tensor, Tensor, Tensor)",
     _run,
     _fake,
     setup_context=_setup,
@@ -79,10 +137,12 @@ def attend(
     index: Tensor,
     k: int,
     bounds: Tensor | None,
+    packed: PackedKeys | None,
     queries: Tensor,
     inputs: Tensor,
     keys: Tensor,
     values: Tensor,
+    projected: Tensor | None,
     encoder: SemanticEncoder,
     alpha: Tensor | None,
     anchor: Tensor | None,
@@ -93,8 +153,9 @@ def attend(
     """`memory_attention` unchecked and with heads: for callers that made the tables themselves."""
     factor = 1 / math.sqrt(queries.shape[-1]) if scale is None else float(scale)
     out, gate, ids = torch.ops.unike.memory_attention(
-        hidden, index, k, bounds, queries, inputs, keys, values, *encoder, alpha, anchor, factor, convention, norm
-    )
+        hidden, index, k, bounds, *(packed or (None,) * 3), queries, inputs, keys, values, projected, *encoder,
+        alpha, anchor, factor, convention, norm,
+    )  # fmt: skip
     return out, gate, ids
 
 
@@ -114,6 +175,8 @@ def memory_attention(
     anchor: Tensor | None = None,
     convention: str = "inclusion",
     norm: str = "match",
+    packed: PackedKeys | None = None,
+    projected: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Each token retrieves its own k entries and is shifted towards them: `cosine_topk`, then `latent_attention`.
 
@@ -126,7 +189,8 @@ def memory_attention(
         k: entries per token.
         queries: [M, H, c], what attends to `keys`; None: `hidden`.
         bounds: int64 [M, 2], the entries that each token may retrieve (an empty range: the token is not shifted).
-        scale, alpha, anchor, convention, norm: see `latent_attention`.
+        scale, alpha, anchor, convention, norm, projected: see `latent_attention`.
+        packed: `ops.pack_keys(index, ...)`, for a faster scan on the CPU.
 
     Returns:
         out [M, d] in the dtype of `inputs`, alpha [M], ids int64 [M, k].
@@ -136,13 +200,16 @@ def memory_attention(
     """
     _check.rows("hidden", hidden)
     check_retrieval(hidden, "index", index, k, bounds)
-    queries, keys, values = (with_heads(t) for t in (hidden if queries is None else queries, keys, values))
-    check_tables(inputs, queries, keys, values, encoder, alpha, anchor, convention, norm)
+    queries, keys = with_heads(hidden if queries is None else queries), with_heads(keys_given := keys)
+    values = keys if values is keys_given else with_heads(values)
+    projected = None if projected is None else with_heads(projected)
+    check_tables(inputs, queries, keys, values, projected, encoder, alpha, anchor, convention, norm)
     _check.sized("hidden", hidden, (inputs.shape[0], None))
     _check.sized("index", index, (keys.shape[0], None))
     _check.same_device("inputs", inputs, hidden=hidden)
     if index.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"index: expected the float32 rows of normalize_rows, got {_check.shape_of(index)}")
     return attend(
-        hidden, index, k, bounds, queries, inputs, keys, values, encoder, alpha, anchor, scale, convention, norm
-    )
+        hidden, index, k, bounds, packed, queries, inputs, keys, values, projected, encoder, alpha, anchor, scale,
+        convention, norm,
+    )  # fmt: skip

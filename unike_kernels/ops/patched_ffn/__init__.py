@@ -13,8 +13,9 @@ from torch import Tensor
 
 from ... import _native
 from .. import _backend, _check, _library
+from ..cosine_topk import native_dtype
 from . import reference
-from .reference import ACTIVATIONS, EditPool, FFNWeights
+from .reference import ACTIVATIONS, EditPool, ExtraGradients, FFNWeights
 
 __all__ = ["ACTIVATIONS", "EditPool", "FFNWeights", "add_extra_neurons", "patched_ffn"]
 
@@ -28,13 +29,32 @@ _BASE_SIZE = len(FFNWeights._fields)
 _backend.register("add_extra_neurons", "reference", reference.add_extra_neurons)
 
 
+def _native_pool(pool: EditPool) -> list[Tensor | None]:
+    """The pool in the dtypes that the native kernels take, contiguous."""
+    tables = (pool.keys, pool.values, pool.zeta, *(() if pool.up is None else (pool.up,)))
+    wide = torch.bfloat16 if all(t.dtype == torch.bfloat16 for t in tables) else torch.float32
+    wanted = (wide, torch.float32, wide, torch.float32, wide, wide, torch.float32, *(torch.int64,) * 4)
+    return [None if t is None else t.to(dtype).contiguous() for t, dtype in zip(pool, wanted, strict=True)]
+
+
 def _run_native(x: Tensor, base_out: Tensor, pool: EditPool, activation: str) -> Tensor:
-    tensors = [None if t is None else (t.float() if t.is_floating_point() else t).contiguous() for t in pool]
-    out = _native.add_extra_neurons(x.float(), base_out.float(), tensors, ACTIVATIONS.index(activation))
+    out = _native.add_extra_neurons(
+        native_dtype(x), native_dtype(base_out), _native_pool(pool), ACTIVATIONS.index(activation)
+    )
     return out.to(base_out.dtype)
 
 
+def _run_native_backward(grad: Tensor, x: Tensor, pool: EditPool, activation: str) -> ExtraGradients:
+    grads = _native.add_extra_neurons_backward(
+        native_dtype(grad), native_dtype(x), _native_pool(pool), ACTIVATIONS.index(activation)
+    )
+    pairs = zip(grads, (x, *pool[:7]), strict=True)
+    return ExtraGradients(*(None if g is None or t is None else g.to(t.dtype) for g, t in pairs))  # type: ignore[arg-type]
+
+
 _backend.register_native("add_extra_neurons", _run_native)
+_backend.register("add_extra_neurons_backward", "reference", reference.add_extra_neurons_backward)
+_backend.register_native("add_extra_neurons_backward", _run_native_backward)
 
 
 def _fused_reference(x: Tensor, base: FFNWeights, pool: EditPool, activation: str) -> Tensor:
@@ -62,7 +82,8 @@ def _pack(grads: tuple[Tensor | None, ...], like: Tensor) -> list[Tensor]:
 
 
 def _run_extra_backward(grad: Tensor, x: Tensor, *rest: Any) -> list[Tensor]:
-    return _pack(reference.add_extra_neurons_backward(grad, x, EditPool(*rest[:-1]), rest[-1]), x)
+    run = _backend.dispatch("add_extra_neurons_backward", grad if grad.dtype == torch.float64 else x)
+    return _pack(run(grad, x, EditPool(*rest[:-1]), rest[-1]), x)
 
 
 def _fake_extra_backward(grad: Tensor, x: Tensor, *rest: Any) -> list[Tensor]:

@@ -1,0 +1,44 @@
+// Memory that the caller gives for the length of a call, handed out in pieces.
+#pragma once
+
+#include <cstdint>
+
+#include "common/status.h"
+
+namespace unike {
+
+// A function first takes all its pieces from a Workspace without memory, to learn how many bytes() it needs, and then the
+// same pieces from the caller's. The pieces are not initialised.
+class Workspace {
+ public:
+  Workspace() = default;
+  Workspace(void* memory, int64_t size) : memory_(static_cast<char*>(memory)), size_(size) {
+    require(memory != nullptr && size >= 0, "the workspace is null");
+    used_ = -reinterpret_cast<uintptr_t>(memory) % kAlignment;
+  }
+
+  template <typename T>
+  T* take(int64_t count) {
+    T* piece = memory_ == nullptr ? nullptr : reinterpret_cast<T*>(memory_ + used_);
+    used_ += (count * static_cast<int64_t>(sizeof(T)) + kAlignment - 1) / kAlignment * kAlignment;
+    if (memory_ != nullptr) require(used_ <= size_, "the workspace is smaller than the workspace function says");
+    return piece;
+  }
+
+  // What has not been taken: where it begins and its bytes.
+  struct Rest {
+    void* memory;
+    int64_t bytes;
+  };
+  Rest rest() const { return {memory_ + used_, size_ - used_}; }
+
+  // Room for an unaligned start included.
+  int64_t bytes() const { return used_ + kAlignment; }
+
+ private:
+  static constexpr int64_t kAlignment = 64;
+  char* memory_ = nullptr;
+  int64_t size_ = 0, used_ = 0;
+};
+
+}  // namespace unike

@@ -1,7 +1,0 @@
-#include "cpu/kernels/patched_ffn.h"
-
-namespace unike {
-
-const AddExtraNeurons add_extra_neurons_avx2 = add_extra_neurons;
-
-}  // namespace unike

@@ -1,0 +1,231 @@
+// Dot products of many rows with many others: the micro-kernel of the scan and of the semantic encoder. Rows stay as they
+// lie in memory.
+//
+// dot_blocks: a register block has the products of kQueries rows with kKeys others, 24 sums with AVX-512: ten loads feed 24
+// multiply-adds, which hide each other's latency; at the end the four sums of a query are folded together. Rows are taken
+// in chunks of 4 KB: those of a group of queries stay in the L1 cache for all keys of the tile, and the keys' chunks
+// (256 KB for 64 keys) come from the L2 cache for all groups but the first. That one fetches ahead.
+//
+// dot_tile: a few queries, all in the L1 cache, wait for the keys. These are then read one after the other, as memory
+// delivers a single stream faster than four that are a row apart, and far ahead.
+#pragma once
+
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
+#include "cpu/kernels/vector.h"
+
+namespace unike {
+namespace {
+
+constexpr int64_t kChunkBytes = 4096;
+constexpr int64_t kStreamBytes = 32768;  // of queries in the L1 cache
+constexpr int kKeys = 4;
+constexpr int kQueries = kLanes == 16 ? 6 : 2;  // 4 + 1 registers for the operands, of 32 or 16
+
+using Ints = int32_t __attribute__((vector_size(kLanes * sizeof(int32_t))));
+using FourFloats = float __attribute__((vector_size(16)));
+using FourInts = int32_t __attribute__((vector_size(16)));
+
+// How rows are multiplied: kStep elements of a key with kStep of a query, into one register of sums.
+template <typename T>
+struct Floats {
+  using Key = T;
+  using Query = float;
+  using Sum = Vec;
+  using Element = float;
+  using Four = FourFloats;
+  static constexpr int64_t kStep = kLanes;
+  static constexpr bool kPadded = false;
+
+  static Vec load_key(const T* p) { return load(p); }
+  static Vec load_query(const float* p) { return load(p); }
+  static Vec add_product(Vec sum, Vec key, Vec query) { return sum + key * query; }
+};
+
+struct Bytes {
+  using Key = uint8_t;
+  using Query = int8_t;
+  using Sum = Ints;
+  using Element = int32_t;
+  using Four = FourInts;
+  static constexpr bool kPadded = true;  // rows are whole steps long
+#if defined(__AVX512VNNI__)
+  static constexpr int64_t kStep = 64;
+  static __m512i load_key(const uint8_t* p) { return _mm512_loadu_si512(p); }
+  static __m512i load_query(const int8_t* p) { return _mm512_loadu_si512(p); }
+  static Ints add_product(Ints sum, __m512i key, __m512i query) {
+    // GCC 12 copies the sums of its own _mm512_dpbusd_epi32 back and forth, at half the speed.
+    asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(key), "v"(query));
+    return sum;
+  }
+#elif defined(__AVX512BW__)
+  static constexpr int64_t kStep = 32;
+  static __m512i load_key(const uint8_t* p) { return _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)p)); }
+  static __m512i load_query(const int8_t* p) { return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)p)); }
+  static Ints add_product(Ints sum, __m512i key, __m512i query) { return sum + (Ints)_mm512_madd_epi16(key, query); }
+#elif defined(__AVX2__)
+  static constexpr int64_t kStep = 16;
+  static __m256i load_key(const uint8_t* p) { return _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)p)); }
+  static __m256i load_query(const int8_t* p) { return _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p)); }
+  static Ints add_product(Ints sum, __m256i key, __m256i query) { return sum + (Ints)_mm256_madd_epi16(key, query); }
+#else
+  static constexpr int64_t kStep = kLanes;
+  using Unsigned = uint8_t __attribute__((vector_size(kLanes), aligned(1), may_alias));
+  using Signed = int8_t __attribute__((vector_size(kLanes), aligned(1), may_alias));
+  static Ints load_key(const uint8_t* p) {
+    return __builtin_convertvector(*reinterpret_cast<const Unsigned*>(p), Ints);
+  }
+  static Ints load_query(const int8_t* p) { return __builtin_convertvector(*reinterpret_cast<const Signed*>(p), Ints); }
+  static Ints add_product(Ints sum, Ints key, Ints query) { return sum + key * query; }
+#endif
+};
+
+// Four sums, those of the lanes of s[0], ..., s[3].
+template <typename C>
+inline typename C::Four fold(const typename C::Sum* s) {
+  Ints single, pairs;  // within each 128 bits: (a0 b0 a1 b1) of a and b, then (a0 a1 b0 b1)
+  for (int j = 0; j < kLanes; j += 4) {
+    for (int l = 0; l < 4; ++l) {
+      single[j + l] = (l % 2) * kLanes + j + l / 2;
+      pairs[j + l] = (l / 2) * kLanes + j + l % 2;
+    }
+  }
+  const auto halve = [](typename C::Sum a, typename C::Sum b, Ints low) {
+    return __builtin_shuffle(a, b, low) + __builtin_shuffle(a, b, low + 2);
+  };
+  const typename C::Sum quads = halve(halve(s[0], s[1], single), halve(s[2], s[3], single), pairs);
+  typename C::Four parts[kLanes / 4];
+  __builtin_memcpy(parts, &quads, sizeof parts);
+  for (int width = kLanes / 8; width > 0; width /= 2) {
+    for (int j = 0; j < width; ++j) parts[j] += parts[j + width];
+  }
+  return parts[0];
+}
+
+// out[q * ld + i] = queries[q] . keys[i] over `length` elements, for Q queries and kKeys keys, or is raised by it.
+// `ahead`: null, or the keys that come next, to be fetched from memory meanwhile.
+template <typename C, int Q>
+inline void dot_block(const typename C::Query* const* queries, const typename C::Key* const* keys, int64_t length,
+                      const typename C::Key* const* ahead, bool add, typename C::Element* out, int64_t ld) {
+  typename C::Sum s[Q][kKeys];
+  for (int q = 0; q < Q; ++q) {
+    for (int i = 0; i < kKeys; ++i) s[q][i] = typename C::Sum{};
+  }
+  int64_t j = 0;
+  for (; j + C::kStep <= length; j += C::kStep) {
+    decltype(C::load_key(keys[0])) key[kKeys];
+    for (int i = 0; i < kKeys; ++i) key[i] = C::load_key(keys[i] + j);
+    if (ahead != nullptr) {
+      for (int i = 0; i < kKeys; ++i) __builtin_prefetch(ahead[i] + j);
+    }
+    for (int q = 0; q < Q; ++q) {
+      const auto query = C::load_query(queries[q] + j);
+      for (int i = 0; i < kKeys; ++i) s[q][i] = C::add_product(s[q][i], key[i], query);
+    }
+  }
+  for (int q = 0; q < Q; ++q) {
+    typename C::Four products = fold<C>(s[q]);
+    if constexpr (!C::kPadded) {
+      for (int i = 0; i < kKeys && j < length; ++i) products[i] += dot(queries[q] + j, keys[i] + j, length - j);
+    }
+    typename C::Four sum{};
+    if (add) __builtin_memcpy(&sum, out + q * ld, sizeof sum);
+    sum += products;
+    __builtin_memcpy(out + q * ld, &sum, sizeof sum);
+  }
+}
+
+// out[q * ld + i] = queries[q] . keys[i] for Q queries. `onward`: what lies behind a key is wanted next.
+template <typename C, int Q>
+void dot_stream(const typename C::Query* const* queries, const typename C::Key* const* keys, int64_t n, int64_t length,
+                bool onward, typename C::Element* out, int64_t ld) {
+  constexpr int kFours = (Q + 3) / 4;     // sums are folded four at a time
+  constexpr int kParts = Q <= 2 ? 4 : 2;  // of each sum, to hide the latency of the additions
+  constexpr int64_t kAhead = 8192 / sizeof(typename C::Key);
+  const typename C::Query* query[Q];
+  for (int q = 0; q < Q; ++q) query[q] = queries[q];
+  for (int64_t i = 0; i < n; ++i) {
+    const typename C::Key* key = keys[i];
+    typename C::Sum s[kParts][kFours * 4];
+    for (int part = 0; part < kParts; ++part) {
+      for (int q = 0; q < kFours * 4; ++q) s[part][q] = typename C::Sum{};
+    }
+    const auto step = [&](int part, int64_t j) {
+      const auto k = C::load_key(key + j);
+      if (onward) __builtin_prefetch(key + j + kAhead);
+      for (int q = 0; q < Q; ++q) s[part][q] = C::add_product(s[part][q], k, C::load_query(query[q] + j));
+    };
+    int64_t j = 0;
+    for (; j + kParts * C::kStep <= length; j += kParts * C::kStep) {
+      for (int part = 0; part < kParts; ++part) step(part, j + part * C::kStep);
+    }
+    for (; j + C::kStep <= length; j += C::kStep) step(0, j);
+    for (int q = 0; q < Q; ++q) {
+      for (int part = 1; part < kParts; ++part) s[0][q] += s[part][q];
+    }
+    for (int four = 0; four < kFours; ++four) {
+      typename C::Four products = fold<C>(s[0] + four * 4);
+      for (int q = four * 4; q < Q && q < four * 4 + 4; ++q) {
+        if constexpr (!C::kPadded) {
+          if (j < length) products[q % 4] += dot(query[q] + j, key + j, length - j);
+        }
+        out[q * ld + i] = products[q % 4];
+      }
+    }
+  }
+}
+
+// Calls body with `count`, 1, ..., Q, as a compile-time constant.
+template <int Q = kQueries, typename Body>
+inline void with_constant(int64_t count, const Body& body) {
+  if constexpr (Q > 1) {
+    if (count < Q) return with_constant<Q - 1>(count, body);
+  }
+  body.template operator()<Q>();
+}
+
+// out[q * ld + i] = queries[q] . keys[i]; ld >= n, rounded up to a multiple of kKeys. A sum has the same order whatever the
+// numbers of rows are. `onward`: the keys lie in memory at equal distances, and more follow.
+template <typename C>
+void dot_blocks(const typename C::Query* const* queries, int64_t count, const typename C::Key* const* keys, int64_t n,
+                int64_t length, bool onward, typename C::Element* out, int64_t ld) {
+  constexpr int64_t kChunk = kChunkBytes / sizeof(typename C::Key);
+  const auto key = [&](int64_t i) {
+    return keys[i < n ? i : n - 1];
+  };  // the last one stands for those that are not there
+  for (int64_t start = 0; start < length; start += kChunk) {
+    const int64_t chunk = length - start < kChunk ? length - start : kChunk;
+    for (int64_t q = 0; q < count; q += kQueries) {
+      const typename C::Query* query[kQueries];
+      for (int64_t l = 0; l < kQueries; ++l) query[l] = queries[q + l < count ? q + l : q] + start;
+      with_constant(count - q < kQueries ? count - q : kQueries, [&]<int Q> {
+        for (int64_t i = 0; i < n; i += kKeys) {
+          const bool last = i + kKeys >= n;
+          const typename C::Key *block[kKeys], *ahead[kKeys];
+          for (int64_t l = 0; l < kKeys; ++l) {
+            block[l] = key(i + l) + start;
+            ahead[l] = last && n > 1 ? block[l] + (keys[1] - keys[0]) * kKeys : key(i + kKeys + l) + start;
+          }
+          const bool fetch = q == 0 && (!last || onward);
+          dot_block<C, Q>(query, block, chunk, fetch ? ahead : nullptr, start > 0, out + q * ld + i, ld);
+        }
+      });
+    }
+  }
+}
+
+// The same, but a float sum may have another order for a few queries than for many.
+template <typename C>
+void dot_tile(const typename C::Query* const* queries, int64_t count, const typename C::Key* const* keys, int64_t n,
+              int64_t length, bool onward, typename C::Element* out, int64_t ld) {
+  if (count <= kQueries && count * length * static_cast<int64_t>(sizeof(typename C::Query)) <= kStreamBytes) {
+    with_constant(count, [&]<int Q> { dot_stream<C, Q>(queries, keys, n, length, onward, out, ld); });
+  } else {
+    dot_blocks<C>(queries, count, keys, n, length, onward, out, ld);
+  }
+}
+
+}  // namespace
+}  // namespace unike
