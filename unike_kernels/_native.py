@@ -179,8 +179,8 @@ def add_extra_neurons(x: Tensor, base: Tensor, pool: Sequence[Tensor | None], ac
 
     Args:
         x, base: float32 or bfloat16 [m, d] on the CPU, any strides.
-        pool: the tensors of an `EditPool` in order, shapes checked by the caller; keys, up, values and zeta of one dtype,
-            float32 or bfloat16, the biases and beta float32.
+        pool: the tensors of an `EditPool` in order, shapes checked by the caller; keys, up, values and zeta of one
+            dtype, float32 or bfloat16, the biases and beta float32.
         activation: index into `ops.ACTIVATIONS`.
 
     Returns:
@@ -234,12 +234,12 @@ def _pool(pool: Sequence[Tensor | None]) -> tuple[tuple[int, int, int], int, lis
 
 
 class LatentInputs(NamedTuple):
-    """What the latent attention takes (csrc/include/unike/latent_attention.h), on the CPU, shapes checked by the caller.
+    """What the latent attention takes (csrc/include/unike/latent_attention.h); shapes are checked by the caller.
 
-    queries [m, heads, width] and inputs [m, d] are float32 or bfloat16, of any strides; keys [n, heads, width] and values
-    [n, heads, d], one tensor or two, are both float32 or both bfloat16, and so are the encoder's w1 [r, d] and w2 [d, r];
-    all else that is floating is float32: projected [n, heads, r] or None, b1 [r], b2 [d], alpha [1] or [m] or None, anchor
-    [anchors, d] or None, anchors dividing m.
+    On the CPU. queries [m, heads, width] and inputs [m, d] are float32 or bfloat16, of any strides; keys
+    [n, heads, width] and values [n, heads, d], one tensor or two, are both float32 or both bfloat16, and so are the
+    encoder's w1 [r, d] and w2 [d, r]; all else that is floating is float32: projected [n, heads, r] or None, b1 [r],
+    b2 [d], alpha [1] or [m] or None, anchor [anchors, d] or None, anchors dividing m.
     """
 
     queries: Tensor

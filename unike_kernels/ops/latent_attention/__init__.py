@@ -253,8 +253,8 @@ def latent_attention(
         alpha: [1] or [M], a given gate instead of the computed one.
         anchor: [R, d], compared with Enc_sem(h_know) instead of `inputs` (the paper's h_input[-1]).
         convention: "inclusion" or "eq7"; norm: "match" or "none". See `Config`.
-        projected: [N, r] or [N, H, r], `project_values(values, encoder)`: a native kernel that has them does not read w1
-            for each token, as Enc_sem's first layer commutes with the average of the values.
+        projected: [N, r] or [N, H, r], `project_values(values, encoder)`: a native kernel that has them does not read
+            w1 for each token, as Enc_sem's first layer commutes with the average of the values.
 
     Returns:
         The shifted output, [M, d] in the dtype of `inputs`, and alpha, [M] in float32 (float64 for float64).
