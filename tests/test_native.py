@@ -70,8 +70,12 @@ def assert_same_bits(actual: torch.Tensor, expected: np.ndarray) -> None:
     assert torch.equal(actual.signbit()[numbers], expected.signbit()[numbers])
 
 
+def topk(queries, keys, k, bounds=None, packed=None):
+    return _native.cosine_topk(queries, _native.Keys(keys, packed), k, bounds)
+
+
 def check_topk(queries: torch.Tensor, keys: torch.Tensor, k: int, bounds: torch.Tensor | None = None) -> None:
-    scores, ids = _native.cosine_topk(queries, keys, k, bounds)
+    scores, ids = topk(queries, keys, k, bounds)
     expected = expected_topk(queries.numpy(), keys.numpy(), k, None if bounds is None else bounds.numpy())
     assert_same_bits(ids, expected[1])
     assert_same_bits(scores, expected[0])
@@ -121,7 +125,7 @@ def test_scores_that_are_nothing_but_rounding_errors(d):
     half, order = d // 2, torch.randperm(d)
     queries = unit_rows(5, half).repeat(1, 2)[:, order]
     keys = unit_rows(64, half).repeat(1, 2) * torch.ones(d).where(torch.arange(d) < half, -1.0)
-    scores, _ = _native.cosine_topk(queries, keys[:, order], 64)
+    scores, _ = topk(queries, keys[:, order], 64)
     assert scores.count_nonzero() > scores.numel() / 2
     check_topk(queries.contiguous(), keys[:, order].contiguous(), 64)
 
@@ -150,7 +154,7 @@ def test_ties_go_to_the_lower_id():
     keys = unit_rows(6, 40).repeat(50, 1)
     queries = torch.cat([keys[:6], -keys[:6]])
     check_topk(queries, keys, 75)
-    assert _native.cosine_topk(keys[:1], keys, 50)[1].tolist() == [list(range(0, 300, 6))]
+    assert topk(keys[:1], keys, 50)[1].tolist() == [list(range(0, 300, 6))]
 
 
 def test_zero_rows_score_positive_zero():
@@ -158,14 +162,14 @@ def test_zero_rows_score_positive_zero():
     keys[3:9] = 0.0
     keys[12] = -keys[11]
     check_topk(torch.cat([torch.zeros(2, 8), -keys[11:13]]), keys, 20)
-    scores, ids = _native.cosine_topk(torch.zeros(1, 8), keys, 20)
+    scores, ids = topk(torch.zeros(1, 8), keys, 20)
     assert ids.tolist() == [list(range(20))]
     assert not scores.any() and not scores.signbit().any()
 
 
 def test_scores_that_round_to_negative_zero_tie_with_zero():
     keys = torch.tensor([[-1e-30, 0.0], [1e-30, 0.0], [0.0, 0.0], [-1e-30, 0.0]])
-    scores, ids = _native.cosine_topk(torch.tensor([[1e-30, 1.0]]), keys, 4)
+    scores, ids = topk(torch.tensor([[1e-30, 1.0]]), keys, 4)
     assert ids.tolist() == [[0, 1, 2, 3]]
     assert not scores.signbit().any()
 
@@ -182,7 +186,7 @@ def test_more_wanted_than_there_are(m):
 
 @pytest.mark.parametrize(("m", "k"), [(0, 3), (0, 0), (3, 0)])
 def test_empty_outputs(m, k):
-    scores, ids = _native.cosine_topk(unit_rows(m, 5), unit_rows(4, 5), k)
+    scores, ids = topk(unit_rows(m, 5), unit_rows(4, 5), k)
     assert scores.shape == ids.shape == (m, k)
     assert _native.normalize_rows(torch.empty(0, 5)).shape == (0, 5)
 
@@ -203,20 +207,18 @@ def test_bounds():
 @pytest.mark.parametrize("bounds", [[-1, 2], [0, 11], [3, 2]])
 def test_bounds_outside_the_keys_are_an_error(bounds):
     with pytest.raises(ValueError, match="0 <= start <= stop <= n"):
-        _native.cosine_topk(unit_rows(1, 4), unit_rows(10, 4), 2, torch.tensor([bounds]))
+        topk(unit_rows(1, 4), unit_rows(10, 4), 2, torch.tensor([bounds]))
 
 
 def test_any_strides():
     queries, keys, bounds = unit_rows(6, 40), unit_rows(90, 40), torch.randint(0, 90, (6, 2)).sort(-1).values
-    expected = _native.cosine_topk(queries[:, 3:20].contiguous(), keys[::3, 3:20].contiguous(), 8, bounds // 3)
+    expected = topk(queries[:, 3:20].contiguous(), keys[::3, 3:20].contiguous(), 8, bounds // 3)
     views = [
         (queries[:, 3:20], keys[::3, 3:20], bounds // 3),
         (queries[:, 3:20].T.contiguous().T, keys[::3, 3:20].T.contiguous().T, (bounds // 3).T.contiguous().T),
     ]
     for view in views:
-        assert all(
-            torch.equal(*pair) for pair in zip(_native.cosine_topk(*view[:2], 8, view[2]), expected, strict=True)
-        )
+        assert all(torch.equal(*pair) for pair in zip(topk(*view[:2], 8, view[2]), expected, strict=True))
         assert torch.equal(_native.normalize_rows(view[0]), _native.normalize_rows(view[0].contiguous()))
     row = unit_rows(1, 17)
     check_topk(row.expand(4, 17), row.expand(30, 17), 5)
@@ -231,12 +233,12 @@ def test_the_number_of_threads_changes_nothing(m, threads):
     bounds = torch.randint(0, n, (m, 2)).sort(-1).values
     threads(1)
     expected = expected_topk(queries.numpy()[:3], keys.numpy(), k, bounds.numpy()[:3])
-    single = _native.cosine_topk(queries, keys, k, bounds)
+    single = topk(queries, keys, k, bounds)
     assert_same_bits(single[1][:3], expected[1])
     assert_same_bits(single[0][:3], expected[0])
     for count in (2, 3, 8):
         threads(count)
-        several = _native.cosine_topk(queries, keys, k, bounds)
+        several = topk(queries, keys, k, bounds)
         assert torch.equal(several[0], single[0]) and torch.equal(several[1], single[1])
 
 
@@ -286,7 +288,7 @@ def test_cosine_topk_of_anything(m, n, d, k, grid, seed, bounded):
 )
 def test_wrong_arguments_are_errors(queries, keys, k, bounds):
     with pytest.raises(ValueError, match=r"must|columns"):
-        _native.cosine_topk(queries, keys, k, bounds)
+        topk(queries, keys, k, bounds)
 
 
 def test_the_package_imports_without_the_extension():

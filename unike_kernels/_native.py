@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -92,69 +92,73 @@ def pack_keys(rows: Tensor, direction: Tensor, codes: Tensor, bounds: Tensor) ->
     _C.pack_keys(rows.data_ptr(), n, d, rows.stride(0), scan, *addresses, torch.get_num_threads())
 
 
-def cosine_topk(
-    queries: Tensor,
-    keys: Tensor | None,
-    k: int,
-    ranges: Tensor | None = None,
-    packed: tuple[Tensor, Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor]:
+class Keys:
+    """The keys of a search, checked and laid out once (unike_keys); keeps the tensors alive."""
+
+    def __init__(self, rows: Tensor | None, packed: tuple[Tensor, Tensor, Tensor] | None) -> None:
+        """
+        Args:
+            rows: float32 [n, d] on the CPU, normalised and finite, any strides; None: `packed` alone decides, and
+                scores and ids are those of the scan.
+            packed: codes and bounds of `pack_keys` for all rows, and the direction; scanned instead of the rows.
+
+        Raises:
+            ValueError: for another device, dtype or shape.
+            RuntimeError: without the compiled extension.
+        """
+        _require_extension()
+        rows = None if rows is None else _table(rows, "keys", (torch.float32,))
+        if rows is not None:
+            n, self.d = rows.shape
+        elif packed is not None:
+            n, self.d = packed[0].shape[0], packed[2].shape[0]
+        else:
+            raise ValueError("keys or packed must be given")
+        self.tensors = (rows, packed)
+        addresses = [0 if rows is None else rows.data_ptr(), 0 if rows is None else rows.stride(0), 0, 0, 0, 0]
+        if packed is not None:
+            codes, bounds, direction = packed
+            scan = _check_codes(codes, bounds, direction, n, self.d)
+            addresses[2:] = scan, codes.data_ptr(), bounds.data_ptr(), direction.data_ptr()
+        self.native = _C.Keys(n, self.d, *addresses)
+
+
+def cosine_topk(queries: Tensor, keys: Keys, k: int, ranges: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The k keys of highest cosine for each query: score descending, then id ascending.
 
     Where fewer than k keys are in range, the rest has id -1 and score -inf; so has all of a non-finite query.
 
     Args:
         queries: float32 or bfloat16 [m, d] on the CPU, d >= 1, any strides.
-        keys: float32 [n, d] on the CPU, rows already normalised and finite, any strides; None: `packed` alone decides,
-            and scores and ids are those of the scan.
+        keys: the keys.
         k: how many keys to return for each query; may exceed n.
         ranges: int64 [m, 2] on the CPU, 0 <= start <= stop <= n: query i sees only the keys start, ..., stop - 1.
-        packed: codes and bounds of `pack_keys` for all keys, and the direction: they are scanned instead of the keys.
 
     Returns:
         scores, float32 [m, k], and ids (rows of `keys`), int64 [m, k].
 
     Raises:
         ValueError: for another device, dtype or shape, a negative k, or ranges outside the keys.
-        RuntimeError: without the compiled extension.
     """
-    _require_extension()
     queries = _table(queries, "queries")
     m, d = queries.shape
+    if d != keys.d:
+        raise ValueError(f"queries have {d} columns, but keys have {keys.d}")
     if k < 0:
         raise ValueError(f"k must not be negative, got {k}")
-    if ranges is not None:
-        if ranges.shape != (m, 2) or ranges.dtype != torch.int64 or ranges.device.type != "cpu":
-            raise ValueError(f"ranges must be int64 [{m}, 2] on the CPU, got {_describe(ranges)}")
-        ranges = ranges.contiguous()
-    keys = None if keys is None else _table(keys, "keys", (torch.float32,))
+    ranges = _ranges(ranges, m)
     scores, ids = torch.empty(m, k, dtype=torch.float32), torch.empty(m, k, dtype=torch.int64)
-    _C.cosine_topk(
-        _keys(keys, packed, d),
-        _rows(queries),
-        m,
-        k,
-        _address(ranges),
-        scores.data_ptr(),
-        ids.data_ptr(),
-        torch.get_num_threads(),
-    )
+    addresses = (_address(ranges), scores.data_ptr(), ids.data_ptr())
+    _C.cosine_topk(keys.native, _rows(queries), m, k, *addresses, torch.get_num_threads())
     return scores, ids
 
 
-def _keys(keys: Tensor | None, packed: tuple[Tensor, Tensor, Tensor] | None, d: int) -> tuple[int, ...]:
-    """unike_keys of rows, packed or not, or of packed keys alone."""
-    if keys is not None and keys.shape[1] != d:
-        raise ValueError(f"queries have {d} columns, but keys have {keys.shape[1]}")
-    rows = (0, 0) if keys is None else (keys.data_ptr(), keys.stride(0))
-    if packed is None:
-        if keys is None:
-            raise ValueError("keys or packed must be given")
-        return (keys.shape[0], d, *rows, 0, 0, 0, 0)
-    codes, bounds, direction = packed
-    n = codes.shape[0] if keys is None else keys.shape[0]
-    scan = _check_codes(codes, bounds, direction, n, d)
-    return (n, d, *rows, scan, codes.data_ptr(), bounds.data_ptr(), direction.data_ptr())
+def _ranges(ranges: Tensor | None, m: int) -> Tensor | None:
+    if ranges is None:
+        return None
+    if ranges.shape != (m, 2) or ranges.dtype != torch.int64 or ranges.device.type != "cpu":
+        raise ValueError(f"ranges must be int64 [{m}, 2] on the CPU, got {_describe(ranges)}")
+    return ranges.contiguous()
 
 
 def _check_codes(codes: Tensor, bounds: Tensor, direction: Tensor, n: int, d: int) -> int:
@@ -174,13 +178,32 @@ def _check_codes(codes: Tensor, bounds: Tensor, direction: Tensor, n: int, d: in
     return _SCANS[codes.dtype][0]
 
 
-def add_extra_neurons(x: Tensor, base: Tensor, pool: Sequence[Tensor | None], activation: int) -> Tensor:
+class Pool:
+    """The extra neurons of a layer, checked and laid out once (unike_edit_pool); keeps the tensors alive."""
+
+    def __init__(self, pool: Sequence[Tensor | None]) -> None:
+        """
+        Args:
+            pool: the tensors of an `EditPool` in order, shapes checked by the caller; keys, up, values and zeta of one
+                dtype, float32 or bfloat16, the biases and beta float32; contiguous, on the CPU.
+
+        Raises:
+            RuntimeError: without the compiled extension.
+        """
+        _require_extension()
+        keys, zeta, row_indptr = pool[0], pool[5], pool[8]
+        assert keys is not None and zeta is not None and row_indptr is not None
+        self.tensors = tuple(pool)
+        sizes = (keys.shape[0], zeta.shape[0], row_indptr.shape[0] - 1)
+        self.native = _C.Pool(sizes, _DTYPES[keys.dtype], [_address(t) for t in pool])
+
+
+def add_extra_neurons(x: Tensor, base: Tensor, pool: Pool, activation: int) -> Tensor:
     """`base` plus the extra neurons of each token's edits (csrc/include/unike/patched_ffn.h).
 
     Args:
         x, base: float32 or bfloat16 [m, d] on the CPU, any strides.
-        pool: the tensors of an `EditPool` in order, shapes checked by the caller; keys, up, values and zeta of one
-            dtype, float32 or bfloat16, the biases and beta float32.
+        pool: the neurons.
         activation: index into `ops.ACTIVATIONS`.
 
     Returns:
@@ -188,22 +211,18 @@ def add_extra_neurons(x: Tensor, base: Tensor, pool: Sequence[Tensor | None], ac
 
     Raises:
         ValueError: for another device, dtype or shape, or indices out of range.
-        RuntimeError: without the compiled extension.
     """
-    _require_extension()
     x, base = _table(x, "x"), _table(base, "base")
     if x.shape != base.shape:
         raise ValueError(f"base must be {_describe(x)}, got {_describe(base)}")
-    out = torch.empty(base.shape, dtype=base.dtype)
+    out = torch.empty_like(base, memory_format=torch.contiguous_format)
     _C.add_extra_neurons(
-        _rows(x), _rows(base), *x.shape, *_pool(pool), activation, _rows(out), torch.get_num_threads()
+        _rows(x), _rows(base), *x.shape, pool.native, activation, _rows(out), torch.get_num_threads()
     )  # fmt: skip
     return out
 
 
-def add_extra_neurons_backward(
-    grad: Tensor, x: Tensor, pool: Sequence[Tensor | None], activation: int
-) -> tuple[Tensor | None, ...]:
+def add_extra_neurons_backward(grad: Tensor, x: Tensor, pool: Pool, activation: int) -> tuple[Tensor | None, ...]:
     """The gradients of `add_extra_neurons` to x and to keys, key_bias, up, up_bias, values, zeta and beta of the pool.
 
     Args:
@@ -213,148 +232,161 @@ def add_extra_neurons_backward(
     Returns:
         float32, None for what the pool lacks.
     """
-    _require_extension()
     grad, x = _table(grad, "grad"), _table(x, "x")
     if x.shape != grad.shape:
         raise ValueError(f"grad must be {_describe(x)}, got {_describe(grad)}")
-    outs = [torch.empty(x.shape), *(None if t is None else torch.empty(t.shape) for t in pool[:7])]
+    outs = [torch.empty(x.shape), *(None if t is None else torch.empty(t.shape) for t in pool.tensors[:7])]
     addresses = [_address(t) for t in outs]
     _C.add_extra_neurons_backward(
-        _rows(grad), _rows(x), *x.shape, *_pool(pool), activation, addresses, torch.get_num_threads()
+        _rows(grad), _rows(x), *x.shape, pool.native, activation, addresses, torch.get_num_threads()
     )  # fmt: skip
     return tuple(outs)
 
 
-def _pool(pool: Sequence[Tensor | None]) -> tuple[tuple[int, int, int], int, list[int]]:
-    """Sizes, dtype and addresses of unike_edit_pool."""
-    keys, zeta, row_indptr = pool[0], pool[5], pool[8]
-    assert keys is not None and zeta is not None and row_indptr is not None
-    sizes = (keys.shape[0], zeta.shape[0], row_indptr.shape[0] - 1)
-    return sizes, _DTYPES[keys.dtype], [_address(t) for t in pool]
+class Memory:
+    """The tables of a memory, checked and laid out once (unike_memory, unike_semantic_encoder); keeps them alive."""
+
+    def __init__(
+        self, keys: Tensor, values: Tensor, projected: Tensor | None, encoder: tuple[Tensor, Tensor, Tensor, Tensor]
+    ) -> None:
+        """
+        Args:
+            keys, values: [n, heads, width] and [n, heads, d] on the CPU, one tensor or two, both float32 or both
+                bfloat16; shapes checked by the caller, here and below.
+            projected: float32 [n, heads, r], the values by w1, or None.
+            encoder: w1 [r, d] and w2 [d, r], both float32 or both bfloat16, and float32 b1 [r], b2 [d]; in the order
+                w1, b1, w2, b2.
+
+        Raises:
+            RuntimeError: without the compiled extension.
+        """
+        _require_extension()
+        n, heads, width = keys.shape
+        wide = keys.contiguous()
+        self.tensors = tuple(
+            None if t is None else t.contiguous()
+            for t in (wide, wide if values is keys else values, projected, *encoder)
+        )
+        w1 = encoder[0]
+        sizes, dtypes = (n, heads, width, w1.shape[0]), (_DTYPES[keys.dtype], _DTYPES[w1.dtype])
+        self.native = _C.Memory(sizes, dtypes, [_address(t) for t in self.tensors])
 
 
-class LatentInputs(NamedTuple):
-    """What the latent attention takes (csrc/include/unike/latent_attention.h); shapes are checked by the caller.
+class Gate(NamedTuple):
+    """How far and to what tokens are shifted (unike_blend)."""
 
-    On the CPU. queries [m, heads, width] and inputs [m, d] are float32 or bfloat16, of any strides; keys
-    [n, heads, width] and values [n, heads, d], one tensor or two, are both float32 or both bfloat16, and so are the
-    encoder's w1 [r, d] and w2 [d, r]; all else that is floating is float32: projected [n, heads, r] or None, b1 [r],
-    b2 [d], alpha [1] or [m] or None, anchor [anchors, d] or None, anchors dividing m.
-    """
-
-    queries: Tensor
-    inputs: Tensor
-    keys: Tensor
-    values: Tensor
-    projected: Tensor | None
-    encoder: tuple[Tensor, Tensor, Tensor, Tensor]
-    alpha: Tensor | None
-    anchor: Tensor | None
     scale: float
     eq7: bool
     match_norm: bool
+    alpha: Tensor | None = None  # float32 [1] or [m], contiguous
+    anchor: Tensor | None = None  # float32 [anchors, d], contiguous, anchors dividing m
 
 
-class _Latent:
-    """`LatentInputs` as the core takes them, and the tensors that these addresses belong to."""
-
-    def __init__(self, of: LatentInputs, ids: Tensor | None, k: int) -> None:
-        _require_extension()
-        inputs = _table(of.inputs, "inputs")
-        (m, d), (n, heads, width) = inputs.shape, of.keys.shape
-        queries = _table(of.queries.flatten(1) if heads > 1 else of.queries.squeeze(1), "queries")
-        encoder = [t.contiguous() for t in of.encoder]
-        keys = of.keys.contiguous()
-        values = keys if of.values is of.keys else of.values.contiguous()
-        projected, alpha, anchor = (None if t is None else t.contiguous() for t in (of.projected, of.alpha, of.anchor))
-        ids = None if ids is None else ids.contiguous()
-        self.tensors = (inputs, queries, keys, values, projected, *encoder, alpha, anchor, ids)
-        self.shape, self.dtype, self.queries_shape = (m, d), inputs.dtype, of.queries.shape
-        tables = [_address(t) for t in (keys, values, projected, *encoder)]
-        gate = (
-            _address(alpha), 0 if alpha is None else alpha.shape[0],
-            _address(anchor), 0 if anchor is None else anchor.shape[0],
-        )  # fmt: skip
-        self.arguments = _C.LatentArguments(
-            (m, d, m if ids is None else ids.shape[0], k, n, heads, width, encoder[0].shape[0]),
-            _rows(queries),
-            _rows(inputs),
-            _address(ids),
-            tables,
-            (_DTYPES[keys.dtype], _DTYPES[encoder[0].dtype]),
-            of.scale,
-            of.eq7,
-            of.match_norm,
-            gate,
-        )
+def _tokens(queries: Tensor, inputs: Tensor, ids: Tensor | None, k: int, gate: Gate) -> Any:
+    """The tokens of a call as the core takes them; the caller keeps the tensors."""
+    m, d = inputs.shape
+    return _C.Tokens(
+        m,
+        d,
+        _rows(queries),
+        _rows(inputs),
+        (0, m, k) if ids is None else (ids.data_ptr(), ids.shape[0], k),
+        gate.scale,
+        gate.eq7,
+        gate.match_norm,
+        (*_counted(gate.alpha), *_counted(gate.anchor)),
+    )
 
 
-def latent_attention(of: LatentInputs, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """The shifted output and alpha of each token.
+def _counted(t: Tensor | None) -> tuple[int, int]:
+    return (0, 0) if t is None else (t.data_ptr(), t.shape[0])
+
+
+def latent_attention(queries: Tensor, inputs: Tensor, ids: Tensor, memory: Memory, gate: Gate) -> tuple[Tensor, Tensor]:
+    """The shifted output and alpha of each token (csrc/include/unike/latent_attention.h).
 
     Args:
-        of: the inputs.
+        queries: float32 or bfloat16 [m, heads * width], any strides.
+        inputs: float32 or bfloat16 [m, d], any strides.
         ids: int64 [rows, k], rows dividing m; -1: none.
+        memory, gate: see there.
 
     Returns:
         [m, d] in the dtype of the inputs, and float32 [m], contiguous.
 
     Raises:
         ValueError: for another device or dtype, or ids out of range.
-        RuntimeError: without the compiled extension.
     """
-    latent = _Latent(of, ids, ids.shape[1])
-    out, gate = torch.empty(latent.shape, dtype=latent.dtype), torch.empty(latent.shape[0])
-    _C.latent_attention(latent.arguments, _rows(out), gate.data_ptr(), torch.get_num_threads())
-    return out, gate
+    queries, inputs, ids = _table(queries, "queries"), _table(inputs, "inputs"), ids.contiguous()
+    out, alpha = torch.empty(inputs.shape, dtype=inputs.dtype), torch.empty(inputs.shape[0])
+    tokens = _tokens(queries, inputs, ids, ids.shape[1], gate)
+    _C.latent_attention(memory.native, tokens, _rows(out), alpha.data_ptr(), torch.get_num_threads())
+    return out, alpha
 
 
 def latent_attention_backward(
-    grad: Tensor, grad_alpha: Tensor, of: LatentInputs, ids: Tensor
+    grad: Tensor, grad_alpha: Tensor, queries: Tensor, inputs: Tensor, ids: Tensor, memory: Memory, gate: Gate
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """The gradients of `latent_attention` to queries, inputs, a given alpha and a given anchor, in float32.
 
     Args:
         grad: float32 or bfloat16 [m, d]; grad_alpha: float32 [m].
-        of, ids: as of `latent_attention`.
+        queries, inputs, ids, memory, gate: as of `latent_attention`.
 
     Returns:
-        [m, heads, width], [m, d], [m] or None, [m, d] or None: the last two of each token.
+        [m, heads * width], [m, d], [m] or None, [m, d] or None: the last two of each token.
     """
-    latent, grad, grad_alpha = _Latent(of, ids, ids.shape[1]), _table(grad, "grad"), grad_alpha.contiguous()
-    m, d = latent.shape
-    queries, inputs = torch.empty(latent.queries_shape), torch.empty(m, d)
-    given = None if of.alpha is None else torch.empty(m)
-    anchor = None if of.anchor is None else torch.empty(m, d)
-    addresses = [_address(t) for t in (grad_alpha, queries, inputs, given, anchor)]
-    _C.latent_attention_backward(latent.arguments, _rows(grad), *addresses, torch.get_num_threads())
-    return queries, inputs, given, anchor
+    queries, inputs, ids = _table(queries, "queries"), _table(inputs, "inputs"), ids.contiguous()
+    grad, grad_alpha = _table(grad, "grad"), grad_alpha.contiguous()
+    m = inputs.shape[0]
+    to_queries, to_inputs = torch.empty(queries.shape), torch.empty(inputs.shape)
+    given = None if gate.alpha is None else torch.empty(m)
+    anchor = None if gate.anchor is None else torch.empty(inputs.shape)
+    addresses = [_address(t) for t in (grad_alpha, to_queries, to_inputs, given, anchor)]
+    tokens = _tokens(queries, inputs, ids, ids.shape[1], gate)
+    _C.latent_attention_backward(memory.native, tokens, _rows(grad), *addresses, torch.get_num_threads())
+    return to_queries, to_inputs, given, anchor
 
 
 def memory_attention(
     hidden: Tensor,
-    index: Tensor,
+    queries: Tensor,
+    inputs: Tensor,
     k: int,
     ranges: Tensor | None,
-    packed: tuple[Tensor, Tensor, Tensor] | None,
-    of: LatentInputs,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`cosine_topk` of hidden in index, and `latent_attention` with what it found, in one call.
+    index: Keys,
+    memory: Memory,
+    gate: Gate,
+    *,
+    tell: bool = True,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """`cosine_topk` of hidden in index, then `latent_attention` with what it found, in one call.
+
+    Args:
+        hidden: float32 or bfloat16 [m, index.d], any strides.
+        queries, inputs, memory, gate: as of `latent_attention`; k, ranges: as of `cosine_topk`.
+        tell: return alpha and the ids; else None for both.
 
     Returns:
         The shifted output [m, d], alpha float32 [m] and the ids int64 [m, k].
     """
-    latent, hidden, index = _Latent(of, None, k), _table(hidden, "hidden"), _table(index, "index", (torch.float32,))
-    m, d = latent.shape
-    out, gate = torch.empty(m, d, dtype=latent.dtype), torch.empty(m)
-    ids = torch.empty(m, k, dtype=torch.int64)
-    ranges = None if ranges is None else ranges.contiguous()
-    keys = _keys(index, packed, hidden.shape[1])
-    addresses = (gate.data_ptr(), ids.data_ptr())
+    hidden, queries, inputs = _table(hidden, "hidden"), _table(queries, "queries"), _table(inputs, "inputs")
+    m = inputs.shape[0]
+    ranges = _ranges(ranges, m)
+    out = torch.empty(inputs.shape, dtype=inputs.dtype)
+    alpha, ids = (torch.empty(m), torch.empty(m, k, dtype=torch.int64)) if tell else (None, None)
     _C.memory_attention(
-        keys, _rows(hidden), _address(ranges), latent.arguments, _rows(out), *addresses, torch.get_num_threads()
+        index.native,
+        memory.native,
+        _rows(hidden),
+        _address(ranges),
+        _tokens(queries, inputs, None, k, gate),
+        _rows(out),
+        _address(alpha),
+        _address(ids),
+        torch.get_num_threads(),
     )
-    return out, gate, ids
+    return out, alpha, ids
 
 
 def _address(t: Tensor | None) -> int:

@@ -78,6 +78,9 @@ struct Count {
 constexpr auto by_score = [](const Suspect& a, const Suspect& b) {
   return a.score > b.score || (a.score == b.score && a.id < b.id);
 };
+constexpr auto by_lower_bound = [](const Suspect& a, const Suspect& b) {
+  return a.score - a.error > b.score - b.error;
+};
 
 struct Problem {
   const unike_keys& keys;
@@ -275,6 +278,12 @@ class Search {
     }
   }
 
+  // Drops what the threshold rules out; returns how many are left.
+  int64_t without_hopeless(int64_t q, Suspect* suspects, int64_t from, int64_t count) const {
+    const auto hopeless = [t = threshold(q)](const Suspect& s) { return s.score + s.error < t; };
+    return std::remove_if(suspects + from, suspects + count, hopeless) - suspects;
+  }
+
   // Moves the k best guesses to the front and gives them their canonical scores. The worst of these rules out most of the
   // others; returns how many are left in all.
   int64_t rule_out(int64_t q, Suspect* suspects, int64_t count, int threads) {
@@ -283,12 +292,18 @@ class Search {
     resolve(q, suspects, best, threads);
     if (best < kept_) return count;
     raise_threshold(q, std::max_element(suspects, suspects + best, by_score)->score);
-    const auto hopeless = [t = threshold(q)](const Suspect& s) { return s.score + s.error < t; };
-    return std::remove_if(suspects + best, suspects + count, hopeless) - suspects;
+    return without_hopeless(q, suspects, best, count);
   }
 
-  // Makes room for the survivors of a tile.
+  // Makes room for the survivors of a tile. The k-th largest lower bound costs no look at the rows; where the errors are
+  // larger than the gaps between the scores, it does not help much.
   int64_t prune(int64_t q, Suspect* suspects, int64_t count) {
+    if (kept_ == 0) return 0;
+    Suspect* last = suspects + kept_ - 1;
+    std::nth_element(suspects, last, suspects + count, by_lower_bound);
+    raise_threshold(q, last->score - last->error);
+    count = without_hopeless(q, suspects, 0, count);
+    if (count <= kept_ + kPruneEvery / 2) return count;
     count = rule_out(q, suspects, count, 1);
     if (count <= capacity_ / 2) return count;
     resolve(q, suspects, count, 1);

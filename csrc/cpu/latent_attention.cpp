@@ -94,7 +94,7 @@ class LatentAttention {
       }
       parallel_for(count_, threads_of(in_.d), [&](int64_t t, int thread) {
         gate(t);
-        alpha_out[first_ + t] = tokens_[t].alpha;
+        if (alpha_out != nullptr) alpha_out[first_ + t] = tokens_[t].alpha;
         char* row = static_cast<char*>(out.data) + (first_ + t) * out.stride * size_of(out.dtype);
         blend_token(t, out.dtype, row, outputs_ + thread * in_.d);
       });
@@ -542,6 +542,7 @@ extern "C" int64_t unike_memory_attention_workspace(const unike_keys* index, con
     require(index != nullptr && in != nullptr, "a null argument");
     Workspace workspace;
     workspace.take<float>(in->m * in->k);  // scores, which nobody wants
+    workspace.take<int64_t>(in->m * in->k);
     // One after the other, the two share the rest.
     return workspace.bytes() + std::max(unike_cosine_topk_workspace(index, in->m, in->k, threads),
                                         unike_latent_attention_workspace(in, memory, encoder, threads));
@@ -558,9 +559,10 @@ extern "C" unike_status unike_memory_attention(const unike_keys* index, unike_ro
   const unike_status checked = guarded([&] {
     require(index != nullptr && in != nullptr && memory != nullptr, "a null argument");
     require(index->n == memory->n, "index and memory must have the same entries");
-    require(ids != nullptr || in->m == 0 || in->k == 0, "ids must not be null");
     Workspace pieces(workspace, workspace_bytes);
     float* scores = pieces.take<float>(in->m * in->k);
+    int64_t* own_ids = pieces.take<int64_t>(in->m * in->k);
+    if (ids == nullptr) ids = own_ids;
     const auto [rest, bytes] = pieces.rest();
     status = unike_cosine_topk(index, hidden, in->m, in->k, ranges, scores, ids, rest, bytes, threads);
     if (status != UNIKE_OK) return;

@@ -68,7 +68,7 @@ class ExtraNeurons {
     rows_ = std::max(largest, backward ? block_ : 0);
     pointers_ = workspace.take<const void*>(threads * rows_);
     if (!backward) {
-      sums_ = workspace.take<float>(block_ * p.d);
+      sums_ = workspace.take<float>(threads * p.d);
       converted_ = workspace.take<float>(threads * p.d);
       return;
     }
@@ -193,7 +193,7 @@ class ExtraNeurons {
       }
       return;
     }
-    float* sum = sums_ + t * p_.d + from;
+    float* sum = sums_ + thread * p_.d;
     std::fill_n(sum, width, 0.0f);
     for (int64_t s = first_slots_[t]; s < first_slots_[t + 1]; ++s) {
       const Slot& slot = slots_[s];

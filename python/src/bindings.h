@@ -8,6 +8,7 @@
 #include <memory>
 #include <new>
 #include <stdexcept>
+#include <tuple>
 
 #include "unike/cosine_topk.h"
 #include "unike/unike.h"
@@ -33,36 +34,44 @@ struct Rows {
   unike_rows_out to_write() const { return {pointer<void>(data), static_cast<unike_dtype>(dtype), stride}; }
 };
 
-// The keys of a search as Python passes them: (n, d, rows, stride, scan, codes, bounds, direction).
+// The keys of a search, which stay where they are from call to call.
 struct Keys {
-  int64_t n, d;
-  std::uintptr_t rows;
-  int64_t stride;
-  int scan;
-  std::uintptr_t codes, bounds, direction;
+  unike_keys table;
 
-  unike_keys table() const {
-    return {n,
-            d,
-            pointer<const float>(rows),
-            stride,
-            static_cast<unike_scan>(scan),
-            pointer<const void>(codes),
-            pointer<const float>(bounds),
-            pointer<const float>(direction)};
-  }
+  Keys(int64_t n, int64_t d, std::uintptr_t rows, int64_t stride, int scan, std::uintptr_t codes, std::uintptr_t bounds,
+       std::uintptr_t direction)
+      : table{n,
+              d,
+              pointer<const float>(rows),
+              stride,
+              static_cast<unike_scan>(scan),
+              pointer<const void>(codes),
+              pointer<const float>(bounds),
+              pointer<const float>(direction)} {}
 };
 
-// Memory for the length of a call.
+// Memory for the length of a call. A thread keeps it for its next call, as the system would clear it anew each time, which
+// takes longer than many a call; more than 64 MB are given back.
 class WorkspaceOf {
  public:
-  explicit WorkspaceOf(int64_t bytes) : bytes_(bytes), data_(new char[bytes]) {}
-  void* data() const { return data_.get(); }
+  explicit WorkspaceOf(int64_t bytes) : bytes_(bytes) {
+    thread_local std::unique_ptr<char[]> kept;
+    thread_local int64_t kept_bytes = 0;
+    if (bytes > (64 << 20)) {
+      own_.reset(new char[bytes]);
+    } else if (bytes > kept_bytes) {
+      kept.reset(new char[bytes]);
+      kept_bytes = bytes;
+    }
+    data_ = own_ ? own_.get() : kept.get();
+  }
+  void* data() const { return data_; }
   int64_t bytes() const { return bytes_; }
 
  private:
   int64_t bytes_;
-  std::unique_ptr<char[]> data_;
+  std::unique_ptr<char[]> own_;
+  char* data_;
 };
 
 // Raises ValueError, MemoryError or RuntimeError for a failed call.
@@ -77,24 +86,16 @@ inline void check(unike_status status) {
 
 namespace pybind11::detail {
 
-// A Python tuple as an aggregate of numbers.
-template <typename T, typename... Fields>
-struct aggregate_caster {
-  PYBIND11_TYPE_CASTER(T, const_name("tuple"));
+template <>
+struct type_caster<unike::python::Rows> {
+  PYBIND11_TYPE_CASTER(unike::python::Rows, const_name("tuple[int, int, int]"));
 
   bool load(handle source, bool convert) {
-    make_caster<std::tuple<Fields...>> fields;
+    make_caster<std::tuple<std::uintptr_t, int, int64_t>> fields;
     if (!fields.load(source, convert)) return false;
-    value = std::apply([](auto... field) { return T{field...}; }, cast_op<std::tuple<Fields...>>(std::move(fields)));
+    std::tie(value.data, value.dtype, value.stride) = cast_op<std::tuple<std::uintptr_t, int, int64_t>>(fields);
     return true;
   }
 };
-
-template <>
-struct type_caster<unike::python::Rows> : aggregate_caster<unike::python::Rows, std::uintptr_t, int, int64_t> {};
-template <>
-struct type_caster<unike::python::Keys>
-    : aggregate_caster<unike::python::Keys, int64_t, int64_t, std::uintptr_t, int64_t, int, std::uintptr_t,
-                       std::uintptr_t, std::uintptr_t> {};
 
 }  // namespace pybind11::detail

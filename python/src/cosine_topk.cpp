@@ -32,14 +32,18 @@ void bind_cosine_topk(pybind11::module_& module) {
       release_gil, arg("rows"), arg("n"), arg("d"), arg("stride"), arg("scan"), arg("direction"), arg("codes"),
       arg("bounds"), arg("threads"));
 
+  pybind11::class_<Keys>(module, "Keys")
+      .def(pybind11::init<int64_t, int64_t, Address, int64_t, int, Address, Address, Address>(), arg("n"), arg("d"),
+           arg("rows"), arg("stride"), arg("scan"), arg("codes"), arg("bounds"), arg("direction"));
+
   module.def(
       "cosine_topk",
       [](const Keys& keys, const Rows& queries, int64_t m, int64_t k, Address ranges, Address scores, Address ids,
          int threads) {
-        const unike_keys table = keys.table();
-        const WorkspaceOf workspace(unike_cosine_topk_workspace(&table, m, k, threads));
-        check(unike_cosine_topk(&table, queries.to_read(), m, k, pointer<const int64_t>(ranges), pointer<float>(scores),
-                                pointer<int64_t>(ids), workspace.data(), workspace.bytes(), threads));
+        const WorkspaceOf workspace(unike_cosine_topk_workspace(&keys.table, m, k, threads));
+        check(unike_cosine_topk(&keys.table, queries.to_read(), m, k, pointer<const int64_t>(ranges),
+                                pointer<float>(scores), pointer<int64_t>(ids), workspace.data(), workspace.bytes(),
+                                threads));
       },
       release_gil, arg("keys"), arg("queries"), arg("m"), arg("k"), arg("ranges"), arg("scores"), arg("ids"),
       arg("threads"));

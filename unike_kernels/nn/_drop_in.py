@@ -75,10 +75,24 @@ def original(module: nn.Module) -> nn.Module:
 class Tables(nn.Module):
     """Tensors that follow the model from device to device and keep their dtype, outside of its state_dict."""
 
+    _plan: Any = None  # what a subclass makes of the tensors once; gone with any change of an attribute
+
     def table(self, name: str, value: Tensor | None) -> None:
         self.register_buffer(name, value, persistent=False)
+        self.__dict__["_plan"] = None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "_plan":
+            self.__dict__[name] = value
+        else:
+            self.__dict__["_plan"] = None
+            super().__setattr__(name, value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_plan": None}  # its addresses are those of this process
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self.__dict__["_plan"] = None
         for name, t in self._buffers.items():
             if t is not None:
                 device = fn(torch.empty(0, dtype=t.dtype, device=t.device)).device

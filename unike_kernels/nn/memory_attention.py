@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from ..config import Config
 from ..ops import PackedKeys, SemanticEncoder, cosine_topk, latent_attention, normalize_rows, pack_keys, project_values
-from ..ops.memory_attention import attend
+from ..ops.latent_attention import blend_of
+from ..ops.memory_attention import Plan, attend
 from ._drop_in import DropIn, Tables
 from .context import Context
 
@@ -46,6 +47,13 @@ class MemoryTables(Tables):
         for name, t in encoder._asdict().items():
             self.table(name, t)
         self.row_bounds: Tensor | None = None  # int64 [R, 2], the entries that each row of the batch may retrieve
+
+    def plan(self) -> Plan:
+        """The tables as the operator takes them for each token."""
+        if self._plan is None:
+            values = self.keys if self.values is None else self.values
+            self._plan = Plan(self.index, self.packed, self.keys, values, self.projected, self.encoder)
+        return self._plan
 
     @property
     def packed(self) -> PackedKeys | None:
@@ -127,10 +135,15 @@ class MemoryAttention(DropIn):
         if config.alpha == "last":
             anchor = self._from_prompt_end("anchor", lambda last: out[self._rows(last), last])
         if config.retrieval == "token":
-            shifted, _, _ = attend(
-                flat, memory.index, config.k, bounds, memory.packed, queries, inputs, memory.keys, values,
-                memory.projected, memory.encoder, alpha, anchor, config.scale, config.convention, config.norm,
-            )  # fmt: skip
+            blend = blend_of(queries, config.scale, config.convention, config.norm)
+            # Tracing sees the operator; otherwise the shortest way that computes the same.
+            if not torch.compiler.is_compiling() and memory.plan().takes(flat, queries, inputs):
+                shifted = memory.plan().run(flat, queries, inputs, config.k, bounds, alpha, anchor, blend)
+            else:
+                shifted, _, _ = attend(
+                    flat, memory.index, config.k, bounds, memory.packed, queries, inputs, memory.keys, values,
+                    memory.projected, memory.encoder, alpha, anchor, blend,
+                )  # fmt: skip
         else:
             ids = self._from_prompt_end("ids", lambda last: self._retrieve(memory, hidden, last))
             per_token = ids.repeat_interleave(tokens, 0)

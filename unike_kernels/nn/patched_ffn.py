@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import ACTIVATIONS, EditPool
-from ..ops.patched_ffn import add_extra_neurons
+from ..ops.patched_ffn import Plan, add_extra_neurons
 from ._drop_in import DropIn, Tables
 
 _PER_NEURON = ("keys", "key_bias", "up", "up_bias", "values")
@@ -72,11 +72,19 @@ class EditStore(Tables):
         self.selection = csr([[position[i] for i in row if i in position] for row in rows], self.indptr.device)
 
     def pool(self) -> EditPool:
+        """The neurons, and the edits that each row selects."""
         row_indptr, row_edits = self.selection or (self.row_indptr, self.row_edits)
         return EditPool(
             self.keys, self.key_bias, self.up, self.up_bias, self.values, self.zeta, self.beta, self.indptr,
             row_indptr, row_edits,
         )  # fmt: skip
+
+    def plan(self, activation: str) -> Plan:
+        """The pool as the operator takes it for each token."""
+        if self._plan is None:
+            self._plan = Plan(self.pool(), activation)
+        plan: Plan = self._plan
+        return plan
 
 
 def _or(t: Tensor | None, default: Tensor) -> Tensor:
@@ -124,6 +132,9 @@ class PatchedFFN(DropIn):
             out = module(out)
         if not self.edits.ids:
             return out
+        # Tracing sees the operator; otherwise the shortest way that computes the same.
+        if not torch.compiler.is_compiling() and self.edits.plan(self.activation).takes(hidden_states, out):
+            return self.edits.plan(self.activation).run(hidden_states, out)
         return add_extra_neurons(hidden_states, out, self.edits.pool(), self.activation)
 
 

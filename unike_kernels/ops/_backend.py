@@ -50,6 +50,14 @@ def native_refuse(t: torch.Tensor) -> str | None:
     return "it works in float32, the tensors are float64" if t.dtype == torch.float64 else None
 
 
+def takes_native(*states: torch.Tensor) -> bool:
+    """Whether the native kernels take these activations as they are, and nothing else is asked for."""
+    return _forced.get() in (None, "native") and (
+        os.environ.get("UNIKE_BACKEND", "") in ("", "native")
+        and all(t.device.type == "cpu" and t.dtype in (torch.float32, torch.bfloat16) for t in states)
+    )
+
+
 def register_native(op: str, run: Callable[..., Any]) -> None:
     """Offer `run`, which calls the compiled extension, as the native backend of `op`."""
     missing = lambda: None if _native.available() else _native.reason()  # noqa: E731

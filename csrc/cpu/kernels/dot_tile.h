@@ -195,24 +195,33 @@ void dot_blocks(const typename C::Query* const* queries, int64_t count, const ty
   const auto key = [&](int64_t i) {
     return keys[i < n ? i : n - 1];
   };  // the last one stands for those that are not there
-  for (int64_t start = 0; start < length; start += kChunk) {
+  // A group of queries with the keys from, ..., to - 1, in the columns of a chunk.
+  const auto group = [&](int64_t q, int64_t from, int64_t to, int64_t start) {
     const int64_t chunk = length - start < kChunk ? length - start : kChunk;
-    for (int64_t q = 0; q < count; q += kQueries) {
-      const typename C::Query* query[kQueries];
-      for (int64_t l = 0; l < kQueries; ++l) query[l] = queries[q + l < count ? q + l : q] + start;
-      with_constant(count - q < kQueries ? count - q : kQueries, [&]<int Q> {
-        for (int64_t i = 0; i < n; i += kKeys) {
-          const bool last = i + kKeys >= n;
-          const typename C::Key *block[kKeys], *ahead[kKeys];
-          for (int64_t l = 0; l < kKeys; ++l) {
-            block[l] = key(i + l) + start;
-            ahead[l] = last && n > 1 ? block[l] + (keys[1] - keys[0]) * kKeys : key(i + kKeys + l) + start;
-          }
-          const bool fetch = q == 0 && (!last || onward);
-          dot_block<C, Q>(query, block, chunk, fetch ? ahead : nullptr, start > 0, out + q * ld + i, ld);
+    const typename C::Query* query[kQueries];
+    for (int64_t l = 0; l < kQueries; ++l) query[l] = queries[q + l < count ? q + l : q] + start;
+    with_constant(count - q < kQueries ? count - q : kQueries, [&]<int Q> {
+      for (int64_t i = from; i < to; i += kKeys) {
+        const bool last = i + kKeys >= n;
+        const typename C::Key *block[kKeys], *ahead[kKeys];
+        for (int64_t l = 0; l < kKeys; ++l) {
+          block[l] = key(i + l) + start;
+          ahead[l] = last && n > 1 ? block[l] + (keys[1] - keys[0]) * kKeys : key(i + kKeys + l) + start;
         }
-      });
+        const bool fetch = q == 0 && (!last || onward);
+        dot_block<C, Q>(query, block, chunk, fetch ? ahead : nullptr, start > 0, out + q * ld + i, ld);
+      }
+    });
+  };
+  if (count <= kQueries && count * length * static_cast<int64_t>(sizeof(typename C::Query)) <= kStreamBytes) {
+    // Nothing is read twice but the queries, which stay in the L1 cache: each block of keys from end to end.
+    for (int64_t i = 0; i < n; i += kKeys) {
+      for (int64_t start = 0; start < length; start += kChunk) group(0, i, i + kKeys, start);
     }
+    return;
+  }
+  for (int64_t start = 0; start < length; start += kChunk) {
+    for (int64_t q = 0; q < count; q += kQueries) group(q, 0, n, start);
   }
 }
 

@@ -57,14 +57,9 @@ void add_rows(const float* const* weights, const T* const* rows, int64_t n, int6
 }
 
 template <typename T, int kRows>
-inline void add_group(const float* weights, const T* const* rows, int64_t d, const T* const* ahead, int64_t more,
-                      float* sum) {
-  constexpr int64_t kLine = 64 / sizeof(T);
+inline void add_group(const float* weights, const T* const* rows, int64_t d, float* sum) {
   int64_t i = 0;
   for (; i + kLanes <= d; i += kLanes) {
-    if (i % kLine == 0) {
-      for (int64_t j = 0; j < more; ++j) __builtin_prefetch(ahead[j] + i);
-    }
     Vec s = load(sum + i);
     for (int j = 0; j < kRows; ++j) s += weights[j] * load(rows[j] + i);
     store(sum + i, s);
@@ -74,14 +69,13 @@ inline void add_group(const float* weights, const T* const* rows, int64_t d, con
   }
 }
 
-// The same for one sum of rows that come from memory: four rows at a time from end to end, the next four fetched ahead.
+// The same for one sum of rows that come from memory: four rows at a time from end to end.
 template <typename T>
 void add_gathered(const float* weights, const T* const* rows, int64_t n, int64_t d, float* sum) {
   int64_t j = 0;
-  for (; j + 4 <= n; j += 4) {
-    add_group<T, 4>(weights + j, rows + j, d, rows + j + 4, n - j - 4 < 4 ? n - j - 4 : 4, sum);
-  }
-  for (; j < n; ++j) add_group<T, 1>(weights + j, rows + j, d, nullptr, 0, sum);
+  for (; j + 8 <= n; j += 8) add_group<T, 8>(weights + j, rows + j, d, sum);
+  for (; j + 4 <= n; j += 4) add_group<T, 4>(weights + j, rows + j, d, sum);
+  for (; j < n; ++j) add_group<T, 1>(weights + j, rows + j, d, sum);
 }
 
 template <typename T>

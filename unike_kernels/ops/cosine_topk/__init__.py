@@ -33,8 +33,8 @@ class PackedKeys(NamedTuple):
 def _run_native(
     queries: Tensor, keys: Tensor, k: int, normalized: bool, bounds: Tensor | None, packed: PackedKeys | None = None
 ) -> tuple[Tensor, Tensor]:
-    queries, keys = native_dtype(queries), keys.float()
-    return _native.cosine_topk(queries, keys if normalized else _native.normalize_rows(keys), k, bounds, packed)
+    rows = keys.float() if normalized else _native.normalize_rows(native_dtype(keys))
+    return _native.cosine_topk(native_dtype(queries), _native.Keys(rows, packed), k, bounds)
 
 
 def native_dtype(x: Tensor) -> Tensor:
@@ -112,7 +112,7 @@ def normalize_rows(x: Tensor) -> Tensor:
     if len(bad):
         raise ValueError(f"x: expected finite values, row {int(bad[0])} holds NaN or infinity")
     if _backend.forced_backend() != "reference" and _native.available() and _backend.native_refuse(x) is None:
-        return _native.normalize_rows(x.float())
+        return _native.normalize_rows(native_dtype(x))
     return _normalize_rows(x)
 
 
@@ -169,7 +169,7 @@ def scan_topk(queries: Tensor, packed: PackedKeys, k: int, bounds: Tensor | None
     _check.rows("queries", queries)
     if not _native.available():
         raise BackendUnavailableError(f"scan_topk needs the native extension: {_native.reason()}")
-    return _native.cosine_topk(_native.normalize_rows(queries.float()), None, k, bounds, packed)
+    return _native.cosine_topk(native_dtype(queries), _native.Keys(None, packed), k, bounds)
 
 
 def cosine_topk(
@@ -208,5 +208,7 @@ def cosine_topk(
         raise TypeError(f"keys: expected the float32 rows of normalize_rows, got {_check.shape_of(keys)}")
     if packed is not None and not normalized:
         raise ValueError("packed: expected normalized=True with it, since it was packed from unit keys")
-    scores, ids = torch.ops.unike.cosine_topk(queries, keys, k, normalized, bounds, *(packed or (None,) * 3))
+    scores, ids = _library.call(
+        "cosine_topk", queries, queries, keys, k, normalized, bounds, *(packed or (None,) * 3)
+    )  # fmt: skip
     return scores, ids

@@ -37,33 +37,27 @@ def _one_dtype(*tables: Tensor) -> list[Tensor]:
     return [t if narrow or t.dtype == torch.float32 else t.float() for t in tables]
 
 
-def native_inputs(
-    queries: Tensor,
-    inputs: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    projected: Tensor | None,
-    encoder: SemanticEncoder,
-    alpha: Tensor | None,
-    anchor: Tensor | None,
-    blend: Blend,
-) -> _native.LatentInputs:
-    """The arguments of an operator in the dtypes that the native kernels take."""
+def native_memory(keys: Tensor, values: Tensor, projected: Tensor | None, encoder: SemanticEncoder) -> _native.Memory:
+    """The tables of a memory in the dtypes that the native kernels take."""
     wide_keys, wide_values = _one_dtype(keys, values)
     w1, w2 = _one_dtype(encoder.w1, encoder.w2)
-    return _native.LatentInputs(
-        native_dtype(queries),
-        native_dtype(inputs),
+    return _native.Memory(
         wide_keys,
         wide_keys if values is keys else wide_values,
         None if projected is None else projected.float(),
         (w1, encoder.b1.float(), w2, encoder.b2.float()),
-        None if alpha is None else alpha.float(),
-        None if anchor is None else anchor.float(),
-        blend.scale,
-        eq7=blend.convention == "eq7",
-        match_norm=blend.norm == "match",
     )
+
+
+def native_gate(alpha: Tensor | None, anchor: Tensor | None, blend: Blend) -> _native.Gate:
+    """The gate as the native kernels take it."""
+    alpha, anchor = (None if t is None else t.float().contiguous() for t in (alpha, anchor))
+    return _native.Gate(blend.scale, blend.convention == "eq7", blend.norm == "match", alpha, anchor)
+
+
+def native_queries(queries: Tensor) -> Tensor:
+    """[M, H, c] -> [M, H * c] of a native dtype."""
+    return native_dtype(queries).flatten(1)
 
 
 def _run_native(
@@ -72,11 +66,15 @@ def _run_native(
     keys: Tensor,
     values: Tensor,
     ids: Tensor,
-    *rest: Any,
+    encoder: SemanticEncoder,
+    *gate: Any,
     projected: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    out, gate = _native.latent_attention(native_inputs(queries, inputs, keys, values, projected, *rest), ids)
-    return out.to(inputs.dtype), gate
+    memory = native_memory(keys, values, projected, encoder)
+    out, alpha = _native.latent_attention(
+        native_queries(queries), native_dtype(inputs), ids, memory, native_gate(*gate)
+    )
+    return out.to(inputs.dtype), alpha
 
 
 def _run_native_backward(
@@ -93,9 +91,14 @@ def _run_native_backward(
     blend: Blend,
     projected: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    of = native_inputs(queries, inputs, keys, values, projected, encoder, alpha, anchor, blend)
     to_queries, to_inputs, given, per_token = _native.latent_attention_backward(
-        native_dtype(grad), grad_alpha.float(), of, ids
+        native_dtype(grad),
+        grad_alpha.float(),
+        native_queries(queries),
+        native_dtype(inputs),
+        ids,
+        native_memory(keys, values, projected, encoder),
+        native_gate(alpha, anchor, blend),
     )
     if given is not None and alpha is not None:
         given = (given.sum().reshape(1) if alpha.numel() == 1 else given).to(alpha.dtype)
@@ -103,7 +106,7 @@ def _run_native_backward(
     if per_token is not None and anchor is not None:
         rows, d = anchor.shape
         to_anchor = per_token.reshape(rows, len(per_token) // max(rows, 1), d).sum(1).to(anchor.dtype)
-    return to_queries.to(queries.dtype), to_inputs.to(inputs.dtype), given, to_anchor
+    return to_queries.reshape(queries.shape).to(queries.dtype), to_inputs.to(inputs.dtype), given, to_anchor
 
 
 _backend.register_native("latent_attention", _run_native)
@@ -217,6 +220,11 @@ def divides(name: str, rows: int, tokens: int) -> None:
         raise ValueError(f"{name}: {tokens} tokens cannot be split evenly among its {rows} rows")
 
 
+def blend_of(queries: Tensor, scale: float | None, convention: str, norm: str) -> Blend:
+    """The switches, with the default scale for queries [M, H, c]."""
+    return Blend(1 / math.sqrt(queries.shape[-1]) if scale is None else float(scale), convention, norm)
+
+
 def with_heads(t: Tensor) -> Tensor:
     """[N, d] -> [N, 1, d]; anything else as it is, for the checks to judge."""
     return t.unsqueeze(1) if isinstance(t, Tensor) and t.dim() == 2 else t
@@ -269,10 +277,10 @@ def latent_attention(
     _check.integer("ids", ids, (None, None))
     _check.same_device("inputs", inputs, ids=ids)
     divides("ids", ids.shape[0], inputs.shape[0])
-    factor = 1 / math.sqrt(queries.shape[-1]) if scale is None else float(scale)
-    out, gate = torch.ops.unike.latent_attention(
-        queries, inputs, keys, values, projected, ids, *encoder, alpha, anchor, factor, convention, norm
-    )
+    out, gate = _library.call(
+        "latent_attention", inputs, queries, inputs, keys, values, projected, ids, *encoder, alpha, anchor,
+        *blend_of(queries, scale, convention, norm),
+    )  # fmt: skip
     return out, gate
 
 

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -18,14 +17,18 @@ from ..latent_attention import (
     SemanticEncoder,
     alpha_dtype,
     backward_of,
+    blend_of,
     check_tables,
-    native_inputs,
+    native_gate,
+    native_memory,
+    native_queries,
     pack,
     with_heads,
 )
+from ..latent_attention.reference import Blend
 from . import reference
 
-__all__ = ["attend", "memory_attention"]
+__all__ = ["Plan", "attend", "memory_attention"]
 
 
 def _composed(
@@ -53,12 +56,22 @@ def _run_native(
     inputs: Tensor,
     keys: Tensor,
     values: Tensor,
-    *rest: Any,
+    encoder: SemanticEncoder,
+    *gate: Any,
     packed: PackedKeys | None = None,
     projected: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    of = native_inputs(queries, inputs, keys, values, projected, *rest)
-    out, alpha, ids = _native.memory_attention(native_dtype(hidden), index.float(), k, bounds, packed, of)
+    out, alpha, ids = _native.memory_attention(
+        native_dtype(hidden),
+        native_queries(queries),
+        native_dtype(inputs),
+        k,
+        bounds,
+        _native.Keys(index.float(), packed),
+        native_memory(keys, values, projected, encoder),
+        native_gate(*gate),
+    )
+    assert alpha is not None and ids is not None
     return out.to(inputs.dtype), alpha, ids
 
 
@@ -146,17 +159,53 @@ def attend(
     encoder: SemanticEncoder,
     alpha: Tensor | None,
     anchor: Tensor | None,
-    scale: float | None,
-    convention: str,
-    norm: str,
+    blend: Blend,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`memory_attention` unchecked and with heads: for callers that made the tables themselves."""
-    factor = 1 / math.sqrt(queries.shape[-1]) if scale is None else float(scale)
-    out, gate, ids = torch.ops.unike.memory_attention(
-        hidden, index, k, bounds, *(packed or (None,) * 3), queries, inputs, keys, values, projected, *encoder,
-        alpha, anchor, factor, convention, norm,
+    out, gate, ids = _library.call(
+        "memory_attention", inputs, hidden, index, k, bounds, *(packed or (None,) * 3), queries, inputs, keys, values,
+        projected, *encoder, alpha, anchor, *blend,
     )  # fmt: skip
     return out, gate, ids
+
+
+class Plan:
+    """The tables of a memory, laid out for the native kernel once for many calls of `attend`."""
+
+    def __init__(
+        self,
+        index: Tensor,
+        packed: PackedKeys | None,
+        keys: Tensor,
+        values: Tensor,
+        projected: Tensor | None,
+        encoder: SemanticEncoder,
+    ) -> None:
+        self._tables: tuple[_native.Keys, _native.Memory] | None = None
+        wide = any(t.dtype == torch.float64 for t in (index, keys, values, *encoder))
+        if _native.available() and index.device.type == "cpu" and not wide:
+            self._tables = _native.Keys(index, packed), native_memory(keys, values, projected, encoder)
+
+    def takes(self, hidden: Tensor, queries: Tensor, inputs: Tensor) -> bool:
+        """Whether `run` computes what `attend` would: see `_library.direct`."""
+        return self._tables is not None and _library.direct(inputs) and _backend.takes_native(hidden, queries, inputs)
+
+    def run(
+        self,
+        hidden: Tensor,
+        queries: Tensor,
+        inputs: Tensor,
+        k: int,
+        bounds: Tensor | None,
+        alpha: Tensor | None,
+        anchor: Tensor | None,
+        blend: Blend,
+    ) -> Tensor:
+        """The shifted output [M, d]. hidden, inputs [M, d], queries [M, H, c]."""
+        assert self._tables is not None
+        gate = native_gate(alpha, anchor, blend)
+        queries = queries.flatten(1)
+        return _native.memory_attention(hidden, queries, inputs, k, bounds, *self._tables, gate, tell=False)[0]
 
 
 def memory_attention(
@@ -210,6 +259,6 @@ def memory_attention(
     if index.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"index: expected the float32 rows of normalize_rows, got {_check.shape_of(index)}")
     return attend(
-        hidden, index, k, bounds, packed, queries, inputs, keys, values, projected, encoder, alpha, anchor, scale,
-        convention, norm,
+        hidden, index, k, bounds, packed, queries, inputs, keys, values, projected, encoder, alpha, anchor,
+        blend_of(queries, scale, convention, norm),
     )  # fmt: skip

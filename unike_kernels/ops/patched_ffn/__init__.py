@@ -17,7 +17,7 @@ from ..cosine_topk import native_dtype
 from . import reference
 from .reference import ACTIVATIONS, EditPool, ExtraGradients, FFNWeights
 
-__all__ = ["ACTIVATIONS", "EditPool", "FFNWeights", "add_extra_neurons", "patched_ffn"]
+__all__ = ["ACTIVATIONS", "EditPool", "FFNWeights", "Plan", "add_extra_neurons", "patched_ffn"]
 
 _POOL = (
     "Tensor keys, Tensor key_bias, Tensor? up, Tensor? up_bias, Tensor values, Tensor zeta, Tensor beta, "
@@ -29,24 +29,26 @@ _BASE_SIZE = len(FFNWeights._fields)
 _backend.register("add_extra_neurons", "reference", reference.add_extra_neurons)
 
 
-def _native_pool(pool: EditPool) -> list[Tensor | None]:
-    """The pool in the dtypes that the native kernels take, contiguous."""
+def native_pool(pool: EditPool) -> _native.Pool:
+    """The pool in the dtypes that the native kernels take."""
     tables = (pool.keys, pool.values, pool.zeta, *(() if pool.up is None else (pool.up,)))
     wide = torch.bfloat16 if all(t.dtype == torch.bfloat16 for t in tables) else torch.float32
     wanted = (wide, torch.float32, wide, torch.float32, wide, wide, torch.float32, *(torch.int64,) * 4)
-    return [None if t is None else t.to(dtype).contiguous() for t, dtype in zip(pool, wanted, strict=True)]
+    return _native.Pool(
+        [None if t is None else t.to(dtype).contiguous() for t, dtype in zip(pool, wanted, strict=True)]
+    )
 
 
 def _run_native(x: Tensor, base_out: Tensor, pool: EditPool, activation: str) -> Tensor:
     out = _native.add_extra_neurons(
-        native_dtype(x), native_dtype(base_out), _native_pool(pool), ACTIVATIONS.index(activation)
+        native_dtype(x), native_dtype(base_out), native_pool(pool), ACTIVATIONS.index(activation)
     )
     return out.to(base_out.dtype)
 
 
 def _run_native_backward(grad: Tensor, x: Tensor, pool: EditPool, activation: str) -> ExtraGradients:
     grads = _native.add_extra_neurons_backward(
-        native_dtype(grad), native_dtype(x), _native_pool(pool), ACTIVATIONS.index(activation)
+        native_dtype(grad), native_dtype(x), native_pool(pool), ACTIVATIONS.index(activation)
     )
     pairs = zip(grads, (x, *pool[:7]), strict=True)
     return ExtraGradients(*(None if g is None or t is None else g.to(t.dtype) for g, t in pairs))  # type: ignore[arg-type]
@@ -186,9 +188,32 @@ def _check_pool(x: Tensor, pool: EditPool) -> None:
 
 def add_extra_neurons(x: Tensor, base: Tensor, pool: EditPool, activation: str) -> Tensor:
     """`patched_ffn` for a base computed elsewhere, unchecked: for callers that made the pool themselves."""
-    d = x.shape[-1]
-    out: Tensor = torch.ops.unike.add_extra_neurons(x.reshape(-1, d), base.reshape(-1, d), *pool, activation)
+    rows = (x.reshape(-1, x.shape[-1]), base.reshape(-1, x.shape[-1]))
+    out: Tensor = _library.call("add_extra_neurons", x, *rows, *pool, activation)
     return out.reshape(x.shape)
+
+
+class Plan:
+    """A pool, laid out for the native kernel once for many calls of `add_extra_neurons`."""
+
+    def __init__(self, pool: EditPool, activation: str) -> None:
+        self.activation = ACTIVATIONS.index(activation)
+        # What is written to the pool later must be seen, so nothing may be converted.
+        plain = all(
+            t is None or (t.device.type == "cpu" and t.is_contiguous() and t.dtype in (torch.float32, torch.int64))
+            for t in pool
+        )
+        self._pool = native_pool(pool) if plain and _native.available() else None
+
+    def takes(self, x: Tensor, base: Tensor) -> bool:
+        """Whether `run` computes what `add_extra_neurons` would: see `_library.direct`."""
+        return self._pool is not None and _library.direct(x) and _backend.takes_native(x, base)
+
+    def run(self, x: Tensor, base: Tensor) -> Tensor:
+        """base + the extra neurons of each token, [..., d] as x and base."""
+        assert self._pool is not None
+        rows = (x.reshape(-1, x.shape[-1]), base.reshape(-1, x.shape[-1]))
+        return _native.add_extra_neurons(*rows, self._pool, self.activation).reshape(x.shape)
 
 
 def patched_ffn(x: Tensor, base: Tensor | FFNWeights, pool: EditPool, *, activation: str) -> Tensor:
@@ -232,7 +257,7 @@ def patched_ffn(x: Tensor, base: Tensor | FFNWeights, pool: EditPool, *, activat
         if base.b_up is not None and base.w_up is None:
             raise ValueError("base.b_up: expected None without base.w_up")
         _check.same_device("x", x, **{f"base.{name}": t for name, t in base._asdict().items()})
-        out: Tensor = torch.ops.unike.patched_ffn(x.reshape(-1, d), *base, *pool, activation)
+        out: Tensor = _library.call("patched_ffn", x, x.reshape(-1, d), *base, *pool, activation)
         return out.reshape(x.shape)
     _check.floating("base", base, x.shape)
     _check.same_device("x", x, base=base)
