@@ -309,12 +309,257 @@ else:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-@pytest.mark.parametrize("level", LEVELS[: LEVELS.index(_native.isa()) + 1])
-@pytest.mark.parametrize("d", [64, 1000, 4096])
-def test_the_scan_in_float32_loses_no_key(monkeypatch, level, d):
-    """600 keys whose scores lie closer together than sums in float32 can tell."""
-    monkeypatch.setenv("UNIKE_ISA", level)
-    base = torch.randn(d)
-    keys = _native.normalize_rows(base + 1e-6 * torch.randn(600, d))
-    queries = _native.normalize_rows(torch.randn(9, d) + 0.1 * base)
-    check_topk(queries, keys, 40)
+AVAILABLE = LEVELS[: LEVELS.index(_native.isa()) + 1]
+SCANS = (torch.float32, torch.float16, torch.bfloat16, torch.uint8)
+
+
+@pytest.fixture(params=AVAILABLE)
+def isa(request, monkeypatch):
+    monkeypatch.setenv("UNIKE_ISA", request.param)
+    assert _native.isa() == request.param
+    return request.param
+
+
+def pack(rows: torch.Tensor, dtype: torch.dtype, direction: torch.Tensor | None = None):
+    """What the scan reads; None for float32, which reads the rows."""
+    if dtype == torch.float32:
+        return None
+    n, d = rows.shape
+    if direction is None:
+        direction = _native.normalize_rows(rows.mean(0, keepdim=True))[0] if n else torch.zeros(d)
+    codes, bounds = torch.empty(n, _native.code_width(dtype, d), dtype=dtype), torch.empty(n, _native.KEY_BOUNDS)
+    _native.pack_keys(rows, direction, codes, bounds)
+    return codes, bounds, direction
+
+
+def check_scan(queries, rows, k, dtype, bounds=None, direction=None) -> None:
+    scores, ids = topk(queries, rows, k, bounds, pack(rows, dtype, direction))
+    expected = expected_topk(queries.numpy(), rows.numpy(), k, None if bounds is None else bounds.numpy())
+    assert_same_bits(ids, expected[1])
+    assert_same_bits(scores, expected[0])
+
+
+scans = pytest.mark.parametrize("scan", SCANS, ids=str)
+
+
+@scans
+@pytest.mark.parametrize("m", [1, 2, 3, 4, 9, 40])
+@pytest.mark.parametrize("d", [1, 17, 64, 65, 300])
+def test_every_scan_gives_the_definition(isa, scan, m, d):
+    check_scan(torch.randn(m, d), unit_rows(700, d), 11, scan)
+
+
+@scans
+def test_rows_of_more_than_one_chunk(isa, scan):
+    check_scan(torch.randn(9, 5000), unit_rows(130, 5000), 7, scan)
+
+
+@scans
+@pytest.mark.parametrize("spread", [1e-6, 1e-3, 0.3])
+def test_clumped_rows(isa, scan, spread):
+    """Scores that lie closer together than sums in float32 can tell, than codes can, and neither."""
+    base = torch.randn(400)
+    rows = _native.normalize_rows(base + spread * torch.randn(600, 400))
+    queries = torch.cat([torch.randn(5, 400) + 0.1 * base, base + spread * torch.randn(4, 400)])
+    check_scan(queries, rows, 40, scan)
+
+
+@scans
+@pytest.mark.parametrize("direction", ["zero", "other", "long row"])
+def test_any_direction_will_do(isa, scan, direction):
+    rows = _native.normalize_rows(torch.randn(300, 90) + 1)
+    of = {"zero": torch.zeros(90), "other": unit_rows(1, 90)[0], "long row": rows[7]}[direction]
+    check_scan(torch.randn(5, 90) + 1, rows, 20, scan, direction=of)
+
+
+@scans
+def test_outliers_of_a_row_cost_the_codes_their_precision_only(isa, scan):
+    raw = torch.randn(400, 128)
+    raw[:, 5] += 300 * torch.randn(400)
+    check_scan(torch.randn(6, 128), _native.normalize_rows(raw), 30, scan)
+
+
+@scans
+def test_equal_rows_and_rows_of_zeros(isa, scan):
+    rows = unit_rows(5, 70).repeat(40, 1)
+    rows[::7] = 0.0
+    check_scan(torch.cat([rows[1:4], -rows[1:4], torch.zeros(1, 70)]), rows, 60, scan)
+    check_scan(torch.randn(3, 70), torch.zeros(100, 70), 9, scan)
+
+
+@scans
+def test_ranges_of_every_scan(isa, scan):
+    ranges = torch.tensor([[0, 300], [0, 0], [300, 300], [120, 121], [5, 200], [299, 300], [63, 65], [64, 128]])
+    check_scan(torch.randn(8, 33), unit_rows(300, 33), 25, scan, ranges)
+
+
+@scans
+def test_more_wanted_than_a_thread_keeps(isa, scan):
+    check_scan(torch.randn(2, 40), unit_rows(3000, 40), 1500, scan)
+
+
+def adversarial_rows(d: int, units: torch.Tensor) -> torch.Tensor:
+    """Rows of `units` in steps of an int8 code: the first column sets the scale."""
+    return _native.normalize_rows(torch.cat([torch.full((len(units), 1), 127.0), units], 1))
+
+
+def test_codes_that_hide_the_best_keys(isa):
+    """The best keys have all that they are better by in the residual, the others have none: only the bound tells."""
+    d, k = 300, 20
+    query = torch.cat([torch.zeros(1), torch.randn(d)]).unsqueeze(0)
+    sign = query[:, 1:].sign()
+    decoys = torch.randint(-9, 10, (400, d)).float()
+    decoys = decoys + (decoys * sign < 5) * sign  # so that they score well
+    hidden = decoys[:k] + 0.49 * sign
+    order = torch.randperm(400 + k)
+    rows = adversarial_rows(d, torch.cat([hidden, decoys]))[order]
+    packed = pack(rows, torch.uint8, torch.zeros(d + 1))
+    check_scan(query, rows, k, torch.uint8, direction=torch.zeros(d + 1))
+    best = topk(query, rows, k)[1]
+    # The same with a bound of nothing would lose them: the data is as bad as it should be.
+    codes, bounds, direction = packed
+    blind = bounds.clone()
+    blind[:, 2:] = 0.0
+    lost = topk(query, rows, k, None, (codes, blind, direction))[1]
+    assert not torch.equal(lost.sort().values, best.sort().values)
+
+
+def test_a_query_that_its_codes_misjudge(isa):
+    """Many queries are scanned with 8 bits at first: this one differs from its codes along the best keys."""
+    d, k = 300, 20
+    signs = torch.randn(d).sign()
+    query = torch.cat([torch.tensor([127.0]), 0.49 * signs]).unsqueeze(0)  # all codes but the first are 0
+    toward = torch.cat([torch.zeros(k, 1), signs + 0.2 * torch.randn(k, d)], 1)
+    others = torch.cat([torch.full((500, 1), 0.5), torch.randn(500, d)], 1)
+    rows = _native.normalize_rows(torch.cat([others[:250], toward, others[250:]]))
+    queries = torch.cat([query, torch.randn(8, d + 1)])
+    check_scan(queries, rows, k, torch.uint8, direction=torch.zeros(d + 1))
+    assert topk(query, rows, k)[1].min() >= 250 and topk(query, rows, k)[1].max() < 250 + k
+
+
+@given(
+    m=st.integers(1, 12),
+    n=st.integers(0, 200),
+    d=st.integers(1, 150),
+    k=st.integers(1, 60),
+    kind=st.sampled_from(["grid", "normal", "clumped", "outliers"]),
+    seed=st.integers(0, 2**31),
+    data=st.data(),
+)
+def test_every_scan_of_anything(m, n, d, k, kind, seed, data):
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(m + n, d, generator=g)
+    if kind == "grid":
+        x = torch.randint(-2, 3, (m + n, d), generator=g).float()
+    elif kind == "clumped":
+        x = torch.randn(d, generator=g) + 10.0 ** data.draw(st.integers(-7, 0)) * x
+    elif kind == "outliers":
+        x[torch.rand(m + n, d, generator=g) < 0.02] *= 1000
+    rows = _native.normalize_rows(x[m:])
+    bounds = torch.randint(0, n + 1, (m, 2), generator=g).sort(-1).values if data.draw(st.booleans()) else None
+    scan, level = data.draw(st.sampled_from(SCANS)), data.draw(st.sampled_from(AVAILABLE))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("UNIKE_ISA", level)
+        check_scan(x[:m], rows, k, scan, bounds)
+
+
+@scans
+def test_bfloat16_queries_are_taken_as_they_are(isa, scan):
+    queries, rows = torch.randn(7, 50).bfloat16(), unit_rows(200, 50)
+    packed = pack(rows, scan)
+    narrow, wide = topk(queries[:, ::1], rows, 9, None, packed), topk(queries.float(), rows, 9, None, packed)
+    assert torch.equal(narrow[0], wide[0]) and torch.equal(narrow[1], wide[1])
+
+
+@pytest.mark.parametrize("scan", SCANS[1:], ids=str)
+def test_codes_alone_give_scores_within_their_bounds(isa, scan):
+    rows, queries = unit_rows(500, 200), unit_rows(6, 200)
+    packed = pack(rows, scan)
+    scores, ids = topk(queries, None, 500, None, packed)
+    error = packed[1][:, 2].max() + 2e-5
+    exact = (queries.double() @ rows.double().T).gather(1, ids)
+    assert (scores.double() - exact).abs().max() <= error
+    assert (scores[:, :-1] >= scores[:, 1:]).all()
+    assert torch.equal(ids.sort(-1).values, torch.arange(500).expand(6, 500))
+
+
+@pytest.mark.parametrize("count", [2, 3, 8])
+@scans
+def test_threads_change_nothing_in_any_scan(scan, count, threads):
+    queries, rows = torch.randn(70, 256), unit_rows(3000, 256)
+    packed = pack(rows, scan)
+    threads(1)
+    single = topk(queries, rows, 40, None, packed), topk(queries[:2], rows, 40, None, packed)
+    threads(count)
+    several = topk(queries, rows, 40, None, packed), topk(queries[:2], rows, 40, None, packed)
+    for one, other in zip(single, several, strict=True):
+        assert torch.equal(one[0], other[0]) and torch.equal(one[1], other[1])
+
+
+def test_a_child_process_searches_too():
+    """After a fork the threads of OpenMP are gone; torch's own parallel operators would wait for them for ever."""
+    code = """
+import os, torch
+from unike_kernels import _native
+torch.set_num_threads(2)
+queries, rows = torch.randn(64, 256), _native.normalize_rows(torch.randn(5000, 256))
+search = lambda: _native.cosine_topk(queries, _native.Keys(rows, None), 9)[1]
+before = search()
+torch.randn(1 << 20).add_(1)
+child = os.fork()
+if child == 0:
+    os._exit(0 if torch.equal(search(), before) else 1)
+status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+assert status == 0, status
+assert torch.equal(search(), before)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_the_threads_are_those_of_torch():
+    code = """
+import os, torch
+from unike_kernels import _native
+torch.set_num_threads(2)
+tasks = lambda: len(os.listdir("/proc/self/task"))
+alone = tasks()
+torch.randn(1 << 20).add_(1)
+after_torch = tasks()
+queries, rows = torch.randn(64, 256), _native.normalize_rows(torch.randn(5000, 256))
+_native.cosine_topk(queries, _native.Keys(rows, None), 9)
+assert after_torch > alone
+assert tasks() == after_torch, (alone, after_torch, tasks())
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_wrong_codes_are_errors():
+    rows = unit_rows(20, 70)
+    codes, bounds, direction = pack(rows, torch.uint8)
+    for wrong in (
+        (codes[:19], bounds, direction),
+        (codes[:, :64].contiguous(), bounds, direction),
+        (codes.float(), bounds, direction),
+        (codes, bounds[:, :3].contiguous(), direction),
+        (codes, bounds.T.contiguous().T, direction),
+        (codes, bounds, direction[:69]),
+        (codes, bounds, direction.double()),
+    ):
+        with pytest.raises(ValueError, match=r"(codes|bounds|direction) must be"):
+            topk(rows[:1], rows, 3, None, wrong)
+    with pytest.raises(ValueError, match="keys or packed must be given"):
+        _native.Keys(None, None)
+    with pytest.raises(ValueError, match="at most 65536 columns"):
+        _native.pack_keys(torch.zeros(1, 65537), torch.zeros(65537), torch.empty(1, 65537, dtype=torch.uint8), bounds)
+
+
+@pytest.mark.slow
+def test_a_million_keys():
+    g = torch.Generator().manual_seed(0)
+    rows = _native.normalize_rows(torch.randn(1_000_000, 64, generator=g))
+    queries = torch.randn(5, 64, generator=g)
+    expected = expected_topk(queries.numpy(), rows.numpy(), 1024)
+    for scan in SCANS:
+        scores, ids = topk(queries, rows, 1024, None, pack(rows, scan))
+        assert_same_bits(ids, expected[1])
+        assert_same_bits(scores, expected[0])

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from . import _pages
+
 try:
     import unike_kernels._C as _C
 except ImportError as error:
@@ -54,7 +56,7 @@ def normalize_rows(x: Tensor) -> Tensor:
     """
     _require_extension()
     x = _table(x, "x")
-    out = torch.empty(x.shape, dtype=torch.float32)
+    out = _pages.empty(*x.shape, dtype=torch.float32)
     _C.normalize_rows(_rows(x), *x.shape, out.data_ptr(), torch.get_num_threads())
     return out
 

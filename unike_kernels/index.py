@@ -4,14 +4,43 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import artifacts
+from . import _native, _pages, artifacts
 from .errors import ArtifactError
-from .ops.cosine_topk import SCANS, PackedKeys, cosine_topk, normalize_rows, pack_keys, scan_topk
+from .ops import _backend, _check
+from .ops.cosine_topk import (
+    SCANS,
+    PackedKeys,
+    check_retrieval,
+    cosine_topk,
+    native_dtype,
+    normalize_rows,
+    pack_keys,
+)
+
+
+class _Rows:
+    """Rows of a table that grows: what is there is copied once for each doubling, not for each addition."""
+
+    def __init__(self, rows: Tensor) -> None:
+        self._room, self._count = rows, len(rows)
+
+    def __call__(self) -> Tensor:
+        return self._room[: self._count]
+
+    def appended(self, rows: Tensor) -> _Rows:
+        """These rows and more; shares the memory behind the last one."""
+        count = self._count + len(rows)
+        new = _Rows(self._room)
+        if count > len(self._room):
+            new._room = _pages.empty(max(count, 2 * self._count), *self._room.shape[1:], dtype=self._room.dtype)
+            new._room[: self._count] = self()
+        new._room[self._count : count] = rows
+        new._count = count
+        return new
 
 
 class CosineIndex:
@@ -20,7 +49,8 @@ class CosineIndex:
     The scan reads the keys in `scan` bits and rules out all but a few by proved bounds; those few are scored from the
     float32 rows. Ids are positions: the keys in the order of their arrival.
 
-    On a machine without the compiled extension searches give the same results, slowly.
+    Searches may run side by side, but not beside `add` and `remove`. On a machine without the compiled extension
+    searches give the same results, slowly.
     """
 
     def __init__(self, keys: Tensor, scan: str = "int8", *, exact: bool = True) -> None:
@@ -39,48 +69,54 @@ class CosineIndex:
             raise ValueError(f"scan: expected one of {', '.join(SCANS)}; got {scan!r}")
         if not exact and scan == "float32":
             raise ValueError("exact: expected True with scan='float32', which scans the rows themselves")
+        if not exact and not _native.available():
+            raise ValueError(f"exact: expected True where nothing can be packed: {_native.reason()}")
+        rows, packed = _prepare(keys, scan, None)
+        self._set(scan, rows, packed, exact)
+
+    def _set(self, scan: str, rows: Tensor | None, packed: PackedKeys | None, exact: bool) -> None:
         self.scan, self.exact = scan, exact
-        self._set(*self._prepare(keys, None))
+        self._rows = None if rows is None or not exact else _Rows(rows)
+        self._codes = None if packed is None else (_Rows(packed.codes), _Rows(packed.bounds), packed.direction)
+        self._lay_out()
 
-    def _prepare(self, keys: Tensor, direction: Tensor | None) -> tuple[Tensor, PackedKeys | None]:
-        """The unit rows of `keys` and what the scan reads of them."""
-        if not isinstance(keys, Tensor) or not keys.is_floating_point() or keys.dim() != 2 or keys.shape[1] < 1:
-            raise ValueError(f"keys: expected floating [N, d] with d >= 1, got {_describe(keys)}")
-        if keys.device.type != "cpu":
-            raise ValueError(f"keys: expected them on the CPU, got {_describe(keys)}")
-        rows = normalize_rows(keys.detach()).float()
-        bad = (~rows.isfinite().all(-1)).nonzero()
-        if len(bad):
-            raise ValueError(f"keys: expected finite values, row {int(bad[0])} holds NaN or infinity")
-        return rows, pack_keys(rows, self.scan, direction)
+    def _lay_out(self) -> None:
+        """After a change: the tables as the operator takes them, and as the native kernel does."""
+        self._keys = None if self._rows is None else self._rows()
+        self._packed = None
+        if self._codes is not None:
+            codes, bounds, direction = self._codes
+            self._packed = PackedKeys(codes(), bounds(), direction)
+        self._native = _native.Keys(self._keys, self._packed) if _native.available() else None
 
-    def _set(self, rows: Tensor, packed: PackedKeys | None) -> None:
-        if not self.exact and packed is None:
-            raise ValueError("exact: expected True on a machine without the compiled extension, which has no codes")
-        self._d = rows.shape[1]
-        self._rows = rows if self.exact else None
-        self._packed = packed
+    def _table(self) -> Tensor:
+        """[N, d], or the codes in its place."""
+        table = self._packed.codes if self._keys is None and self._packed is not None else self._keys
+        assert table is not None
+        return table
 
     def __len__(self) -> int:
-        rows = self._rows if self._rows is not None else self._packed.codes  # type: ignore[union-attr]
-        return int(rows.shape[0])
+        return len(self._table())
+
+    @property
+    def d(self) -> int:
+        """The width of a key."""
+        return int(self._table().shape[1] if self._packed is None else self._packed.direction.shape[0])
 
     def __repr__(self) -> str:
         kind = "" if self.exact else ", exact=False"
         return f"CosineIndex({len(self)} keys, d={self.d}, scan={self.scan!r}{kind}, {self.nbytes / 2**20:.1f} MiB)"
 
     @property
-    def d(self) -> int:
-        """The width of a key."""
-        return self._d
-
-    @property
     def nbytes(self) -> int:
-        """Bytes of all tensors: N d 4 for the rows, N (d, padded, times 1 or 2 + 16) for what is scanned."""
+        """Bytes of all tables: for each key 4 d of its row (if exact), d or 2 d, padded to 64, of its codes, and 16.
+
+        Room for keys to come is not counted.
+        """
         return sum(t.nbytes for t in self._tensors().values())
 
     def _tensors(self) -> dict[str, Tensor]:
-        named = {} if self._rows is None else {"rows": self._rows}
+        named = {} if self._keys is None else {"rows": self._keys}
         return named | ({} if self._packed is None else self._packed._asdict())
 
     def search(self, queries: Tensor, k: int, *, bounds: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -99,33 +135,42 @@ class CosineIndex:
         Raises:
             TypeError, ValueError: a wrong dtype, shape, device or k; bounds outside the keys.
         """
-        if isinstance(queries, Tensor) and queries.dtype == torch.float64:
-            queries = queries.float()
-        if self._rows is None:
-            assert self._packed is not None
-            if not isinstance(k, int) or k < 1:
-                raise ValueError(f"k: expected an integer of at least 1, got {k!r}")
-            return scan_topk(queries, self._packed, k, bounds)
+        _check.rows("queries", queries)
+        _check.sized("queries", queries, (None, self.d))
+        check_retrieval(queries, "index", self._table(), k, bounds)
+        queries = native_dtype(queries)
+        if self._native is not None and (self._keys is None or _backend.takes_native(queries)):
+            return _native.cosine_topk(queries, self._native, k, bounds)
+        assert self._keys is not None
         with torch.no_grad():
-            return cosine_topk(queries, self._rows, k, normalized=True, bounds=bounds, packed=self._packed)
+            return cosine_topk(queries, self._keys, k, normalized=True, bounds=bounds, packed=self._packed)
 
     def add(self, keys: Tensor) -> None:
         """Append keys; they get the ids N, N + 1, ... On an error the index is as before.
 
+        The cost is that of packing them; now and then all keys are copied to a place with more room.
+
         Args:
             keys: [M, d], finite, any float dtype, on the CPU.
+
+        Raises:
+            TypeError, ValueError: see the constructor.
         """
         if isinstance(keys, Tensor) and keys.dim() == 2 and keys.shape[1] != self.d:
-            raise ValueError(f"keys: expected {self.d} columns, got {_describe(keys)}")
-        direction = self._packed.direction if self._packed is not None and len(self) else None
-        rows, packed = self._prepare(keys, direction)
-        if self._packed is not None and packed is not None and len(self):
-            codes, bounds = (torch.cat(pair) for pair in zip(self._packed[:2], packed[:2], strict=True))
-            packed = PackedKeys(codes, bounds, packed.direction)
-        self._set(rows if self._rows is None or not len(self) else torch.cat([self._rows, rows]), packed)
+            raise ValueError(f"keys: expected {self.d} columns, got {_check.shape_of(keys)}")
+        # An index of no keys has no direction yet that keys share.
+        rows, packed = _prepare(keys, self.scan, self._packed.direction if self._packed and len(self) else None)
+        if not len(self):
+            return self._set(self.scan, rows, packed, self.exact)
+        grown = None if self._rows is None else self._rows.appended(rows)
+        codes = self._codes
+        if codes is not None and packed is not None:
+            codes = (codes[0].appended(packed.codes), codes[1].appended(packed.bounds), codes[2])
+        self._rows, self._codes = grown, codes
+        self._lay_out()
 
     def remove(self, ids: Sequence[int] | Tensor) -> None:
-        """Remove keys by id; the keys behind them move up, so that ids are again 0, ..., N - 1.
+        """Remove keys by id; the keys behind them move up, so that ids are again 0, ..., N - 1. Copies all that stay.
 
         Raises:
             IndexError: an id outside 0, ..., N - 1.
@@ -136,15 +181,15 @@ class CosineIndex:
             raise IndexError(f"ids: expected 0 to {len(self) - 1}, got {int(outside[0])}")
         keep = torch.ones(len(self), dtype=torch.bool)
         keep[gone] = False
-        if self._packed is not None:
-            self._packed = PackedKeys(self._packed.codes[keep], self._packed.bounds[keep], self._packed.direction)
-        if self._rows is not None:
-            self._rows = self._rows[keep]
+        packed = self._packed
+        if packed is not None:
+            packed = PackedKeys(_kept(packed.codes, keep), _kept(packed.bounds, keep), packed.direction)
+        self._set(self.scan, None if self._keys is None else _kept(self._keys, keep), packed, self.exact)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file, atomically."""
         tensors = self._tensors()
-        header: dict[str, Any] = {"keys": len(self), "d": self.d, "scan": self.scan, "id": artifacts.digest(tensors)}
+        header = {"keys": len(self), "d": self.d, "scan": self.scan, "id": artifacts.digest(tensors)}
         artifacts.save(path, "index", header, tensors)
 
     @classmethod
@@ -153,8 +198,8 @@ class CosineIndex:
 
         Args:
             path: of the file.
-            mmap: leave the tensors in the file and let the system page them in as searches touch them. Their contents
-                are then trusted; otherwise they are hashed and compared with the header.
+            mmap: leave the tables in the file, for the system to page in as searches touch them. Their contents are
+                then trusted; otherwise they are hashed and compared with the header.
 
         Raises:
             FileNotFoundError: there is no such file.
@@ -165,34 +210,63 @@ class CosineIndex:
         n, d = reader.field("keys", int), reader.field("d", int)
         scan, stated = reader.field("scan", str), reader.field("id", str)
         reader.done()
-        if scan not in SCANS:
-            raise ArtifactError(f"{path}: header field 'scan': expected one of {', '.join(SCANS)}; got {scan!r:.80}")
-        index = cls.__new__(cls)
-        index.scan, index.exact, index._d = scan, "rows" in tensors, d
-        dtype = SCANS[scan]
-        names = ({"rows"} if index.exact else set()) | (set(PackedKeys._fields) if "codes" in tensors else set())
-        if not names or set(tensors) != names:
-            raise ArtifactError(f"{path}: expected rows, packed keys or both, got {', '.join(sorted(tensors))}")
-        wanted: dict[str, tuple[torch.dtype | None, tuple[int, ...]]] = {
-            "rows": (torch.float32, (n, d)),
-            "codes": (dtype, (n, tensors["codes"].shape[-1] if "codes" in tensors else 0)),
-            "bounds": (torch.float32, (n, 4)),
-            "direction": (torch.float32, (d,)),
-        }
-        for name, t in tensors.items():
-            if (t.dtype, tuple(t.shape)) != wanted[name]:
-                raise ArtifactError(f"{path}: tensor {name!r}: expected {wanted[name]}, got {_describe(t)}")
+        if scan not in SCANS or n < 0 or d < 1:
+            raise ArtifactError(f"{path}: there is no index of {n} keys of width {d} for a scan of {scan!r:.80}")
+        wanted = _layout(n, d, scan)
+        found = {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}
+        # Rows alone: saved where nothing could be packed. All but the rows: not exact.
+        if not tensors or found not in ({"rows": wanted["rows"]}, wanted, {k: v for k, v in wanted.items() if k != "rows"}):
+            raise ArtifactError(f"{path}: expected the tensors {wanted}, got {found}")
         if not mmap:
-            tensors = {name: t.clone() for name, t in tensors.items()}
-            found = artifacts.digest(tensors)
-            if found != stated:
-                raise ArtifactError(f"{path}: its contents have the id {found}, the header says {stated!r:.80}")
-        index._rows = tensors.get("rows")
-        index._packed = PackedKeys(**{f: tensors[f] for f in PackedKeys._fields}) if "codes" in tensors else None
-        if index._packed is None and index._rows is not None:
-            index._packed = pack_keys(index._rows, scan)  # saved on a machine that could not pack
+            tensors = {name: _kept(t, slice(None)) for name, t in tensors.items()}
+            contents = artifacts.digest(tensors)
+            if contents != stated:
+                raise ArtifactError(f"{path}: its contents have the id {contents}, the header says {stated!r:.80}")
+            for name, t in tensors.items():
+                if t.is_floating_point() and not t.isfinite().all():
+                    raise ArtifactError(f"{path}: tensor {name!r} holds NaN or infinity")
+        rows = tensors.get("rows")
+        packed = PackedKeys(*(tensors[f] for f in PackedKeys._fields)) if "codes" in tensors else None
+        if not _native.available():
+            if rows is None:
+                raise ArtifactError(
+                    f"{path}: it holds codes without rows, which nothing can search: {_native.reason()}"
+                )
+            packed = None
+        elif packed is None and rows is not None:
+            packed = pack_keys(rows, scan)
+        index = cls.__new__(cls)
+        index._set(scan, rows, packed, rows is not None)
         return index
 
 
-def _describe(t: object) -> str:
-    return f"{t.dtype} {list(t.shape)} on {t.device}" if isinstance(t, Tensor) else type(t).__name__
+def _layout(n: int, d: int, scan: str) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """The tables of an index: dtypes and shapes (csrc/include/unike/cosine_topk.h)."""
+    tables: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {"rows": (torch.float32, (n, d))}
+    dtype = SCANS[scan]
+    if dtype is not None:
+        width = -(-d * dtype.itemsize // 64) * 64 // dtype.itemsize
+        tables |= {"codes": (dtype, (n, width)), "bounds": (torch.float32, (n, _native.KEY_BOUNDS))}
+        tables["direction"] = (torch.float32, (d,))
+    return tables
+
+
+def _kept(table: Tensor, keep: Tensor | slice) -> Tensor:
+    """A copy of some rows, in memory of its own."""
+    rows = table[keep]
+    copy = _pages.empty(*rows.shape, dtype=rows.dtype)
+    copy.copy_(rows)
+    return copy
+
+
+def _prepare(keys: Tensor, scan: str, direction: Tensor | None) -> tuple[Tensor, PackedKeys | None]:
+    """The unit rows of `keys` and what the scan reads of them."""
+    if not isinstance(keys, Tensor):
+        raise TypeError(f"keys: expected a tensor, got {type(keys).__name__}")
+    if keys.device.type != "cpu":
+        raise ValueError(f"keys: expected them on the CPU, got {keys.device}")
+    try:
+        rows = normalize_rows(keys.detach()).float()
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"keys{str(error).removeprefix('x')}") from None
+    return rows, pack_keys(rows, scan, direction)

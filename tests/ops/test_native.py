@@ -92,12 +92,22 @@ def test_latent_attention(d: int, m: int, k: int, heads: int, seed: int, data: s
         assert torch.equal(got[: m // 3], tables[1][: m // 3])
 
 
-def attention(m: int, d: int = 96):
+def attention(m: int, d: int = 96, shared: bool = True):
+    """rows -> the latent attention of these rows of m tokens; `wide`: of their values in `dtype`, but in float32."""
     n, r = torch.randn, 12
     encoder = ops.SemanticEncoder(n(r, d), n(r), n(d, r), n(d))
-    keys, ids = n(50, d), torch.randint(0, 50, (m, 20))
+    ids = torch.randint(0, 50, (m, 20))
+    keys = n(50, d).bfloat16().float()
+    values = keys if shared else n(50, d).bfloat16().float()
     hidden, inputs = n(m, d), n(m, d)
-    return lambda rows: ops.latent_attention(hidden[rows], inputs[rows], keys, keys, ids[rows], encoder)
+
+    def run(rows, dtype=torch.float32, wide=False, tables=None, fold=False):
+        q, h = ((t[rows].to(dtype).float() if wide else t[rows].to(dtype)) for t in (hidden, inputs))
+        k, v = (t if tables is None else t.to(tables) for t in (keys, values))
+        projected = ops.project_values(values, encoder) if fold else None
+        return ops.latent_attention(q, h, k, k if shared else v, ids[rows], encoder, projected=projected)
+
+    return run
 
 
 def test_a_token_is_the_same_alone_and_in_any_batch(isa: str) -> None:
@@ -122,13 +132,212 @@ def test_threads_do_not_matter(isa: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_computed_in_float32_and_rounded_once(dtype: torch.dtype) -> None:
-    d = 64
-    pool, x, base = make_pool(d, False, 1), torch.randn(4, d).to(dtype), torch.randn(4, d).to(dtype)
+def test_half_precision_is_computed_in_float32_and_rounded_once(isa: str, dtype: torch.dtype) -> None:
+    d = 67
+    pool, x, base = make_pool(d, True, 1), torch.randn(4, d).to(dtype), torch.randn(4, d).to(dtype)
     with ops.backend("native"):
         got = ops.patched_ffn(x, base, pool, activation="relu")
         wide = ops.patched_ffn(x.float(), base.float(), pool, activation="relu")
     assert torch.equal(got, wide.to(dtype))
+    run = attention(5, d)
+    with ops.backend("native"):
+        out, alpha = run(slice(0, 5), dtype)
+        wide_out, wide_alpha = run(slice(0, 5), dtype, wide=True)
+    assert out.dtype == dtype and torch.equal(out, wide_out.to(dtype)) and torch.equal(alpha, wide_alpha)
+
+
+def test_tables_in_bfloat16_are_read_as_they_are(isa: str) -> None:
+    d = 67
+    narrow = ops.EditPool(*cast(make_pool(d, True, 3), torch.bfloat16))
+    wide = ops.EditPool(*cast(narrow, torch.float32))
+    x, base = torch.randn(4, d), torch.randn(4, d)
+    with ops.backend("native"):
+        assert torch.equal(*(ops.patched_ffn(x, base, p, activation="silu") for p in (narrow, wide)))
+        for shared in (False, True):
+            run = attention(5, d, shared)
+            assert torch.equal(*(run(slice(0, 5), tables=t)[0] for t in (torch.bfloat16, None)))
+
+
+@given(
+    st.integers(1, 40),
+    st.integers(0, 6),
+    st.booleans(),
+    st.sampled_from(ops.ACTIVATIONS),
+    st.integers(0, 2**31),
+    st.data(),
+)
+def test_gradients_of_extra_neurons(
+    d: int, per_row: int, gated: bool, activation: str, seed: int, data: st.DataObject
+) -> None:
+    """Against the definition in float64, which gradcheck has checked."""
+    g = torch.Generator().manual_seed(seed)
+    pool, m = make_pool(d, gated, seed), 4 * per_row
+    dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16]))
+    x, base, grad = (torch.randn(m, d, generator=g).to(dtype) for _ in range(3))
+    if data.draw(st.booleans()):
+        pool = pool._replace(token_rows=torch.randint(0, 4, (m,), generator=g))
+
+    def run(wide: torch.dtype) -> list[torch.Tensor]:
+        leaves = [
+            t if t is None or not t.is_floating_point() else t.to(wide).requires_grad_() for t in (x, base, *pool)
+        ]
+        out = ops.patched_ffn(leaves[0], leaves[1], ops.EditPool(*leaves[2:]), activation=activation)
+        trained = [t for t in leaves if t is not None and t.requires_grad]
+        return list(torch.autograd.grad(out, trained, grad.to(wide)))
+
+    level = data.draw(st.sampled_from(AVAILABLE))
+    with pytest.MonkeyPatch.context() as patch, ops.backend("native"):
+        patch.setenv("UNIKE_ISA", level)
+        got = run(torch.float32)
+    with ops.backend("reference"):
+        wanted = run(torch.float64)
+    for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-4 * (1 + float(b.abs().max()) if b.numel() else 1))
+
+
+@given(
+    st.integers(1, 70),
+    st.integers(0, 9),
+    st.integers(1, 40),
+    st.integers(1, 3),
+    st.integers(0, 2**31),
+    st.data(),
+)
+def test_gradients_of_latent_attention(d: int, m: int, k: int, heads: int, seed: int, data: st.DataObject) -> None:
+    g = torch.Generator().manual_seed(seed)
+    n = lambda *size: torch.randn(*size, generator=g)  # noqa: E731
+    entries, r, width = 11, 5, d if heads == 1 else 3
+    ids = torch.randint(-1, entries, (m, k), generator=g)
+    ids[: m // 3] = -1
+    encoder = [n(r, d) * d**-0.5, n(r), n(d, r), n(d)]
+    keys, values = n(entries, heads, width), n(entries, heads, d)
+    gate = data.draw(st.sampled_from(["token", "given", "given each", "anchor"]))
+    gates = {"given": torch.rand(1, generator=g), "given each": torch.rand(m, generator=g), "anchor": n(1, d)}
+    name = {"given": "alpha", "given each": "alpha", "anchor": "anchor"}.get(gate)
+    if gate == "anchor" and not m:
+        name = None
+    fold = data.draw(st.booleans())
+    switches = {
+        "convention": data.draw(st.sampled_from(["inclusion", "eq7"])),
+        "norm": data.draw(st.sampled_from(["match", "none"])),
+    }
+    queries, inputs, grad, grad_alpha = n(m, heads, width), n(m, d), n(m, d), n(m)
+
+    def run(wide: torch.dtype) -> list[torch.Tensor]:
+        enc = ops.SemanticEncoder(*cast(encoder, wide))
+        v = values.to(wide)
+        q, h = (t.to(wide).requires_grad_() for t in (queries, inputs))
+        given_gate = {} if name is None else {name: gates[gate].to(wide).requires_grad_()}
+        projected = ops.project_values(v, enc) if fold else None
+        out, alpha = ops.latent_attention(
+            q, h, keys.to(wide), v, ids, enc, projected=projected, **given_gate, **switches
+        )
+        trained = [q, h, *given_gate.values()]
+        grads = torch.autograd.grad([out, alpha], trained, [grad.to(wide), grad_alpha.to(wide)])
+        return [alpha.detach(), *grads]
+
+    level = data.draw(st.sampled_from(AVAILABLE))
+    with pytest.MonkeyPatch.context() as patch, ops.backend("native"):
+        patch.setenv("UNIKE_ISA", level)
+        got = run(torch.float32)
+    with ops.backend("reference"):
+        wanted = run(torch.float64)
+    # At the clamp of alpha the gradient jumps, and float32 may be on its other side.
+    alphas = torch.stack([got[0].double(), wanted[0]])
+    inside = ((alphas > 1e-3) & (alphas < 1 - 1e-3)).all(0)
+    sure = torch.ones(m, dtype=torch.bool) if name == "alpha" else inside | (alphas[0] == alphas[1])
+    for a, b in zip(got[1:], wanted[1:], strict=True):
+        if len(b) == m:  # of each token
+            a, b = a[sure], b[sure]
+        elif not sure.all():  # a sum over tokens
+            continue
+        scale = 1 + float(b.abs().max()) if b.numel() else 1.0
+        torch.testing.assert_close(a.double(), b, rtol=0, atol=2e-3 * scale)
+
+
+def test_gradients_of_many_tokens_and_threads() -> None:
+    """More tokens than a block, so that sums over tokens go on from block to block."""
+    d, m = 96, 400
+    pool = make_pool(d, True, 5)
+    x, base, grad = torch.randn(m, d), torch.randn(m, d), torch.randn(m, d)
+
+    def run(wide: torch.dtype) -> list[torch.Tensor]:
+        leaves = [t if not t.is_floating_point() else t.to(wide).requires_grad_() for t in (x, *pool[:-1])]
+        out = ops.patched_ffn(leaves[0], base.to(wide), ops.EditPool(*leaves[1:]), activation="gelu")
+        return list(torch.autograd.grad(out, [t for t in leaves if t.requires_grad], grad.to(wide)))
+
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            results.append(run(torch.float32))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    for a, b in zip(results[0], run(torch.float64), strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-4 * float(b.abs().max()))
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_the_first_layer_of_the_encoder_folded_into_the_memory_changes_nothing(isa: str, shared: bool) -> None:
+    run = attention(50, 96, shared)
+    (out, alpha), (folded, folded_alpha) = run(slice(0, 50)), run(slice(0, 50), fold=True)
+    torch.testing.assert_close(folded_alpha, alpha, rtol=0, atol=1e-5)
+    torch.testing.assert_close(folded, out, rtol=0, atol=1e-4)
+
+
+def test_memory_attention_is_its_two_halves(isa: str) -> None:
+    d, n, r = 96, 500, 12
+    x = lambda *size: torch.randn(*size)  # noqa: E731
+    encoder = ops.SemanticEncoder(x(r, d), x(r), x(d, r), x(d))
+    keys, hidden, inputs, index = x(n, d), x(7, d), x(7, d), ops.normalize_rows(x(n, d))
+    for scan in ("int8", "float32"):
+        with ops.backend("native"):
+            packed = ops.pack_keys(index, scan)
+            out, alpha, ids = ops.memory_attention(hidden, inputs, index, keys, keys, encoder, k=20, packed=packed)
+            found = ops.cosine_topk(hidden, index, 20, normalized=True)[1]
+            shifted, gate = ops.latent_attention(hidden, inputs, keys, keys, found, encoder)
+        assert torch.equal(ids, found) and torch.equal(out, shifted) and torch.equal(alpha, gate)
+
+
+def test_few_tokens_are_shared_by_the_threads_to_the_same_bits(isa: str) -> None:
+    """One token: the threads split its entries and columns; many: each thread takes some. The bits are the same."""
+    run, before = attention(40, 1100), torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        out, alpha = run(slice(0, 40))
+        for t in (0, 17, 39):
+            one, gate = run(slice(t, t + 1))
+            assert torch.equal(one, out[t : t + 1]) and torch.equal(gate, alpha[t : t + 1])
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_plan_computes_what_the_operator_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With and without gradients, compiled, forced to another backend: one result, by the way that fits."""
+    from unike_kernels.ops.patched_ffn import Plan
+
+    pool, x, base = make_pool(48, True, 0), torch.randn(8, 48), torch.randn(8, 48)
+    plan = Plan(pool, "silu")
+    wanted = ops.patched_ffn(x, base, pool, activation="silu")
+    with torch.no_grad():
+        assert plan.takes(x, base) and torch.equal(plan.run(x, base), wanted)
+        assert not plan.takes(x.double(), base) and not plan.takes(x, base.half())
+        with ops.backend("reference"):
+            assert not plan.takes(x, base)
+        monkeypatch.setenv("UNIKE_BACKEND", "reference")
+        assert not plan.takes(x, base)
+        monkeypatch.delenv("UNIKE_BACKEND")
+        with torch._subclasses.FakeTensorMode():
+            assert not plan.takes(torch.empty(8, 48), torch.empty(8, 48))
+        assert not torch.func.vmap(lambda a: torch.tensor(plan.takes(a, base)))(x.unsqueeze(0)).any()
+        pool.beta.mul_(2)  # a live tensor: the plan sees it
+        assert torch.equal(plan.run(x, base), ops.patched_ffn(x, base, pool, activation="silu"))
+        assert not torch.equal(plan.run(x, base), wanted)
+    assert not plan.takes(x, base)  # gradients may be wanted
+    other = Plan(pool._replace(keys=pool.keys.bfloat16()), "silu")
+    with torch.no_grad():
+        assert not other.takes(x, base)
 
 
 def test_indices_out_of_range_are_refused() -> None:

@@ -10,16 +10,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ... import _native
-from ...errors import BackendUnavailableError
+from ... import _native, _pages
 from .. import _backend, _check, _library
 from . import reference
 from .reference import normalize_rows as _normalize_rows
 
-__all__ = ["SCANS", "PackedKeys", "cosine_topk", "normalize_rows", "pack_keys", "scan_topk"]
+__all__ = ["SCANS", "PackedKeys", "cosine_topk", "normalize_rows", "pack_keys"]
 
 # What the native scan may read of each key -> the dtype of its codes; float32 reads the keys themselves.
-SCANS = {"float32": None, "float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.uint8}
+SCANS = {"int8": torch.uint8, "float16": torch.float16, "bfloat16": torch.bfloat16, "float32": None}
 
 
 class PackedKeys(NamedTuple):
@@ -117,8 +116,7 @@ def normalize_rows(x: Tensor) -> Tensor:
 
 
 def check_retrieval(queries: Tensor, name: str, table: Tensor, k: int, bounds: Tensor | None) -> None:
-    """The checks that cosine_topk and memory_attention share; `name` is what the caller calls `table`."""
-    _check.floating(name, table, (None, queries.shape[1]))
+    """The checks that all searches share, but for the shape of the table; `name` is what the caller calls it."""
     if not isinstance(k, int) or k < 1:
         raise ValueError(f"k: expected an integer of at least 1, got {k!r}")
     if bounds is not None:
@@ -151,25 +149,10 @@ def pack_keys(keys: Tensor, scan: str, direction: Tensor | None = None) -> Packe
     width = _native.code_width(dtype, keys.shape[1])
     if not width:
         raise ValueError(f"keys: expected at most 65536 columns for scan='int8', got {keys.shape[1]}")
-    packed = PackedKeys(
-        torch.empty(len(keys), width, dtype=dtype), torch.empty(len(keys), _native.KEY_BOUNDS), direction.contiguous()
-    )
+    codes = _pages.empty(len(keys), width, dtype=dtype)
+    packed = PackedKeys(codes, torch.empty(len(keys), _native.KEY_BOUNDS), direction.contiguous())
     _native.pack_keys(keys, direction, packed.codes, packed.bounds)
     return packed
-
-
-def scan_topk(queries: Tensor, packed: PackedKeys, k: int, bounds: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """`cosine_topk` from packed keys alone, without the keys: scores as the scan sees them, hence not exact.
-
-    Args, returns: as `cosine_topk`.
-
-    Raises:
-        BackendUnavailableError: without the native extension.
-    """
-    _check.rows("queries", queries)
-    if not _native.available():
-        raise BackendUnavailableError(f"scan_topk needs the native extension: {_native.reason()}")
-    return _native.cosine_topk(native_dtype(queries), _native.Keys(None, packed), k, bounds)
 
 
 def cosine_topk(
@@ -203,6 +186,7 @@ def cosine_topk(
         TypeError, ValueError: a wrong dtype, shape, device or k; bounds outside the keys.
     """
     _check.rows("queries", queries)
+    _check.floating("keys", keys, (None, queries.shape[1]))
     check_retrieval(queries, "keys", keys, k, bounds)
     if normalized and keys.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"keys: expected the float32 rows of normalize_rows, got {_check.shape_of(keys)}")

@@ -248,6 +248,7 @@ def memory_attention(
         TypeError, ValueError: a wrong dtype, shape, device or switch.
     """
     _check.rows("hidden", hidden)
+    _check.floating("index", index, (None, hidden.shape[1]))
     check_retrieval(hidden, "index", index, k, bounds)
     queries, keys = with_heads(hidden if queries is None else queries), with_heads(keys_given := keys)
     values = keys if values is keys_given else with_heads(values)
