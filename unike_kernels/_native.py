@@ -391,6 +391,30 @@ def memory_attention(
     return out, alpha, ids
 
 
+def read(*tables: Tensor) -> None:
+    """Read these tensors from end to end with all threads: what any kernel that needs them takes at least.
+
+    Args:
+        tables: on the CPU, contiguous.
+    """
+    _require_extension()
+    for t in tables:
+        if t.device.type != "cpu" or not t.is_contiguous():
+            raise ValueError(f"tables must be contiguous and on the CPU, got {_describe(t)}")
+        _C.read(t.data_ptr(), t.nbytes, torch.get_num_threads())
+
+
+def multiply_add(dtype: torch.dtype, rounds: int) -> float:
+    """Multiply-adds of registers on all threads, `rounds` times some instructions each; returns how many that were.
+
+    Args:
+        dtype: float32, or int8 for the products of codes.
+    """
+    _require_extension()
+    scan = {torch.float32: 0, torch.int8: 3}[dtype]
+    return float(_C.multiply_add(scan, rounds, torch.get_num_threads()))
+
+
 def _address(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 

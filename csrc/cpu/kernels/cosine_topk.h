@@ -10,6 +10,8 @@
 namespace unike {
 namespace {
 
+constexpr int64_t kBytes = kLanes * sizeof(float);  // of a register
+
 // float64 registers, two for one of float32.
 constexpr int kWide = kLanes / 2;
 using Wide = double __attribute__((vector_size(kWide * sizeof(double))));
@@ -317,6 +319,48 @@ void tile(const void* const* queries, int64_t count, const void* const* keys, in
               static_cast<typename C::Element*>(out), kTile);
 }
 
+uint64_t read(const void* data, int64_t bytes) {
+  const auto* p = static_cast<const char*>(data);
+  Ints s[4] = {};
+  int64_t i = 0;
+  for (; i + 4 * kBytes <= bytes; i += 4 * kBytes) {
+    __builtin_prefetch(p + i + 8192);
+    for (int part = 0; part < 4; ++part) s[part] ^= load_ints(p + i + part * kBytes);
+  }
+  uint64_t rest = 0;
+  for (; i < bytes; ++i) rest ^= static_cast<uint64_t>(p[i]);
+  const Ints all = (s[0] ^ s[1]) ^ (s[2] ^ s[3]);
+  for (int j = 0; j < kLanes; ++j) rest ^= static_cast<uint32_t>(all[j]);
+  return rest;
+}
+
+// The products of kRows keys with four queries, which stay in the L1 cache, into as many sums: enough to hide their latency.
+template <typename C>
+int64_t multiply_add(int64_t rounds) {
+  constexpr int kRows = kLanes == 16 ? 4 : 2;
+  alignas(64) typename C::Key keys[kRows * C::kStep] = {};
+  alignas(64) typename C::Query queries[4 * C::kStep] = {};
+  const typename C::Key* k = keys;
+  const typename C::Query* q = queries;
+  typename C::Sum s[kRows][4] = {};
+  for (int64_t round = 0; round < rounds; ++round) {
+    decltype(C::load_key(k)) key[kRows];
+    for (int i = 0; i < kRows; ++i) key[i] = C::load_key(k + i * C::kStep);
+    for (int j = 0; j < 4; ++j) {
+      const auto query = C::load_query(q + j * C::kStep);
+      for (int i = 0; i < kRows; ++i) s[i][j] = C::add_product(s[i][j], key[i], query);
+    }
+    asm volatile("" : "+r"(k), "+r"(q));  // others, as far as the compiler knows
+  }
+  typename C::Sum total{};
+  for (int i = 0; i < kRows; ++i) {
+    for (int j = 0; j < 4; ++j) total += s[i][j];
+  }
+  volatile float kept;
+  __builtin_memcpy(const_cast<float*>(&kept), &total, sizeof kept);
+  return rounds * kRows * 4 * C::kStep;
+}
+
 constexpr ScanKernels scan_kernels{
     {normalize<float>, normalize<BFloat16>},
     {nullptr, pack_key<HalfCodes<Float16>>, pack_key<HalfCodes<BFloat16>>, pack_key<ByteCodes>},
@@ -326,6 +370,8 @@ constexpr ScanKernels scan_kernels{
     load_bounds,
     survivors,
     canonical,
+    read,
+    {multiply_add<Floats<float>>, multiply_add<Bytes>},
     kLanes};
 
 }  // namespace
