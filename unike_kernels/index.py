@@ -214,8 +214,9 @@ class CosineIndex:
             raise ArtifactError(f"{path}: there is no index of {n} keys of width {d} for a scan of {scan!r:.80}")
         wanted = _layout(n, d, scan)
         found = {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}
-        # Rows alone: saved where nothing could be packed. All but the rows: not exact.
-        if not tensors or found not in ({"rows": wanted["rows"]}, wanted, {k: v for k, v in wanted.items() if k != "rows"}):
+        codes = {name: layout for name, layout in wanted.items() if name != "rows"}
+        # Rows alone: saved where nothing could be packed. Codes alone: not exact.
+        if not found or found not in (wanted, {"rows": wanted["rows"]}, codes):
             raise ArtifactError(f"{path}: expected the tensors {wanted}, got {found}")
         if not mmap:
             tensors = {name: _kept(t, slice(None)) for name, t in tensors.items()}
