@@ -424,6 +424,23 @@ def test_codes_that_hide_the_best_keys(isa):
     assert not torch.equal(lost.sort().values, best.sort().values)
 
 
+def test_codes_that_flatter_the_others(isa):
+    """The codes of the first rows promise more than the rows hold: their estimates are no threshold for the last ones."""
+    d, k = 300, 20
+    query = torch.cat([torch.zeros(1), torch.randn(d)]).unsqueeze(0)
+    sign = query[:, 1:].sign()
+    units = 3 * sign + torch.randint(-3, 4, (400, d))
+    flattered = units - 0.49 * sign  # rounded back to units
+    best = units[:k] - torch.where(torch.rand(k, d) < 0.3, sign, 0.0)  # between what those are and what they seem
+    rows = adversarial_rows(d, torch.cat([flattered, best]))
+    check_scan(query, rows, k, torch.uint8, direction=torch.zeros(d + 1))
+    found = topk(query, rows, k)[1]
+    assert (found >= 400).any()
+    codes, bounds, direction = pack(rows, torch.uint8, torch.zeros(d + 1))
+    estimates = topk(query, None, 420, None, (codes, bounds, direction))[1]
+    assert (estimates[0, :k] < 400).all()  # the flattered ones come first by their codes
+
+
 def test_a_query_that_its_codes_misjudge(isa):
     """Many queries are scanned with 8 bits at first: this one differs from its codes along the best keys."""
     d, k = 300, 20
