@@ -355,13 +355,19 @@ def test_rows_of_more_than_one_chunk(isa, scan):
 
 
 @scans
-@pytest.mark.parametrize("spread", [1e-6, 1e-3, 0.3])
+@pytest.mark.parametrize("spread", [1e-6, 1e-4, 3e-4, 1e-3, 0.3])
 def test_clumped_rows(isa, scan, spread):
     """Scores that lie closer together than sums in float32 can tell, than codes can, and neither."""
     base = torch.randn(400)
-    rows = _native.normalize_rows(base + spread * torch.randn(600, 400))
-    queries = torch.cat([torch.randn(5, 400) + 0.1 * base, base + spread * torch.randn(4, 400)])
+    rows = _native.normalize_rows(base + spread * torch.randn(900, 400))
+    queries = torch.cat([torch.randn(3, 400) + 0.1 * base, base + spread * torch.randn(10, 400)])
     check_scan(queries, rows, 40, scan)
+
+
+@scans
+def test_more_queries_than_a_block(isa, scan):
+    check_scan(torch.randn(600, 20), unit_rows(90, 20), 7, scan)
+    check_scan(torch.randn(300, 20), unit_rows(20, 20), 30, scan)
 
 
 @scans

@@ -209,10 +209,12 @@ def test_gradients_of_latent_attention(d: int, m: int, k: int, heads: int, seed:
     entries, r, width = 11, 5, d if heads == 1 else 3
     ids = torch.randint(-1, entries, (m, k), generator=g)
     ids[: m // 3] = -1
-    encoder = [n(r, d) * d**-0.5, n(r), n(d, r), n(d)]
-    keys, values = n(entries, heads, width), n(entries, heads, d)
+    # No vector vanishes: the gradient of a direction goes with the inverse of its length.
+    whole = lambda *size: torch.nn.functional.normalize(n(*size), dim=-1) * d**0.5  # noqa: E731
+    encoder = [n(r, d) * d**-0.5, n(r), n(d, r), 3 * whole(d)]
+    keys, values = n(entries, heads, width), n(entries, heads, d) + 2
     gate = data.draw(st.sampled_from(["token", "given", "given each", "anchor"]))
-    gates = {"given": torch.rand(1, generator=g), "given each": torch.rand(m, generator=g), "anchor": n(1, d)}
+    gates = {"given": torch.rand(1, generator=g), "given each": torch.rand(m, generator=g), "anchor": whole(1, d)}
     name = {"given": "alpha", "given each": "alpha", "anchor": "anchor"}.get(gate)
     if gate == "anchor" and not m:
         name = None
@@ -221,7 +223,7 @@ def test_gradients_of_latent_attention(d: int, m: int, k: int, heads: int, seed:
         "convention": data.draw(st.sampled_from(["inclusion", "eq7"])),
         "norm": data.draw(st.sampled_from(["match", "none"])),
     }
-    queries, inputs, grad, grad_alpha = n(m, heads, width), n(m, d), n(m, d), n(m)
+    queries, inputs, grad, grad_alpha = n(m, heads, width), whole(m, d), n(m, d), n(m)
 
     def run(wide: torch.dtype) -> list[torch.Tensor]:
         enc = ops.SemanticEncoder(*cast(encoder, wide))
