@@ -31,6 +31,7 @@ X86_ISA_FLAGS = {
     "csrc/cpu/avx2": shlex.split(AVX2),
     "csrc/cpu/avx512": shlex.split(AVX512),
     "csrc/cpu/avx512vnni": shlex.split(f"{AVX512} -mavx512vnni"),
+    "csrc/cpu/avx512bf16": shlex.split(f"{AVX512} -mavx512vnni -mavx512bf16"),
 }
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from unike_kernels import _native
 
-LEVELS = ("baseline", "avx2", "avx512", "avx512vnni")
+LEVELS = ("baseline", "avx2", "avx512", "avx512vnni", "avx512bf16")
 
 # Around the 16 lanes, and larger than what one thread takes.
 WIDTHS = (1, 3, 15, 16, 17, 31, 576, 1000)

@@ -30,7 +30,8 @@ def reason() -> str:
 
 
 def isa() -> str:
-    """The best instruction set that this CPU and the kernels support: "avx512vnni", "avx512", "avx2" or "baseline".
+    """The best instruction set that this CPU and the kernels support: "avx512bf16", "avx512vnni", "avx512",
+    "avx2" or "baseline".
 
     Raises:
         RuntimeError: without the compiled extension.

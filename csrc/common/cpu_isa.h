@@ -3,23 +3,26 @@
 
 namespace unike {
 
-enum class Isa { kBaseline, kAvx2, kAvx512, kAvx512Vnni };
+enum class Isa { kBaseline, kAvx2, kAvx512, kAvx512Vnni, kAvx512Bf16 };
 
-// The best that this CPU has, or what the environment variable UNIKE_ISA names ("baseline", "avx2", "avx512", "avx512vnni"),
-// read at each call. Throws std::invalid_argument for an unknown name or one that this CPU lacks.
+// The best that this CPU has, or what the environment variable UNIKE_ISA names ("baseline", "avx2", "avx512", "avx512vnni",
+// "avx512bf16", each with all that come before), read at each call. Throws std::invalid_argument for an unknown name or one
+// that this CPU lacks.
 Isa active_isa();
 
 }  // namespace unike
 
-// The kernel `name` of the active ISA; UNIKE_PICK_VNNI for those that have one for AVX-512 VNNI too.
+// The kernel `name` of the active ISA; UNIKE_PICK_NARROW for those that have one for narrow products too.
 #if defined(__x86_64__)
 #define UNIKE_PICK(name)                                          \
   (::unike::active_isa() >= ::unike::Isa::kAvx512 ? name##_avx512 \
    : ::unike::active_isa() == ::unike::Isa::kAvx2 ? name##_avx2   \
                                                   : name##_baseline)
-#define UNIKE_PICK_VNNI(name) \
-  (::unike::active_isa() == ::unike::Isa::kAvx512Vnni ? name##_avx512vnni : UNIKE_PICK(name))
+#define UNIKE_PICK_NARROW(name)                                             \
+  (::unike::active_isa() == ::unike::Isa::kAvx512Bf16   ? name##_avx512bf16 \
+   : ::unike::active_isa() == ::unike::Isa::kAvx512Vnni ? name##_avx512vnni \
+                                                        : UNIKE_PICK(name))
 #else
 #define UNIKE_PICK(name) name##_baseline
-#define UNIKE_PICK_VNNI(name) name##_baseline
+#define UNIKE_PICK_NARROW(name) name##_baseline
 #endif

@@ -31,7 +31,7 @@ extern "C" unike_status unike_normalize_rows(unike_rows x, int64_t rows, int64_t
     require(d >= 1, "d must be at least 1");
     require((x.data != nullptr && out != nullptr) || rows == 0, "x and out must not be null");
     require(x.dtype == UNIKE_F32 || x.dtype == UNIKE_BF16, "dtype must be float32 or bfloat16");
-    const auto normalize = UNIKE_PICK_VNNI(scan_kernels).normalize[x.dtype];
+    const auto normalize = UNIKE_PICK_NARROW(scan_kernels).normalize[x.dtype];
     const int64_t stride = x.stride * size_of(x.dtype);
     each_row(rows, static_cast<double>(d), threads,
              [&](int64_t row, int) { normalize(static_cast<const char*>(x.data) + row * stride, d, out + row * d); });
@@ -68,7 +68,7 @@ extern "C" unike_status unike_pack_keys(const float* rows, int64_t n, int64_t d,
     float* rest = take_rest(memory, d, threads);
     double uu = 0;
     for (int64_t i = 0; i < d; ++i) uu += static_cast<double>(direction[i]) * direction[i];
-    const auto pack = UNIKE_PICK_VNNI(scan_kernels).pack_key[scan];
+    const auto pack = UNIKE_PICK_NARROW(scan_kernels).pack_key[scan];
     each_row(n, 8.0 * static_cast<double>(d), threads, [&](int64_t row, int thread) {
       const KeyBounds of =
           pack(rows + row * stride, direction, uu, d, rest + thread * (padded_bytes(sizeof(float), d) / 4),

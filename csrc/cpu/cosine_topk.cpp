@@ -13,9 +13,9 @@
 //   t s and of their product 6 * 4.1 v; of the sum 7 v; of score + error 2 v; the canonical sum d 2^-53 and its rounding v.
 // Together that is below 64 v = 2^-18, and kSlack is twice as much. The error itself is computed in float32 from factors
 // raised by 2^-20, which covers its four roundings.
-// With floating-point codes t = 1 and c' = w, and the products are summed in float32: n rounded terms in a row are off by
-// at most n v / (1 - n v) |w| |c| in any order, fused or not (Higham, section 3.1). The rows themselves have s = 1, r = 0,
-// and no direction is taken out of them.
+// With floating-point codes t = 1 and c' = w, or w rounded to bfloat16, and the products are summed in float32: n rounded
+// terms in a row are off by at most n v / (1 - n v) |c'| |c| in any order, fused or not (Higham, section 3.1). Terms below
+// 2^-126 may count as 0. The rows themselves have s = 1, r = 0, and no direction is taken out of them.
 //
 // int8 products are exact integers. Queries have 16 bits, as c' = high + low / 254. For a few queries the keys come from
 // memory more slowly than both products are made; for many, all keys are scored with `high` (where z is half a step), and
@@ -98,10 +98,15 @@ class Search {
         kept_(std::min(p.k, keys_.n)),
         capacity_(2 * kept_ + 2 * kPruneEvery),
         integers_(keys_.scan == UNIKE_SCAN_I8),
+        narrow_(keys_.scan == UNIKE_SCAN_BF16 && kernels.narrow_queries),
         row_bytes_(padded_bytes(sizeof(float), keys_.d)),
         length_(keys_.scan == UNIKE_SCAN_F32 ? keys_.d : unike_code_bytes(keys_.scan, keys_.d) / (integers_ ? 1 : 2)),
         // Rows that lie whole pages apart would share a few sets of the caches.
-        code_bytes_(padded_bytes(integers_ ? 1 : sizeof(float), length_) + 64) {
+        code_bytes_(padded_bytes(integers_ ? 1
+                                 : narrow_ ? sizeof(BFloat16)
+                                           : sizeof(float),
+                                 length_) +
+                    64) {
     threads_ = useful_threads(static_cast<double>(p.m * keys_.n) * static_cast<double>(keys_.d), threads);
     group_ = std::min(kQueryBlock, ceil_div(p.m, threads_));
     slots_ = group_ >= kQueriesPerThread || threads_ == 1 ? 1 : threads_;
@@ -170,20 +175,19 @@ class Search {
     const float* direction = keys_.scan == UNIKE_SCAN_F32 ? nullptr : keys_.direction;
     char* codes = codes_ + q * code_bytes_ * (integers_ ? 2 : 1);
     query.codes = codes;
+    std::fill_n(codes, code_bytes_ * (integers_ ? 2 : 1), 0);
+    const bool as_they_are = !integers_ && !narrow_;
+    auto* rest = reinterpret_cast<float*>(as_they_are ? codes : rests_ + thread * row_bytes_);
+    kernels_.take_out(row, direction, keys_.d, rest, &bounds);
     if (integers_) {
-      auto* rest = reinterpret_cast<float*>(rests_ + thread * row_bytes_);
       auto *high = reinterpret_cast<int8_t*>(codes), *low = high + code_bytes_;
-      kernels_.take_out(row, direction, keys_.d, rest, &bounds);
-      std::fill_n(codes, 2 * code_bytes_, 0);
       kernels_.quantize(rest, keys_.d, high, low, &bounds);
       query.low_codes = low;
-    } else {
-      auto* rest = reinterpret_cast<float*>(codes);
-      std::fill_n(codes, code_bytes_, 0);
-      kernels_.take_out(row, direction, keys_.d, rest, &bounds);
-      bounds.scale = 1.0f;
-      bounds.norm = bounds.low_norm = rounding_ * bounds.residual;
+      return;
     }
+    bounds.scale = 1.0f;
+    if (narrow_) kernels_.narrow(rest, keys_.d, reinterpret_cast<BFloat16*>(codes), &bounds);
+    bounds.norm = bounds.low_norm = (1 + rounding_) * bounds.norm + rounding_ * bounds.residual;
   }
 
   // Collects the suspects of the queries from, ..., to - 1 among the keys of a tile.
@@ -354,12 +358,13 @@ class Search {
   const ScanKernels& kernels_;
   const unike_keys& keys_;
   int threads_;
-  int64_t block_;     // queries that the workspace has room for
-  int64_t group_;     // of these that share a pass over the keys
-  int64_t slots_;     // for the suspects of a query: one, or one for each thread
-  int64_t kept_;      // of each query: k, or n if that is less
-  int64_t capacity_;  // for the suspects that a thread has of a query
-  bool integers_;
+  int64_t block_;                            // queries that the workspace has room for
+  int64_t group_;                            // of these that share a pass over the keys
+  int64_t slots_;                            // for the suspects of a query: one, or one for each thread
+  int64_t kept_;                             // of each query: k, or n if that is less
+  int64_t capacity_;                         // for the suspects that a thread has of a query
+  bool integers_;                            // of the products
+  bool narrow_;                              // bfloat16 queries
   int64_t row_bytes_, length_, code_bytes_;  // of a query: its row, the elements of its codes and their room
   float rounding_;                           // of float products: relative to the norms
 
@@ -397,7 +402,7 @@ extern "C" int64_t unike_cosine_topk_workspace(const unike_keys* keys, int64_t m
     Workspace workspace;
     if (m > 0 && k > 0) {
       const Problem problem{*keys, {}, m, k, nullptr};
-      Search(problem, UNIKE_PICK_VNNI(scan_kernels), std::max(threads, 1), workspace);
+      Search(problem, UNIKE_PICK_NARROW(scan_kernels), std::max(threads, 1), workspace);
     }
     return workspace.bytes();
   });
@@ -422,6 +427,6 @@ extern "C" unike_status unike_cosine_topk(const unike_keys* keys, unike_rows que
     if (m == 0 || k == 0) return;
     Workspace memory(workspace, workspace_bytes);
     const Problem problem{*keys, queries, m, k, ranges};
-    Search(problem, UNIKE_PICK_VNNI(scan_kernels), std::max(threads, 1), memory).run(scores, ids);
+    Search(problem, UNIKE_PICK_NARROW(scan_kernels), std::max(threads, 1), memory).run(scores, ids);
   });
 }

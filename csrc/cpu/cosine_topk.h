@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "common/half.h"
 #include "unike/cosine_topk.h"
 
 namespace unike {
@@ -55,8 +56,12 @@ struct ScanKernels {
   // Quantises w, padded to 64 bytes, into high and low; fills in the scale, the norms and the offsets.
   void (*quantize)(const float* rest, int64_t d, int8_t* high, int8_t* low, QueryBounds* bounds);
 
+  // Rounds w, padded to 64 bytes, to bfloat16; fills in the scale and the norms. For bfloat16 scans that want it.
+  void (*narrow)(const float* rest, int64_t d, BFloat16* codes, QueryBounds* bounds);
+  bool narrow_queries;
+
   // out[q * kTile + i] = queries[q] . keys[i], int32 for UNIKE_SCAN_I8 (of signed query codes and offset key codes), else
-  // float32. queries: count rows of float32, or of int8; keys: n <= kTile rows, as packed; all of `length` elements.
+  // float32. queries: count rows of float32, int8 or narrow bfloat16; keys: n <= kTile rows, as packed; all of `length` elements.
   // onward: the keys lie in memory at equal distances, and more follow.
   using Tile = void (*)(const void* const* queries, int64_t count, const void* const* keys, int64_t n, int64_t length,
                         bool onward, void* out);
@@ -83,6 +88,7 @@ struct ScanKernels {
 };
 constexpr int64_t kDepth = 64;
 
-extern const ScanKernels scan_kernels_baseline, scan_kernels_avx2, scan_kernels_avx512, scan_kernels_avx512vnni;
+extern const ScanKernels scan_kernels_baseline, scan_kernels_avx2, scan_kernels_avx512, scan_kernels_avx512vnni,
+    scan_kernels_avx512bf16;
 
 }  // namespace unike

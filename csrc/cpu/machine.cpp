@@ -14,7 +14,7 @@ extern "C" unike_status unike_read(const void* data, int64_t bytes, int threads)
     require(data != nullptr || bytes == 0, "data must not be null");
     require(bytes >= 0, "bytes must not be negative");
     constexpr int64_t kPart = 1 << 16;
-    const auto read = UNIKE_PICK_VNNI(scan_kernels).read;
+    const auto read = UNIKE_PICK_NARROW(scan_kernels).read;
     std::atomic<uint64_t> sum{0};  // so that nothing is left out
     parallel_for((bytes + kPart - 1) / kPart, threads, [&](int64_t part, int) {
       const auto* first = static_cast<const char*>(data) + part * kPart;
@@ -29,7 +29,7 @@ extern "C" unike_status unike_multiply_add(unike_scan scan, int64_t rounds, int 
     require(scan == UNIKE_SCAN_F32 || scan == UNIKE_SCAN_I8, "scan must be float32 or int8");
     require(rounds >= 0 && count != nullptr, "rounds must not be negative, count not null");
     threads = std::max(threads, 1);
-    const auto run = UNIKE_PICK_VNNI(scan_kernels).multiply_add[scan == UNIKE_SCAN_I8];
+    const auto run = UNIKE_PICK_NARROW(scan_kernels).multiply_add[scan == UNIKE_SCAN_I8];
     std::atomic<int64_t> of_a_thread{0};
     parallel_for(threads, threads, [&](int64_t, int) { of_a_thread = run(rounds); });
     *count = static_cast<double>(of_a_thread) * threads;

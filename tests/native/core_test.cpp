@@ -332,7 +332,7 @@ void large_topk(int threads) {
 }  // namespace
 
 int main() {
-  for (const char* isa : {"baseline", "avx2", "avx512", "avx512vnni"}) {
+  for (const char* isa : {"baseline", "avx2", "avx512", "avx512vnni", "avx512bf16"}) {
     setenv("UNIKE_ISA", isa, 1);
     if (std::string(unike_cpu_isa()) != isa) continue;  // this CPU lacks it
     for (int round = 0; round < 12; ++round) {

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from unike_kernels import _native, ops
 
-LEVELS = ("baseline", "avx2", "avx512", "avx512vnni")
+LEVELS = ("baseline", "avx2", "avx512", "avx512vnni", "avx512bf16")
 AVAILABLE = LEVELS[: LEVELS.index(_native.isa()) + 1]
 
 

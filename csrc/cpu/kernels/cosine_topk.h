@@ -194,6 +194,18 @@ void quantize(const float* rest, int64_t d, int8_t* high, int8_t* low, QueryBoun
   }
 }
 
+void narrow(const float* rest, int64_t d, BFloat16* codes, QueryBounds* bounds) {
+  Pair left{};
+  for (int64_t i = 0; i < d; i += kLanes) {
+    const Vec w = load(rest + i);
+    store(codes + i, w);
+    const Pair z = widen(w - load(codes + i));  // exact
+    for (int part = 0; part < 2; ++part) left.half[part] += z.half[part] * z.half[part];
+  }
+  bounds->scale = 1.0f;
+  bounds->norm = bounds->low_norm = raised(::sqrt(total(left)));
+}
+
 // How the codes of a scan are made and read: of the values v, in steps of 1 / inverse.
 template <typename T>
 struct HalfCodes {
@@ -361,12 +373,20 @@ int64_t multiply_add(int64_t rounds) {
   return rounds * kRows * 4 * C::kStep;
 }
 
+#if defined(__AVX512BF16__)
+using BFloat16Scan = Pairs;
+#else
+using BFloat16Scan = Floats<BFloat16>;
+#endif
+
 constexpr ScanKernels scan_kernels{
     {normalize<float>, normalize<BFloat16>},
     {nullptr, pack_key<HalfCodes<Float16>>, pack_key<HalfCodes<BFloat16>>, pack_key<ByteCodes>},
     take_out,
     quantize,
-    {tile<Floats<float>>, tile<Floats<Float16>>, tile<Floats<BFloat16>>, tile<Bytes>},
+    narrow,
+    sizeof(BFloat16Scan::Query) == sizeof(BFloat16),
+    {tile<Floats<float>>, tile<Floats<Float16>>, tile<BFloat16Scan>, tile<Bytes>},
     load_bounds,
     survivors,
     canonical,

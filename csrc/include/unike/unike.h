@@ -51,7 +51,8 @@ UNIKE_API const char* unike_version(void);
 /* Why this thread's last failed call failed; "" before the first failure. Valid until this thread's next failure. */
 UNIKE_API const char* unike_last_error(void);
 
-/* The best instruction set that this CPU and its kernels support: "avx512vnni", "avx512", "avx2" or "baseline". */
+/* The best instruction set that this CPU and its kernels support: "avx512bf16", "avx512vnni", "avx512", "avx2" or
+ * "baseline". */
 UNIKE_API const char* unike_cpu_isa(void);
 
 #ifdef __cplusplus
