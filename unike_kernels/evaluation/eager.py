@@ -52,8 +52,13 @@ class EagerFFN(nn.Module):
 
 def shift(hidden: Tensor, out: Tensor, memory: MemoryLayer, index: Tensor, config: Config) -> Tensor:
     """The memory's shift of the attention output [B, T, d], token by token. index: the normalised retrieval keys."""
+    ids = (F.normalize(hidden.float(), dim=-1) @ index.T).topk(min(config.k, len(index)), dim=-1).indices
+    return attend(hidden, out, memory, ids, config)
+
+
+def attend(hidden: Tensor, out: Tensor, memory: MemoryLayer, ids: Tensor, config: Config) -> Tensor:
+    """The shift of the attention output [B, T, d] towards the entries ids [B, T, k]."""
     q = hidden.float()
-    ids = (F.normalize(q, dim=-1) @ index.T).topk(min(config.k, len(index)), dim=-1).indices
     keys = memory.keys[ids].squeeze(-2)
     values = keys if memory.values is None else memory.values[ids].squeeze(-2)
     scale = config.scale or q.shape[-1] ** -0.5
