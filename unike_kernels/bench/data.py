@@ -1,0 +1,39 @@
+"""Keys and queries of retrieval."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import hidden
+
+KINDS = ("isotropic", "clumped", "hidden")
+
+
+def keys_and_queries(kind: str, n: int, b: int, d: int) -> tuple[Tensor, Tensor]:
+    """float32 [n, d] and [b, d] of one distribution, always the same.
+
+    Args:
+        kind: "isotropic": normal. "clumped": normal around a mean that is twice as long as the spread. "hidden": states
+            of a language model, n + b of them without repetition, d being its own.
+        n, b, d: the shapes.
+
+    Raises:
+        ValueError: another kind; hidden states of another width or number.
+    """
+    generator = torch.Generator().manual_seed(0)
+    if kind == "hidden":
+        states = hidden.states()
+        pre = states[max(states)].pre
+        if pre.shape[1] != d or len(pre) < n + b:
+            raise ValueError(f"hidden: expected {n + b} states of width {d}, there are {list(pre.shape)}")
+        rows = pre[torch.randperm(len(pre), generator=generator)]
+        return rows[:n].clone(), rows[n : n + b].clone()
+    keys, queries = (torch.randn(m, d, generator=generator) for m in (n, b))
+    if kind == "clumped":
+        mean = 2 * torch.randn(d, generator=generator)
+        keys += mean
+        queries += mean
+    elif kind != "isotropic":
+        raise ValueError(f"kind: expected one of {', '.join(KINDS)}; got {kind!r}")
+    return keys, queries
