@@ -27,6 +27,20 @@ def _parser() -> argparse.ArgumentParser:
         "--seed", type=int, default=0, help="of the memory's encoders and the edit (default: %(default)s)"
     )
     demo.add_argument("--reload", action="store_true", help="load the artifacts of an earlier run and show the answers")
+    bench = commands.add_parser("bench", help="measure the kernels against others and against this machine's bounds")
+    bench.add_argument(
+        "--select",
+        choices=("quick", "full"),
+        default="quick",
+        help="the rows that matter, some minutes, or all, most of an hour (default: %(default)s)",
+    )
+    bench.add_argument("--only", choices=("retrieval", "attention", "ffn", "decode"), help="of the selection, this")
+    bench.add_argument("--growth", action="store_true", help="also retrieval from 15,000 to a million keys")
+    bench.add_argument(
+        "--out", type=Path, default=Path("unike-bench"), help="folder for the reports (default: %(default)s)"
+    )
+    bench.add_argument("--compare", type=Path, metavar="JSON", help="bench.json of an earlier run")
+    bench.add_argument("--rounds", type=int, help="of each case, at least 3 (default: what fits into some seconds)")
     commands.add_parser("info", help="versions, CPU and backends")
     return parser
 
@@ -39,10 +53,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(show_config())
         return 0
-    from .demo import run
-
     try:
-        return run(args.model, args.out, seed=args.seed, reload=args.reload)
+        if args.command == "bench":
+            from . import bench
+
+            selection = {"select": args.select, "only": args.only, "growth": args.growth}
+            return bench.run(args.out, **selection, compare=args.compare, rounds=args.rounds)
+        from . import demo
+
+        return demo.run(args.model, args.out, seed=args.seed, reload=args.reload)
     except (ImportError, FileNotFoundError, ValueError) as error:
-        print(f"unike demo: {error}", file=sys.stderr)
+        print(f"unike {args.command}: {error}", file=sys.stderr)
         return 1

@@ -1,0 +1,71 @@
+"""`unike bench`: every output checked, then the systems timed in turn, then the reports."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+from .. import _native
+from ..bench import optional, results, suite
+from ..bench.compare import changes
+from ..bench.measure import Row, measure
+from ..bench.plots import plots
+from ..bench.report import Report
+from ..bench.stamp import stamp
+from ..bench.tables import comparison, duration
+
+
+def run(
+    out: Path,
+    *,
+    select: str = "quick",
+    only: str | None = None,
+    growth: bool = False,
+    compare: Path | None = None,
+    rounds: int | None = None,
+) -> int:
+    """Measure a selection; write bench.json, report.md and report.html into `out`.
+
+    Args:
+        out: a folder, made if need be.
+        select, only, growth: see `suite.cases`.
+        compare: bench.json of an earlier run.
+        rounds: of each case; None: see `interleave`.
+
+    Returns:
+        The exit status: 1 if any output was wrong.
+
+    Raises:
+        FileNotFoundError, ValueError: `compare` cannot be read.
+        ImportError: there are no compiled kernels to measure.
+    """
+    if not _native.available():
+        raise ImportError(_native.reason())
+    earlier = results.load(compare) if compare else None
+    cases = suite.cases(select, only=only, growth=growth)
+    rows: list[Row] = []
+    for number, case in enumerate(cases, 1):
+        print(f"[{number}/{len(cases)}] {case.title} ...", flush=True)
+        start = time.monotonic()
+        measured = measure(case, rounds=rounds)
+        for row in measured:
+            print(f"  {row.system:30s} {_outcome(row)}")
+        print(f"  {time.monotonic() - start:.1f} s")
+        rows += measured
+
+    told = stamp()
+    changed = comparison(changes(earlier[1], rows), earlier[0]) if earlier else None
+    report = Report(rows, told, optional.left_out(), changed)
+    results.write(out / "bench.json", json.dumps(results.document(rows, told), indent=1))
+    results.write(out / "report.md", report.markdown())
+    results.write(out / "report.html", report.html(plots(rows) if optional.installed("matplotlib") else {}))
+    print(f"\n{report.markdown()}\nwritten: bench.json, report.md and report.html in {out}")
+    return 1 if any(row.failure is not None for row in rows) else 0
+
+
+def _outcome(row: Row) -> str:
+    if row.failure is not None:
+        return f"FAILED: {row.failure}"
+    against = f", x {row.speedup.median:.2f} ({row.against})" if row.speedup else ""
+    return f"{duration(row.median)}{against}"
