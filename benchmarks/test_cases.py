@@ -1,0 +1,39 @@
+"""The quick cases of `unike bench` under pytest-benchmark: a test for each system. Run with `python3 run.py bench`.
+
+The systems of a case are timed in turn, when the first test asks for one of them; each test hands over its own times.
+Compare within a group only.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+
+from unike_kernels.bench import suite
+from unike_kernels.bench.measure import Row, measure
+from unike_kernels.bench.replay import Replay
+from unike_kernels.bench.results import extra_info
+
+CASES = {case.name: case for case in suite.cases("quick")}
+REPLAY = Replay()
+
+
+@functools.lru_cache(maxsize=1)
+def measured(case: str) -> dict[str, Row]:
+    return {row.name: row for row in measure(CASES[case])}
+
+
+@pytest.mark.parametrize(
+    ("case", "system"),
+    [pytest.param(c.name, s, id=f"{c.name}-{s}") for c in CASES.values() for s in c.systems],
+)
+@pytest.mark.benchmark(timer=REPLAY)
+def test_case(benchmark: Any, case: str, system: str) -> None:
+    row = measured(case)[f"{case}-{system}"]
+    assert row.failure is None, row.failure
+    benchmark.group = row.title
+    benchmark.extra_info.update(extra_info(row))
+    REPLAY.load(row.seconds)
+    benchmark.pedantic(lambda: None, rounds=len(row.seconds), iterations=1)
