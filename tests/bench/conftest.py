@@ -51,14 +51,14 @@ class KnownBound(Bound):
     """A bound that takes known times."""
 
     clock: Clock | None = None
-    seconds: float = 0.0
+    reading: float = 0.0
     multiplying: float = 0.0
 
-    def read(self) -> None:
-        self.clock.now += self.seconds
+    def probes(self):
+        return {"read": self.clock.call("read", self.reading)}
 
-    def arithmetic(self) -> float:
-        return self.multiplying
+    def seconds(self, probed):
+        return probed["read"], self.multiplying
 
 
 @pytest.fixture

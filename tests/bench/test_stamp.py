@@ -8,13 +8,11 @@ from unike_kernels import _native
 from unike_kernels.bench import stamp
 
 
-def test_says_where_and_with_what(monkeypatch):
-    monkeypatch.setattr(stamp, "multiply_adds_per_second", {torch.float32: 5e10, torch.int8: 2e11}.get)
+def test_says_where_and_with_what():
     found = stamp.stamp()
     assert found["instruction set of the kernels"] == _native.isa()
     assert found["threads"] == str(torch.get_num_threads())
     assert found["torch"] == torch.__version__
-    assert found["multiply-adds, int8"] == "200 G/s"
     assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d UTC", found["date"])
     assert found["CPU"]
 

@@ -32,6 +32,12 @@ def test_short_calls_are_repeated_after_one_that_is_not_counted(clock):
     assert clock.calls.count("b") == 1 + 3
 
 
+def test_a_long_call_that_was_made_before_is_the_warm_up(clock):
+    systems = {name: clock.call(name, 0.5) for name in ("a", "b")}
+    interleave(systems, {"a": 0.5, "b": 0.01}, rounds=3, clock=clock)
+    assert (clock.calls.count("a"), clock.calls.count("b")) == (3, 4)
+
+
 def test_a_drift_of_the_machine_cancels_in_the_ratios(clock):
     def system(seconds):
         def run():

@@ -1,11 +1,9 @@
-"""What this machine can do at most, measured in the same run: bytes read, and multiply-adds made in registers."""
+"""What this machine can do at most, measured beside the systems: bytes read, and multiply-adds made in registers."""
 
 from __future__ import annotations
 
 import functools
-import statistics
-import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -13,7 +11,7 @@ from torch import Tensor
 
 from .. import _native
 
-_SAMPLES, _SAMPLE_SECONDS = 7, 0.02
+_ROUNDS = 1 << 18  # of a probe: some milliseconds
 
 
 @dataclass(frozen=True)
@@ -30,25 +28,20 @@ class Bound:
     multiply_adds: Mapping[torch.dtype, float] = field(default_factory=dict)
     over: str | None = None
 
-    def read(self) -> None:
-        """Read the tensors; timed beside the systems, this is the bound on bytes."""
-        _native.read(*self.reads)
+    def probes(self) -> dict[str, Callable[[], object]]:
+        """What is timed beside the system, by name: "read", and for each dtype some multiply-adds."""
+        probes: dict[str, Callable[[], object]] = {"read": functools.partial(_native.read, *self.reads)}
+        return probes | {
+            str(dtype): functools.partial(_native.multiply_add, dtype, _ROUNDS) for dtype in self.multiply_adds
+        }
 
-    def arithmetic(self) -> float:
-        """Seconds that the multiply-adds take at least."""
-        return sum(count / multiply_adds_per_second(dtype) for dtype, count in self.multiply_adds.items())
+    def seconds(self, probed: Mapping[str, float]) -> tuple[float, float]:
+        """How long reading takes, and how long the multiply-adds do, by the seconds that each probe took."""
+        needed = self.multiply_adds.items()
+        return probed["read"], sum(count * probed[str(dtype)] / _made(dtype) for dtype, count in needed)
 
 
 @functools.cache
-def multiply_adds_per_second(dtype: torch.dtype) -> float:
-    """Of all threads, for float32 or int8: the median of several measurements, taken once in a process."""
-
-    def sample(rounds: int) -> tuple[float, float]:
-        start = time.perf_counter()
-        count = _native.multiply_add(dtype, rounds)
-        return count, time.perf_counter() - start
-
-    rounds = 1 << 12
-    while sample(rounds)[1] < _SAMPLE_SECONDS:
-        rounds *= 2
-    return statistics.median(count / took for count, took in (sample(rounds) for _ in range(_SAMPLES)))
+def _made(dtype: torch.dtype) -> float:
+    """The multiply-adds of a probe."""
+    return _native.multiply_add(dtype, _ROUNDS)

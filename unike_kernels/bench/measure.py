@@ -74,6 +74,7 @@ def measure(
     gc.collect()  # what the case before left in cycles
     rows = {name: Row(case.op, case.name, case.title, case.shape, name, s.role) for name, s in case.systems.items()}
     runs: dict[str, Run] = {}
+    first: dict[str, float] = {}
     try:
         data = case.data()
     except Exception as error:  # what is wrong with one case or system must not cost the others
@@ -81,13 +82,21 @@ def measure(
     for name, system in case.systems.items():
         try:
             run = system.prepare(data)
-            rows[name] = replace(rows[name], recall=run.check(run.call()))
+            start = clock()
+            output = run.call()
+            first[name] = clock() - start
+            rows[name] = replace(rows[name], recall=run.check(output))
             runs[name] = run
         except Exception as error:
             rows[name] = replace(rows[name], failure=_message(error))
     calls = {name: run.call for name, run in runs.items()}
-    reads = {_reading(name): run.bound.read for name, run in runs.items() if run.bound}
-    times = interleave(calls | reads, rounds=rounds, seconds=seconds, clock=clock)
+    probes = {
+        _probe(name, what): probe
+        for name, run in runs.items()
+        if run.bound
+        for what, probe in run.bound.probes().items()
+    }
+    times = interleave(calls | probes, first, rounds=rounds, seconds=seconds, clock=clock)
     for name, run in runs.items():
         row = replace(rows[name], seconds=tuple(times[name]))
         rows[name] = _bounded(_compared(row, case, times), run.bound, times)
@@ -98,8 +107,8 @@ def _message(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())
 
 
-def _reading(name: str) -> str:
-    return f"read bound of {name}"
+def _probe(system: str, what: str) -> str:
+    return f"{what} of {system}"
 
 
 def _compared(row: Row, case: Case, times: Mapping[str, list[float]]) -> Row:
@@ -122,8 +131,9 @@ def _bounded(row: Row, bound: Bound | None, times: Mapping[str, list[float]]) ->
     """The row with its bound."""
     if bound is None:
         return row
-    read = statistics.median(times[_reading(row.system)])
-    row = replace(row, read=read, bound=max(read, bound.arithmetic()))
+    probed = {what: statistics.median(times[_probe(row.system, what)]) for what in bound.probes()}
+    read, multiplying = bound.seconds(probed)
+    row = replace(row, read=read, bound=max(read, multiplying))
     if bound.over is None:
         spent = row.median
     elif bound.over in times:

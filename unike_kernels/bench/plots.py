@@ -68,7 +68,7 @@ def _growth(axes: Any, rows: Sequence[Row]) -> None:
         points = list(group)
         keys = [row.shape["N"] for row in points]
         times = [per_key(row, row.median) for row in points]
-        line = axes.loglog(keys, times, "o-", label=f"{system}, {b} queries")
+        line = axes.loglog(keys, times, "o-", label=f"{system}, B={b}")
         if all(row.read for row in points):
             axes.loglog(keys, [per_key(row, row.read or 0.0) for row in points], ":", color=line[0].get_color())
     axes.set(xlabel="keys", ylabel="ns per key; dotted: reading what is scanned")

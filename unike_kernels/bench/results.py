@@ -126,6 +126,6 @@ def load(path: Path) -> tuple[dict[str, Any], dict[str, Recorded]]:
         found = json.loads(path.read_text())
         pairs = [(b["param"], b["stats"]) for b in found["benchmarks"]]
         rows = {name: Recorded(float(stats["median"]), float(stats["iqr"])) for name, stats in pairs}
-        return dict(found["machine_info"]), rows
+        return {"date": found["datetime"], **found["machine_info"]}, rows
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: expected a file in pytest-benchmark's schema ({error!r})") from error

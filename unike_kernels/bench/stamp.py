@@ -12,18 +12,13 @@ import torch
 
 from .. import _native
 from .._version import __version__
-from .bounds import multiply_adds_per_second
 
 _PACKAGES = ("torch", "numpy", "transformers", "faiss-cpu", "faiss-gpu", "usearch")
 
 
 def stamp() -> dict[str, str]:
-    """What is measured -> in words: the CPU, its bound on multiply-adds, threads, versions, kernel, date and commit."""
+    """What is measured -> in words: the CPU, threads, versions, kernel, date and commit."""
     found = {"CPU": _cpu(), "instruction set of the kernels": _native.isa(), "threads": str(torch.get_num_threads())}
-    found |= {
-        f"multiply-adds, {name}": f"{multiply_adds_per_second(dtype) / 1e9:.0f} G/s"
-        for name, dtype in (("float32", torch.float32), ("int8", torch.int8))
-    }
     found |= {"unike-kernels": __version__, "Python": platform.python_version()}
     found |= {name: version for name in _PACKAGES if (version := _version(name))}
     found |= {"kernel": f"{platform.system()} {platform.release()}", "date": f"{datetime.now(timezone.utc):%F %R} UTC"}

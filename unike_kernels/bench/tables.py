@@ -41,7 +41,8 @@ def summary(rows: Sequence[Row]) -> Table:
         "Ours against the fastest of the others",
         "Faster: the median over the rounds of their time over ours in the same round, and its quartiles. Bound: what "
         "this machine takes to read what must be read or to make the multiply-adds, whichever is longer. Reached: its "
-        "share of our time; in decode, of the time that we add to the unpatched model's.",
+        "share of our time; in decode, of the time that we add to the unpatched model's. Shares above 100% tell of a "
+        "machine that had other things to do.",
         [group[0] for group in cases(rows)],
         {"case": lambda row: row.title, "ours": _time, **_COMPARED},
     )

@@ -40,6 +40,7 @@ def ratio(times: Sequence[float], others: Sequence[float]) -> Spread:
 
 def interleave(
     systems: Mapping[str, Callable[[], object]],
+    first: Mapping[str, float] | None = None,
     *,
     rounds: int | None = None,
     seconds: float = 6.0,
@@ -49,6 +50,7 @@ def interleave(
 
     Args:
         systems: name -> what is called.
+        first: name -> seconds of a call that was made before; if it was a long one, it counts as the warm-up.
         rounds: how many, at least 3; None: up to 25, as many as fit into `seconds`, but 3 at least.
         seconds: for the rounds of all systems together.
         clock: seconds.
@@ -61,7 +63,10 @@ def interleave(
     """
     if rounds is not None and rounds < FEWEST_ROUNDS:
         raise ValueError(f"rounds: expected at least {FEWEST_ROUNDS}, got {rounds}")
-    repeats = {name: max(1, math.ceil(_ROUND_SECONDS / _warm(run, clock))) for name, run in systems.items()}
+    before = first or {}
+    known = {name: before[name] for name in systems if before.get(name, 0.0) > _WARM_SECONDS}
+    warm = known | {name: _warm(run, clock) for name, run in systems.items() if name not in known}
+    repeats = {name: max(1, math.ceil(_ROUND_SECONDS / took)) for name, took in warm.items()}
     times: dict[str, list[float]] = {name: [] for name in systems}
     order, generator, start = list(systems), random.Random(0), clock()
     for done in range(rounds or _USUAL_ROUNDS):
