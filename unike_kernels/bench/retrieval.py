@@ -103,7 +103,7 @@ def case(kind: str, n: int, d: int, b: int) -> Case:
     return Case(
         "retrieval",
         f"retrieval of k={K} from N={n}, d={d}, B={b}, {kind}",
-        {"N": n, "d": d, "B": b, "data": kind},
+        {"N": n, "d": d, "B": b, "k": K, "data": kind},
         functools.partial(Tables, kind, n, d, b, K),
         _systems(n, d, b),
     )
@@ -141,4 +141,4 @@ def growth() -> list[Case]:
 def _growing(n: int, d: int, b: int) -> Case:
     systems = {name: system for name, system in _systems(n, d, b).items() if name in _GROWING}
     data = functools.partial(Tables, "isotropic", n, d, b, K)
-    return Case("growth", f"growth: N={n}, d={d}, B={b}", {"N": n, "d": d, "B": b}, data, systems)
+    return Case("growth", f"growth: N={n}, d={d}, B={b}", {"N": n, "d": d, "B": b, "k": K}, data, systems)
