@@ -164,6 +164,17 @@ def test_without_the_rows_it_is_smaller_and_nearly_the_same(scan):
     assert len(small) == 306
 
 
+@pytest.mark.parametrize("m", [1, 40])
+def test_without_the_rows_the_best_of_all_estimates_are_found(m):
+    keys = torch.randn(64) + 0.05 * torch.randn(3000, 64)  # as close as the codes can tell
+    index = uk.CosineIndex(keys, exact=False)
+    queries = keys[:m] + 0.01 * torch.randn(m, 64)
+    scores, ids = index.search(queries, 3000)
+    for _ in range(5):  # whichever thread comes first
+        best = index.search(queries, 20)
+        assert torch.equal(best[0], scores[:, :20]) and torch.equal(best[1], ids[:, :20])
+
+
 @scans
 @pytest.mark.parametrize("mmap", [False, True])
 def test_a_file_gives_the_same_index(scan, mmap, tmp_path):

@@ -183,6 +183,7 @@ class Search {
       auto *high = reinterpret_cast<int8_t*>(codes), *low = high + code_bytes_;
       kernels_.quantize(rest, keys_.d, high, low, &bounds);
       query.low_codes = low;
+      if (keys_.rows == nullptr) bounds.norm += bounds.low_norm;  // from one estimate to the other: the second is final
       return;
     }
     bounds.scale = 1.0f;
