@@ -447,17 +447,57 @@ def test_codes_that_flatter_the_others(isa):
     assert (estimates[0, :k] < 400).all()  # the flattered ones come first by their codes
 
 
-def test_a_query_that_its_codes_misjudge(isa):
-    """Many queries are scanned with 8 bits at first: this one differs from its codes along the best keys."""
+@pytest.mark.parametrize("many", [True, False])
+def test_a_query_that_its_codes_misjudge(isa, many):
+    """Its high codes, which many queries are scanned with at first, or all codes see nothing along the best keys."""
     d, k = 300, 20
+    part = 0.49 if many else 0.49 / 254  # of a step: rounded away
     signs = torch.randn(d).sign()
-    query = torch.cat([torch.tensor([127.0]), 0.49 * signs]).unsqueeze(0)  # all codes but the first are 0
-    toward = torch.cat([torch.zeros(k, 1), signs + 0.2 * torch.randn(k, d)], 1)
-    others = torch.cat([torch.full((500, 1), 0.5), torch.randn(500, d)], 1)
-    rows = _native.normalize_rows(torch.cat([others[:250], toward, others[250:]]))
-    queries = torch.cat([query, torch.randn(8, d + 1)])
+    query = torch.cat([torch.tensor([127.0]), part * signs]).unsqueeze(0)
+    flipped = torch.where(torch.rand(k, d) < 0.1, -signs, signs)
+    toward = torch.cat([torch.zeros(k, 1), flipped], 1)
+    others = torch.cat([torch.full((1000, 1), 0.95 * part), torch.randn(1000, d).sign()], 1)  # half as good
+    rows = _native.normalize_rows(torch.cat([others, toward]))
+    queries = torch.cat([query, torch.randn(8, d + 1)]) if many else query
     check_scan(queries, rows, k, torch.uint8, direction=torch.zeros(d + 1))
-    assert topk(query, rows, k)[1].min() >= 250 and topk(query, rows, k)[1].max() < 250 + k
+    assert (topk(query, rows, k)[1] >= 1000).all()
+
+
+def test_a_query_that_bfloat16_misjudges(isa):
+    """A scan that rounds the query to bfloat16 sees nothing of what it has along the best keys."""
+    d, k = 256, 20
+    balanced = torch.tensor([1.0, -1.0]).repeat(d // 2)
+    query = (1 + 0.98 * 2**-8 * balanced).unsqueeze(0)  # rounded down to 1, and up
+    toward = torch.stack([balanced[torch.randperm(d // 2).repeat_interleave(2) * 2 + torch.arange(d) % 2]] * k)
+    others = torch.stack([balanced[torch.randperm(d)] for _ in range(1000)])
+    rows = _native.normalize_rows(torch.cat([others, toward]))  # of +-1 / 16, as they are in bfloat16
+    check_scan(query, rows, k, torch.bfloat16, direction=torch.zeros(d))
+    assert (topk(query, rows, k)[1] >= 1000).all()
+
+
+def test_codes_that_lie_along_the_direction(isa):
+    """The rounding of the keys has a part along the common direction, which is nearly all that the query has."""
+    d, k = 102, 20
+    inner = torch.cat([torch.full((60,), 0.4), torch.full((40,), -0.6)])  # of sum 0; their codes 0 and -1 are not
+
+    def rows_of(count, units, share):
+        shuffled = torch.stack([units[torch.randperm(d - 2)] for _ in range(count)])
+        return share + torch.cat([torch.tensor([[127.0, -127.0]]).expand(count, 2), shuffled], 1)
+
+    rows = _native.normalize_rows(torch.cat([rows_of(1000, inner, 39.8), rows_of(k, -inner, 40.0)]))
+    direction = _native.normalize_rows(torch.ones(1, d))[0]
+    query = torch.ones(1, d)
+    check_scan(query, rows, k, torch.uint8, direction=direction)
+    assert (topk(query, rows, k)[1] >= 1000).all()
+
+
+def test_scores_that_differ_by_their_rounding(isa):
+    """Rows and queries that their codes hold exactly: of the bounds only the slack for rounded arithmetic is left."""
+    for seed in range(20):
+        g = torch.Generator().manual_seed(seed)
+        rows = adversarial_rows(6, torch.randint(-9, 10, (4000, 6), generator=g).float())
+        query = torch.cat([torch.tensor([[127.0]]), torch.randint(-9, 10, (1, 6), generator=g).float()], 1)
+        check_scan(query, rows, 10, torch.uint8, direction=torch.zeros(7))
 
 
 @given(

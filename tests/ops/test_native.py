@@ -195,6 +195,20 @@ def test_gradients_of_extra_neurons(
         torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-4 * (1 + float(b.abs().max()) if b.numel() else 1))
 
 
+def test_one_token_of_many_columns(isa: str) -> None:
+    """Its columns are shared by the threads, forward and backward."""
+    d = 1403
+    pool, grad = make_pool(d, True, 2)._replace(token_rows=torch.tensor([3])), torch.randn(1, d)
+
+    def run(dtype):
+        leaves = [t.to(dtype).requires_grad_() if t.is_floating_point() else t for t in pool]
+        out = ops.patched_ffn(grad.to(dtype), grad.to(dtype), ops.EditPool(*leaves), activation="silu")
+        return out.detach(), *torch.autograd.grad(out, [t for t in leaves if t.requires_grad], grad.to(dtype))
+
+    for got, wanted in zip(*both(run), strict=True):
+        torch.testing.assert_close(got.double(), wanted, rtol=2e-5, atol=2e-5 * float(wanted.abs().max()))
+
+
 @given(
     st.integers(1, 70),
     st.integers(0, 9),
