@@ -409,10 +409,10 @@ def multiply_add(dtype: torch.dtype, rounds: int) -> float:
     """Multiply-adds of registers on all threads, `rounds` times some instructions each; returns how many that were.
 
     Args:
-        dtype: float32, or int8 for the products of codes.
+        dtype: of the keys, as a scan reads them: float32, float16, bfloat16 or int8.
     """
     _require_extension()
-    scan = {torch.float32: 0, torch.int8: 3}[dtype]
+    scan = [torch.float32, torch.float16, torch.bfloat16, torch.int8].index(dtype)  # unike_scan
     return float(_C.multiply_add(scan, rounds, torch.get_num_threads()))
 
 

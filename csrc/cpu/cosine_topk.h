@@ -78,10 +78,10 @@ struct ScanKernels {
   // out[i] = the canonical product of `query` and keys[i], rounded to float32, -0.0 as 0.0.
   void (*canonical)(const float* query, const float* const* keys, int64_t count, int64_t d, float* out);
 
-  // For the bounds of a machine: something that depends on all bytes, and how many multiply-adds were done in registers, of
-  // float32 and of codes.
+  // For the bounds of a machine: something that depends on all bytes, and how many multiply-adds were done in registers,
+  // by scan.
   uint64_t (*read)(const void* data, int64_t bytes);
-  int64_t (*multiply_add[2])(int64_t rounds);
+  int64_t (*multiply_add[4])(int64_t rounds);
 
   // No float32 product of `tile` sums more than d / lanes + kDepth rounded values one after the other.
   int lanes;

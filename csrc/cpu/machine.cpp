@@ -26,10 +26,10 @@ extern "C" unike_status unike_read(const void* data, int64_t bytes, int threads)
 extern "C" unike_status unike_multiply_add(unike_scan scan, int64_t rounds, int threads, double* count) {
   using namespace unike;
   return guarded([&] {
-    require(scan == UNIKE_SCAN_F32 || scan == UNIKE_SCAN_I8, "scan must be float32 or int8");
+    require(UNIKE_SCAN_F32 <= scan && scan <= UNIKE_SCAN_I8, "scan is unknown");
     require(rounds >= 0 && count != nullptr, "rounds must not be negative, count not null");
     threads = std::max(threads, 1);
-    const auto run = UNIKE_PICK_NARROW(scan_kernels).multiply_add[scan == UNIKE_SCAN_I8];
+    const auto run = UNIKE_PICK_NARROW(scan_kernels).multiply_add[scan];
     std::atomic<int64_t> of_a_thread{0};
     parallel_for(threads, threads, [&](int64_t, int) { of_a_thread = run(rounds); });
     *count = static_cast<double>(of_a_thread) * threads;

@@ -26,6 +26,6 @@ def test_probes_are_what_is_needed(monkeypatch):
     assert probes["torch.int8"]() == bounds._made(torch.int8) > 1e6
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.int8])
 def test_a_probe_makes_more_in_more_rounds(dtype):
     assert _native.multiply_add(dtype, 200) == 2 * _native.multiply_add(dtype, 100) > 0

@@ -20,7 +20,7 @@ class Bound:
 
     Attributes:
         reads: the tensors that it must read, once.
-        multiply_adds: how many it must make, by the dtype of the factors: float32, or int8 codes.
+        multiply_adds: how many it must make, by the dtype of the factors.
         over: the system without what is measured; the bound is then on the time that is added to it.
     """
 

@@ -24,8 +24,6 @@ BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 _FEW = 8  # queries, up to which splitting the keys helps faiss
 _LARGE = 2**28  # numbers in the rows, beyond which not every scan gets its own: all tables together stay below 12 GB
 _QUANTIZED = 64 * N  # scores, beyond which faiss's scalar quantizers take seconds: query by query, each as long as one
-# What a scan multiplies. For bfloat16 some CPUs have instructions whose rate is not measured.
-_FACTORS = {"int8": [torch.int8], "float16": [torch.float32], "bfloat16": [], "float32": [torch.float32]}
 
 
 class Tables:
@@ -61,14 +59,12 @@ def _scans(n: int, d: int) -> list[str]:
 def _ours(scan: str, t: Tables) -> Run:
     index = t.indices[scan]
     tables = index._tensors()
-    # All of what is scanned first; what that leaves to be read depends on the data.
-    first = [table for name, table in tables.items() if name.startswith("prefix.")]
-    reads = first or [tables[name] for name in ("codes", "bounds") if name in tables] or [t.rows]
-    scanned = tables.get("prefix.codes", tables.get("codes", t.rows))
+    reads = [tables[name] for name in ("codes", "bounds") if name in tables] or [t.rows]
+    multiply_adds = float(t.rows.shape[0] * t.rows.shape[1] * len(t.queries))
     return Run(
         lambda: index.search(t.queries, t.k),
         lambda found: t.truth.check_exact(*found),
-        Bound((*reads, t.queries), {dtype: float(scanned.numel() * len(t.queries)) for dtype in _FACTORS[scan]}),
+        Bound((*reads, t.queries), {getattr(torch, scan): multiply_adds}),
     )
 
 

@@ -391,7 +391,7 @@ constexpr ScanKernels scan_kernels{
     survivors,
     canonical,
     read,
-    {multiply_add<Floats<float>>, multiply_add<Bytes>},
+    {multiply_add<Floats<float>>, multiply_add<Floats<Float16>>, multiply_add<BFloat16Scan>, multiply_add<Bytes>},
     kLanes};
 
 }  // namespace

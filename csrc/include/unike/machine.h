@@ -12,8 +12,8 @@ extern "C" {
 /* Reads `bytes` bytes once, shared by the threads, and does next to nothing with them. */
 UNIKE_API unike_status unike_read(const void* data, int64_t bytes, int threads);
 
-/* Multiply-adds of registers, as a scan's products need them (UNIKE_SCAN_F32 or UNIKE_SCAN_I8): `rounds` times some vector
- * instructions on each thread. count: how many multiply-adds all threads did. */
+/* Multiply-adds of registers, as a scan's products need them: `rounds` times some vector instructions on each thread. count: how
+ * many multiply-adds all threads did. */
 UNIKE_API unike_status unike_multiply_add(unike_scan scan, int64_t rounds, int threads, double* count);
 
 #ifdef __cplusplus
