@@ -465,13 +465,16 @@ def test_a_query_that_its_codes_misjudge(isa, many):
 
 def test_a_query_that_bfloat16_misjudges(isa):
     """A scan that rounds the query to bfloat16 sees nothing of what it has along the best keys."""
-    d, k = 256, 20
-    balanced = torch.tensor([1.0, -1.0]).repeat(d // 2)
-    query = (1 + 0.98 * 2**-8 * balanced).unsqueeze(0)  # rounded down to 1, and up
-    toward = torch.stack([balanced[torch.randperm(d // 2).repeat_interleave(2) * 2 + torch.arange(d) % 2]] * k)
-    others = torch.stack([balanced[torch.randperm(d)] for _ in range(1000)])
-    rows = _native.normalize_rows(torch.cat([others, toward]))  # of +-1 / 16, as they are in bfloat16
-    check_scan(query, rows, k, torch.bfloat16, direction=torch.zeros(d))
+    half, k = 126, 20
+    balanced = torch.tensor([1.0, -1.0]).repeat(half)
+    part = 0.49 * 2**-7  # of a step of bfloat16 from 1.5: rounded away in both directions
+    query = torch.cat([torch.tensor([9 / 64]), 1.5 + part * balanced]).unsqueeze(0)
+    others = torch.stack([balanced[torch.randperm(2 * half)] for _ in range(1000)])
+    first = torch.tensor([2.0]).repeat(1000 + k, 1)
+    first[1000:] *= -1  # what the codes see speaks against the best
+    rows = torch.cat([first, torch.cat([others, balanced.repeat(k, 1)])], 1)
+    rows = _native.normalize_rows(rows)  # sixteenths, as they are in bfloat16
+    check_scan(query, rows, k, torch.bfloat16, direction=torch.zeros(2 * half + 1))
     assert (topk(query, rows, k)[1] >= 1000).all()
 
 
