@@ -12,7 +12,7 @@ The two are not comparable; a figure is labelled with its protocol.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,7 +100,9 @@ def agreement(before: Observation, after: Observation, protocol: str, images: bo
     raise ValueError(f"protocol: expected one of {', '.join(PROTOCOLS)}; got {protocol!r}")
 
 
-def score(before: dict[str, list[Observation]], after: dict[str, list[Observation]], protocol: str) -> dict[str, float]:
+def score(
+    before: Mapping[str, list[Observation]], after: Mapping[str, list[Observation]], protocol: str
+) -> dict[str, float]:
     """Metric -> share in 0..1; a metric without samples is left out. `before` must come from before the edit."""
     if protocol not in PROTOCOLS:
         raise ValueError(f"protocol: expected one of {', '.join(PROTOCOLS)}; got {protocol!r}")

@@ -1,0 +1,41 @@
+"""FT: gradient descent on the last layer's FFN until the model gives the answer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...editing.samples import Sample, evaluating
+from .base import WeightEditor, answer_loss, only
+
+
+class FineTune(WeightEditor):
+    """Fine-tuning of the last layer.
+
+    Args:
+        lr: of Adam.
+        steps: at most.
+        stop_loss: of the answer, in nats a token.
+    """
+
+    name = "FT"
+
+    def __init__(
+        self, model: nn.Module, processor: Any, *, lr: float = 3e-3, steps: int = 50, stop_loss: float = 0.05
+    ) -> None:
+        super().__init__(model, processor)
+        self.lr, self.steps, self.stop_loss = lr, steps, stop_loss
+
+    def edit(self, request: Sample) -> None:
+        batch = self.encode([request])
+        with evaluating(self.model), only(self.model, self.parameters):
+            optimizer = torch.optim.Adam(self.parameters, self.lr)
+            for _ in range(self.steps):
+                loss = answer_loss(self.model, batch)
+                if float(loss.detach()) < self.stop_loss:
+                    break
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()

@@ -1,0 +1,87 @@
+"""Measuring an editing system on the requests of a suite."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from .editors.base import Editor
+from .metrics import PROTOCOLS, Observation, observe_case, score
+from .suite import Request
+
+Observed = Mapping[str, list[Observation]]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One request after its edit.
+
+    Attributes:
+        id: of the request.
+        scores: protocol -> metric -> share in 0..1.
+        seconds: that the edit took.
+    """
+
+    id: str
+    scores: dict[str, dict[str, float]]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over requests, and the half-width of its 95% confidence interval (normal, from the standard error)."""
+
+    mean: float
+    half_width: float
+    count: int
+
+    def __str__(self) -> str:
+        return f"{100 * self.mean:.1f} ± {100 * self.half_width:.1f}"
+
+
+def estimate(values: Sequence[float]) -> Estimate:
+    """Of one value or more; a single one has no interval (infinite)."""
+    if not values:
+        raise ValueError("values: expected at least one, got none")
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.inf
+    return Estimate(statistics.fmean(values), 1.96 * error, len(values))
+
+
+def before(model: nn.Module, processor: Any, requests: Sequence[Request]) -> dict[str, Observed]:
+    """Request id -> what the model says before any edit."""
+    return {r.id: observe_case(model, processor, r.case) for r in requests}
+
+
+def measure(
+    editor: Editor, requests: Sequence[Request], unedited: Mapping[str, Observed], *, steps: int = 1
+) -> Iterator[Measured]:
+    """Edit and measure, `steps` requests after one another; then all edits are taken back.
+
+    Args:
+        editor: fitted.
+        requests: in this order; a last sequence that is shorter than `steps` is left out.
+        unedited: see `before`.
+        steps: of a sequence: all of its edits are in force when its requests are measured.
+    """
+    for start in range(0, len(requests) - steps + 1, steps):
+        sequence = requests[start : start + steps]
+        try:
+            seconds = [_edit(editor, request) for request in sequence]
+            for request, took in zip(sequence, seconds, strict=True):
+                after = {name: editor.observe(samples) for name, samples in request.case.groups().items()}
+                scores = {protocol: score(unedited[request.id], after, protocol) for protocol in PROTOCOLS}
+                yield Measured(request.id, scores, took)
+        finally:
+            editor.reset()
+
+
+def _edit(editor: Editor, request: Request) -> float:
+    start = time.perf_counter()
+    editor.edit(request.case.request)
+    return time.perf_counter() - start
