@@ -6,7 +6,8 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,26 @@ VERSION = 1
 
 def save(path: str | os.PathLike[str], kind: str, header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     """Write the tensors and the header to a temporary file beside `path`, then rename it."""
+    metadata = {"format": f"unike.{kind}", "version": str(VERSION), "header": json.dumps(header)}
+    with replacing(path) as name:
+        save_file({k: t.detach().cpu().contiguous().clone() for k, t in tensors.items()}, name, metadata)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a file of text in the same way."""
+    with replacing(path) as name:
+        Path(name).write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[str]:
+    """The name of a temporary file beside `path`, which takes its place when the block ends without an error."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    metadata = {"format": f"unike.{kind}", "version": str(VERSION), "header": json.dumps(header)}
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     os.close(descriptor)
     try:
-        save_file({k: t.detach().cpu().contiguous().clone() for k, t in tensors.items()}, name, metadata)
+        yield name
         umask = os.umask(0)
         os.umask(umask)
         os.chmod(name, 0o666 & ~umask)  # mkstemp's 0600 would hide the file from its other readers

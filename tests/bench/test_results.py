@@ -9,6 +9,7 @@ from pytest_benchmark.logger import Logger
 from pytest_benchmark.stats import Stats
 from pytest_benchmark.storage.file import FileStorage
 
+from unike_kernels.artifacts import write_text
 from unike_kernels.bench import results
 from unike_kernels.bench.results import Recorded
 
@@ -18,18 +19,8 @@ STAMP = {"CPU": "a CPU", "commit": "0123456789ab, with changes", "date": "2026-0
 @pytest.fixture
 def file(rows, tmp_path):
     path = tmp_path / "new" / "bench.json"
-    results.write(path, json.dumps(results.document(rows, STAMP)))
+    write_text(path, json.dumps(results.document(rows, STAMP)))
     return path
-
-
-def test_written_whole_or_not_at_all(file, monkeypatch):
-    assert [path.name for path in file.parent.iterdir()] == ["bench.json"]
-    before = file.read_text()
-    monkeypatch.setattr(results.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("full")))
-    with pytest.raises(OSError, match="full"):
-        results.write(file, "something else")
-    assert [path.name for path in file.parent.iterdir()] == ["bench.json"]
-    assert file.read_text() == before
 
 
 def test_pytest_benchmarks_loader_reads_it(file):

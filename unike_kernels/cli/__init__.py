@@ -41,6 +41,24 @@ def _parser() -> argparse.ArgumentParser:
     )
     bench.add_argument("--compare", type=Path, metavar="JSON", help="bench.json of an earlier run")
     bench.add_argument("--rounds", type=int, help="of each case, at least 3 (default: what fits into some seconds)")
+    evaluation = commands.add_parser("eval", help="the paper's tables: editing systems on real images, measured")
+    evaluation.add_argument(
+        "--table",
+        nargs="+",
+        choices=("1", "2", "3", "4", "4a", "4b"),
+        default=["1"],
+        help="1: one step; 2: sequences of one task; 3: of both; 4: ablation; 4a, 4b: the figures (default: 1)",
+    )
+    evaluation.add_argument("--systems", nargs="+", metavar="NAME", help="only these, such as FT MEND UniKE")
+    evaluation.add_argument("--split", choices=("validation", "test"), default="test", help="(default: %(default)s)")
+    evaluation.add_argument("--requests", type=int, help="at most so many of each suite (default: all)")
+    evaluation.add_argument("--seed", type=int, default=0, help="of all training (default: %(default)s)")
+    evaluation.add_argument(
+        "--out",
+        type=Path,
+        default=Path("unike-eval"),
+        help="folder of the results; a run that was interrupted goes on from there (default: %(default)s)",
+    )
     commands.add_parser("info", help="versions, CPU and backends")
     return parser
 
@@ -59,6 +77,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             selection = {"select": args.select, "only": args.only, "growth": args.growth}
             return bench.run(args.out, **selection, compare=args.compare, rounds=args.rounds)
+        if args.command == "eval":
+            from . import evaluate
+
+            chosen = {"names": args.table, "systems": args.systems, "split": args.split, "requests": args.requests}
+            return evaluate.run(args.out, **chosen, seed=args.seed)
         from . import demo
 
         return demo.run(args.model, args.out, seed=args.seed, reload=args.reload)

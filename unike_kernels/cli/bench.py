@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 from .. import _native
+from ..artifacts import write_text
 from ..bench import optional, results, suite
 from ..bench.compare import changes
 from ..bench.measure import Row, measure
@@ -57,9 +58,9 @@ def run(
     told = stamp()
     changed = comparison(changes(earlier[1], rows), earlier[0]) if earlier else None
     report = Report(rows, told, optional.left_out(), changed)
-    results.write(out / "bench.json", json.dumps(results.document(rows, told), indent=1))
-    results.write(out / "report.md", report.markdown())
-    results.write(out / "report.html", report.html(plots(rows) if optional.installed("matplotlib") else {}))
+    write_text(out / "bench.json", json.dumps(results.document(rows, told), indent=1))
+    write_text(out / "report.md", report.markdown())
+    write_text(out / "report.html", report.html(plots(rows) if optional.installed("matplotlib") else {}))
     print(f"\n{report.markdown()}\nwritten: bench.json, report.md and report.html in {out}")
     return 1 if any(row.failure is not None for row in rows) else 0
 

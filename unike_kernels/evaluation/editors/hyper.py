@@ -80,17 +80,20 @@ class HyperEditor(Editor):
             for _ in range(self.steps):
                 case = rng.choice(suite.train).case
                 target = rng.choice([case.request, *case.rephrasings, *case.images])
-                kept = self.encode([rng.choice(suite.preserve)])
-                with torch.no_grad():
-                    usual = self._log_probabilities(kept)
-                changes = self.changes(case.request)
-                with self._changed(changes):
-                    loss = answer_loss(self.model, self.encode([target]))
-                    apart = F.kl_div(self._log_probabilities(kept), usual, reduction="batchmean", log_target=True)
                 optimizer.zero_grad()
-                (loss + self.locality * apart).backward()
+                self.objective(case.request, target, rng.choice(suite.preserve)).backward()
                 nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
                 optimizer.step()
+
+    def objective(self, request: Sample, target: Sample, unrelated: Sample) -> Tensor:
+        """What the network learns to lower: the loss of the target and the divergence elsewhere, after the edit."""
+        kept = self.encode([unrelated])
+        with torch.no_grad():
+            usual = self._log_probabilities(kept)
+        with self._changed(self.changes(request)):
+            loss = answer_loss(self.model, self.encode([target]))
+            apart = F.kl_div(self._log_probabilities(kept), usual, reduction="batchmean", log_target=True)
+        return loss + self.locality * apart
 
     def edit(self, request: Sample) -> None:
         with evaluating(self.model), only(self.model, []):

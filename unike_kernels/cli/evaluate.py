@@ -1,0 +1,67 @@
+"""`unike eval`: the paper's tables on the built-in suite."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from .. import __version__
+from ..artifacts import write_text
+from ..evaluation import tables
+from ..evaluation.editors import EDITORS
+from ..evaluation.experiments import perform, table
+from ..evaluation.metrics import PROTOCOLS
+
+
+def run(
+    out: Path,
+    *,
+    names: list[str],
+    systems: list[str] | None = None,
+    split: Literal["validation", "test"] = "test",
+    requests: int | None = None,
+    seed: int = 0,
+) -> int:
+    """Perform the runs of these tables that are not yet in `out`, and write each as Markdown and CSV.
+
+    Args:
+        out: a folder, made if need be. What an interrupted run has measured is kept there, and not measured again.
+        names, split, requests, seed: see `experiments.table` and `experiments.perform`.
+        systems: only these; None: all.
+
+    Returns:
+        The exit status.
+
+    Raises:
+        ValueError: an unknown table or system, no requests; or `out` holds results of other settings.
+    """
+    unknown = [name for name in systems or () if name not in EDITORS]
+    if unknown:
+        raise ValueError(f"systems: expected some of {', '.join(EDITORS)}; got {unknown[0]!r}")
+    if requests is not None and requests < 1:
+        raise ValueError(f"requests: expected a positive number, got {requests}")
+    for name in names:
+        runs = [r for r in table(name) if systems is None or r.system in systems]
+        found = []
+        for number, each in enumerate(runs, 1):
+            print(f"[table {name}: {number}/{len(runs)}] {each.name}", flush=True)
+            measured = perform(each, out, split=split, limit=requests, seed=seed)
+            if measured:
+                found.append((each, measured))
+        text = f"# Table {name}\n\n{_environment(split, seed)}\n"
+        for protocol in PROTOCOLS:
+            text += f"\n## Protocol {protocol}\n\n{tables.markdown(found, protocol)}"
+            write_text(out / f"table-{name}-{protocol}.csv", tables.as_csv(found, protocol))
+        write_text(out / f"table-{name}.md", text)
+        print(f"\n{text}\nwritten: table-{name}.md and .csv in {out}")
+    return 0
+
+
+def _environment(split: str, seed: int) -> str:
+    return (
+        f"{split} requests, seed {seed}; unike-kernels {__version__}, torch {torch.__version__}, Python "
+        f"{platform.python_version()}, {platform.machine()}. Percentages with 95% confidence intervals over requests."
+    )

@@ -1,0 +1,59 @@
+"""The results of runs as tables: Markdown and CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+import statistics
+from collections.abc import Sequence
+
+from .experiments import Run
+from .measure import Estimate, Measured, estimate
+from .metrics import METRICS
+
+Results = Sequence[tuple[Run, Sequence[Measured]]]
+_COLUMNS = ("backbone", "tasks", "steps", "system", *METRICS, "mean", "requests", "seconds an edit")
+_NEEDED = 0.9  # reliability of the systems that the paper has there; below it the reason is to be found
+_EXPECTED = ("KE", "MEND", "IKE", "SERAC")
+
+
+def figures(rows: Sequence[Measured], protocol: str) -> dict[str, Estimate]:
+    """Metric, and "mean" of the metrics of a request -> its estimate over requests."""
+    found = {m: estimate([r.scores[protocol][m] for r in rows]) for m in METRICS if m in rows[0].scores[protocol]}
+    return found | {"mean": estimate([statistics.fmean(r.scores[protocol].values()) for r in rows])}
+
+
+def _cells(run: Run, rows: Sequence[Measured], protocol: str) -> dict[str, str]:
+    found = figures(rows, protocol)
+    reached = run.steps > 1 or run.system not in _EXPECTED or found["reliability"].mean >= _NEEDED
+    about = {
+        "backbone": run.backbone,
+        "tasks": run.tasks,
+        "steps": str(run.steps),
+        "system": (run.variant or run.system) + ("" if reached else " (not reproduced)"),
+    }
+    last = {"requests": str(len(rows)), "seconds an edit": f"{statistics.median(r.seconds for r in rows):.2f}"}
+    return about | {name: str(e) for name, e in found.items()} | last
+
+
+def markdown(results: Results, protocol: str) -> str:
+    """A line for each run; percentages with their 95% confidence intervals over requests."""
+    lines = ["| " + " | ".join(_COLUMNS) + " |", "|" + " --- |" * len(_COLUMNS)]
+    for run, rows in results:
+        cells = _cells(run, rows, protocol)
+        lines.append("| " + " | ".join(cells.get(column, "") for column in _COLUMNS) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def as_csv(results: Results, protocol: str) -> str:
+    """The means and half-widths as shares in 0..1, for other programs."""
+    names = [f"{m}{part}" for m in (*METRICS, "mean") for part in ("", " ±")]
+    out = io.StringIO()
+    writer = csv.DictWriter(out, ["backbone", "tasks", "steps", "system", "variant", *names, "requests"])
+    writer.writeheader()
+    for run, rows in results:
+        found = figures(rows, protocol)
+        numbers = {m: e.mean for m, e in found.items()} | {f"{m} ±": e.half_width for m, e in found.items()}
+        about = {n: getattr(run, n) for n in ("backbone", "tasks", "steps", "system", "variant")}
+        writer.writerow(about | numbers | {"requests": len(rows)})
+    return out.getvalue()
