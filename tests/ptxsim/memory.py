@@ -398,7 +398,7 @@ class GenericMemory:
 
     name = "generic"
 
-    def _parts(self, group: Group, addresses: np.ndarray):
+    def parts(self, group: Group, addresses: np.ndarray):
         spaces = (
             (group.launch_memory, addresses < SHARED_WINDOW, 0),
             (group.block.shared, (addresses >= SHARED_WINDOW) & (addresses < LOCAL_WINDOW), SHARED_WINDOW),
@@ -411,7 +411,7 @@ class GenericMemory:
     ) -> np.ndarray:
         """The data of each lane."""
         result = np.empty((len(lanes), count), UNSIGNED[width])
-        for space, at, window in self._parts(group, addresses):
+        for space, at, window in self.parts(group, addresses):
             result[at] = space.load(group, lanes[at], addresses[at] - window, width, count, atomic)
         return result
 
@@ -419,5 +419,5 @@ class GenericMemory:
         self, group: Group, lanes: np.ndarray, addresses: np.ndarray, values: np.ndarray, atomic: bool = False
     ) -> None:
         """Write `values`, one row per lane."""
-        for space, at, window in self._parts(group, addresses):
+        for space, at, window in self.parts(group, addresses):
             space.store(group, lanes[at], addresses[at] - window, values[at], atomic)

@@ -53,6 +53,7 @@ def load(instruction: Instruction) -> Step:
     modifiers = Modifiers(instruction)
     kind = modifiers.type()
     if modifiers.flag("param"):
+        modifiers.ignore("v2", "v4")
         modifiers.done()
         return _load_parameter(instruction, kind)
     strength = modifiers.one_of(*STRONG)
@@ -129,7 +130,11 @@ def store(instruction: Instruction) -> Step:
 
 
 def synchronise(group, memory, lanes, addresses, width, read: str | None = None, write: str | None = None) -> None:
-    """Tell the clocks about a strong access of global memory."""
+    """Tell the clocks about a strong access, as far as it is one of global memory."""
+    if memory is _GENERIC:
+        for space, at, _ in _GENERIC.parts(group, addresses):
+            synchronise(group, space, lanes[at], addresses[at], width, read, write)
+        return
     if memory is not group.launch_memory:
         return
     clocks = memory.clocks

@@ -161,6 +161,8 @@ ret;
     [
         ("st.release.gpu.global", "ld.acquire.gpu.global", True),
         ("fence.acq_rel.gpu; st.relaxed.gpu.global", "ld.acquire.gpu.global", True),
+        ("st.release.gpu", "ld.acquire.gpu", True),  # generic addresses
+        ("st.relaxed.gpu", "ld.acquire.gpu", False),
         ("membar.gl; st.volatile.global", "ld.acquire.gpu.global", True),
         ("st.relaxed.gpu.global", "ld.acquire.gpu.global", False),
         ("st.release.gpu.global", "ld.relaxed.gpu.global", False),
