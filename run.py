@@ -29,7 +29,8 @@ BUILD_FOLDERS = ("csrc", "python/src")
 def sources_hash() -> str:
     """A hash of everything that decides what an installation holds."""
     nested = [path for folder in BUILD_FOLDERS for path in sorted((ROOT / folder).rglob("*")) if path.is_file()]
-    digest = hashlib.sha256(os.environ.get("TORCH_INDEX_URL", "").encode())
+    settings = (os.environ.get(name, "") for name in ("TORCH_INDEX_URL", "UNIKE_CUDA", "UNIKE_CUDA_ARCHS"))
+    digest = hashlib.sha256("\0".join(settings).encode())
     for path in [*(ROOT / name for name in BUILD_FILES), *nested]:
         digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()

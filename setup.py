@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -35,16 +36,66 @@ X86_ISA_FLAGS = {
 }
 
 
+CUDA_ARCHS = ("80", "86", "89", "90", "100", "120")
+
+
+class Cuda:
+    """The CUDA toolkit: nvcc of CUDA_HOME, or else of the PATH.
+
+    UNIKE_CUDA=0 does without it, UNIKE_CUDA=1 makes it an error not to find it. UNIKE_CUDA_ARCHS="80;90" compiles for
+    these architectures instead of all; the PTX of the last one serves those that come later.
+    """
+
+    def __init__(self, nvcc: str) -> None:
+        """Asks nvcc where its parts are, and which architectures it knows."""
+        self.nvcc = nvcc
+        told = self._run("-dryrun", "-c", "any.cu")
+        self.includes, self.libraries = ([*re.findall(rf'"(-{k}[^"]+)"', told)] for k in "IL")
+        given = os.environ.get("UNIKE_CUDA_ARCHS")
+        known = re.findall(r"sm_(\d+)", self._run("--list-gpu-code"))
+        self.archs = given.split(";") if given else [arch for arch in CUDA_ARCHS if arch in known]
+
+    def _run(self, *arguments: str) -> str:
+        done = subprocess.run([self.nvcc, *arguments], capture_output=True, text=True)
+        return done.stdout + done.stderr
+
+    @classmethod
+    def find(cls) -> Cuda | None:
+        """The toolkit that this build uses."""
+        wanted, home = os.environ.get("UNIKE_CUDA", ""), os.environ.get("CUDA_HOME")
+        if wanted not in ("", "0", "1"):
+            raise SystemExit(f"UNIKE_CUDA: expected 0 or 1, got {wanted!r}")
+        nvcc = None if wanted == "0" else shutil.which("nvcc", path=f"{home}/bin" if home else None)
+        if nvcc is None and wanted == "1":
+            raise SystemExit(f"UNIKE_CUDA=1: there is no nvcc in {f'{home}/bin' if home else 'the PATH'}")
+        return None if nvcc is None else cls(nvcc)
+
+    def compile_flags(self) -> list[str]:
+        """The flags of a .cu file. A spill is an error."""
+        codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in self.archs]
+        codes.append(f"-gencode=arch=compute_{self.archs[-1]},code=compute_{self.archs[-1]}")
+        warnings = shlex.split("-Xptxas --warn-on-spills -Xptxas -Werror --Werror all-warnings")
+        host = shlex.split("-Xcompiler -fPIC -Xcompiler -fvisibility=hidden")
+        return ["-std=c++20", "-O3", *codes, *warnings, *host, *(f"-I{ROOT / f}" for f in ("csrc", "csrc/include"))]
+
+
 def find_sources(*folders: str) -> list[str]:
-    """All C++ files, relative to the root; the per-ISA ones only where the target machine has that ISA."""
-    paths = [path.relative_to(ROOT) for folder in folders for path in (ROOT / folder).rglob("*.cpp")]
+    """All sources, relative to the root; the per-ISA ones only where the target machine has that ISA."""
+    suffixes = (".cpp", ".cu") if Cuda.find() else (".cpp",)
+    paths = [path.relative_to(ROOT) for folder in folders for path in (ROOT / folder).rglob("*")]
     is_x86 = platform.machine() == "x86_64"
-    return sorted(str(path) for path in paths if is_x86 or str(path.parent) not in X86_ISA_FLAGS)
+    wanted = [path for path in paths if path.suffix in suffixes and (is_x86 or str(path.parent) not in X86_ISA_FLAGS)]
+    return sorted(map(str, wanted))
 
 
-def compile_flags(source: Path) -> list[str]:
+def compile_flags(source: Path, cuda: Cuda | None) -> list[str]:
     """The flags of one file: the core sees no Python, and the bindings see only the public headers of the core."""
+    if source.suffix == ".cu":
+        assert cuda is not None
+        return cuda.compile_flags()
     flags = [*CXX_FLAGS, f"-I{ROOT / 'csrc/include'}", *X86_ISA_FLAGS.get(str(source.parent), [])]
+    if cuda is not None and str(source.parent) == "csrc/cuda":
+        flags += ["-DUNIKE_WITH_CUDA", *cuda.includes]
     if source.parts[0] == "csrc":
         flags.append(f"-I{ROOT / 'csrc'}")
     else:
@@ -55,17 +106,24 @@ def compile_flags(source: Path) -> list[str]:
 
 def link(sources: list[str], target: Path, build_dir: Path) -> None:
     """Compiles the sources and links them into one shared object, in one ninja run: in parallel, only what changed."""
-    compiler = os.environ.get("CXX", "c++")
+    compiler, cuda = os.environ.get("CXX", "c++"), Cuda.find()
+    runtime = [] if cuda is None else [*cuda.libraries, "-lcudart_static", "-ldl", "-lrt"]
     build_dir.mkdir(parents=True, exist_ok=True)
     with open(build_dir / "build.ninja", "w") as file:
         ninja = Writer(file)
         ninja.rule("compile", f"{compiler} $flags -MMD -MF $out.d -c $in -o $out", "compile $in", "$out.d", deps="gcc")
         ninja.rule("link", f"{compiler} -shared -pthread -fopenmp $in $flags -o $out", "link $out")
+        if cuda is not None:
+            ninja.rule("cuda", f"{cuda.nvcc} $flags -MD -MF $out.d -c $in -o $out", "nvcc $in", "$out.d", deps="gcc")
         objects = []
         for source in map(Path, sources):
-            flags = {"flags": shlex.join(compile_flags(source))}
-            objects += ninja.build(str(source.with_suffix(".o")), "compile", str(ROOT / source), variables=flags)
-        ninja.build(str(target), "link", objects, variables={"flags": os.environ.get("LDFLAGS", "")})
+            flags, rule = (
+                {"flags": shlex.join(compile_flags(source, cuda))},
+                "cuda" if source.suffix == ".cu" else "compile",
+            )
+            objects += ninja.build(f"{source}.o", rule, str(ROOT / source), variables=flags)
+        flags = {"flags": shlex.join([*runtime, *shlex.split(os.environ.get("LDFLAGS", ""))])}
+        ninja.build(str(target), "link", objects, variables=flags)
     subprocess.run([sys.executable, "-m", "ninja", "-C", str(build_dir)], check=True)
 
 

@@ -16,6 +16,7 @@
 namespace unike::python {
 
 void bind_cosine_topk(pybind11::module_& module);
+void bind_cuda(pybind11::module_& module);
 void bind_latent_attention(pybind11::module_& module);
 void bind_machine(pybind11::module_& module);
 void bind_patched_ffn(pybind11::module_& module);

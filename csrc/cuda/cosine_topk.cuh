@@ -1,0 +1,527 @@
+// Exact cosine top-k in one launch: no [m, n] matrix, no second kernel, no host in between.
+//
+// What it computes: for each query the k keys of highest canonical score (unike/cosine_topk.h). A scan of the keys in 4, 2
+// or 1 bytes a number gives each score to within a proved bound (csrc/cpu/cosine_topk.cpp has the proof); keys whose upper
+// bound reaches the k-th best lower bound are suspects, and only these are scored canonically, from their float32 rows.
+//
+// How it is tiled: a block takes a tile of queries, 8 or 64, and a part of the keys. It
+//   1. prepares queries (unit rows, codes, bounds), each of them in one block, for all;
+//   2. multiplies its keys with its queries on tensor cores: keys go straight from memory to registers, 16 bytes a lane,
+//      each once; the codes of the queries come from shared memory, where they are copied while others are multiplied;
+//   3. tells the others lower bounds, meets them once, and so knows a threshold that is close to the final one;
+//   4. keeps its suspects in a list of its own; if the list is full, scores them, keeps the best k and goes on;
+//   5. scores its suspects, meets the others again, and writes each of its suspects to its place among all of them.
+// Blocks need not be resident together: one that has waited too long goes on without what it waited for, and the block
+// that arrives last finishes for all (blocks.cuh). The result does not depend on who waited: order and arithmetic are
+// canonical.
+//
+// Why this is bound by memory: for one query the scan reads n d bytes of int8 codes; it executes 0.08 warp instructions for
+// each of them (0.014 for float16, 0.023 for float32; counted by executing the PTX). An H100 issues 132 x 4 a clock, about
+// 900 G a second, and reads 3.35 TB: 0.08 x 3350 G = 270 G, three tenths of what it could issue. With 8 queries it is 0.19,
+// seven tenths. With 64 it is 1.3: tensor cores and their operands are the limit, not memory. 64 registers a thread let two
+// blocks of 512 threads live on a multiprocessor; each lane has 64 bytes on their way (few queries), which is 64 KB a
+// multiprocessor, four times what the latency of an H100's memory asks for at its full rate.
+#pragma once
+
+#include "cuda/blocks.cuh"
+#include "cuda/canonical.cuh"
+#include "cuda/fragments.cuh"
+#include "cuda/selection.cuh"
+
+namespace unike::cuda {
+
+constexpr float kSlack = 0x1p-17f;
+// The threshold is found to 2^-12 of the range of the lower bounds that it is chosen from.
+constexpr int kThresholdPasses = 3;
+// Bytes of each key of the first tile that are fetched into the L2 cache while the queries are being prepared.
+constexpr int kPrefetched = 1024;
+
+template <bool kMany>
+struct Shared {
+  KeyBounds keys[Shape<kMany>::kRows];
+  QueryBounds queries[Shape<kMany>::kQueries];
+  int64_t starts[Shape<kMany>::kQueries], stops[Shape<kMany>::kQueries];
+  float thresholds[Shape<kMany>::kQueries];  // no key with a lower score is among the k best
+  int counts[Shape<kMany>::kQueries];        // of suspects
+  double sums[kWarps];
+  int bins[kWarps][32];
+  Counters* counters;             // here, so that no phase keeps it in registers for the next
+  int64_t from, to;               // keys of the block
+  int64_t first;                  // key of the tile
+  int rows;                       // keys of the tile
+  int tile, tiles;                // of the block's keys
+  int group, query, query_count;  // of the block
+  int others_known;               // their lower bounds may be read
+  int full;                       // a list of suspects has no room for another tile
+  unsigned generations[2];        // of the barriers when the launch began
+};
+
+// A block, with its part of the keys and of the queries. Each query has a warp that decides about its keys.
+template <unike_scan kScan, bool kMany>
+class Block {
+  using Tile = Shape<kMany>;
+  using Slab = Fragments<kScan, kMany>;
+  static constexpr int kChunkSlabs = Tile::kColumns / Slab::kColumns;
+
+ public:
+  __device__ Block(const Search& search, Shared<kMany>& shared, char* ring)
+      : p(search), shared(shared), ring_(ring), products_(reinterpret_cast<float*>(kMany ? ring : ring + kRing)) {
+    if (thread() == 0) {
+      const int query_tiles = gridDim.x / p.groups;
+      shared.group = blockIdx.x / query_tiles;
+      shared.query = blockIdx.x % query_tiles * Tile::kQueries;
+      shared.query_count = min(p.m - shared.query, Tile::kQueries);
+      shared.from = p.n * shared.group / p.groups;
+      shared.to = p.n * (shared.group + 1) / p.groups;
+      shared.counters = p.counters;
+      shared.others_known = shared.full = 0;
+      for (int i = 0; i < 2; ++i) shared.generations[i] = generation_of(p.counters->barriers + i);
+      shared.tiles = max(static_cast<int>((shared.to - shared.from + Tile::kRows - 1) / Tile::kRows), 1);
+    }
+    __syncthreads();
+  }
+
+  __device__ void run() {
+    start_tile(0);
+    prefetch_keys();
+    share(shared.counters, kMany ? (p.m + 15) / 16 * 16 : p.m, [&](int query) { prepare(query); });
+    for (int q = thread(); q < shared.query_count; q += kThreads) begin(q);
+    for (;;) {
+      load_bounds();
+      multiply();
+      for_my_queries([&](int q) { raise_lower_bounds(q); });
+      if (shared.tile == 0) meet_first();
+      if (shared.others_known && threshold_is_due()) for_my_queries([&](int q) { raise_threshold(q); });
+      if (p.capacity < shared.to - shared.from) make_room();
+      for_my_queries([&](int q) { collect(q); });
+      const int next = shared.tile + 1;
+      __syncthreads();
+      if (next == shared.tiles) break;
+      start_tile(next);
+    }
+    if (shared.tiles > 1) {
+      for_my_queries([&](int q) { drop(q, shared.thresholds[q]); });
+      __syncthreads();
+    }
+    resolve();
+    __syncthreads();
+    for (int q = thread(); q < shared.query_count; q += kThreads)
+      p.counts[(shared.query + q) * p.groups + shared.group] = shared.counts[q];
+    switch (meet(shared.counters->barriers + 1, shared.generations[1], [] {})) {
+      case Met::kAll:
+        for (int q = 0; q < shared.query_count; ++q) rank(shared.query + q, shared.group, shared.thresholds[q]);
+        break;
+      case Met::kAfterAll:
+        for (int q = 0; q < p.m; ++q) {
+          for (int group = 0; group < p.groups; ++group) rank(q, group, -INFINITY);
+        }
+        break;
+      case Met::kGaveUp:
+        break;
+    }
+  }
+
+ private:
+  __device__ void start_tile(int tile) {
+    if (thread() == 0) {
+      shared.tile = tile;
+      const int64_t all = shared.to - shared.from;
+      shared.first = shared.from + all * tile / shared.tiles;
+      shared.rows = static_cast<int>(shared.from + all * (tile + 1) / shared.tiles - shared.first);
+    }
+    __syncthreads();
+  }
+
+  __device__ void for_my_queries(const auto& body) {
+    for (int q = warp(); q < shared.query_count; q += kWarps) body(q);
+  }
+
+  // After the first tile every block knows lower bounds from all the others.
+  __device__ void meet_first() {
+    const Met met = meet(shared.counters->barriers, shared.generations[0],
+                         [&] { shared.counters->claimed = shared.counters->prepared = 0; });
+    if (thread() == 0) shared.others_known = met != Met::kGaveUp;
+    __syncthreads();
+  }
+
+  // After 1, 2, 4, ... tiles and the last.
+  __device__ bool threshold_is_due() const {
+    return (shared.tile & (shared.tile + 1)) == 0 || shared.tile + 1 == shared.tiles;
+  }
+
+  __device__ void prefetch_keys() const {
+    constexpr int kLine = 128, kLines = kPrefetched / kLine;
+    for (int i = thread(); i < shared.rows * kLines; i += kThreads) {
+      const int at = i % kLines * kLine;
+      if (at < p.slabs * kSlabBytes) prefetch(p.scanned + (shared.first + i / kLines) * p.scanned_bytes + at);
+    }
+  }
+
+  // The sum of a number of each thread, in all of them.
+  __device__ double block_sum(double x) {
+    for (int width = 16; width > 0; width /= 2) x += __shfl_xor_sync(kAllLanes, x, width);
+    __syncthreads();
+    if (lane() == 0) shared.sums[warp()] = x;
+    __syncthreads();
+    double sum = 0.0;
+    for (int warp = 0; warp < kWarps; ++warp) sum += shared.sums[warp];
+    return sum;
+  }
+
+  // The unit row of a query, its codes and bounds. Queries that only fill the last sixteen have no row.
+  __device__ void prepare(int query) {
+    const int columns = p.slabs * Slab::kColumns;
+    uint16_t* codes = p.codes + static_cast<int64_t>(Slab::row_of(query)) * columns * (kMany ? 2 : 1);
+    if (query >= p.m) {
+      for (int i = thread(); i < columns; i += kThreads) codes[Slab::place_of_code(query, i)] = 0;
+      return;
+    }
+    const Row row(p.queries, query);
+    float* unit_row = p.units + static_cast<int64_t>(query) * p.d;
+    const double norm = block_norm(row);
+    double along = 0.0;
+    for (int i = thread(); i < p.d; i += kThreads) {
+      unit_row[i] = unit(row[i], norm);
+      if (p.direction) along += static_cast<double>(unit_row[i]) * p.direction[i];
+    }
+    const auto g = static_cast<float>(block_sum(along));
+    double rest = 0.0, left = 0.0;
+    for (int i = thread(); i < columns; i += kThreads) {
+      const float w = i < p.d ? unit_row[i] - (p.direction ? g * p.direction[i] : 0.0f) : 0.0f;
+      const uint16_t code = Slab::encode(w);
+      codes[Slab::place_of_code(query, i)] = code;
+      const float z = w - Slab::decode(code);
+      rest += static_cast<double>(w) * w;
+      left += static_cast<double>(z) * z;
+    }
+    rest = sqrt(block_sum(rest));
+    left = sqrt(block_sum(left));
+    constexpr double kRaise = 1 + 0x1p-20;
+    if (thread() == 0) {
+      p.query_bounds[query] = {g, static_cast<float>(rest * kRaise),
+                               static_cast<float>((left + p.rounding * (rest + left)) * kRaise), kSlack};
+    }
+  }
+
+  __device__ double block_norm(const Row& row) {
+    if (warp() == 0) {
+      const double norm = canonical_norm(row, p.d);
+      if (lane() == 0) shared.sums[0] = norm;
+    }
+    __syncthreads();
+    return shared.sums[0];
+  }
+
+  // Invalid ranges cannot be an error here: such a query sees no keys, and its scores are NaN.
+  __device__ bool valid_range(int query) const {
+    const int64_t start = p.ranges[2 * query], stop = p.ranges[2 * query + 1];
+    return 0 <= start && start <= stop && stop <= p.n;
+  }
+
+  __device__ void begin(int q) {
+    const int query = shared.query + q;
+    const bool limited = p.ranges != nullptr, valid = !limited || valid_range(query);
+    shared.starts[q] = limited && valid ? p.ranges[2 * query] : 0;
+    shared.stops[q] = !valid ? 0 : limited ? p.ranges[2 * query + 1] : p.n;
+    shared.queries[q] = p.query_bounds[query];
+    shared.thresholds[q] = -INFINITY;
+    shared.counts[q] = 0;
+  }
+
+  __device__ void load_bounds() {
+    for (int row = thread(); row < shared.rows; row += kThreads) {
+      shared.keys[row] =
+          kScan == UNIKE_SCAN_F32 ? KeyBounds{1.0f, 0.0f, p.residual, 1.01f} : p.bounds[shared.first + row];
+    }
+  }
+
+  // How much of a key is left for a lane, from its next slab on: columns of float32 keys, slabs of codes.
+  static constexpr int kUnit = kScan == UNIKE_SCAN_F32 ? Tile::kSplits * Slab::kColumns : 1;  // of a slab
+  __device__ int left_of_key() const {
+    if (kScan == UNIKE_SCAN_F32) return p.d - split() * Slab::kColumns - lane() % 4 * 4;
+    return max(p.slabs - split() + Tile::kSplits - 1, 0) / Tile::kSplits;
+  }
+  // Whether there is another slab, for any of the lanes.
+  __device__ static bool is_slab(int left) { return left + (kScan == UNIKE_SCAN_F32 ? lane() % 4 * 4 : 0) > 0; }
+
+  // Starts to copy a chunk of the queries of the tile.
+  static constexpr int kCodeRows = kMany ? Tile::kQueries / 2 : Tile::kQueries, kRowUnits = 4 * Slab::kRead / 16;
+  __device__ void copy_chunk(int chunk) const {
+    constexpr int kSlabUnits = kCodeRows * kRowUnits, kStep = kThreads / kSlabUnits;
+    static_assert(kChunkSlabs * kSlabUnits * 16 == kRing / 2);
+    const unsigned unit = thread() & (kSlabUnits - 1), first = static_cast<unsigned>(thread()) / kSlabUnits;
+    const int row = unit / kRowUnits;
+    const bool exists = row < (kMany ? (shared.query_count + 15) / 16 * 8 : shared.query_count);
+    const int slab = chunk * kChunkSlabs + first;
+    const int64_t source_row = static_cast<int64_t>(Slab::row_of(shared.query) + (exists ? row : 0)) * p.slabs + slab;
+    const uint16_t* source =
+        p.codes + (source_row * kRowUnits + (unit % kRowUnits ^ Slab::swapped(unit * 16 / Slab::kRead % 32))) * 8;
+    const uint32_t target = shared_address(ring_) + chunk % 2 * (kRing / 2) + thread() * 16;
+#pragma unroll
+    for (int i = 0; i < kChunkSlabs; i += kStep) {
+      if (slab + i < p.slabs) copy_async(target + i * kSlabUnits * 16, source + i * kRowUnits * 8, exists);
+    }
+  }
+
+  // The products of the tile. Each of kSplits warps takes every kSplits-th slab of its keys.
+  __device__ void multiply() {
+    constexpr int kSplits = Tile::kSplits, kAhead = Tile::kAhead, kGroups = kChunkSlabs / (kAhead * kSplits);
+    static_assert(kChunkSlabs % (kAhead * kSplits) == 0);
+    const int chunks = (p.slabs + kChunkSlabs - 1) / kChunkSlabs;
+    const bool copying = shared.tile == 0 || kMany || chunks > 2;
+    const int row = warp() / kSplits * 16 + lane() / 4;
+    const char* at = p.scanned + (shared.first + row) * p.scanned_bytes + split() * kSlabBytes + lane() % 4 * 16;
+    const bool exists[] = {row < shared.rows, row + 8 < shared.rows};
+    int left = left_of_key();
+    typename Slab::Keys ahead[kAhead] = {};
+    float sums[Slab::kSums][2][4] = {};
+    // What is not there stays as it was, finite, and is multiplied with zeros or of no key.
+    const auto load = [&](int i, int later) {
+      const int there = left - (later + i) * kUnit;
+#pragma unroll
+      for (int eight = 0; eight < 2; ++eight) {
+        if (exists[eight] && there > 0) {
+          load_once(ahead[i][eight], at + eight * 8 * p.scanned_bytes + i * kSplits * kSlabBytes);
+        }
+      }
+    };
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) load(i, 0);
+    at += kAhead * kSplits * kSlabBytes;
+    if (copying) copy_chunk(0);
+#pragma unroll 1
+    for (int group = 0; group < chunks * kGroups; ++group) {
+      if (copying && group % kGroups == 0) {
+        wait_for_copies();
+        __syncthreads();  // of all threads; and the other half of the ring is free
+        if (group / kGroups + 1 < chunks) copy_chunk(group / kGroups + 1);
+      }
+      const uint32_t rows = first_row() + group % (2 * kGroups) * (kAhead * kSplits * kSlabRows);
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) {
+        if (is_slab(left - i * kUnit)) Slab::multiply(ahead[i], rows + i * kSplits * kSlabRows, sums);
+        load(i, kAhead);
+      }
+      left -= kAhead * kUnit;
+      at += kAhead * kSplits * kSlabBytes;
+    }
+    store_products(sums);
+  }
+
+  // The warps that share their keys, by the slabs that they take.
+  __device__ static int split() { return warp() % Tile::kSplits; }
+
+  // Where the lane's first unit of its first slab is in shared memory, and how far the next slab is.
+  static constexpr int kSlabRows = kCodeRows * kRowUnits * 16;
+  __device__ uint32_t first_row() const {
+    return shared_address(ring_) + split() * kSlabRows + Slab::offset_of(lane());
+  }
+
+  // The splits add theirs one after the other.
+  __device__ void store_products(const float (&sums)[Slab::kSums][2][4]) {
+    const int lane = cuda::lane();
+    float* const corner = products_ + lane / 4 * Tile::kProductStride + warp() / Tile::kSplits * 16 + lane % 4 * 2;
+    for (int s = 0; s < Tile::kSplits; ++s) {
+      __syncthreads();
+      if (split() != s) continue;
+      const auto add = [&](int query, int eight, float x, float y) {
+        auto& at = *reinterpret_cast<float2*>(corner + query * Tile::kProductStride + eight * 8);
+        at = s == 0 ? float2{x, y} : float2{at.x + x, at.y + y};
+      };
+#pragma unroll
+      for (int eight = 0; eight < 2; ++eight) {
+        if constexpr (kMany) {
+#pragma unroll
+          for (int i = 0; i < Slab::kSums; ++i) {
+            add(i * 16, eight, sums[i][eight][0], sums[i][eight][1]);
+            add(i * 16 + 8, eight, sums[i][eight][2], sums[i][eight][3]);
+          }
+        } else if constexpr (Slab::kSums == 2) {
+          add(0, eight, sums[0][eight][0] + sums[1][eight][2], sums[0][eight][1] + sums[1][eight][3]);
+        } else {
+          add(0, eight, sums[0][eight][0], sums[0][eight][1]);
+        }
+      }
+    }
+    __syncthreads();
+  }
+
+  __device__ bool in_range(int q, int row) const {
+    const int64_t id = shared.first + row;
+    return row < shared.rows && shared.starts[q] <= id && id < shared.stops[q];
+  }
+
+  __device__ Suspect estimate(int q, int row) const {
+    const QueryBounds& query = shared.queries[q];
+    const KeyBounds& key = shared.keys[row];
+    const float score = query.along * key.along + key.scale * products_[q * Tile::kProductStride + row];
+    const float error = query.residual * key.residual + query.norm * key.norm + query.slack;
+    return {score, p.rows ? error : 0.0f, shared.first + row};
+  }
+
+  __device__ float* lower_bounds(int q) const {
+    return p.lower + static_cast<int64_t>(shared.query + q) * p.groups * p.slots;
+  }
+  __device__ Suspect* suspects(int query, int group) const {
+    return p.suspects + (static_cast<int64_t>(query) * p.groups + group) * p.capacity;
+  }
+
+  // Tells the other blocks of the best keys of the tile, one for each slot.
+  __device__ void raise_lower_bounds(int q) {
+    float best = -INFINITY;
+    for (int row = lane(); row < shared.rows; row += 32) {
+      if (!in_range(q, row)) continue;
+      const Suspect key = estimate(q, row);
+      best = fmaxf(best, key.score - key.error);
+    }
+    for (int width = 16; width >= p.slots; width /= 2) best = fmaxf(best, __shfl_xor_sync(kAllLanes, best, width));
+    float* slot = lower_bounds(q) + shared.group * p.slots + lane();
+    if (lane() < p.slots) strong_store(slot, shared.tile == 0 ? best : fmaxf(best, strong_load(slot)));
+  }
+
+  __device__ void raise_threshold(int q) {
+    const float* lower = lower_bounds(q);
+    const float found = kth_largest(p.groups * p.slots, p.k, kThresholdPasses, shared.bins[warp()],
+                                    [=](int i) { return strong_load(lower + i); });
+    if (lane() == 0) shared.thresholds[q] = fmaxf(shared.thresholds[q], found);
+    __syncwarp();
+  }
+
+  __device__ void collect(int q) {
+    Suspect* list = suspects(shared.query + q, shared.group);
+    const float threshold = shared.thresholds[q];
+    int count = shared.counts[q];
+    for (int first = 0; first < shared.rows; first += 32) {
+      const int row = first + lane();
+      const Suspect key = in_range(q, row) ? estimate(q, row) : Suspect{};
+      const bool suspect = in_range(q, row) && key.score + key.error >= threshold;
+      const Place place = place_of(suspect);
+      if (suspect) list[count + place.before] = key;
+      count += place.count;
+    }
+    if (lane() == 0) shared.counts[q] = count;
+  }
+
+  // Makes room for all keys of the tile.
+  __device__ void make_room() {
+    if (thread() == 0) shared.full = 0;
+    __syncthreads();
+    const auto is_full = [&](int q) { return shared.counts[q] + shared.rows > p.capacity; };
+    for_my_queries([&](int q) {
+      if (!is_full(q)) return;
+      const Suspect* list = suspects(shared.query + q, shared.group);
+      const auto lower = [=](int i) { return list[i].score - list[i].error; };
+      drop(q, kth_largest(shared.counts[q], p.k, 8, shared.bins[warp()], lower));
+      if (lane() == 0 && is_full(q)) shared.full = 1;
+    });
+    __syncthreads();
+    if (!shared.full) return;
+    resolve();
+    __syncthreads();
+    for_my_queries([&](int q) {
+      if (!is_full(q)) return;
+      const float last =
+          keep_best(suspects(shared.query + q, shared.group), shared.counts[q], p.k, shared.bins[warp()]);
+      if (lane() == 0) {
+        shared.thresholds[q] = fmaxf(shared.thresholds[q], last);
+        shared.counts[q] = p.k;
+      }
+      __syncwarp();
+    });
+  }
+
+  // Raises the threshold and drops what it rules out.
+  __device__ void drop(int q, float threshold) {
+    threshold = fmaxf(shared.thresholds[q], threshold);
+    const int kept = keep(suspects(shared.query + q, shared.group), shared.counts[q], threshold, INT_MAX);
+    if (lane() == 0) {
+      shared.thresholds[q] = threshold;
+      shared.counts[q] = kept;
+    }
+    __syncwarp();
+  }
+
+  // Gives all suspects of the block their canonical scores. A warp takes two of a query at a time.
+  __device__ void resolve() {
+    if (p.rows == nullptr) return;
+    for (int q = 0; q < shared.query_count; ++q) {
+      Suspect* list = suspects(shared.query + q, shared.group);
+      const int n = shared.counts[q];
+      for (int e = 2 * (warp() - q & kWarps - 1); e < n; e += 2 * kWarps) {
+        Suspect& suspect = list[min(e + lane() / 16, n - 1)];
+        const Suspect known = suspect;
+        if (__all_sync(kAllLanes, known.error == 0.0f)) continue;
+        const double score =
+            canonical_dot(p.units + static_cast<int64_t>(shared.query + q) * p.d, p.rows + known.id * p.stride, p.d);
+        if (lane() % 16 == 0) suspect = {static_cast<float>(score) + 0.0f, 0.0f, known.id};
+      }
+    }
+  }
+
+  // Finds the places of a group's suspects of a query among those of all groups, and writes them there. Suspects below the
+  // threshold have none.
+  __device__ void rank(int query, int group, float threshold) const {
+    const int* counts = p.counts + static_cast<int64_t>(query) * p.groups;
+    const int n = __ldcg(counts + group), first = warp() - query & kWarps - 1;
+    for (int e = first; e < n; e += kWarps) {
+      const Suspect mine = load(suspects(query, group) + e);
+      if (mine.score < threshold) continue;
+      int place = 0;
+      for (int other = lane(); other < p.groups; other += 32) {
+        const Suspect* list = suspects(query, other);
+        const int count = __ldcg(counts + other);
+        for (int i = 0; i < count; ++i) place += better(load(list + i), mine);
+      }
+      place = __reduce_add_sync(kAllLanes, place);
+      if (place < p.k) write(query, place, mine.score, mine.id);
+    }
+    if (group != query % p.groups || first != 0) return;
+    int found = 0;
+    for (int other = lane(); other < p.groups; other += 32) found += __ldcg(counts + other);
+    const float nothing = p.ranges == nullptr || valid_range(query) ? -INFINITY : NAN;
+    for (int place = __reduce_add_sync(kAllLanes, found); place < p.k; ++place) write(query, place, nothing, -1);
+  }
+
+  __device__ void write(int query, int place, float score, int64_t id) const {
+    const int64_t at = static_cast<int64_t>(query) * p.k + place;
+    if (lane() == 0) {
+      p.scores[at] = score;
+      p.ids[at] = id;
+    }
+    if (p.values != nullptr)
+      copy_row(p.gathered + at * p.value_bytes, id < 0 ? nullptr : p.values + id * p.value_bytes);
+  }
+
+  // Zeros where there is no row.
+  __device__ void copy_row(char* to, const char* from) const {
+    const auto copy = [&](auto* target, const auto* source) {
+      constexpr int kSize = sizeof *target;
+      for (int64_t i = lane(); i < p.value_bytes / kSize; i += 32) {
+        if (source)
+          target[i] = source[i];
+        else
+          target[i] = {};
+      }
+    };
+    const auto all = reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from) | p.value_bytes;
+    if (all % 16 == 0) {
+      copy(reinterpret_cast<uint4*>(to), reinterpret_cast<const uint4*>(from));
+    } else {
+      copy(to, from);
+    }
+  }
+
+  const Search p;
+  Shared<kMany>& shared;
+  char* ring_;
+  float* products_;
+};
+
+template <unike_scan kScan, bool kMany>
+__global__ void __launch_bounds__(kThreads, kResident) cosine_topk_kernel(const Search search) {
+  extern __shared__ __align__(128) char ring[];
+  __shared__ Shared<kMany> shared;
+  Block<kScan, kMany>(search, shared, ring).run();
+}
+
+}  // namespace unike::cuda

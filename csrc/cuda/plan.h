@@ -1,0 +1,28 @@
+// How a search is laid out over a device and its workspace. Plain C++: nothing here needs CUDA.
+#pragma once
+
+#include "common/workspace.h"
+#include "cuda/search.h"
+
+namespace unike::cuda {
+
+struct Device {
+  int multiprocessors;
+  int blocks;  // that are resident on each, of either shape
+};
+
+struct Launch {
+  Search search;
+  bool many;  // the shape
+  int blocks, shared_bytes;
+};
+
+constexpr bool is_many(int64_t queries) { return queries > Shape<false>::kQueries; }
+
+// How many of m queries share a launch.
+int64_t queries_of_launch(const unike_keys& keys, int64_t m, int64_t k, const Device& device);
+
+// A launch for m queries, at most queries_of_launch(). What it writes, queries and ranges are for the caller to fill in.
+Launch plan(const unike_keys& keys, int64_t m, int64_t k, const Device& device, Workspace& workspace);
+
+}  // namespace unike::cuda
