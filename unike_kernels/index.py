@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import _native, _pages, artifacts
-from .errors import ArtifactError
+from .errors import ArtifactError, BackendUnavailableError
 from .ops import _backend, _check
 from .ops.cosine_topk import (
     SCANS,
@@ -87,7 +87,8 @@ class CosineIndex:
         if self._codes is not None:
             codes, bounds, direction = self._codes
             self._packed = PackedKeys(codes(), bounds(), direction)
-        self._native = _native.Keys(self._keys, self._packed) if _native.available() else None
+        on_cpu = self.device.type == "cpu"
+        self._native = _native.Keys(self._keys, self._packed) if on_cpu and _native.available() else None
 
     def _table(self) -> Tensor:
         """[N, d], or the codes in its place."""
@@ -97,6 +98,11 @@ class CosineIndex:
 
     def __len__(self) -> int:
         return len(self._table())
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tables are."""
+        return self._table().device
 
     @property
     def d(self) -> int:
@@ -125,9 +131,10 @@ class CosineIndex:
         Where fewer than k keys are in range, and for a query that is not finite, the rest is id -1 and score -inf.
 
         Args:
-            queries: [M, d], any float dtype, on the CPU.
+            queries: [M, d], any float dtype, on the device of the index.
             k: how many, at least 1; may exceed N.
             bounds: int64 [M, 2], 0 <= start <= stop <= N; query m searches only keys[start : stop]. None: all keys.
+                On a CUDA device, which is not waited for, other bounds are no error: ids -1 and scores NaN.
 
         Returns:
             scores float32 [M, k] and ids int64 [M, k].
@@ -141,9 +148,40 @@ class CosineIndex:
         queries = native_dtype(queries)
         if self._native is not None and (self._keys is None or _backend.takes_native(queries)):
             return _native.cosine_topk(queries, self._native, k, bounds)
-        assert self._keys is not None
+        if self._keys is None:
+            return _native.cuda_cosine_topk(queries, None, self._packed, k, bounds)[:2]
         with torch.no_grad():
             return cosine_topk(queries, self._keys, k, normalized=True, bounds=bounds, packed=self._packed)
+
+    def to(self, device: torch.device | str) -> CosineIndex:
+        """This index on a CUDA device or on the CPU: itself where it is there already, else a copy.
+
+        Searches on a CUDA device give the same bits. Keys are added and removed on the CPU.
+
+        Raises:
+            BackendUnavailableError: there is no CUDA device, or this build has no CUDA kernels.
+            ValueError: another kind of device.
+        """
+        wanted = torch.device(device)
+        if wanted.type not in ("cpu", "cuda"):
+            raise ValueError(f"device: expected a CUDA device or the CPU, got {device}")
+        if wanted.type == "cuda" and (reason := _native.cuda_missing()):
+            raise BackendUnavailableError(f"CosineIndex.to({str(device)!r}): {reason}")
+        if wanted.type == self.device.type and wanted.index in (None, self.device.index):
+            return self
+        rows, packed = self._keys, self._packed
+        if rows is not None and packed is None and wanted.type == "cuda":
+            rows = torch.nn.functional.pad(rows, (0, -self.d % 4)).to(wanted)[:, : self.d]  # aligned, to be scanned
+        elif rows is not None:
+            rows = rows.to(wanted)
+        packed = None if packed is None else PackedKeys(*(t.to(wanted) for t in packed))
+        index = type(self).__new__(type(self))
+        index._set(self.scan, rows, packed, self.exact)
+        return index
+
+    def _on_cpu(self) -> None:
+        if self.device.type != "cpu":
+            raise ValueError(f"the index is on {self.device}: change it on the CPU, and move it again")
 
     def add(self, keys: Tensor) -> None:
         """Append keys; they get the ids N, N + 1, ... On an error the index is as before.
@@ -154,8 +192,9 @@ class CosineIndex:
             keys: [M, d], finite, any float dtype, on the CPU.
 
         Raises:
-            TypeError, ValueError: see the constructor.
+            TypeError, ValueError: see the constructor; the index is on a CUDA device.
         """
+        self._on_cpu()
         if isinstance(keys, Tensor) and keys.dim() == 2 and keys.shape[1] != self.d:
             raise ValueError(f"keys: expected {self.d} columns, got {_check.shape_of(keys)}")
         # An index of no keys has no direction yet that keys share.
@@ -174,7 +213,9 @@ class CosineIndex:
 
         Raises:
             IndexError: an id outside 0, ..., N - 1.
+            ValueError: the index is on a CUDA device.
         """
+        self._on_cpu()
         gone = torch.as_tensor(ids, dtype=torch.int64).reshape(-1)
         outside = gone[(gone < 0) | (gone >= len(self))]
         if len(outside):

@@ -17,7 +17,7 @@ import torch
 from .. import _native
 from ..errors import BackendUnavailableError
 
-BACKENDS = ("native", "triton", "cuda", "reference")  # in the order of preference
+BACKENDS = ("native", "cuda", "triton", "reference")  # in the order of preference
 
 _forced: ContextVar[str | None] = ContextVar("unike_backend", default=None)
 

@@ -36,6 +36,20 @@ def _run_native(
     return _native.cosine_topk(native_dtype(queries), _native.Keys(rows, packed), k, bounds)
 
 
+def _run_cuda(
+    queries: Tensor, keys: Tensor, k: int, normalized: bool, bounds: Tensor | None, packed: PackedKeys | None = None
+) -> tuple[Tensor, Tensor]:
+    rows = keys.float() if normalized else _normalize_rows(native_dtype(keys)).float()
+    scores, ids, _ = _native.cuda_cosine_topk(native_dtype(queries), rows, packed, k, bounds)
+    return scores, ids
+
+
+def _cuda_refuse(t: Tensor) -> str | None:
+    if t.device.type != "cuda":
+        return f"it runs on CUDA devices, the tensors are on {t.device}"
+    return "it works in float32, the tensors are float64" if t.dtype == torch.float64 else None
+
+
 def native_dtype(x: Tensor) -> Tensor:
     """float32 and bfloat16 as they are, other dtypes as float32."""
     return x if x.dtype in (torch.float32, torch.bfloat16) else x.float()
@@ -43,6 +57,7 @@ def native_dtype(x: Tensor) -> Tensor:
 
 _backend.register("cosine_topk", "reference", reference.cosine_topk)
 _backend.register_native("cosine_topk", _run_native)
+_backend.register("cosine_topk", "cuda", _run_cuda, refuse=_cuda_refuse, missing=_native.cuda_missing)
 
 
 def packed_of(codes: Tensor | None, bounds: Tensor | None, direction: Tensor | None) -> PackedKeys | None:
@@ -54,7 +69,8 @@ def _run(
     queries: Tensor, keys: Tensor, k: int, normalized: bool, bounds: Tensor | None, *packed: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     run = _backend.dispatch("cosine_topk", queries)
-    codes = {"packed": packed_of(*packed)} if run is _run_native else {}  # the result is the same without
+    # The result is the same without.
+    codes = {} if run is reference.cosine_topk else {"packed": packed_of(*packed)}
     result: tuple[Tensor, Tensor] = run(queries, keys, k, normalized, bounds, **codes)
     return result
 
