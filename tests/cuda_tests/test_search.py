@@ -1,0 +1,191 @@
+"""The CUDA search, executed from the PTX that nvcc makes of it: the canonical answer, bit for bit, in one launch."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from cuda_tests import harness
+from cuda_tests.harness import SCANS, search
+from ptxsim import Session
+
+from unike_kernels import _native, ops
+
+pytestmark = pytest.mark.skipif(not harness.can_compile(), reason="nvcc is not installed: it compiles the kernels")
+
+SCHEDULES = ("lockstep", "reversed", *(f"random:{seed}" for seed in range(3)))
+each_scan = pytest.mark.parametrize("scan", SCANS)
+
+
+def unit(x: torch.Tensor) -> torch.Tensor:
+    return _native.normalize_rows(x)
+
+
+def check(queries, rows, k, scan="float32", *, schedule="lockstep", bounds=None, **given):
+    """Ids and scores are those of the CPU, to the bit; then what else there is to look at."""
+    found = search(Session(schedule), queries, rows, k, scan=scan, bounds=bounds, **given)
+    scores, ids = ops.cosine_topk(queries, rows, k, normalized=True, bounds=bounds)
+    assert torch.equal(found.ids, ids)
+    assert torch.equal(found.scores.view(torch.int32), scores.view(torch.int32))
+    return found
+
+
+# One key, tiles of 64 and of 128 and their neighbours, more blocks than tiles, columns that fill no slab; one query,
+# eight, and the first that are many.
+@each_scan
+@pytest.mark.parametrize(
+    ("n", "d", "m", "k", "device"),
+    [
+        (1, 1, 1, 1, (1, 1)),
+        (63, 17, 1, 5, (2, 1)),
+        (65, 64, 8, 3, (1, 1)),
+        (200, 130, 3, 7, (3, 2)),
+        (129, 33, 9, 5, (1, 1)),
+        (260, 70, 17, 4, (2, 1)),
+    ],
+)
+def test_the_canonical_answer(n, d, m, k, device, scan):
+    found = check(torch.randn(m, d), unit(torch.randn(n, d)), k, scan, device=device)
+    assert found.shape["many"] == (m > 8)
+
+
+@each_scan
+@pytest.mark.parametrize("m", [2, 10])
+def test_the_same_in_any_order_of_blocks_and_warps(scan, m):
+    """Ties and duplicates: what is first decides nothing."""
+    rows = unit(torch.randint(-2, 3, (70, 5)).float().repeat(3, 1))
+    for schedule in SCHEDULES:
+        check(torch.randint(-2, 3, (m, 5)).float(), rows, 9, scan, schedule=schedule, device=(3, 1))
+
+
+@each_scan
+def test_all_keys_equal(scan):
+    check(torch.randn(2, 20), unit(torch.ones(150, 20)), 7, scan, device=(2, 1))
+
+
+@each_scan
+def test_zero_rows_and_queries_that_are_not_finite(scan):
+    rows = torch.randn(90, 24)
+    rows[::7] = 0
+    queries = torch.randn(5, 24)
+    queries[1], queries[2, 3], queries[3, 0] = 0, torch.nan, torch.inf
+    found = check(queries, unit(rows), 6, scan, device=(2, 1))
+    assert (found.ids[2:4] == -1).all()
+
+
+@each_scan
+@pytest.mark.parametrize(("n", "k"), [(3, 5), (40, 64), (150, 300)])
+def test_fewer_keys_than_are_wanted(n, k, scan):
+    found = check(torch.randn(3, 24), unit(torch.randn(n, 24)), k, scan, device=(2, 1))
+    assert (found.ids[:, n:] == -1).all()
+    assert (found.scores[:, n:] == -torch.inf).all()
+
+
+def test_no_keys():
+    check(torch.randn(3, 24), torch.empty(0, 24), 2, device=(2, 1))
+
+
+@each_scan
+def test_each_query_in_a_range_of_its_own(scan):
+    bounds = torch.tensor([[0, 150], [10, 10], [149, 150], [20, 90]])
+    check(torch.randn(4, 24), unit(torch.randn(150, 24)), 5, scan, bounds=bounds, device=(2, 1))
+
+
+def test_a_range_outside_the_keys_gives_nan_and_no_id():
+    """It cannot be an error of the call, which the device would have to be waited for."""
+    bounds = torch.tensor([[0, 30], [20, 31], [-1, 5], [9, 3]])
+    session, rows = Session(), unit(torch.randn(30, 24))
+    found = search(session, torch.randn(4, 24), rows, 3, bounds=bounds, device=(2, 1))
+    assert (found.ids[0] >= 0).all()
+    assert (found.ids[1:] == -1).all()
+    assert found.scores[1:].isnan().all()
+
+
+def test_bfloat16_queries_and_rows_that_are_far_apart():
+    far = torch.empty(3 * 2**30).as_strided((40, 24), (2**26 + 8, 1))  # offsets have 64 bits
+    far.copy_(unit(torch.randn(40, 24)))
+    check(torch.randn(3, 24).bfloat16(), far, 5, device=(2, 1))
+
+
+@each_scan
+def test_suspects_that_do_not_fit_are_resolved_on_the_way(scan):
+    """Keys so much alike that no bound tells them apart: each block's list overflows, several times."""
+    base = torch.randn(24)
+    rows = unit(base + 1e-5 * torch.randn(700, 24))
+    found = check(torch.cat([base[None], torch.randn(1, 24)]), rows, 3, scan, device=(1, 1))
+    assert found.shape["capacity"] < 700 // found.shape["groups"]
+
+
+def test_a_block_that_others_do_not_wait_for():
+    """More blocks than fit at once: those that run give up on the others, and the last one finishes for all."""
+    session = Session("reversed")
+    session.resident = 2
+    rows, queries = unit(torch.randn(300, 24)), torch.randn(3, 24)
+    found = search(session, queries, rows, 5, device=(4, 1))
+    scores, ids = ops.cosine_topk(queries, rows, 5, normalized=True)
+    assert found.shape["blocks"] > 2
+    assert torch.equal(found.ids, ids)
+    assert torch.equal(found.scores, scores)
+
+
+@each_scan
+def test_values_of_the_keys_that_were_found(scan):
+    for dtype, width in ((torch.float32, 12), (torch.bfloat16, 5)):
+        values = torch.randn(100, width).to(dtype)
+        found = check(torch.randn(2, 24), unit(torch.randn(100, 24)), 4, scan, values=values, device=(2, 1))
+        assert torch.equal(found.gathered, values[found.ids])
+    found = check(torch.randn(2, 24), unit(torch.randn(3, 24)), 5, scan, values=torch.randn(3, 4), device=(1, 1))
+    assert not found.gathered[:, 3:].any()
+
+
+def test_without_rows_the_codes_decide():
+    rows = unit(torch.randn(100, 24))
+    found = search(Session(), torch.randn(2, 24), rows, 4, scan="int8", exact=False, device=(2, 1))
+    exact = ops.cosine_topk(torch.randn(0, 24), rows, 4, normalized=True)[0]
+    assert exact.shape == (0, 4)
+    assert (found.ids >= 0).all()
+    assert (found.scores[:, :-1] >= found.scores[:, 1:]).all()
+
+
+def test_counters_are_ready_for_the_next_launch():
+    counters = None
+    for n, m in ((150, 2), (90, 20), (300, 1)):
+        found = check(torch.randn(m, 24), unit(torch.randn(n, 24)), 5, "int8", device=(2, 1), counters=counters)
+        counters = found.parts["counters"]
+
+
+@pytest.mark.parametrize(("scan", "size"), [("float32", 4), ("float16", 2), ("int8", 1)])
+@pytest.mark.parametrize(("m", "most"), [(1, 1.02), (8, 1.02), (16, 1.05)])
+def test_keys_are_read_once(scan, size, m, most):
+    n, d = 512, 256
+    found = check(torch.randn(m, d), unit(torch.randn(n, d)), 5, scan, device=(4, 1))
+    read = found.launch.loads["rows" if scan == "float32" else "codes"]
+    rescored = sum(t.sectors for name, t in found.launch.loads.items() if name == "rows") if scan != "float32" else 0
+    exact = n * d * size / 32
+    # What is rescored of float32 rows goes the same way as their scan: a row at most for each of the suspects.
+    suspects = 0 if scan != "float32" else m * found.shape["groups"] * 5 * 8 * d * 4 / 32
+    assert read.sectors <= most * exact + suspects
+    assert np.isfinite(rescored)
+
+
+def test_as_many_blocks_as_multiprocessors():
+    """At the size of the paper's memory on an H100."""
+    shape = harness.shape_of(n=15_000, d=4096, m=1, k=40, scan="int8", device=(132, 2))
+    assert shape["blocks"] >= 132
+
+
+@each_scan
+@pytest.mark.parametrize("spread", [1e-6, 1e-4])
+def test_clumped_rows(scan, spread):
+    """What the rows have in common is taken out; what is left to tell them apart is as small as rounding."""
+    base = torch.randn(1, 64)
+    rows = unit(base + spread * torch.randn(300, 64))
+    queries = torch.cat([base, base + spread * torch.randn(2, 64), torch.randn(1, 64)])
+    check(queries, rows, 7, scan, device=(2, 1))
+
+
+def test_scores_that_round_to_a_negative_zero():
+    queries, rows = torch.tensor([[1e-30, 1.0, 0.0]]), torch.tensor([[-1e-30, 0.0, 1.0], [0.0, 0.0, 1.0]])
+    found = check(queries, rows, 2)
+    assert found.ids.tolist() == [[0, 1]]
+    assert not found.scores.signbit().any()
