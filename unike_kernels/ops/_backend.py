@@ -6,10 +6,14 @@ missing is a `BackendUnavailableError`; it never falls back in silence.
 
 from __future__ import annotations
 
+import functools
+import importlib
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from importlib import metadata, util
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +22,7 @@ from .. import _native
 from ..errors import BackendUnavailableError
 
 BACKENDS = ("native", "cuda", "triton", "reference")  # in the order of preference
+TRITON = (3, 4)  # the oldest that has what the kernels use
 
 _forced: ContextVar[str | None] = ContextVar("unike_backend", default=None)
 
@@ -62,6 +67,50 @@ def register_native(op: str, run: Callable[..., Any]) -> None:
     """Offer `run`, which calls the compiled extension, as the native backend of `op`."""
     missing = lambda: None if _native.available() else _native.reason()  # noqa: E731
     register(op, "native", run, refuse=native_refuse, missing=missing)
+
+
+@functools.cache
+def _triton_problem() -> str | None:
+    """What is wrong with the installed Triton, found without importing it."""
+    if util.find_spec("triton") is None:
+        return "triton is not installed"
+    try:
+        version = metadata.version("triton")
+    except metadata.PackageNotFoundError:  # builds for other hardware go by other names
+        version = importlib.import_module("triton").__version__
+    if tuple(int(part) for part in version.split(".")[:2]) < TRITON:
+        return f"triton {version} is too old, {'.'.join(map(str, TRITON))} or later is needed"
+    return None
+
+
+def triton_missing() -> str | None:
+    """Why Triton kernels cannot run on this machine, or None. Triton is imported only where there is a GPU."""
+    if reason := _triton_problem():
+        return reason
+    if not torch.cuda.is_available() and "triton" not in sys.modules:
+        return "there is no GPU"
+    try:
+        importlib.import_module("triton").runtime.driver.active.get_current_device()
+    except RuntimeError:
+        return "there is no GPU"
+    return None
+
+
+def triton_refuse(t: torch.Tensor) -> str | None:
+    """Why the Triton kernels cannot run on a tensor like `t`, or None."""
+    device = importlib.import_module("triton").runtime.driver.active.get_active_torch_device()
+    if t.device.type != device.type:
+        return f"it runs on {device.type}, the tensors are on {t.device}"
+    return "it works in float32, the tensors are float64" if t.dtype == torch.float64 else None
+
+
+def register_triton(op: str, module: str) -> None:
+    """Offer the function `op` of `module`, which imports triton and is imported when first called, as the backend."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return getattr(importlib.import_module(module), op)(*args, **kwargs)
+
+    register(op, "triton", run, refuse=triton_refuse, missing=triton_missing)
 
 
 def _check_name(name: str, source: str) -> str:

@@ -1,0 +1,126 @@
+"""What the Triton kernels share: device functions, and what their launches need to know of the device.
+
+Only the kernels import this, and they are imported when first called: `unike_kernels` itself never imports triton.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language import target_info
+
+# Counters of a workspace, for meetings: one for each team of blocks, and one for all of them.
+MOST_TEAMS = EVERYBODY = 1023
+ALIGNED = 64  # float32 of scratch
+
+
+@triton.jit
+def meet(counter, blocks, leader):
+    """Waits until all `blocks` have come, one of them the `leader`; what each wrote before is seen by all behind it.
+
+    They must be resident together. The leader's addend turns the top bit once all have come and leaves the others at 0,
+    so that nothing has to be reset, neither between two meetings nor between two launches.
+    """
+    tl.debug_barrier()
+    if blocks > 1:
+        old = tl.atomic_add(counter, tl.where(leader, -2147483648 - (blocks - 1), 1), sem="acq_rel")
+        while (tl.atomic_add(counter, 0, sem="acquire") ^ old) >= 0:
+            pass
+
+
+@triton.jit
+def dot(a, b, acc):
+    """acc + a b with float32 sums; operands of one half dtype as they are, others as float32, exact to 21 bits."""
+    if a.dtype == b.dtype and a.dtype.primitive_bitwidth == 16:
+        return tl.dot(a, b, acc)
+    elif target_info.is_cuda():
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="tf32x3")
+    else:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+
+
+@triton.jit
+def activate(x, NAME: tl.constexpr):
+    """Act(x) of float32."""
+    if NAME == "relu":
+        return tl.maximum(x, 0.0)
+    elif NAME == "gelu":
+        return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    elif NAME == "gelu_tanh":  # (1 + tanh u) / 2 = sigmoid(2 u)
+        return x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+    else:
+        return x * tl.sigmoid(x)
+
+
+@triton.jit
+def activate_slope(x, NAME: tl.constexpr):
+    """Act'(x) of float32."""
+    if NAME == "relu":
+        return tl.where(x > 0, 1.0, 0.0)
+    elif NAME == "gelu":
+        return 0.5 * (1.0 + tl.erf(x * 0.7071067811865476)) + x * tl.exp(-0.5 * x * x) * 0.3989422804014327
+    elif NAME == "gelu_tanh":
+        s = tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+        return s + x * s * (1.0 - s) * 1.5957691216057308 * (1.0 + 0.134145 * x * x)
+    else:
+        s = tl.sigmoid(x)
+        return s * (1.0 + x * (1.0 - s))
+
+
+class Workspace:
+    """Memory that kernels need beside their arguments: counters, which are zero between launches, and scratch.
+
+    Launches that may run at the same time need one each; those of one stream share one, by default `workspace_of`.
+    Scratch grows where a launch needs more, so that the second of two equal launches allocates nothing: warm up before
+    a capture into a CUDA graph, as one does anyway.
+    """
+
+    def __init__(self, device: torch.device | str) -> None:
+        self.counters = torch.zeros(EVERYBODY + 1, dtype=torch.int32, device=device)
+        self._scratch = [torch.empty(0, dtype=torch.float32, device=device)]
+
+    def floats(self, *counts: int) -> list[Tensor]:
+        """Scratch of so many float32 each, aligned as the kernels want it."""
+        ends = list(itertools.accumulate(-(-count // ALIGNED) * ALIGNED for count in counts))
+        if self._scratch[-1].numel() < ends[-1]:
+            # The earlier ones stay: a captured graph may use them.
+            self._scratch.append(torch.empty(ends[-1], dtype=torch.float32, device=self.counters.device))
+        return [self._scratch[-1][start : start + n] for start, n in zip([0, *ends], counts, strict=False)]
+
+
+_workspaces: dict[tuple[torch.device, int], Workspace] = {}
+
+
+def workspace_of(device: torch.device) -> Workspace:
+    """The workspace of the current stream of `device`, the current one."""
+    driver = triton.runtime.driver.active
+    key = device, driver.get_current_stream(driver.get_current_device())
+    if key not in _workspaces:
+        _workspaces[key] = Workspace(device)
+    return _workspaces[key]
+
+
+@functools.cache
+def _multiprocessors(device: int) -> int:
+    return int(triton.runtime.driver.active.utils.get_device_properties(device)["multiprocessor_count"])
+
+
+def multiprocessors() -> int:
+    """Of the current device."""
+    return _multiprocessors(triton.runtime.driver.active.get_current_device())
+
+
+def options(*, cooperative: bool) -> dict[str, object]:
+    """Of a launch. A limit on registers that is none keeps ptxas from spilling for the sake of occupancy."""
+    target = triton.runtime.driver.active.get_current_target()
+    return {"launch_cooperative_grid": cooperative, **({"maxnreg": 255} if target.backend == "cuda" else {})}
+
+
+def last_contiguous(t: Tensor) -> Tensor:
+    """`t` itself where its last dimension is contiguous, else a copy."""
+    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
