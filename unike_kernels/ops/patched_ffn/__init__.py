@@ -57,6 +57,8 @@ def _run_native_backward(grad: Tensor, x: Tensor, pool: EditPool, activation: st
 _backend.register_native("add_extra_neurons", _run_native)
 _backend.register("add_extra_neurons_backward", "reference", reference.add_extra_neurons_backward)
 _backend.register_native("add_extra_neurons_backward", _run_native_backward)
+_backend.register_triton("add_extra_neurons", f"{__name__}.triton")
+_backend.register_triton("add_extra_neurons_backward", f"{__name__}.triton_backward")
 
 
 def _fused_reference(x: Tensor, base: FFNWeights, pool: EditPool, activation: str) -> Tensor:
