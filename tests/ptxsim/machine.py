@@ -20,7 +20,7 @@ from .schedules import Lockstep
 WARP = 32
 PARKED = 1 << 20  # added to the place of lanes that wait at a barrier or have to let others run
 DONE = 1 << 30
-IDLE_ROUNDS = 200  # rounds in which everybody spins and nothing in memory changes
+IDLE_ROUNDS = 2000  # rounds in which everybody spins and nothing in memory changes
 
 
 @dataclass

@@ -131,7 +131,7 @@ def _amd(compiled: Any) -> Resources:
         architecture="gfx942",
         registers=vectors,
         stack=field("private_segment_fixed_size"),
-        local_accesses=field("vgpr_spill_count") + field("sgpr_spill_count"),
+        local_accesses=field("vgpr_spill_count"),  # scalar registers go to lanes of vector registers, not to memory
         shared=compiled.metadata.shared,
         shared_limit=GFX942_SHARED_LIMIT,
         # Eight waves for each SIMD unit, which has 512 registers a lane in units of 8.

@@ -111,6 +111,7 @@ def _run_native_backward(
 
 _backend.register_native("latent_attention", _run_native)
 _backend.register_native("latent_attention_backward", _run_native_backward)
+_backend.register_triton("latent_attention", f"{__name__}.triton")
 
 
 def pack(args: tuple[Any, ...]) -> tuple[tuple[Any, ...], Tensor | None]:
@@ -122,9 +123,9 @@ def pack(args: tuple[Any, ...]) -> tuple[tuple[Any, ...], Tensor | None]:
 
 
 def _dispatch(op: str, inputs: Tensor, projected: Tensor | None) -> Callable[..., Any]:
-    """The implementation; the native one knows what to do with projected values, the definition needs none."""
+    """The implementation; kernels know what to do with projected values, the definition needs none."""
     run = _backend.dispatch(op, inputs)
-    return functools.partial(run, projected=projected) if run in (_run_native, _run_native_backward) else run
+    return run if run is getattr(reference, op) else functools.partial(run, projected=projected)
 
 
 def _run(*args: Any) -> tuple[Tensor, Tensor]:

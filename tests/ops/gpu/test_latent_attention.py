@@ -1,0 +1,262 @@
+"""Latent attention, gate and blend on a GPU: what is computed, in one launch, and what is read for it."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from ops.gpu.running_error import ROUNDING, Approx, given
+
+from unike_kernels import ops
+from unike_kernels.ops import _triton
+from unike_kernels.ops.latent_attention import reference
+from unike_kernels.ops.latent_attention import triton as kernel
+from unike_kernels.ops.latent_attention.reference import Blend, SemanticEncoder
+from unike_kernels.ops.patched_ffn.reference import activate
+
+
+class Case:
+    """Random operands; the last token, or the last row of ids, has no entry."""
+
+    def __init__(
+        self, tokens, heads, c, d, r, k, dtype, *, rows=None, n=9, alpha=None, anchor=None, projected=True,
+        convention="inclusion", norm="match",
+    ):  # fmt: skip
+        def normal(*shape):
+            return torch.randn(*shape).to(dtype)
+
+        self.queries, self.inputs = normal(tokens, heads, c), normal(tokens, d)
+        self.keys, self.values = normal(n, heads, c), normal(n, heads, d)
+        self.encoder = SemanticEncoder(normal(r, d) * d**-0.5, normal(r), normal(d, r) * r**-0.5, normal(d))
+        self.ids = torch.randint(-1, n, (rows or tokens, k))
+        self.ids[-1] = -1
+        self.alpha = None if alpha is None else torch.rand(alpha)
+        self.anchor = None if anchor is None else normal(anchor, d)
+        self.blend = Blend(c**-0.5, convention, norm)
+        exact = torch.einsum("nhd,rd->nhr", self.values.double(), self.encoder.w1.double())
+        self.projected = exact.float() if projected else None
+
+    def operands(self):
+        return (
+            self.queries, self.inputs, self.keys, self.values, self.ids, self.encoder, self.alpha, self.anchor,
+            self.blend,
+        )  # fmt: skip
+
+    def run(self, **given):
+        return kernel.latent_attention(*self.operands(), self.projected, **given)
+
+    def definition(self):
+        wide = [t.double() if torch.is_tensor(t) and t.is_floating_point() else t for t in self.operands()]
+        wide[5] = SemanticEncoder(*(t.double() for t in self.encoder))
+        return reference.latent_attention(*wide)
+
+    def bounds(self):
+        """The definition once more, with how far a kernel may be from it: out and alpha."""
+        m = len(self.inputs)
+        ids = self.ids.repeat_interleave(m // len(self.ids), 0)
+        there = ids >= 0
+        rows = ids.clamp(min=0)
+        logits = given(self.queries.unsqueeze(2)) @ given(self.keys[rows].permute(0, 2, 3, 1))  # [M, H, 1, k]
+        scale = torch.tensor(self.blend.scale, dtype=torch.float64)
+        logits = logits * Approx(scale, scale.abs() * ROUNDING[torch.float32])
+        masked = logits.value.masked_fill(~there[:, None, None], -torch.inf)
+        largest = masked.amax(-1, keepdim=True).nan_to_num(neginf=0.0)
+        # Whatever is subtracted cancels in the quotient.
+        lifted = Approx(logits.value - largest, logits.error + (logits.value - largest).abs() * 2.0**-23)
+        weights = lifted.exp().where(there[:, None, None].expand_as(masked))
+        steps = Approx(
+            torch.ones(()).double(), torch.tensor(4.0 * ids.shape[1] * 2.0**-23).double()
+        )  # the mass is rescaled
+        p = weights * (weights.sum(-1, keepdim=True) * steps).inverse()
+        know = (p @ given(self.values[rows].transpose(1, 2)))[:, :, 0].sum(1)
+        host = given(self.inputs)
+        if self.alpha is None:
+            w1, b1, w2, b2 = map(given, self.encoder)
+            if self.projected is None:
+                hidden = know @ w1.T
+            else:
+                exact = torch.einsum("nhd,rd->nhr", self.values.double(), self.encoder.w1.double())
+                table = Approx(exact, exact.abs() * ROUNDING[torch.float32])[rows]
+                table = Approx(table.value.transpose(1, 2), table.error.transpose(1, 2))
+                hidden = (p @ table)[:, :, 0].sum(1)
+            hidden = hidden + b1
+            g = hidden.apply(lambda v: activate("gelu", v), 1.13, ulps=8 + hidden.value.abs())
+            sem = g @ w2.T + b2
+            other = host if self.anchor is None else given(self.anchor.repeat_interleave(m // len(self.anchor), 0))
+            norms = (sem * sem).sum(-1).sqrt().inverse() * (other * other).sum(-1).sqrt().inverse()
+            cosine = (sem * other).sum(-1) * norms
+            alpha = Approx(cosine.value.clamp(0, 1), cosine.error)
+        else:
+            alpha = given(self.alpha.expand(m))
+        one = given(torch.ones(()))
+        rest = Approx(1 - alpha.value, alpha.error + 2.0**-23)
+        share, rest = (alpha, rest) if self.blend.convention == "inclusion" else (rest, alpha)
+        stretch = one
+        if self.blend.norm == "match":
+            stretch = (host * host).sum(-1).sqrt() * (know * know).sum(-1).sqrt().inverse()
+        factor = share * stretch
+        pull = Approx(factor.value.unsqueeze(-1), factor.error.unsqueeze(-1))
+        stay = Approx(rest.value.unsqueeze(-1), rest.error.unsqueeze(-1))
+        return (stay * host + pull * know).rounded(self.inputs.dtype), alpha, there.any(-1)
+
+    def check(self, out, alpha):
+        bound, gate, shifted = self.bounds()
+        for found, exact in zip((bound.value, gate.value), self.definition(), strict=True):
+            torch.testing.assert_close(found[shifted], exact[shifted], rtol=1e-9, atol=1e-9)
+        bound[shifted].admits(out[shifted])
+        gate[shifted].admits(alpha[shifted])
+        assert torch.equal(out[~shifted].view(torch.uint8), self.inputs[~shifted].view(torch.uint8))
+        assert not alpha[~shifted].any()
+        assert alpha.dtype == torch.float32
+        assert out.dtype == self.inputs.dtype
+
+
+# Columns that fill no step, several steps of entries, heads, tiles of one and of 16 tokens, ids of tokens and of rows.
+MATRIX = [
+    pytest.param(dict(tokens=3, heads=1, c=70, d=70, r=20, k=21, dtype=torch.float32), id="float32"),
+    pytest.param(dict(tokens=2, heads=2, c=24, d=40, r=70, k=5, dtype=torch.float16, projected=False), id="w1"),
+    pytest.param(dict(tokens=20, heads=1, c=40, d=70, r=20, k=5, dtype=torch.bfloat16), id="tiles"),
+    pytest.param(dict(tokens=34, heads=2, c=24, d=40, r=20, k=21, dtype=torch.bfloat16, rows=2, anchor=2), id="shared"),
+    pytest.param(
+        dict(tokens=6, heads=1, c=20, d=40, r=20, k=3, dtype=torch.float32, rows=2, alpha=6, norm="none"), id="few"
+    ),
+]
+MORE = [
+    pytest.param(
+        dict(
+            tokens=t, heads=h, c=24, d=d, r=12, k=5, dtype=dtype, rows=rows, projected=p, alpha=a, convention=c, norm=n
+        ),
+        marks=pytest.mark.slow,
+        id=f"{t}-{rows}-{h}-{d}-{dtype}-{p}-{a}-{c}-{n}",
+    )
+    for (t, rows), (h, d, dtype), (p, a), c, n in itertools.product(
+        [(1, 1), (17, None), (32, 2)],
+        [(1, 24, torch.float32), (3, 33, torch.float16), (1, 130, torch.bfloat16)],
+        [(True, None), (False, None), (True, 1)],
+        ["inclusion", "eq7"],
+        ["match", "none"],
+    )
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", MATRIX + MORE)
+def test_forward(shape, everywhere):
+    case = Case(**shape)
+    case.check(*everywhere(case.run))
+
+
+def test_strided_rows_far_apart_are_read_in_place(launched):
+    """Rows that begin more than 2^31 elements after the first: offsets have 64 bits."""
+    case = Case(2, 1, 24, 24, 12, 3, torch.bfloat16, n=3)
+    case.ids = torch.tensor([[2, 1, -1], [0, 2, 2]])
+    for name in ("queries", "keys", "values"):
+        t = getattr(case, name)
+        far = torch.empty(3 * 2**30, dtype=t.dtype).as_strided(t.shape, (2**30, t.stride(1), 1))
+        setattr(case, name, far.copy_(t))
+    case.inputs = torch.empty(2**31 + 24, dtype=torch.bfloat16).as_strided((2, 24), (2**31, 1)).copy_(case.inputs)
+    (out, alpha), _ = launched(case.run)
+    case.check(out, alpha)
+
+
+def test_no_token_depends_on_another(launched):
+    """Bit for bit, whatever the others hold and retrieve."""
+    case = Case(20, 1, 24, 40, 12, 5, torch.bfloat16)
+    (wanted, gates), _ = launched(case.run)
+    case.queries[4:], case.inputs[4:], case.ids[4:] = torch.nan, torch.inf, 3
+    (out, alpha), _ = launched(case.run)
+    assert torch.equal(out[:4], wanted[:4])
+    assert torch.equal(alpha[:4], gates[:4])
+
+
+def test_zero_rows_and_an_empty_memory(launched):
+    case = Case(3, 1, 24, 24, 12, 4, torch.float32)
+    case.inputs[0] = 0  # no direction: alpha 0, and nothing to match
+    case.values[case.ids[1].clamp(min=0)] = 0
+    case.encoder = case.encoder._replace(b1=torch.zeros(12), b2=torch.zeros(24))
+    case.projected = torch.einsum("nhd,rd->nhr", case.values.double(), case.encoder.w1.double()).float()
+    (out, alpha), _ = launched(case.run)
+    wanted, gates = case.definition()
+    torch.testing.assert_close(out.double(), wanted, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(alpha.double(), gates, rtol=1e-5, atol=1e-6)
+    assert alpha[0] == alpha[1] == 0
+    empty = Case(3, 1, 24, 24, 12, 4, torch.float32)
+    empty.keys, empty.values, empty.projected = empty.keys[:0], empty.values[:0], empty.projected[:0]
+    empty.ids[:] = -1
+    (out, alpha), _ = launched(empty.run)
+    assert torch.equal(out, empty.inputs)
+    assert not alpha.any()
+
+
+def test_no_tokens(launched):
+    case = Case(3, 1, 24, 24, 12, 4, torch.float32)
+    case.queries, case.inputs, case.ids = case.queries[:0], case.inputs[:0], case.ids[:0]
+    (out, alpha), session = launched(case.run)
+    assert out.shape == (0, 24)
+    assert alpha.shape == (0,)
+    assert not session.launches
+
+
+def test_the_operator_chooses_it(on_gpu):
+    case = Case(3, 1, 24, 24, 12, 4, torch.float32)
+    results = {}
+    for backend in ("triton", "reference"):
+        _triton._workspaces.clear()
+        with ops.backend(backend), on_gpu() as session:
+            results[backend] = ops.latent_attention(
+                *case.operands()[:6], scale=case.blend.scale, projected=case.projected
+            )
+        assert len(session.launches) == (1 if backend == "triton" else 0)
+    for got, wanted in zip(results["triton"], results["reference"], strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_nothing_is_allocated_where_memory_is_given(launched, monkeypatch):
+    case = Case(3, 1, 24, 24, 12, 4, torch.float32)
+    (wanted, gates), _ = launched(case.run)
+    workspace, out = _triton.Workspace("cpu"), (torch.empty(3, 24), torch.empty(3))
+    launched(lambda: case.run(out=out, workspace=workspace))
+    out[0].zero_()
+
+    def refuse(*_, **__):
+        raise AssertionError("an allocation")
+
+    def again():
+        for place, name in [(torch, "empty"), (torch, "empty_like"), (torch, "zeros"), (kernel, "workspace_of")]:
+            monkeypatch.setattr(place, name, refuse)
+        try:
+            return case.run(out=out, workspace=workspace)
+        finally:
+            monkeypatch.undo()
+
+    assert launched(again)[0] is out
+    assert torch.equal(out[0], wanted)
+    assert torch.equal(out[1], gates)
+    assert not workspace.counters.bitwise_and(2**31 - 1).any()  # ready for the next launch
+
+
+def sectors(t, rows=1.0) -> float:
+    return t.numel() * t.element_size() / 32 * rows
+
+
+@pytest.mark.parametrize(("d", "blocks"), [(1024, 32), pytest.param(4096, 128, marks=pytest.mark.slow)])
+def test_traffic_of_one_token_on_132_multiprocessors(d, blocks, launched, monkeypatch):
+    """The token's bytes are read once, by blocks that share them evenly: 128 at d = 4096."""
+    monkeypatch.setattr(kernel, "multiprocessors", lambda: 132)
+    case = Case(1, 1, d, d, 64, 8, torch.bfloat16)
+    case.ids = torch.arange(8).unsqueeze(0)
+    (out, _), session = launched(case.run)
+    torch.testing.assert_close(out.double(), case.definition()[0], rtol=2**-8, atol=1e-3)
+    (launch,) = session.launches
+    assert launch.grid == (blocks, 1, 1)
+    for name, wanted in (
+        ("keys", sectors(case.keys, 8 / 9)),
+        ("values", sectors(case.values, 8 / 9)),
+        ("w2", sectors(case.encoder.w2)),
+        ("projected", sectors(case.projected, 8 / 9)),
+    ):
+        assert launch.loads[name].sectors <= 1.02 * wanted, name
+    assert "w1" not in launch.loads
+    total = sum(traffic.bytes for traffic in (*launch.loads.values(), *launch.stores.values()))
+    assert launch.largest_block_bytes <= 1.3 * total / blocks
+    assert launch.shared.bank_conflicts <= 0.5 * max(launch.shared.ideal, 1)

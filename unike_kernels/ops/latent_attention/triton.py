@@ -1,0 +1,366 @@
+"""Attention over retrieved memory entries, gate and blend on a GPU, in one launch (paper, Eq. 2, 7 and 8).
+
+Work. A tile of tokens belongs to a team of blocks, each of which owns a slice of every width: of the queries' c
+columns, of the d columns of the values and the output, of Enc_sem's r. It goes through four phases, and the team meets
+in between to exchange what depends on all columns:
+  1. the slice's share of the logits                                                  -> k numbers a token and head
+  2. softmax; h_know in the slice, its and the host's squares; Enc_sem's first layer  -> r numbers a token
+  3. Enc_sem(h_know) in the slice, its square and its product with the anchor         -> two numbers a token
+  4. alpha, and the blend in the slice.
+A row of keys, values or projected values is read once for each token that retrieved it, and nothing of the size
+[tokens, k, d] exists. Where a sequence shares its ids, a tile is of its tokens, and logits and averages are tensor core
+products. With `projected` values the first layer of Enc_sem is one more average, and w1 is not read.
+
+Bound. One token with k = 40, d = 4096, r = 512 in bfloat16 moves 0.66 MB of keys and values, 0.08 MB of projected
+values and 4.2 MB of w2: 1.5 us of an H100's memory. The slices are many, so that at one token every multiprocessor has
+a block with bytes in flight; three meetings, about 1.5 us each, are what that costs.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .._triton import Workspace, activate, dot, last_contiguous, meet, multiprocessors, options, workspace_of
+from .reference import Blend, SemanticEncoder
+
+TOKENS = 16  # of a tile: the rows of an mma
+ENTRIES = 16  # of a step
+WIDTH = 64  # bytes of a row in a step
+HIDDEN = 64  # of Enc_sem's r numbers in a step
+BLOCKS_PER_MULTIPROCESSOR = 2
+MOST_SLICES = 128  # each adds to the partial sums that all of a team read
+
+
+@triton.jit
+def inverse(x):
+    """1 / x, and 0 for 0."""
+    return tl.where(x == 0, 0.0, 1.0 / tl.where(x == 0, 1.0, x))
+
+
+@triton.jit
+def entries_at(ids, rows, valid, first, k, KB: tl.constexpr, SHARED: tl.constexpr):
+    """Entries first, ..., first + KB - 1 of these rows of ids, -1 where there is none: [BM, KB], or shared [1, KB]."""
+    at = first + tl.arange(0, KB)
+    if SHARED:
+        return tl.load(ids + tl.min(rows) * k + at, mask=at < k, other=-1)[None, :]
+    else:
+        return tl.load(ids + rows[:, None] * k + at[None, :], mask=valid[:, None] & (at < k)[None, :], other=-1)
+
+
+@triton.jit
+def attended(entry, weight, table, stride, columns, inside, total):
+    """total + weight times these columns of the entries' rows; entry: [BM or 1, KB]."""
+    if entry.shape[0] == weight.shape[0]:
+        there = (entry >= 0)[:, :, None] & inside[None, None, :]
+        place = table + entry[:, :, None] * stride + columns[None, None, :]
+        rows = tl.load(place, mask=there, other=0.0).to(tl.float32)
+        return total + tl.sum(weight[:, :, None] * rows, 1)
+    else:
+        at = tl.reshape(entry, (entry.shape[1],))
+        there = (at >= 0)[:, None] & inside[None, :]
+        rows = tl.load(table + at[:, None] * stride + columns[None, :], mask=there, other=0.0)
+        return dot(weight, rows, total)
+
+
+@triton.jit
+def matched(entry, query, table, stride, columns, inside, total):
+    """total + the products of the queries with these columns of the entries' rows."""
+    if entry.shape[0] == query.shape[0]:
+        there = (entry >= 0)[:, :, None] & inside[None, None, :]
+        place = table + entry[:, :, None] * stride + columns[None, None, :]
+        rows = tl.load(place, mask=there, other=0.0).to(tl.float32)
+        return total + tl.sum(query.to(tl.float32)[:, None, :] * rows, 2)
+    else:
+        at = tl.reshape(entry, (entry.shape[1],))
+        there = (at >= 0)[:, None] & inside[None, :]
+        rows = tl.load(table + at[:, None] * stride + columns[None, :], mask=there, other=0.0)
+        return dot(query, rows.T, total)
+
+
+@triton.jit
+def times_rows(x, table):
+    """x table^T in float32: [BM, C] and [N, C] -> [BM, N]. One row is no work for tensor cores."""
+    if x.shape[0] == 1:
+        return tl.sum(x.to(tl.float32) * table.to(tl.float32), 1)[None, :]
+    else:
+        return dot(x, table.T, tl.zeros((x.shape[0], table.shape[0]), tl.float32))
+
+
+@triton.jit
+def sum_of_slices(parts, slices, size, there):
+    """What all slices of the team left behind, slice after slice. Past L1, which may hold those of an earlier tile."""
+    total = tl.zeros(parts.shape, tl.float32)
+    for s in range(slices):
+        total += tl.load(parts + s * size, mask=there, other=0.0, cache_modifier=".cg")
+    return total
+
+
+@triton.jit
+def logits_at(parts, entry, m, valid, first, k, slices, size, scale, KB: tl.constexpr):
+    """The scaled logits of these entries [BM, KB], -inf where there is none."""
+    at = first + tl.arange(0, KB)
+    found = (entry >= 0) & valid[:, None]
+    total = sum_of_slices(parts + m[:, None] * k + at[None, :], slices, size, found & (at < k)[None, :])
+    return tl.where(found, total * scale, float("-inf"))
+
+
+@triton.jit
+def averaged(
+    table, table_stride, row_stride, ids, rows, valid, parts, m, columns, inside, k, heads, slices, size, scale,
+    BM: tl.constexpr, KB: tl.constexpr, SHARED: tl.constexpr,
+):  # fmt: skip
+    """The softmax average of the retrieved rows of a table in these columns, the heads' added up: [BM, W]."""
+    total = tl.zeros((BM, columns.shape[0]), tl.float32)
+    for head in range(heads):
+        own = parts + head * (BM * k)
+        largest, mass = tl.full((BM,), float("-inf"), tl.float32), tl.zeros((BM,), tl.float32)
+        for first in range(0, k, KB):
+            entry = entries_at(ids, rows, valid, first, k, KB, SHARED)
+            logits = logits_at(own, entry, m, valid, first, k, slices, size, scale, KB)
+            above = tl.maximum(largest, tl.max(logits, 1))
+            # A token without any entry so far has no largest logit to subtract.
+            shift = tl.where(above == float("-inf"), 0.0, above)
+            mass = mass * tl.exp(largest - shift) + tl.sum(tl.exp(logits - shift[:, None]), 1)
+            largest = above
+        shift = tl.where(largest == float("-inf"), 0.0, largest)
+        share = inverse(mass)
+        for first in range(0, k, KB):
+            entry = entries_at(ids, rows, valid, first, k, KB, SHARED)
+            logits = logits_at(own, entry, m, valid, first, k, slices, size, scale, KB)
+            weight = tl.exp(logits - shift[:, None]) * share[:, None]
+            total = attended(entry, weight, table + head * row_stride, table_stride, columns, inside, total)
+    return total
+
+
+@triton.jit
+def found_any(ids, rows, valid, k, BM: tl.constexpr, KB: tl.constexpr, SHARED: tl.constexpr):
+    """Which of the tokens have an entry at all, [BM]."""
+    best = tl.full((BM,), -1, tl.int64)
+    for first in range(0, k, KB):
+        best = tl.maximum(best, tl.max(entries_at(ids, rows, valid, first, k, KB, SHARED), 1))
+    return best >= 0
+
+
+@triton.jit(
+    do_not_specialize=["heads", "k", "tokens", "per_row", "per_ids", "per_anchor", "tiles_per_row", "tiles", "slices"]
+)
+def latent_attention_kernel(
+    queries, inputs, keys, values, projected, ids, w1, b1, w2, b2, given, anchor, out, alpha,
+    scores, hidden, know, squares, cosines, counters,
+    query_stride, input_stride, key_stride, value_stride, projected_stride, anchor_stride, given_stride,
+    heads, c, d, r, k, scale, tokens, per_row, per_ids, per_anchor, tiles_per_row, tiles,
+    slices, c_slice, d_slice, r_slice,
+    EQ7: tl.constexpr, MATCH: tl.constexpr, SHARED: tl.constexpr,
+    BM: tl.constexpr, KB: tl.constexpr, WIDTH: tl.constexpr, RB: tl.constexpr,
+):  # fmt: skip
+    """See above."""
+    team, teams, part = tl.program_id(0) // slices, tl.num_programs(0) // slices, tl.program_id(0) % slices
+    m = tl.arange(0, BM)
+    size = heads.to(tl.int64) * BM * k
+    scores += team * slices * size
+    know += team * BM * d
+    squares += team * slices * (3 * BM)
+    cosines += team * slices * (2 * BM)
+    # Without projected values every slice has a share of every number of the first layer.
+    hidden_slices = slices if projected is None else 1
+    hidden += team * hidden_slices * BM * r
+    for tile in range(team, tiles, teams):
+        row = tile // tiles_per_row
+        offset = tile % tiles_per_row * BM + m
+        rows = row.to(tl.int64) * per_row + offset
+        valid = (offset < per_row) & (rows < tokens)
+        id_rows = rows // per_ids
+
+        for head in range(heads):
+            for first in range(0, k, KB):
+                entry = entries_at(ids, id_rows, valid, first, k, KB, SHARED)
+                total = tl.zeros((BM, KB), tl.float32)
+                for start in range(part * c_slice, tl.minimum((part + 1) * c_slice, c), WIDTH):
+                    columns = start + tl.arange(0, WIDTH)
+                    inside = columns < c
+                    place = queries + rows[:, None] * query_stride + head * c + columns[None, :]
+                    query = tl.load(place, mask=valid[:, None] & inside[None, :], other=0.0)
+                    total = matched(entry, query, keys + head * c, key_stride, columns, inside, total)
+                at = first + tl.arange(0, KB)
+                place = scores + part * size + head * (BM * k) + m[:, None] * k + at[None, :]
+                tl.store(place, total, mask=valid[:, None] & (at < k)[None, :])
+        meet(counters + team, slices, part == 0)
+
+        of_know = tl.zeros((BM,), tl.float32)
+        of_host, of_anchor = of_know, of_know
+        for start in range(part * d_slice, tl.minimum((part + 1) * d_slice, d), WIDTH):
+            columns = start + tl.arange(0, WIDTH)
+            inside = columns < d
+            there = valid[:, None] & inside[None, :]
+            mean = averaged(
+                values, value_stride, d, ids, id_rows, valid, scores, m, columns, inside, k, heads, slices, size,
+                scale, BM, KB, SHARED,
+            )  # fmt: skip
+            tl.store(know + m[:, None] * d + columns[None, :], mean, mask=there)
+            host = tl.load(inputs + rows[:, None] * input_stride + columns[None, :], mask=there, other=0.0)
+            of_know += tl.sum(mean * mean, 1)
+            of_host += tl.sum(host.to(tl.float32) * host.to(tl.float32), 1)
+            if anchor is not None:
+                at_anchor = anchor + (rows // per_anchor)[:, None] * anchor_stride
+                other = tl.load(at_anchor + columns[None, :], mask=there, other=0.0).to(tl.float32)
+                of_anchor += tl.sum(other * other, 1)
+        left = squares + part * (3 * BM) + m
+        tl.store(left, of_know)
+        tl.store(left + BM, of_host)
+        tl.store(left + 2 * BM, of_host if anchor is None else of_anchor)
+        if given is None:
+            if projected is None:
+                tl.debug_barrier()  # the block's own h_know
+                for low in range(0, r, RB):
+                    at = low + tl.arange(0, RB)
+                    total = tl.zeros((BM, RB), tl.float32)
+                    for start in range(part * d_slice, tl.minimum((part + 1) * d_slice, d), WIDTH):
+                        columns = start + tl.arange(0, WIDTH)
+                        inside = columns < d
+                        there = valid[:, None] & inside[None, :]
+                        mean = tl.load(know + m[:, None] * d + columns[None, :], mask=there, other=0.0)
+                        wanted = (at < r)[:, None] & inside[None, :]
+                        weights = tl.load(w1 + at[:, None] * d + columns[None, :], mask=wanted, other=0.0)
+                        total += times_rows(mean, weights)
+                    place = hidden + part * (BM * r) + m[:, None] * r + at[None, :]
+                    tl.store(place, total, mask=valid[:, None] & (at < r)[None, :])
+            else:
+                for start in range(part * r_slice, tl.minimum((part + 1) * r_slice, r), WIDTH):
+                    columns = start + tl.arange(0, WIDTH)
+                    inside = columns < r
+                    mean = averaged(
+                        projected, projected_stride, r, ids, id_rows, valid, scores, m, columns, inside, k, heads,
+                        slices, size, scale, BM, KB, SHARED,
+                    )  # fmt: skip
+                    tl.store(hidden + m[:, None] * r + columns[None, :], mean, mask=valid[:, None] & inside[None, :])
+        meet(counters + team, slices, part == 0)
+
+        of_know = sum_of_slices(squares + m, slices, 3 * BM, valid)
+        of_host = sum_of_slices(squares + BM + m, slices, 3 * BM, valid)
+        if given is None:
+            own = tl.zeros((BM,), tl.float32)
+            along = own
+            for start in range(part * d_slice, tl.minimum((part + 1) * d_slice, d), WIDTH):
+                columns = start + tl.arange(0, WIDTH)
+                inside = columns < d
+                there = valid[:, None] & inside[None, :]
+                sem = tl.zeros((BM, WIDTH), tl.float32)
+                for low in range(0, r, RB):
+                    at = low + tl.arange(0, RB)
+                    known = valid[:, None] & (at < r)[None, :]
+                    first = sum_of_slices(hidden + m[:, None] * r + at[None, :], hidden_slices, BM * r, known)
+                    bias = tl.load(b1 + at, mask=at < r, other=0.0).to(tl.float32)
+                    g = tl.where(known, activate(first + bias[None, :], "gelu"), 0.0)
+                    wanted = inside[:, None] & (at < r)[None, :]
+                    sem += times_rows(g, tl.load(w2 + columns[:, None] * r + at[None, :], mask=wanted, other=0.0))
+                sem += tl.load(b2 + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
+                sem = tl.where(there, sem, 0.0)
+                if anchor is None:
+                    other = tl.load(inputs + rows[:, None] * input_stride + columns[None, :], mask=there, other=0.0)
+                else:
+                    at_anchor = anchor + (rows // per_anchor)[:, None] * anchor_stride
+                    other = tl.load(at_anchor + columns[None, :], mask=there, other=0.0)
+                own += tl.sum(sem * sem, 1)
+                along += tl.sum(sem * other.to(tl.float32), 1)
+            products = cosines + part * (2 * BM) + m
+            tl.store(products, own)
+            tl.store(products + BM, along)
+            meet(counters + team, slices, part == 0)
+            own = sum_of_slices(cosines + m, slices, 2 * BM, valid)
+            along = sum_of_slices(cosines + BM + m, slices, 2 * BM, valid)
+            of_anchor = sum_of_slices(squares + 2 * BM + m, slices, 3 * BM, valid)
+            cosine = along * inverse(tl.sqrt(own)) * inverse(tl.sqrt(of_anchor))
+            gate = tl.clamp(cosine, 0.0, 1.0, propagate_nan=tl.PropagateNan.ALL)
+        else:
+            gate = tl.load(given + rows * given_stride, mask=valid, other=0.0).to(tl.float32)
+
+        shifted = found_any(ids, id_rows, valid, k, BM, KB, SHARED)
+        tl.store(alpha + rows, tl.where(shifted, gate, 0.0), mask=valid & (part == 0))
+        share = 1.0 - gate if EQ7 else gate
+        stretch = tl.sqrt(of_host) * inverse(tl.sqrt(of_know)) if MATCH else tl.full((BM,), 1.0, tl.float32)
+        for start in range(part * d_slice, tl.minimum((part + 1) * d_slice, d), WIDTH):
+            columns = start + tl.arange(0, WIDTH)
+            there = valid[:, None] & (columns < d)[None, :]
+            host = tl.load(inputs + rows[:, None] * input_stride + columns[None, :], mask=there, other=0.0)
+            mean = tl.load(know + m[:, None] * d + columns[None, :], mask=there, other=0.0)
+            blended = (1.0 - share)[:, None] * host.to(tl.float32) + (share * stretch)[:, None] * mean
+            result = tl.where(shifted[:, None], blended.to(host.dtype), host)  # without an entry the very bits
+            tl.store(out + rows[:, None] * d + columns[None, :], result, mask=there)
+
+
+def _sliced(width: int, step: int, slices: int) -> int:
+    """Columns of a slice, whole steps of them."""
+    return triton.cdiv(triton.cdiv(width, step), slices) * step
+
+
+def latent_attention(
+    queries: Tensor,
+    inputs: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    ids: Tensor,
+    encoder: SemanticEncoder,
+    alpha: Tensor | None,
+    anchor: Tensor | None,
+    blend: Blend,
+    projected: Tensor | None = None,
+    *,
+    out: tuple[Tensor, Tensor] | None = None,
+    workspace: Workspace | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The shifted output and alpha, in one launch. Any dtypes but float64; see `reference.latent_attention`.
+
+    Args:
+        out: [M, d] and float32 [M], contiguous; None: new ones.
+        workspace: None: that of the current stream.
+    """
+    m, d = inputs.shape
+    heads, c = queries.shape[1:]
+    r, k = encoder.w1.shape[0], ids.shape[1]
+    if out is None:
+        out = torch.empty_like(inputs, memory_format=torch.contiguous_format), inputs.new_empty(m, dtype=torch.float32)
+    if m == 0:
+        return out
+    inputs, anchor = last_contiguous(inputs), None if anchor is None else last_contiguous(anchor)
+    queries, keys, values = _flat(queries), _flat(keys), _flat(values)
+    projected = None if projected is None else _flat(projected)
+    encoder, ids = SemanticEncoder(*(t.contiguous() for t in encoder)), ids.contiguous()
+    shared = ids.shape[0] < m
+    per_row = m // ids.shape[0] if shared else m
+    tile = TOKENS if per_row >= TOKENS else 1
+    tiles_per_row = triton.cdiv(per_row, tile)
+    tiles = m // per_row * tiles_per_row
+    width = WIDTH // max(t.element_size() for t in (queries, keys, values))
+    blocks = BLOCKS_PER_MULTIPROCESSOR * multiprocessors()
+    slices = max(1, min(blocks // tiles, triton.cdiv(d, width), MOST_SLICES))
+    slices = triton.cdiv(triton.cdiv(d, width), triton.cdiv(triton.cdiv(d, width), slices))  # none without columns
+    teams = min(tiles, blocks // slices)
+    workspace = workspace or workspace_of(inputs.device)
+    tokens = teams * tile
+    scratch = workspace.floats(
+        tokens * slices * heads * k,
+        tokens * r * (slices if projected is None else 1),
+        tokens * d,
+        tokens * slices * 3,
+        tokens * slices * 2,
+    )
+    # Not fused: a product that is added to its neighbour's in one rounding makes the sums of a warp's lanes differ.
+    latent_attention_kernel[(teams * slices,)](
+        queries, inputs, keys, values, projected, ids, *encoder, alpha, anchor, *out, *scratch, workspace.counters,
+        queries.stride(0), inputs.stride(0), keys.stride(0), values.stride(0),
+        0 if projected is None else projected.stride(0), 0 if anchor is None else anchor.stride(0),
+        0 if alpha is None or alpha.numel() == 1 else alpha.stride(0),
+        heads, c, d, r, k, blend.scale, m, per_row, m // ids.shape[0], 1 if anchor is None else m // anchor.shape[0],
+        tiles_per_row, tiles, slices, *(_sliced(n, width, slices) for n in (c, d, r)),
+        blend.convention == "eq7", blend.norm == "match", shared and tile > 1,
+        tile, ENTRIES if tile == 1 or shared else 1, width, HIDDEN, **options(cooperative=True), enable_fp_fusion=False,
+    )  # fmt: skip
+    return out
+
+
+def _flat(t: Tensor) -> Tensor:
+    """[N, H, c] -> [N, H c], in place where a row is contiguous."""
+    return last_contiguous(t.flatten(1))
