@@ -1,0 +1,129 @@
+"""What each kernel takes of each architecture, read from its binary at the shapes of real models: no spills anywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from ops.gpu.test_latent_attention import Case
+from ops.test_patched_ffn import make_pool
+from ptxsim import Session, static
+from ptxsim.triton_driver import interpreting
+from triton.backends.compiler import GPUTarget
+
+from unike_kernels.ops import _triton
+from unike_kernels.ops.latent_attention import triton as latent
+from unike_kernels.ops.patched_ffn import triton as forward
+from unike_kernels.ops.patched_ffn import triton_backward as backward
+
+D = 4096
+
+
+class Budget(NamedTuple):
+    """A launch and what its kernel may take.
+
+    Attributes:
+        module, kernel: where it is.
+        launch: makes the arguments of a real shape.
+        occupancy: at least, of sm_80 and sm_90.
+        wide: at least so many loads of 16 bytes, or copies: one for each stream of weights or memory entries.
+        tensor_cores: whether it has their instructions.
+    """
+
+    module: Any
+    kernel: str
+    launch: Callable[[], object]
+    occupancy: float
+    wide: int
+    tensor_cores: bool
+
+
+def extra(tokens: int, gated: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, Any]:
+    return torch.zeros(tokens, D, dtype=dtype), torch.zeros(tokens, D, dtype=dtype), make_pool(
+        D, sizes=(10,), rows=([0],), kind=gated, dtype=dtype
+    )  # fmt: skip
+
+
+def attention(tokens: int, rows: int | None, projected: bool, dtype: torch.dtype) -> Case:
+    return Case(tokens, 1, D, D, 512, 40, dtype, rows=rows, projected=projected)
+
+
+BUDGETS = {
+    "extra neurons, one token, float32": Budget(
+        forward, "add_extra_neurons_kernel",
+        lambda: forward.add_extra_neurons(*extra(1, "plain", torch.float32), "relu"), 0.12, 2, True,
+    ),
+    "extra neurons, a prompt, bfloat16": Budget(
+        forward, "add_extra_neurons_kernel",
+        lambda: forward.add_extra_neurons(*extra(128, "gated", torch.bfloat16), "silu"), 0.12, 4, True,
+    ),
+    "gradients of extra neurons, bfloat16": Budget(
+        backward, "add_extra_neurons_backward_kernel",
+        lambda: backward.add_extra_neurons_backward(*extra(128, "gated", torch.bfloat16), "silu"), 0.12, 4, True,
+    ),
+    "latent attention, one token, bfloat16": Budget(
+        latent, "latent_attention_kernel", lambda: attention(1, None, True, torch.bfloat16).run(), 0.25, 4, False
+    ),
+    "latent attention, one token, w1, float32": Budget(
+        latent, "latent_attention_kernel", lambda: attention(1, None, False, torch.float32).run(), 0.25, 4, False
+    ),
+    "latent attention, ids of each token, bfloat16": Budget(
+        latent, "latent_attention_kernel", lambda: attention(128, None, True, torch.bfloat16).run(), 0.12, 4, True
+    ),
+    "latent attention, ids of the sequence, bfloat16": Budget(
+        latent, "latent_attention_kernel", lambda: attention(128, 1, True, torch.bfloat16).run(), 0.12, 4, True
+    ),
+}  # fmt: skip
+
+
+class Captured:
+    """In the place of a kernel: keeps what it would be launched with."""
+
+    def __init__(self) -> None:
+        self.arguments: tuple[Any, ...] = ()
+        self.options: dict[str, Any] = {}
+
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        def launch(*arguments: Any, **options: Any) -> None:
+            self.arguments, self.options = arguments, options
+
+        return launch
+
+
+@pytest.fixture
+def resources(monkeypatch):
+    """(budget, target) -> what the kernel takes there."""
+
+    def find(budget: Budget, target: GPUTarget) -> static.Resources:
+        kernel, captured = getattr(budget.module, budget.kernel), Captured()
+        monkeypatch.setattr(budget.module, budget.kernel, captured)
+        monkeypatch.setattr(_triton, "_multiprocessors", lambda device: 132)
+        _triton._workspaces.clear()
+        with interpreting(Session()):
+            budget.launch()
+        monkeypatch.undo()
+        options = dict(captured.options)
+        if target.backend != "cuda":
+            options.pop("maxnreg", None)
+        return static.resources(static.compile_for(kernel, target, captured.arguments, **options))
+
+    return find
+
+
+TARGETS = [*(GPUTarget("cuda", arch, 32) for arch in static.CUDA_ARCHITECTURES), GPUTarget("hip", "gfx942", 64)]
+
+
+@pytest.mark.parametrize("name", BUDGETS)
+@pytest.mark.parametrize("target", TARGETS, ids=lambda t: f"{t.backend}-{t.arch}")
+def test_budget(name, target, resources):
+    budget = BUDGETS[name]
+    found = resources(budget, target)
+    print(name, found)
+    assert not found.spills, found
+    assert found.shared <= found.shared_limit
+    if target.backend == "cuda":
+        assert found.occupancy >= budget.occupancy, found
+        assert found.wide_loads >= budget.wide, found
+        assert bool(found.tensor_core) == budget.tensor_cores, found

@@ -1,0 +1,84 @@
+"""Delete each barrier, wait and fence of the compiled kernels in turn: noticed, or it is said why nothing can be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from ops.gpu import test_add_extra_neurons as extra
+from ops.gpu import test_latent_attention as latent
+from ptxsim import SimulationError
+from ptxsim.triton_driver import interpreting
+from ptxsim_tests.test_mutation import Mutating
+
+from unike_kernels.ops import _triton
+from unike_kernels.ops.latent_attention import triton as attention
+from unike_kernels.ops.patched_ffn import triton as forward
+from unike_kernels.ops.patched_ffn import triton_backward as backward
+
+SCHEDULES = ["reversed", "random:0", "random:1", "lockstep"]
+
+
+# Loops run three times where they can: a barrier may only matter between the first pass and the third.
+def extra_neurons() -> None:
+    x, base, pool = extra.case(700, 1, "gated", torch.float16, rows=([3, 2, 0],), sizes=(3, 1, 0, 40))
+    extra.expected(x, base, pool, "silu").admits(forward.add_extra_neurons(x, base, pool, "silu"))
+
+
+def extra_neurons_backward() -> None:
+    x, g, pool = extra.case(330, 2, "gated", torch.float32, rows=([3, 3], [3]), sizes=(1, 0, 0, 40))
+    grads = backward.add_extra_neurons_backward(g, x, pool, "silu")
+    for got, wanted in zip(grads, extra.expected_gradients(g, x, pool, "silu"), strict=True):
+        wanted.admits(got)
+
+
+# kernel -> a launch of it whose result is checked
+def latent_attention() -> None:
+    case = latent.Case(2, 2, 180, 180, 130, 37, torch.bfloat16, projected=False)
+    case.check(*case.run())
+
+
+def latent_attention_shared() -> None:
+    case = latent.Case(33, 2, 330, 330, 130, 37, torch.bfloat16, rows=1, n=30)
+    case.ids[-1] = torch.arange(37) - 8
+    case.check(*case.run())
+
+
+LAUNCHES: dict[str, Callable[[], None]] = {
+    f.__name__: f for f in (extra_neurons, extra_neurons_backward, latent_attention, latent_attention_shared)
+}
+# kernel -> the sites whose deletion goes unnoticed, by their place among all
+SURVIVORS: dict[str, dict[int, str]] = {}
+
+
+def noticed(run: Callable[[], None], victim: int) -> str | None:
+    for schedule in SCHEDULES:
+        torch.manual_seed(0)
+        _triton._workspaces.clear()
+        session = Mutating(schedule, victim)
+        try:
+            with interpreting(session):
+                run()
+        except (SimulationError, AssertionError) as error:
+            return f"{schedule}: {type(error).__name__}"
+    return None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_kernels_without_one_barrier(name, monkeypatch):
+    for module in (forward, attention):
+        monkeypatch.setattr(module, "multiprocessors", lambda: 1)  # two slices, of several steps each
+    run = LAUNCHES[name]
+    assert noticed(run, -1) is None
+    original = Mutating("lockstep", -1)
+    with interpreting(original):
+        run()
+    survivors = {}
+    for victim, site in enumerate(original.sites):
+        found = noticed(run, victim)
+        print(f"{name}[{victim}] {site}: {found or 'survives'}", flush=True)
+        if found is None:
+            survivors[victim] = site
+    assert set(survivors) == set(SURVIVORS.get(name, {})), survivors
