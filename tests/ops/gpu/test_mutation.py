@@ -22,7 +22,7 @@ SCHEDULES = ["reversed", "random:0", "random:1", "lockstep"]
 
 # Loops run three times where they can: a barrier may only matter between the first pass and the third.
 def extra_neurons() -> None:
-    x, base, pool = extra.case(700, 1, "gated", torch.float16, rows=([3, 2, 0],), sizes=(3, 1, 0, 40))
+    x, base, pool = extra.case(1500, 1, "gated", torch.float16, rows=([3, 2, 0],), sizes=(3, 1, 0, 40))
     extra.expected(x, base, pool, "silu").admits(forward.add_extra_neurons(x, base, pool, "silu"))
 
 
@@ -40,7 +40,7 @@ def latent_attention() -> None:
 
 
 def latent_attention_shared() -> None:
-    case = latent.Case(33, 2, 330, 330, 130, 37, torch.bfloat16, rows=1, n=30)
+    case = latent.Case(17, 2, 330, 330, 130, 37, torch.bfloat16, rows=1, n=30)
     case.ids[-1] = torch.arange(37) - 8
     case.check(*case.run())
 
@@ -69,7 +69,7 @@ def noticed(run: Callable[[], None], victim: int) -> str | None:
 @pytest.mark.parametrize("name", LAUNCHES)
 def test_kernels_without_one_barrier(name, monkeypatch):
     for module in (forward, attention):
-        monkeypatch.setattr(module, "multiprocessors", lambda: 1)  # two slices, of several steps each
+        monkeypatch.setattr(module, "multiprocessors", lambda: 2)  # several slices, of several steps each
     run = LAUNCHES[name]
     assert noticed(run, -1) is None
     original = Mutating("lockstep", -1)
