@@ -130,14 +130,12 @@ MORE = [
         marks=pytest.mark.slow,
         id=f"{t}-{rows}-{h}-{d}-{dtype}-{p}-{a}-{c}-{n}",
     )
-    for (t, rows), (h, d, dtype), (p, a), c, n in itertools.product(
+    for (t, rows), (h, d, dtype), (p, a, c, n) in itertools.product(
         [(1, 1), (17, None), (32, 2)],
         [(1, 24, torch.float32), (3, 33, torch.float16), (1, 130, torch.bfloat16)],
-        [(True, None), (False, None), (True, 1)],
-        ["inclusion", "eq7"],
-        ["match", "none"],
+        [(True, None, "eq7", "match"), (False, None, "inclusion", "none"), (True, 1, "eq7", "none")],
     )
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("shape", MATRIX + MORE)
