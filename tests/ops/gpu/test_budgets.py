@@ -1,4 +1,4 @@
-"""What each kernel takes of each architecture, read from its binary at the shapes of real models: no spills anywhere."""
+"""What each kernel takes of each architecture, read from its binary at the shapes of real models: no spills."""
 
 from __future__ import annotations
 
