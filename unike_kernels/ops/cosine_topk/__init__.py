@@ -58,6 +58,7 @@ def native_dtype(x: Tensor) -> Tensor:
 _backend.register("cosine_topk", "reference", reference.cosine_topk)
 _backend.register_native("cosine_topk", _run_native)
 _backend.register("cosine_topk", "cuda", _run_cuda, refuse=_cuda_refuse, missing=_native.cuda_missing)
+_backend.register_triton("cosine_topk", f"{__name__}.triton")
 
 
 def packed_of(codes: Tensor | None, bounds: Tensor | None, direction: Tensor | None) -> PackedKeys | None:
@@ -70,7 +71,7 @@ def _run(
 ) -> tuple[Tensor, Tensor]:
     run = _backend.dispatch("cosine_topk", queries)
     # The result is the same without.
-    codes = {} if run is reference.cosine_topk else {"packed": packed_of(*packed)}
+    codes = {"packed": packed_of(*packed)} if run in (_run_native, _run_cuda) else {}
     result: tuple[Tensor, Tensor] = run(queries, keys, k, normalized, bounds, **codes)
     return result
 
