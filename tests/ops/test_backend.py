@@ -101,8 +101,8 @@ def test_a_forced_backend_that_the_operator_lacks_is_an_error(monkeypatch):
     with ops.backend("native"), pytest.raises(BackendUnavailableError, match="patched_ffn has no 'native'"):
         ops.patched_ffn(X, ops.FFNWeights(X, None, None, None, X, None), pool, activation="relu")
     monkeypatch.setenv("UNIKE_BACKEND", "cuda")
-    with pytest.raises(BackendUnavailableError, match=r"cosine_topk has no 'cuda' backend; it has: .*native"):
-        ops.cosine_topk(X, X, 1)
+    with pytest.raises(BackendUnavailableError, match=r"add_extra_neurons has no 'cuda' backend; it has: .*native"):
+        ops.patched_ffn(X, X, pool, activation="relu")
 
 
 def test_a_forced_backend_that_refuses_the_tensors_is_an_error():
@@ -122,7 +122,7 @@ def test_without_the_extension_native_is_missing(monkeypatch):
 
 
 def test_the_first_backend_that_can_run_is_chosen(table):
-    state = {"native": "too old", "triton": None}
+    state = {"native": "too old", "cuda": "gone", "triton": None}
     for name in reversed(_backend.BACKENDS):
         _backend.register("op", name, name.upper, missing=lambda name=name: state.get(name))
     assert run_of()() == "TRITON"
