@@ -34,6 +34,15 @@ def meet(counter, blocks, leader):
 
 
 @triton.jit
+def sum_of_parts(parts, slices, size, wanted):
+    """The sum of all slices' parts, slice after slice. Past L1, which may hold those of an earlier tile."""
+    total = tl.zeros(parts.shape, tl.float32)
+    for s in range(slices):
+        total += tl.load(parts + s * size, mask=wanted, other=0.0, cache_modifier=".cg")
+    return total
+
+
+@triton.jit
 def dot(a, b, acc):
     """acc + a b with float32 sums; operands of one half dtype as they are, others as float32, exact to 21 bits."""
     if a.dtype == b.dtype and a.dtype.primitive_bitwidth == 16:

@@ -23,7 +23,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import Workspace, activate, dot, last_contiguous, meet, multiprocessors, options, workspace_of
+from .._triton import (
+    Workspace,
+    activate,
+    dot,
+    last_contiguous,
+    meet,
+    multiprocessors,
+    options,
+    sum_of_parts,
+    workspace_of,
+)
 from .reference import Blend, SemanticEncoder
 
 TOKENS = 16  # of a tile: the rows of an mma
@@ -90,20 +100,11 @@ def times_rows(x, table):
 
 
 @triton.jit
-def sum_of_slices(parts, slices, size, there):
-    """What all slices of the team left behind, slice after slice. Past L1, which may hold those of an earlier tile."""
-    total = tl.zeros(parts.shape, tl.float32)
-    for s in range(slices):
-        total += tl.load(parts + s * size, mask=there, other=0.0, cache_modifier=".cg")
-    return total
-
-
-@triton.jit
 def logits_at(parts, entry, m, valid, first, k, slices, size, scale, KB: tl.constexpr):
     """The scaled logits of these entries [BM, KB], -inf where there is none."""
     at = first + tl.arange(0, KB)
     found = (entry >= 0) & valid[:, None]
-    total = sum_of_slices(parts + m[:, None] * k + at[None, :], slices, size, found & (at < k)[None, :])
+    total = sum_of_parts(parts + m[:, None] * k + at[None, :], slices, size, found & (at < k)[None, :])
     return tl.where(found, total * scale, float("-inf"))
 
 
@@ -238,8 +239,8 @@ def latent_attention_kernel(
                     tl.store(hidden + m[:, None] * r + columns[None, :], mean, mask=valid[:, None] & inside[None, :])
         meet(counters + team, slices, part == 0)
 
-        of_know = sum_of_slices(squares + m, slices, 3 * BM, valid)
-        of_host = sum_of_slices(squares + BM + m, slices, 3 * BM, valid)
+        of_know = sum_of_parts(squares + m, slices, 3 * BM, valid)
+        of_host = sum_of_parts(squares + BM + m, slices, 3 * BM, valid)
         if given is None:
             own = tl.zeros((BM,), tl.float32)
             along = own
@@ -251,7 +252,7 @@ def latent_attention_kernel(
                 for low in range(0, r, RB):
                     at = low + tl.arange(0, RB)
                     known = valid[:, None] & (at < r)[None, :]
-                    first = sum_of_slices(hidden + m[:, None] * r + at[None, :], hidden_slices, BM * r, known)
+                    first = sum_of_parts(hidden + m[:, None] * r + at[None, :], hidden_slices, BM * r, known)
                     bias = tl.load(b1 + at, mask=at < r, other=0.0).to(tl.float32)
                     g = tl.where(known, activate(first + bias[None, :], "gelu"), 0.0)
                     wanted = inside[:, None] & (at < r)[None, :]
@@ -269,9 +270,9 @@ def latent_attention_kernel(
             tl.store(products, own)
             tl.store(products + BM, along)
             meet(counters + team, slices, part == 0)
-            own = sum_of_slices(cosines + m, slices, 2 * BM, valid)
-            along = sum_of_slices(cosines + BM + m, slices, 2 * BM, valid)
-            of_anchor = sum_of_slices(squares + 2 * BM + m, slices, 3 * BM, valid)
+            own = sum_of_parts(cosines + m, slices, 2 * BM, valid)
+            along = sum_of_parts(cosines + BM + m, slices, 2 * BM, valid)
+            of_anchor = sum_of_parts(squares + 2 * BM + m, slices, 3 * BM, valid)
             cosine = along * inverse(tl.sqrt(own)) * inverse(tl.sqrt(of_anchor))
             gate = tl.clamp(cosine, 0.0, 1.0, propagate_nan=tl.PropagateNan.ALL)
         else:

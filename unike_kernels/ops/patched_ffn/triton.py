@@ -30,6 +30,7 @@ from .._triton import (
     meet,
     multiprocessors,
     options,
+    sum_of_parts,
     workspace_of,
 )
 from .reference import EditPool
@@ -61,15 +62,6 @@ def products(x, rows, valid, table, at, used, d, x_stride, low, high, WIDTH: tl.
         left = tl.load(x + rows[:, None] * x_stride + columns[None, :], mask=valid[:, None] & inside, other=0.0)
         right = tl.load(table + at[:, None] * d + columns[None, :], mask=used[:, None] & inside, other=0.0)
         total = dot(left, right.T, total)
-    return total
-
-
-@triton.jit
-def sum_of_parts(parts, slices, size, wanted):
-    """The sum of all slices' parts, slice after slice. Past L1, which may hold those of an earlier tile."""
-    total = tl.zeros(parts.shape, tl.float32)
-    for s in range(slices):
-        total += tl.load(parts + s * size, mask=wanted, other=0.0, cache_modifier=".cg")
     return total
 
 

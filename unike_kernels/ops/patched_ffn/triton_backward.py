@@ -26,10 +26,11 @@ from .._triton import (
     last_contiguous,
     meet,
     options,
+    sum_of_parts,
     workspace_of,
 )
 from .reference import EditPool, ExtraGradients
-from .triton import NEURONS, TOKENS, WIDTH, products, sum_of_parts, tiling, tokens_of
+from .triton import NEURONS, TOKENS, WIDTH, products, tiling, tokens_of
 
 
 @triton.jit
