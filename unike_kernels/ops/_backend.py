@@ -151,6 +151,12 @@ def available(op: str) -> dict[str, str | None]:
     return {name: impl.missing() for name, impl in _table[op].items()}
 
 
+def takes(op: str, name: str, like: torch.Tensor) -> bool:
+    """Whether `op` has this backend, and it can run here on tensors like `like`."""
+    impl = _table[op].get(name)
+    return impl is not None and not impl.missing() and not impl.refuse(like)
+
+
 def dispatch(op: str, like: torch.Tensor) -> Callable[..., Any]:
     """The implementation of `op` for tensors like `like`."""
     choices = _table[op]
@@ -163,7 +169,6 @@ def dispatch(op: str, like: torch.Tensor) -> Callable[..., Any]:
             raise BackendUnavailableError(f"{op}: backend {name!r} cannot run here: {reason}")
         return choices[name].run
     for name in BACKENDS:
-        impl = choices.get(name)
-        if impl and not impl.missing() and not impl.refuse(like):
-            return impl.run
+        if takes(op, name, like):
+            return choices[name].run
     raise BackendUnavailableError(f"{op}: no backend runs on device {like.device}")

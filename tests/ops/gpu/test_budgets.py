@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from ops.gpu.test_latent_attention import Case
+from ops.gpu.test_memory_attention import Memory
 from ops.test_patched_ffn import make_pool
 from ptxsim import Session, static
 from ptxsim.triton_driver import interpreting
@@ -15,6 +16,7 @@ from triton.backends.compiler import GPUTarget
 
 from unike_kernels.ops import _triton
 from unike_kernels.ops.latent_attention import triton as latent
+from unike_kernels.ops.memory_attention import triton as memory
 from unike_kernels.ops.patched_ffn import triton as forward
 from unike_kernels.ops.patched_ffn import triton_backward as backward
 
@@ -50,6 +52,10 @@ def attention(tokens: int, rows: int | None, projected: bool, dtype: torch.dtype
     return Case(tokens, 1, D, D, 512, 40, dtype, rows=rows, projected=projected)
 
 
+def retrieving(tokens: int, projected: bool, dtype: torch.dtype) -> Memory:
+    return Memory(tokens, 1, D, D, 512, 40, dtype, n=200, projected=projected, bounded=False)
+
+
 BUDGETS = {
     "extra neurons, one token, float32": Budget(
         forward, "add_extra_neurons_kernel",
@@ -71,6 +77,12 @@ BUDGETS = {
     ),
     "latent attention, ids of each token, bfloat16": Budget(
         latent, "latent_attention_kernel", lambda: attention(128, None, True, torch.bfloat16).run(), 0.12, 4, True
+    ),
+    "memory attention, one token, bfloat16": Budget(
+        memory, "memory_attention_kernel", lambda: retrieving(1, True, torch.bfloat16).run(), 0.12, 5, False
+    ),
+    "memory attention, 64 tokens, float32": Budget(
+        memory, "memory_attention_kernel", lambda: retrieving(64, False, torch.float32).run(), 0.12, 5, True
     ),
     "latent attention, ids of the sequence, bfloat16": Budget(
         latent, "latent_attention_kernel", lambda: attention(128, 1, True, torch.bfloat16).run(), 0.12, 4, True

@@ -66,14 +66,20 @@ def packed_of(codes: Tensor | None, bounds: Tensor | None, direction: Tensor | N
     return None if codes is None or bounds is None or direction is None else PackedKeys(codes, bounds, direction)
 
 
+def run_search(
+    queries: Tensor, keys: Tensor, k: int, normalized: bool, bounds: Tensor | None, packed: PackedKeys | None
+) -> tuple[Tensor, Tensor]:
+    """By the backend for tensors like `queries`; `packed` is for those that can use it, the result is the same."""
+    run = _backend.dispatch("cosine_topk", queries)
+    codes = {"packed": packed} if run in (_run_native, _run_cuda) else {}
+    result: tuple[Tensor, Tensor] = run(queries, keys, k, normalized, bounds, **codes)
+    return result
+
+
 def _run(
     queries: Tensor, keys: Tensor, k: int, normalized: bool, bounds: Tensor | None, *packed: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    run = _backend.dispatch("cosine_topk", queries)
-    # The result is the same without.
-    codes = {"packed": packed_of(*packed)} if run in (_run_native, _run_cuda) else {}
-    result: tuple[Tensor, Tensor] = run(queries, keys, k, normalized, bounds, **codes)
-    return result
+    return run_search(queries, keys, k, normalized, bounds, packed_of(*packed))
 
 
 def _fake(

@@ -14,12 +14,14 @@ sm_120) is bound by it from the second query on: correct there, not fast. Tiles 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import MOST_TEAMS, Workspace, last_contiguous, multiprocessors, options, workspace_of
+from .._triton import Workspace, last_contiguous, multiprocessors, options, workspace_of
 from . import reference
 
 LANES = tl.constexpr(reference.LANES)
@@ -84,20 +86,20 @@ def better(best, others):
     return tl.topk(tl.reshape(tl.join(best, others), (best.shape[0], 2 * size)), size)
 
 
-@triton.jit(do_not_specialize=["m", "n", "k", "splits", "per_split"])
-def cosine_topk_kernel(
-    queries, keys, bounds, scores, ids, units, lists, counters, m, n, d, query_stride, key_stride, k, splits, per_split,
-    NORMALIZED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, LISTS: tl.constexpr,
+@triton.jit
+def search(
+    block, queries, keys, bounds, scores, ids, units, lists, counters, m, n, d, query_stride, key_stride, k, splits,
+    per_split, NORMALIZED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, LISTS: tl.constexpr,
 ):  # fmt: skip
-    """See above."""
-    group, split = tl.program_id(0) // splits, tl.program_id(0) % splits
+    """What a block does of the search. Without scores only the ids are stored."""
+    group, split = block // splits, block % splits
     lane = tl.arange(0, LANES)[None, None, :]
     query = group.to(tl.int64) * BM + tl.arange(0, BM)
     valid = (query < m)[:, None, None]
 
     # The unit queries, for this block alone.
     given = queries + query[:, None, None] * query_stride
-    mine = units + (tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM))[:, None, None] * d
+    mine = units + (block.to(tl.int64) * BM + tl.arange(0, BM))[:, None, None] * d
     length = norms(given, valid, d)
     for c in range(0, d, LANES):
         inside = valid & (c + lane < d)
@@ -137,7 +139,8 @@ def cosine_topk_kernel(
         slot = lists + (group.to(tl.int64) * splits * BM + tl.arange(0, BM)[:, None]) * BN
         tl.store(slot + split * BM * BN + place, best)
         tl.debug_barrier()
-        last = tl.atomic_add(counters + group, 1, sem="acq_rel") == splits - 1
+        before = tl.atomic_add(counters + group, 1, sem="acq_rel")
+        last = (before & 0x7FFFFFFF) == splits - 1  # the top bit is that of meetings
         if last:
             best = tl.full((BM, BN), NOTHING, tl.int64)
             at = tl.arange(0, LISTS * BN)[None, :]
@@ -147,7 +150,7 @@ def cosine_topk_kernel(
                     slot + list_id * (BM * BN) + at % BN, mask=list_id < splits, other=NOTHING, cache_modifier=".cg"
                 )
                 best = better(best, tl.topk(several, BN))
-            tl.store(counters + group, 0)
+            tl.store(counters + group, before - (splits - 1))
     if last:
         best = tl.sort(best, descending=True)
         ordered = (best >> 32).to(tl.int32)
@@ -155,8 +158,46 @@ def cosine_topk_kernel(
         nothing = best == NOTHING
         wanted = (query < m)[:, None] & (place < k)
         results = query[:, None] * k + place
-        tl.store(scores + results, tl.where(nothing, float("-inf"), score), mask=wanted)
+        if scores is not None:
+            tl.store(scores + results, tl.where(nothing, float("-inf"), score), mask=wanted)
         tl.store(ids + results, tl.where(nothing, -1, 0x7FFFFFFF - (best & 0x7FFFFFFF)), mask=wanted)
+
+
+@triton.jit(do_not_specialize=["m", "n", "k", "splits", "per_split"])
+def cosine_topk_kernel(
+    queries, keys, bounds, scores, ids, units, lists, counters, m, n, d, query_stride, key_stride, k, splits, per_split,
+    NORMALIZED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, LISTS: tl.constexpr,
+):  # fmt: skip
+    """See above."""
+    search(
+        tl.program_id(0), queries, keys, bounds, scores, ids, units, lists, counters, m, n, d, query_stride, key_stride,
+        k, splits, per_split, NORMALIZED, BM, BN, LISTS,
+    )  # fmt: skip
+
+
+class Tiling(NamedTuple):
+    """How queries and keys are cut."""
+
+    together: int  # queries of a group
+    tile: int  # keys that are scored at a time, and entries of a list
+    groups: int
+    splits: int  # of the keys
+    per_split: int
+
+    def scratch(self, d: int) -> tuple[int, int]:
+        """float32 for the unit queries of each block, and for its list."""
+        rows = self.groups * self.splits * self.together
+        return rows * d, 2 * rows * self.tile
+
+
+def tiling(m: int, n: int, k: int) -> Tiling:
+    """One block a multiprocessor in all, at most, as long as there are no more groups."""
+    tile = max(SMALLEST_TILE, triton.next_power_of_2(k))
+    together = min(QUERIES, triton.next_power_of_2(m), PAIRS // tile)
+    groups = triton.cdiv(m, together)
+    wanted = max(1, multiprocessors() // groups)
+    per_split = triton.cdiv(triton.cdiv(n, tile), wanted) * tile
+    return Tiling(together, tile, groups, triton.cdiv(n, per_split), per_split)
 
 
 def cosine_topk(
@@ -190,18 +231,12 @@ def cosine_topk(
     if m == 0:
         return out
     queries, keys = last_contiguous(queries), last_contiguous(keys)
-    tile = max(SMALLEST_TILE, triton.next_power_of_2(k))
-    together = min(QUERIES, triton.next_power_of_2(m), PAIRS // tile)
-    groups = triton.cdiv(m, together)
-    # One block a multiprocessor in all, at least; where the counters do not suffice, a group has all keys to itself.
-    wanted = 1 if groups > MOST_TEAMS else triton.cdiv(multiprocessors(), groups)
-    per_split = triton.cdiv(triton.cdiv(n, tile), wanted) * tile
-    splits = triton.cdiv(n, per_split)
+    t = tiling(m, n, k)
     workspace = workspace or workspace_of(queries.device)
-    units, lists = workspace.floats(groups * splits * together * d, 2 * groups * splits * together * tile)
-    cosine_topk_kernel[(groups * splits,)](
+    units, lists = workspace.floats(*t.scratch(d))
+    cosine_topk_kernel[(t.groups * t.splits,)](
         queries, keys, bounds, *out, units, lists.view(torch.int64), workspace.counters, m, n, d,
-        queries.stride(0), keys.stride(0), k, splits, per_split,
-        normalized, together, tile, LISTS, num_warps=WARPS, **options(cooperative=False),
+        queries.stride(0), keys.stride(0), k, t.splits, t.per_split,
+        normalized, t.together, t.tile, LISTS, num_warps=WARPS, **options(cooperative=False),
     )  # fmt: skip
     return out

@@ -122,15 +122,15 @@ def pack(args: tuple[Any, ...]) -> tuple[tuple[Any, ...], Tensor | None]:
     ), projected  # fmt: skip
 
 
-def _dispatch(op: str, inputs: Tensor, projected: Tensor | None) -> Callable[..., Any]:
-    """The implementation; kernels know what to do with projected values, the definition needs none."""
+def latent_implementation(op: str, inputs: Tensor, projected: Tensor | None) -> Callable[..., Any]:
+    """The one for tensors like `inputs`; kernels know what to do with projected values, the definition needs none."""
     run = _backend.dispatch(op, inputs)
     return run if run is getattr(reference, op) else functools.partial(run, projected=projected)
 
 
 def _run(*args: Any) -> tuple[Tensor, Tensor]:
     packed, projected = pack(args)
-    out, alpha = _dispatch("latent_attention", args[1], projected)(*packed)
+    out, alpha = latent_implementation("latent_attention", args[1], projected)(*packed)
     return out, alpha
 
 
@@ -144,7 +144,7 @@ def _fake(queries: Tensor, inputs: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 
 def _run_backward(grad: Tensor, grad_alpha: Tensor, *args: Any) -> list[Tensor]:
     packed, projected = pack(args)
-    grads = _dispatch("latent_attention_backward", args[1], projected)(grad, grad_alpha, *packed)
+    grads = latent_implementation("latent_attention_backward", args[1], projected)(grad, grad_alpha, *packed)
     return [grad.new_empty(0) if g is None else g for g in grads]
 
 

@@ -18,6 +18,8 @@ a block with bytes in flight; three meetings, about 1.5 us each, are what that c
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -145,11 +147,9 @@ def found_any(ids, rows, valid, k, BM: tl.constexpr, KB: tl.constexpr, SHARED: t
     return best >= 0
 
 
-@triton.jit(
-    do_not_specialize=["heads", "k", "tokens", "per_row", "per_ids", "per_anchor", "tiles_per_row", "tiles", "slices"]
-)
-def latent_attention_kernel(
-    queries, inputs, keys, values, projected, ids, w1, b1, w2, b2, given, anchor, out, alpha,
+@triton.jit
+def attend(
+    block, blocks, queries, inputs, keys, values, projected, ids, w1, b1, w2, b2, given, anchor, out, alpha,
     scores, hidden, know, squares, cosines, counters,
     query_stride, input_stride, key_stride, value_stride, projected_stride, anchor_stride, given_stride,
     heads, c, d, r, k, scale, tokens, per_row, per_ids, per_anchor, tiles_per_row, tiles,
@@ -157,8 +157,8 @@ def latent_attention_kernel(
     EQ7: tl.constexpr, MATCH: tl.constexpr, SHARED: tl.constexpr,
     BM: tl.constexpr, KB: tl.constexpr, WIDTH: tl.constexpr, RB: tl.constexpr,
 ):  # fmt: skip
-    """See above."""
-    team, teams, part = tl.program_id(0) // slices, tl.num_programs(0) // slices, tl.program_id(0) % slices
+    """What one of `blocks` blocks does."""
+    team, teams, part = block // slices, blocks // slices, block % slices
     m = tl.arange(0, BM)
     size = heads.to(tl.int64) * BM * k
     scores += team * slices * size
@@ -292,9 +292,101 @@ def latent_attention_kernel(
             tl.store(out + rows[:, None] * d + columns[None, :], result, mask=there)
 
 
-def _sliced(width: int, step: int, slices: int) -> int:
-    """Columns of a slice, whole steps of them."""
-    return triton.cdiv(triton.cdiv(width, step), slices) * step
+@triton.jit(
+    do_not_specialize=["heads", "k", "tokens", "per_row", "per_ids", "per_anchor", "tiles_per_row", "tiles", "slices"]
+)
+def latent_attention_kernel(
+    queries, inputs, keys, values, projected, ids, w1, b1, w2, b2, given, anchor, out, alpha,
+    scores, hidden, know, squares, cosines, counters,
+    query_stride, input_stride, key_stride, value_stride, projected_stride, anchor_stride, given_stride,
+    heads, c, d, r, k, scale, tokens, per_row, per_ids, per_anchor, tiles_per_row, tiles,
+    slices, c_slice, d_slice, r_slice,
+    EQ7: tl.constexpr, MATCH: tl.constexpr, SHARED: tl.constexpr,
+    BM: tl.constexpr, KB: tl.constexpr, WIDTH: tl.constexpr, RB: tl.constexpr,
+):  # fmt: skip
+    """See above."""
+    attend(
+        tl.program_id(0), tl.num_programs(0), queries, inputs, keys, values, projected, ids, w1, b1, w2, b2,
+        given, anchor, out, alpha, scores, hidden, know, squares, cosines, counters,
+        query_stride, input_stride, key_stride, value_stride, projected_stride, anchor_stride, given_stride,
+        heads, c, d, r, k, scale, tokens, per_row, per_ids, per_anchor, tiles_per_row, tiles,
+        slices, c_slice, d_slice, r_slice, EQ7, MATCH, SHARED, BM, KB, WIDTH, RB,
+    )  # fmt: skip
+
+
+class Tiling(NamedTuple):
+    """How tokens and columns are cut, and the arguments of `attend` that say so."""
+
+    tile: int  # tokens: 1 or TOKENS
+    shared: bool  # whether the tokens of a tile share their ids
+    width: int  # columns of a step
+    slices: int
+    teams: int
+    scratch: tuple[int, ...]  # float32 of scores, hidden, know, squares and cosines
+    sizes: tuple[int, ...]
+
+    def switches(self, blend: Blend) -> tuple[object, ...]:
+        """The constants of the kernel."""
+        entries = ENTRIES if self.tile == 1 or self.shared else 1
+        return blend.convention == "eq7", blend.norm == "match", self.shared, self.tile, entries, self.width, HIDDEN
+
+
+def tiling(
+    queries: Tensor, inputs: Tensor, tables: tuple[Tensor, ...], rows: int, k: int, r: int, projected: bool,
+    anchors: int, blocks: int,
+) -> Tiling:  # fmt: skip
+    """For so many rows of ids and anchors, and at most so many blocks. One team for each tile, as far as they fit."""
+    m, d = inputs.shape
+    heads, c = queries.shape[1:]
+    per_row = m // rows if rows < m else m
+    tile = TOKENS if per_row >= TOKENS else 1
+    tiles_per_row = triton.cdiv(per_row, tile)
+    tiles = m // per_row * tiles_per_row
+    width = WIDTH // max(t.element_size() for t in (queries, *tables))
+    steps = triton.cdiv(d, width)
+    slices = max(1, min(blocks // tiles, steps, MOST_SLICES))
+    slices = triton.cdiv(steps, triton.cdiv(steps, slices))  # none without columns
+    teams = min(tiles, blocks // slices)
+    tokens = teams * tile
+    scratch = (
+        tokens * slices * heads * k, tokens * r * (1 if projected else slices), tokens * d, tokens * slices * 3,
+        tokens * slices * 2,
+    )  # fmt: skip
+    sliced = (triton.cdiv(triton.cdiv(n, width), slices) * width for n in (c, d, r))
+    sizes = (m, per_row, m // rows, m // anchors, tiles_per_row, tiles, slices, *sliced)
+    return Tiling(tile, rows < m and tile > 1, width, slices, teams, scratch, sizes)
+
+
+def operands(
+    queries: Tensor,
+    inputs: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    encoder: SemanticEncoder,
+    anchor: Tensor | None,
+    projected: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, SemanticEncoder, Tensor | None, Tensor | None]:
+    """As the kernels read them: heads side by side, in place where a row is contiguous."""
+    queries, keys, values = (last_contiguous(t.flatten(1)) for t in (queries, keys, values))
+    encoder = SemanticEncoder(*(t.contiguous() for t in encoder))
+    anchor = None if anchor is None else last_contiguous(anchor)
+    projected = None if projected is None else last_contiguous(projected.flatten(1))
+    return queries, last_contiguous(inputs), keys, values, encoder, anchor, projected
+
+
+def strides(
+    queries: Tensor,
+    inputs: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    projected: Tensor | None,
+    anchor: Tensor | None,
+    alpha: Tensor | None,
+) -> tuple[int, ...]:
+    """Of the rows, as `attend` takes them; 0 where there are none, or one for all tokens."""
+    rows = (t.stride(0) for t in (queries, inputs, keys, values))
+    optional = (0 if t is None else t.stride(0) for t in (projected, anchor))
+    return (*rows, *optional, 0 if alpha is None or alpha.numel() == 1 else alpha.stride(0))
 
 
 def latent_attention(
@@ -325,43 +417,20 @@ def latent_attention(
         out = torch.empty_like(inputs, memory_format=torch.contiguous_format), inputs.new_empty(m, dtype=torch.float32)
     if m == 0:
         return out
-    inputs, anchor = last_contiguous(inputs), None if anchor is None else last_contiguous(anchor)
-    queries, keys, values = _flat(queries), _flat(keys), _flat(values)
-    projected = None if projected is None else _flat(projected)
-    encoder, ids = SemanticEncoder(*(t.contiguous() for t in encoder)), ids.contiguous()
-    shared = ids.shape[0] < m
-    per_row = m // ids.shape[0] if shared else m
-    tile = TOKENS if per_row >= TOKENS else 1
-    tiles_per_row = triton.cdiv(per_row, tile)
-    tiles = m // per_row * tiles_per_row
-    width = WIDTH // max(t.element_size() for t in (queries, keys, values))
-    blocks = BLOCKS_PER_MULTIPROCESSOR * multiprocessors()
-    slices = max(1, min(blocks // tiles, triton.cdiv(d, width), MOST_SLICES))
-    slices = triton.cdiv(triton.cdiv(d, width), triton.cdiv(triton.cdiv(d, width), slices))  # none without columns
-    teams = min(tiles, blocks // slices)
-    workspace = workspace or workspace_of(inputs.device)
-    tokens = teams * tile
-    scratch = workspace.floats(
-        tokens * slices * heads * k,
-        tokens * r * (slices if projected is None else 1),
-        tokens * d,
-        tokens * slices * 3,
-        tokens * slices * 2,
+    t = tiling(
+        queries, inputs, (keys, values), ids.shape[0], k, r, projected is not None,
+        m if anchor is None else anchor.shape[0], BLOCKS_PER_MULTIPROCESSOR * multiprocessors(),
+    )  # fmt: skip
+    queries, inputs, keys, values, encoder, anchor, projected = operands(
+        queries, inputs, keys, values, encoder, anchor, projected
     )
+    workspace = workspace or workspace_of(inputs.device)
     # Not fused: a product that is added to its neighbour's in one rounding makes the sums of a warp's lanes differ.
-    latent_attention_kernel[(teams * slices,)](
-        queries, inputs, keys, values, projected, ids, *encoder, alpha, anchor, *out, *scratch, workspace.counters,
-        queries.stride(0), inputs.stride(0), keys.stride(0), values.stride(0),
-        0 if projected is None else projected.stride(0), 0 if anchor is None else anchor.stride(0),
-        0 if alpha is None or alpha.numel() == 1 else alpha.stride(0),
-        heads, c, d, r, k, blend.scale, m, per_row, m // ids.shape[0], 1 if anchor is None else m // anchor.shape[0],
-        tiles_per_row, tiles, slices, *(_sliced(n, width, slices) for n in (c, d, r)),
-        blend.convention == "eq7", blend.norm == "match", shared and tile > 1,
-        tile, ENTRIES if tile == 1 or shared else 1, width, HIDDEN, **options(cooperative=True), enable_fp_fusion=False,
+    latent_attention_kernel[(t.teams * t.slices,)](
+        queries, inputs, keys, values, projected, ids.contiguous(), *encoder, alpha, anchor, *out,
+        *workspace.floats(*t.scratch), workspace.counters,
+        *strides(queries, inputs, keys, values, projected, anchor, alpha),
+        heads, c, d, r, k, blend.scale, *t.sizes, *t.switches(blend),
+        **options(cooperative=True), enable_fp_fusion=False,
     )  # fmt: skip
     return out
-
-
-def _flat(t: Tensor) -> Tensor:
-    """[N, H, c] -> [N, H c], in place where a row is contiguous."""
-    return last_contiguous(t.flatten(1))

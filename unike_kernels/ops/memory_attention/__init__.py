@@ -12,13 +12,14 @@ from torch import Tensor
 
 from ... import _native
 from .. import _backend, _check, _library
-from ..cosine_topk import PackedKeys, check_retrieval, native_dtype, packed_of
+from ..cosine_topk import PackedKeys, check_retrieval, native_dtype, packed_of, run_search
 from ..latent_attention import (
     SemanticEncoder,
     alpha_dtype,
     backward_of,
     blend_of,
     check_tables,
+    latent_implementation,
     native_gate,
     native_memory,
     native_queries,
@@ -38,12 +39,15 @@ def _composed(
     bounds: Tensor | None,
     queries: Tensor,
     inputs: Tensor,
-    *rest: Any,
+    keys: Tensor,
+    values: Tensor,
+    *gate: Any,
+    packed: PackedKeys | None,
+    projected: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The fastest cosine_topk followed by the fastest latent_attention that there are."""
-    _, ids = _backend.dispatch("cosine_topk", hidden)(hidden, index, k, True, bounds)
-    keys, values, *tail = rest
-    out, alpha = _backend.dispatch("latent_attention", inputs)(queries, inputs, keys, values, ids, *tail)
+    _, ids = run_search(hidden, index, k, True, bounds, packed)
+    out, alpha = latent_implementation("latent_attention", inputs, projected)(queries, inputs, keys, values, ids, *gate)
     return out, alpha, ids
 
 
@@ -77,6 +81,7 @@ def _run_native(
 
 _backend.register("memory_attention", "reference", reference.memory_attention)
 _backend.register_native("memory_attention", _run_native)
+_backend.register_triton("memory_attention", f"{__name__}.triton")
 
 
 def _run(
@@ -90,14 +95,22 @@ def _run(
     *args: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     queries, inputs, keys, values, projected, *rest = args
-    packed, _ = pack((queries, inputs, keys, values, None, None, *rest))
-    given = (hidden, index, k, bounds, *packed[:4], *packed[5:])
+    flat, _ = pack((queries, inputs, keys, values, None, None, *rest))
+    given = (hidden, index, k, bounds, *flat[:4], *flat[5:])
+    faster: dict[str, Any] = dict(packed=packed_of(codes, key_bounds, direction), projected=projected)
     run = _backend.dispatch("memory_attention", inputs if hidden.dtype != torch.float64 else hidden)
     if run is _run_native:
-        out, alpha, ids = run(*given, packed=packed_of(codes, key_bounds, direction), projected=projected)
+        out, alpha, ids = run(*given, **faster)
+    elif _backend.forced_backend() is None and (run is reference.memory_attention or _better_apart(hidden, index)):
+        out, alpha, ids = _composed(*given, **faster)
     else:
-        out, alpha, ids = (run if _backend.forced_backend() else _composed)(*given)
+        out, alpha, ids = run(*given, **({} if run is reference.memory_attention else {"projected": projected}))
     return out, alpha, ids
+
+
+def _better_apart(hidden: Tensor, index: Tensor) -> bool:
+    """Whether a search in fewer bits saves more than the second launch costs, 3 us: 10 MB of an H100's memory."""
+    return index.numel() > 2**21 and _backend.takes("cosine_topk", "cuda", hidden)
 
 
 def _fake(

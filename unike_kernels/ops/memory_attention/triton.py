@@ -1,0 +1,126 @@
+"""Retrieval, latent attention, gate and blend on a GPU in one launch, for batches of decode size (paper, 3.2 and 3.3).
+
+Work. All blocks search, as in ops/cosine_topk/triton.py; they meet; they attend to what was found, as in
+ops/latent_attention/triton.py. Nothing goes through memory in between but the ids, k for each token.
+
+Bound. The keys of the retrieval, 4 N d bytes, are all but 1 or 2% of what moves: 246 MB and 73 us of an H100 at
+N = 15,000 and d = 4096. What one launch saves is the second one, about 3 us. The search needs eight warps a block for
+its float64 sums, so there is one block a multiprocessor.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .._triton import EVERYBODY, Workspace, last_contiguous, meet, multiprocessors, options, workspace_of
+from ..cosine_topk import triton as retrieval
+from ..latent_attention import triton as latent
+from ..latent_attention.reference import Blend, SemanticEncoder
+
+MOST_TOKENS = 64  # beyond, the search is bound by arithmetic, and a second launch costs nothing beside it
+
+search, attend = retrieval.search, latent.attend
+
+
+@triton.jit(
+    do_not_specialize=[
+        "n", "splits", "per_split", "searching", "attending",
+        "heads", "k", "tokens", "per_row", "per_ids", "per_anchor", "tiles_per_row", "tiles", "slices",
+    ]
+)  # fmt: skip
+def memory_attention_kernel(
+    searched, index, bounds, units, lists, searched_stride, index_stride, n, splits, per_split, searching, attending,
+    queries, inputs, keys, values, projected, ids, w1, b1, w2, b2, given, anchor, out, alpha,
+    scores, hidden, know, squares, cosines, counters, everybody,
+    query_stride, input_stride, key_stride, value_stride, projected_stride, anchor_stride, given_stride,
+    heads, c, d, r, k, scale, tokens, per_row, per_ids, per_anchor, tiles_per_row, tiles,
+    slices, c_slice, d_slice, r_slice,
+    TOGETHER: tl.constexpr, TILE: tl.constexpr, LISTS: tl.constexpr,
+    EQ7: tl.constexpr, MATCH: tl.constexpr, SHARED: tl.constexpr,
+    BM: tl.constexpr, KB: tl.constexpr, WIDTH: tl.constexpr, RB: tl.constexpr,
+):  # fmt: skip
+    """See above."""
+    block = tl.program_id(0)
+    if block < searching:
+        search(
+            block, searched, index, bounds, None, ids, units, lists, counters, tokens, n, d, searched_stride,
+            index_stride, k, splits, per_split, True, TOGETHER, TILE, LISTS,
+        )  # fmt: skip
+    meet(everybody, tl.num_programs(0), block == 0)
+    if block < attending:
+        attend(
+            block, attending, queries, inputs, keys, values, projected, ids, w1, b1, w2, b2, given, anchor, out, alpha,
+            scores, hidden, know, squares, cosines, counters,
+            query_stride, input_stride, key_stride, value_stride, projected_stride, anchor_stride, given_stride,
+            heads, c, d, r, k, scale, tokens, per_row, per_ids, per_anchor, tiles_per_row, tiles,
+            slices, c_slice, d_slice, r_slice, EQ7, MATCH, SHARED, BM, KB, WIDTH, RB,
+        )  # fmt: skip
+
+
+def memory_attention(
+    hidden: Tensor,
+    index: Tensor,
+    k: int,
+    bounds: Tensor | None,
+    queries: Tensor,
+    inputs: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    encoder: SemanticEncoder,
+    alpha: Tensor | None,
+    anchor: Tensor | None,
+    blend: Blend,
+    projected: Tensor | None = None,
+    *,
+    out: tuple[Tensor, Tensor, Tensor] | None = None,
+    workspace: Workspace | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The shifted output, alpha and the ids. Any dtypes but float64; see `reference.memory_attention`.
+
+    In one launch for up to 64 tokens and 256 entries of each, else in two. Bounds are not read back to be checked, so
+    that nothing waits for the device: they are clipped to the index.
+
+    Args:
+        out: [M, d], float32 [M] and int64 [M, k], contiguous; None: new ones.
+        workspace: None: that of the current stream.
+    """
+    m, d = inputs.shape
+    n, heads, c, r = len(index), *queries.shape[1:], encoder.w1.shape[0]
+    if out is None:
+        shifted = torch.empty_like(inputs, memory_format=torch.contiguous_format)
+        out = shifted, inputs.new_empty(m, dtype=torch.float32), inputs.new_empty((m, k), dtype=torch.int64)
+    if m == 0:
+        return out
+    s = retrieval.tiling(m, n, k) if m <= MOST_TOKENS and k <= retrieval.MOST_RESULTS and 0 < n < 2**31 else None
+    # All blocks have to be resident; those of the search fill a multiprocessor each.
+    if s is None or s.groups * s.splits > multiprocessors():
+        gate = encoder, alpha, anchor, blend, projected
+        found = torch.empty((m, k), dtype=torch.float32, device=index.device), out[2]
+        retrieval.cosine_topk(hidden, index, k, True, bounds, out=found, workspace=workspace)
+        latent.latent_attention(queries, inputs, keys, values, out[2], *gate, out=out[:2], workspace=workspace)
+        return out
+    t = latent.tiling(
+        queries, inputs, (keys, values), m, k, r, projected is not None,
+        m if anchor is None else anchor.shape[0], multiprocessors(),
+    )  # fmt: skip
+    hidden, index = last_contiguous(hidden), last_contiguous(index)
+    bounds = None if bounds is None else bounds.contiguous()
+    queries, inputs, keys, values, encoder, anchor, projected = latent.operands(
+        queries, inputs, keys, values, encoder, anchor, projected
+    )
+    workspace = workspace or workspace_of(inputs.device)
+    units, lists, *scratch = workspace.floats(*s.scratch(d), *t.scratch)
+    searching, attending = s.groups * s.splits, t.teams * t.slices
+    memory_attention_kernel[(max(searching, attending),)](
+        hidden, index, bounds, units, lists.view(torch.int64), hidden.stride(0), index.stride(0), n, s.splits,
+        s.per_split, searching, attending,
+        queries, inputs, keys, values, projected, out[2], *encoder, alpha, anchor, *out[:2], *scratch,
+        workspace.counters, workspace.counters[EVERYBODY:],
+        *latent.strides(queries, inputs, keys, values, projected, anchor, alpha),
+        heads, c, d, r, k, blend.scale, *t.sizes, s.together, s.tile, retrieval.LISTS, *t.switches(blend),
+        num_warps=retrieval.WARPS, **options(cooperative=True), enable_fp_fusion=False,
+    )  # fmt: skip
+    return out
