@@ -41,20 +41,23 @@ def edit_of(pool) -> torch.Tensor:
     return torch.arange(len(pool.beta)).repeat_interleave(pool.indptr.diff())
 
 
-def expected(x, base, pool, activation) -> Approx:
-    """Every edit's output for every token, added up as often as the token's list names the edit."""
+def with_extra(total: Approx, x, pool, activation) -> Approx:
+    """Every edit's output for every token, added as often as the token's list names the edit."""
     gate, factor = gates(x, pool)
     o = gate.apply(lambda v: activate(activation, v), 1.13, ulps=8 + gate.value.abs())
     o = o if factor is None else o * factor
     named, owner = times(x, pool), edit_of(pool)
-    total = given(base)
     for e in range(len(pool.beta)):
         own = o[:, owner == e]
         along = own.sum(1, keepdim=True) * given(pool.beta[e]) * given(pool.zeta[e])
         output = own @ given(pool.values[owner == e]) + along
         for count in range(int(named[:, e].max())):
             total = total + output.where((named[:, e] > count).unsqueeze(1))
-    return total.rounded(base.dtype)
+    return total
+
+
+def expected(x, base, pool, activation) -> Approx:
+    return with_extra(given(base), x, pool, activation).rounded(base.dtype)
 
 
 def expected_gradients(g, x, pool, activation) -> list[Approx | None]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from ops.gpu.test_latent_attention import Case
 from ops.gpu.test_memory_attention import Memory
-from ops.test_patched_ffn import make_pool
+from ops.test_patched_ffn import make_base, make_pool
 from ptxsim import Session, static
 from ptxsim.triton_driver import interpreting
 from triton.backends.compiler import GPUTarget
@@ -19,6 +19,7 @@ from unike_kernels.ops.latent_attention import triton as latent
 from unike_kernels.ops.memory_attention import triton as memory
 from unike_kernels.ops.patched_ffn import triton as forward
 from unike_kernels.ops.patched_ffn import triton_backward as backward
+from unike_kernels.ops.patched_ffn import triton_fused as fused
 
 D = 4096
 
@@ -48,6 +49,11 @@ def extra(tokens: int, gated: str, dtype: torch.dtype) -> tuple[torch.Tensor, to
     )  # fmt: skip
 
 
+def whole(tokens: int, gated: bool, dtype: torch.dtype) -> tuple[torch.Tensor, Any, Any]:
+    x, _, pool = extra(tokens, "gated" if gated else "plain", dtype)
+    return x, make_base(D, gated, dtype, 11008), pool
+
+
 def attention(tokens: int, rows: int | None, projected: bool, dtype: torch.dtype) -> Case:
     return Case(tokens, 1, D, D, 512, 40, dtype, rows=rows, projected=projected)
 
@@ -68,6 +74,18 @@ BUDGETS = {
     "gradients of extra neurons, bfloat16": Budget(
         backward, "add_extra_neurons_backward_kernel",
         lambda: backward.add_extra_neurons_backward(*extra(128, "gated", torch.bfloat16), "silu"), 0.12, 4, True,
+    ),
+    "patched FFN, one token, bfloat16": Budget(
+        fused, "patched_ffn_kernel", lambda: fused.patched_ffn(*whole(1, True, torch.bfloat16), "silu"), 0.12, 6, True
+    ),
+    "patched FFN, 64 tokens, bfloat16": Budget(
+        fused, "patched_ffn_kernel", lambda: fused.patched_ffn(*whole(64, True, torch.bfloat16), "silu"), 0.12, 6, True
+    ),
+    "patched FFN, 32 tokens, bfloat16": Budget(
+        fused, "patched_ffn_kernel", lambda: fused.patched_ffn(*whole(32, True, torch.bfloat16), "silu"), 0.12, 6, True
+    ),
+    "patched FFN, 32 tokens, float32": Budget(
+        fused, "patched_ffn_kernel", lambda: fused.patched_ffn(*whole(32, False, torch.float32), "relu"), 0.12, 4, True
     ),
     "latent attention, one token, bfloat16": Budget(
         latent, "latent_attention_kernel", lambda: attention(1, None, True, torch.bfloat16).run(), 0.25, 4, False

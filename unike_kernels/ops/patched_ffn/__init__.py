@@ -66,6 +66,7 @@ def _fused_reference(x: Tensor, base: FFNWeights, pool: EditPool, activation: st
 
 
 _backend.register("patched_ffn", "reference", _fused_reference)
+_backend.register_triton("patched_ffn", f"{__name__}.triton_fused")
 
 
 def _run_add(x: Tensor, base_out: Tensor, *rest: Any) -> Tensor:
