@@ -37,6 +37,9 @@ class Approx:
         value = self.value + other.value
         return Approx(value, self.error + other.error + (self.value.abs() + other.value.abs()) * TRUNCATION)
 
+    def __sub__(self, other: Approx) -> Approx:
+        return self + Approx(-other.value, other.error)
+
     def __mul__(self, other: Approx) -> Approx:
         value = self.value * other.value
         error = self.error * other.value.abs() + self.value.abs() * other.error + self.error * other.error
@@ -55,6 +58,9 @@ class Approx:
         unit = product + (3 * a.shape[-1] + 8) * TRUNCATION  # three products for each pair of split operands
         error = self.error @ b + a @ other.error + self.error @ other.error + unit * (a @ b)
         return Approx(self.value @ other.value, error)
+
+    def unsqueeze(self, dim: int) -> Approx:
+        return Approx(self.value.unsqueeze(dim), self.error.unsqueeze(dim))
 
     def sum(self, dim: int, keepdim: bool = False) -> Approx:
         unit = (self.value.shape[dim] + 2) * TRUNCATION

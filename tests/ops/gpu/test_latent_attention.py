@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -51,27 +52,35 @@ class Case:
         wide[5] = SemanticEncoder(*(t.double() for t in self.encoder))
         return reference.latent_attention(*wide)
 
-    def bounds(self):
-        """The definition once more, with how far a kernel may be from it: out and alpha."""
+    def steps(self):
+        """The definition once more, with how far a kernel may be from it: what forward and backward both need."""
         m = len(self.inputs)
         ids = self.ids.repeat_interleave(m // len(self.ids), 0)
         there = ids >= 0
         rows = ids.clamp(min=0)
-        logits = given(self.queries.unsqueeze(2)) @ given(self.keys[rows].permute(0, 2, 3, 1))  # [M, H, 1, k]
+        keys, values = self.keys[rows].transpose(1, 2), given(self.values[rows].transpose(1, 2))  # [M, H, k, c or d]
+        logits = given(self.queries.unsqueeze(2)) @ given(keys.transpose(2, 3))  # [M, H, 1, k]
         scale = torch.tensor(self.blend.scale, dtype=torch.float64)
-        logits = logits * Approx(scale, scale.abs() * ROUNDING[torch.float32])
+        scale = Approx(scale, scale.abs() * ROUNDING[torch.float32])
+        logits = logits * scale
         masked = logits.value.masked_fill(~there[:, None, None], -torch.inf)
         largest = masked.amax(-1, keepdim=True).nan_to_num(neginf=0.0)
         # Whatever is subtracted cancels in the quotient.
         lifted = Approx(logits.value - largest, logits.error + (logits.value - largest).abs() * 2.0**-23)
         weights = lifted.exp().where(there[:, None, None].expand_as(masked))
-        steps = Approx(
+        rescaled = Approx(  # the mass, with each step
             torch.ones(()).double(), torch.tensor(4.0 * ids.shape[1] * 2.0**-23).double()
-        )  # the mass is rescaled
-        p = weights * (weights.sum(-1, keepdim=True) * steps).inverse()
-        know = (p @ given(self.values[rows].transpose(1, 2)))[:, :, 0].sum(1)
-        host = given(self.inputs)
-        if self.alpha is None:
+        )
+        p = weights * (weights.sum(-1, keepdim=True) * rescaled).inverse()
+        know = (p @ values)[:, :, 0].sum(1)
+        host = given(self.inputs).where(there.any(-1, keepdim=True).expand_as(self.inputs))
+        other = host if self.anchor is None else given(self.anchor.repeat_interleave(m // len(self.anchor), 0))
+        found = SimpleNamespace(
+            shifted=there.any(-1), keys=given(keys), values=values, scale=scale, p=p, know=know, host=host, other=other
+        )
+        if self.alpha is not None:
+            found.alpha = given(self.alpha.expand(m))
+        else:
             w1, b1, w2, b2 = map(given, self.encoder)
             if self.projected is None:
                 hidden = know @ w1.T
@@ -80,25 +89,26 @@ class Case:
                 table = Approx(exact, exact.abs() * ROUNDING[torch.float32])[rows]
                 table = Approx(table.value.transpose(1, 2), table.error.transpose(1, 2))
                 hidden = (p @ table)[:, :, 0].sum(1)
-            hidden = hidden + b1
-            g = hidden.apply(lambda v: activate("gelu", v), 1.13, ulps=8 + hidden.value.abs())
-            sem = g @ w2.T + b2
-            other = host if self.anchor is None else given(self.anchor.repeat_interleave(m // len(self.anchor), 0))
-            norms = (sem * sem).sum(-1).sqrt().inverse() * (other * other).sum(-1).sqrt().inverse()
-            cosine = (sem * other).sum(-1) * norms
-            alpha = Approx(cosine.value.clamp(0, 1), cosine.error)
-        else:
-            alpha = given(self.alpha.expand(m))
-        one = given(torch.ones(()))
-        rest = Approx(1 - alpha.value, alpha.error + 2.0**-23)
-        share, rest = (alpha, rest) if self.blend.convention == "inclusion" else (rest, alpha)
-        stretch = one
+            found.hidden = hidden + b1
+            g = found.hidden.apply(lambda v: activate("gelu", v), 1.13, ulps=8 + found.hidden.value.abs())
+            found.sem = g @ w2.T + b2
+            found.of_sem = (found.sem * found.sem).sum(-1).sqrt().inverse()
+            found.of_other = (other * other).sum(-1).sqrt().inverse()
+            found.cosine = (found.sem * other).sum(-1) * (found.of_sem * found.of_other)
+            found.alpha = Approx(found.cosine.value.clamp(0, 1), found.cosine.error)
+        rest = Approx(1 - found.alpha.value, found.alpha.error + 2.0**-23)
+        found.share, found.rest = (found.alpha, rest) if self.blend.convention == "inclusion" else (rest, found.alpha)
+        found.of_know = (know * know).sum(-1).sqrt().inverse()
+        found.stretch = given(torch.ones(m))
         if self.blend.norm == "match":
-            stretch = (host * host).sum(-1).sqrt() * (know * know).sum(-1).sqrt().inverse()
-        factor = share * stretch
-        pull = Approx(factor.value.unsqueeze(-1), factor.error.unsqueeze(-1))
-        stay = Approx(rest.value.unsqueeze(-1), rest.error.unsqueeze(-1))
-        return (stay * host + pull * know).rounded(self.inputs.dtype), alpha, there.any(-1)
+            found.stretch = (host * host).sum(-1).sqrt() * found.of_know
+        return found
+
+    def bounds(self):
+        """Out and alpha, and which tokens are shifted."""
+        s = self.steps()
+        out = s.rest.unsqueeze(-1) * s.host + (s.share * s.stretch).unsqueeze(-1) * s.know
+        return out.rounded(self.inputs.dtype), s.alpha, s.shifted
 
     def check(self, out, alpha):
         bound, gate, shifted = self.bounds()

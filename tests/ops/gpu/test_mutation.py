@@ -7,17 +7,25 @@ from collections.abc import Callable
 import pytest
 import torch
 from ops.gpu import test_add_extra_neurons as extra
+from ops.gpu import test_cosine_topk as search
 from ops.gpu import test_latent_attention as latent
+from ops.gpu import test_patched_ffn as whole
+from ops.gpu.test_latent_attention_backward import Gradients
+from ops.gpu.test_memory_attention import Memory
 from ptxsim import SimulationError
 from ptxsim.triton_driver import interpreting
 from ptxsim_tests.test_mutation import Mutating
 
 from unike_kernels.ops import _triton
+from unike_kernels.ops.cosine_topk import triton as retrieval
 from unike_kernels.ops.latent_attention import triton as attention
+from unike_kernels.ops.latent_attention import triton_backward as attention_backward
+from unike_kernels.ops.memory_attention import triton as memory
 from unike_kernels.ops.patched_ffn import triton as forward
 from unike_kernels.ops.patched_ffn import triton_backward as backward
+from unike_kernels.ops.patched_ffn import triton_fused as fused
 
-SCHEDULES = ["reversed", "random:0", "random:1", "lockstep"]
+SCHEDULES = ["lockstep", "reversed", "random:0", "random:1"]  # the fastest first
 
 
 # Loops run three times where they can: a barrier may only matter between the first pass and the third.
@@ -45,9 +53,30 @@ def latent_attention_shared() -> None:
     case.check(*case.run())
 
 
-LAUNCHES: dict[str, Callable[[], None]] = {
-    f.__name__: f for f in (extra_neurons, extra_neurons_backward, latent_attention, latent_attention_shared)
-}
+def cosine_topk() -> None:
+    queries, keys = search.case(3, 400, 40, torch.float32)
+    search.same(retrieval.cosine_topk(queries, keys, 5), retrieval.reference.cosine_topk(queries, keys, 5))
+
+
+def memory_attention() -> None:
+    case = Memory(3, 1, 100, 100, 70, 20, torch.bfloat16, n=200)
+    case.check(*case.run())
+
+
+def latent_attention_backward() -> None:
+    case = Gradients(2, 2, 100, 180, 130, 20, torch.bfloat16, projected=False)
+    case.check(*case.run())
+
+
+def patched_ffn() -> None:
+    x, base, pool = whole.case(300, 200, 2, "gated", torch.float16)
+    whole.check(fused.patched_ffn(x, base, pool, "silu"), x, base, pool, "silu")
+
+
+LAUNCHES: tuple[Callable[[], None], ...] = (
+    extra_neurons, extra_neurons_backward, patched_ffn, latent_attention, latent_attention_shared, cosine_topk,
+    memory_attention, latent_attention_backward,
+)  # fmt: skip
 PROLOGUE = "since the barrier before there are only copies to places that nothing behind it touches before the next one"
 OWN = "a thread overwrites, or reads, only what it has itself read or written since the barrier before"
 DISJOINT = "Triton's own: what is written behind it is not what was read before it"
@@ -76,11 +105,12 @@ def noticed(run: Callable[[], None], victim: int) -> str | None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", LAUNCHES)
-def test_kernels_without_one_barrier(name, monkeypatch):
-    for module in (forward, attention):
+@pytest.mark.parametrize("run", LAUNCHES, ids=lambda run: run.__name__)
+def test_kernels_without_one_barrier(run, monkeypatch):
+    for module in (forward, fused, attention, retrieval, attention_backward):
         monkeypatch.setattr(module, "multiprocessors", lambda: 2)  # several slices, of several steps each
-    run = LAUNCHES[name]
+    monkeypatch.setattr(memory, "multiprocessors", lambda: 6)  # three tokens of two slices
+    name = run.__name__
     assert noticed(run, -1) is None
     original = Mutating("lockstep", -1)
     with interpreting(original):

@@ -112,6 +112,7 @@ def _run_native_backward(
 _backend.register_native("latent_attention", _run_native)
 _backend.register_native("latent_attention_backward", _run_native_backward)
 _backend.register_triton("latent_attention", f"{__name__}.triton")
+_backend.register_triton("latent_attention_backward", f"{__name__}.triton_backward")
 
 
 def pack(args: tuple[Any, ...]) -> tuple[tuple[Any, ...], Tensor | None]:

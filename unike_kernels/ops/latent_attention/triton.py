@@ -111,6 +111,23 @@ def logits_at(parts, entry, m, valid, first, k, slices, size, scale, KB: tl.cons
 
 
 @triton.jit
+def softmax_of(
+    parts, ids, rows, valid, m, k, slices, size, scale, BM: tl.constexpr, KB: tl.constexpr, SHARED: tl.constexpr
+):  # fmt: skip
+    """What to subtract from a head's logits, and what to multiply their exponentials with: [BM] each."""
+    largest, mass = tl.full((BM,), float("-inf"), tl.float32), tl.zeros((BM,), tl.float32)
+    for first in range(0, k, KB):
+        entry = entries_at(ids, rows, valid, first, k, KB, SHARED)
+        logits = logits_at(parts, entry, m, valid, first, k, slices, size, scale, KB)
+        above = tl.maximum(largest, tl.max(logits, 1))
+        # A token without any entry so far has no largest logit to subtract.
+        shift = tl.where(above == float("-inf"), 0.0, above)
+        mass = mass * tl.exp(largest - shift) + tl.sum(tl.exp(logits - shift[:, None]), 1)
+        largest = above
+    return tl.where(largest == float("-inf"), 0.0, largest), inverse(mass)
+
+
+@triton.jit
 def averaged(
     table, table_stride, row_stride, ids, rows, valid, parts, m, columns, inside, k, heads, slices, size, scale,
     BM: tl.constexpr, KB: tl.constexpr, SHARED: tl.constexpr,
@@ -119,23 +136,98 @@ def averaged(
     total = tl.zeros((BM, columns.shape[0]), tl.float32)
     for head in range(heads):
         own = parts + head * (BM * k)
-        largest, mass = tl.full((BM,), float("-inf"), tl.float32), tl.zeros((BM,), tl.float32)
-        for first in range(0, k, KB):
-            entry = entries_at(ids, rows, valid, first, k, KB, SHARED)
-            logits = logits_at(own, entry, m, valid, first, k, slices, size, scale, KB)
-            above = tl.maximum(largest, tl.max(logits, 1))
-            # A token without any entry so far has no largest logit to subtract.
-            shift = tl.where(above == float("-inf"), 0.0, above)
-            mass = mass * tl.exp(largest - shift) + tl.sum(tl.exp(logits - shift[:, None]), 1)
-            largest = above
-        shift = tl.where(largest == float("-inf"), 0.0, largest)
-        share = inverse(mass)
+        shift, share = softmax_of(own, ids, rows, valid, m, k, slices, size, scale, BM, KB, SHARED)
         for first in range(0, k, KB):
             entry = entries_at(ids, rows, valid, first, k, KB, SHARED)
             logits = logits_at(own, entry, m, valid, first, k, slices, size, scale, KB)
             weight = tl.exp(logits - shift[:, None]) * share[:, None]
             total = attended(entry, weight, table + head * row_stride, table_stride, columns, inside, total)
     return total
+
+
+@triton.jit
+def logits_in(
+    scores, queries, query_stride, query_width, rows, keys, key_stride, ids, id_rows, valid, m, k, heads, c, low, high,
+    BM: tl.constexpr, KB: tl.constexpr, WIDTH: tl.constexpr, SHARED: tl.constexpr,
+):  # fmt: skip
+    """To scratch: what the columns low, ..., high - 1 give to the logits of each head; query_width apart in queries."""
+    for head in range(heads):
+        for first in range(0, k, KB):
+            entry = entries_at(ids, id_rows, valid, first, k, KB, SHARED)
+            total = tl.zeros((BM, KB), tl.float32)
+            for start in range(low, high, WIDTH):
+                columns = start + tl.arange(0, WIDTH)
+                inside = columns < c
+                place = queries + rows[:, None] * query_stride + head * query_width + columns[None, :]
+                query = tl.load(place, mask=valid[:, None] & inside[None, :], other=0.0)
+                total = matched(entry, query, keys + head * c, key_stride, columns, inside, total)
+            at = first + tl.arange(0, KB)
+            place = scores + head * (BM * k) + m[:, None] * k + at[None, :]
+            tl.store(place, total, mask=valid[:, None] & (at < k)[None, :])
+
+
+@triton.jit
+def first_layer(
+    hidden, know, w1, projected, projected_stride, ids, id_rows, valid, scores, m, part, k, heads, slices, size, scale,
+    d, r, d_slice, r_slice,
+    BM: tl.constexpr, KB: tl.constexpr, WIDTH: tl.constexpr, RB: tl.constexpr, SHARED: tl.constexpr,
+):  # fmt: skip
+    """To scratch: Enc_sem's first layer without its bias; of projected values, or this slice's share of all of it."""
+    if projected is None:
+        tl.debug_barrier()  # the block's own h_know
+        for low in range(0, r, RB):
+            at = low + tl.arange(0, RB)
+            total = tl.zeros((BM, RB), tl.float32)
+            for start in range(part * d_slice, tl.minimum((part + 1) * d_slice, d), WIDTH):
+                columns = start + tl.arange(0, WIDTH)
+                inside = columns < d
+                there = valid[:, None] & inside[None, :]
+                mean = tl.load(know + m[:, None] * d + columns[None, :], mask=there, other=0.0)
+                wanted = (at < r)[:, None] & inside[None, :]
+                weights = tl.load(w1 + at[:, None] * d + columns[None, :], mask=wanted, other=0.0)
+                total += times_rows(mean, weights)
+            place = hidden + part * (BM * r) + m[:, None] * r + at[None, :]
+            tl.store(place, total, mask=valid[:, None] & (at < r)[None, :])
+    else:
+        for start in range(part * r_slice, tl.minimum((part + 1) * r_slice, r), WIDTH):
+            columns = start + tl.arange(0, WIDTH)
+            inside = columns < r
+            mean = averaged(
+                projected, projected_stride, r, ids, id_rows, valid, scores, m, columns, inside, k, heads, slices,
+                size, scale, BM, KB, SHARED,
+            )  # fmt: skip
+            tl.store(hidden + m[:, None] * r + columns[None, :], mean, mask=valid[:, None] & inside[None, :])
+
+
+@triton.jit
+def pre_activations(hidden, b1, m, at, valid, r, hidden_slices, BM: tl.constexpr):
+    """Of these of Enc_sem's r numbers, [BM, RB]; 0 where there are none."""
+    known = valid[:, None] & (at < r)[None, :]
+    total = sum_of_parts(hidden + m[:, None] * r + at[None, :], hidden_slices, BM * r, known)
+    return tl.where(known, total + tl.load(b1 + at, mask=at < r, other=0.0).to(tl.float32)[None, :], 0.0)
+
+
+@triton.jit
+def encoded(hidden, b1, w2, b2, m, columns, inside, valid, r, hidden_slices, BM: tl.constexpr, RB: tl.constexpr):
+    """Enc_sem(h_know) in these columns, [BM, W]."""
+    sem = tl.zeros((BM, columns.shape[0]), tl.float32)
+    for low in range(0, r, RB):
+        at = low + tl.arange(0, RB)
+        g = activate(pre_activations(hidden, b1, m, at, valid, r, hidden_slices, BM), "gelu")  # of 0 it is 0
+        wanted = inside[:, None] & (at < r)[None, :]
+        sem += times_rows(g, tl.load(w2 + columns[:, None] * r + at[None, :], mask=wanted, other=0.0))
+    sem += tl.load(b2 + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
+    return tl.where(valid[:, None] & inside[None, :], sem, 0.0)
+
+
+@triton.jit
+def anchor_at(inputs, input_stride, anchor, anchor_stride, per_anchor, rows, columns, there):
+    """What Enc_sem(h_know) is compared with, in these columns."""
+    if anchor is None:
+        place = inputs + rows[:, None] * input_stride
+    else:
+        place = anchor + (rows // per_anchor)[:, None] * anchor_stride
+    return tl.load(place + columns[None, :], mask=there, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -175,19 +267,10 @@ def attend(
         valid = (offset < per_row) & (rows < tokens)
         id_rows = rows // per_ids
 
-        for head in range(heads):
-            for first in range(0, k, KB):
-                entry = entries_at(ids, id_rows, valid, first, k, KB, SHARED)
-                total = tl.zeros((BM, KB), tl.float32)
-                for start in range(part * c_slice, tl.minimum((part + 1) * c_slice, c), WIDTH):
-                    columns = start + tl.arange(0, WIDTH)
-                    inside = columns < c
-                    place = queries + rows[:, None] * query_stride + head * c + columns[None, :]
-                    query = tl.load(place, mask=valid[:, None] & inside[None, :], other=0.0)
-                    total = matched(entry, query, keys + head * c, key_stride, columns, inside, total)
-                at = first + tl.arange(0, KB)
-                place = scores + part * size + head * (BM * k) + m[:, None] * k + at[None, :]
-                tl.store(place, total, mask=valid[:, None] & (at < k)[None, :])
+        logits_in(
+            scores + part * size, queries, query_stride, c, rows, keys, key_stride, ids, id_rows, valid, m, k, heads, c,
+            part * c_slice, tl.minimum((part + 1) * c_slice, c), BM, KB, WIDTH, SHARED,
+        )  # fmt: skip
         meet(counters + team, slices, part == 0)
 
         of_know = tl.zeros((BM,), tl.float32)
@@ -205,38 +288,17 @@ def attend(
             of_know += tl.sum(mean * mean, 1)
             of_host += tl.sum(host.to(tl.float32) * host.to(tl.float32), 1)
             if anchor is not None:
-                at_anchor = anchor + (rows // per_anchor)[:, None] * anchor_stride
-                other = tl.load(at_anchor + columns[None, :], mask=there, other=0.0).to(tl.float32)
+                other = anchor_at(inputs, input_stride, anchor, anchor_stride, per_anchor, rows, columns, there)
                 of_anchor += tl.sum(other * other, 1)
         left = squares + part * (3 * BM) + m
         tl.store(left, of_know)
         tl.store(left + BM, of_host)
         tl.store(left + 2 * BM, of_host if anchor is None else of_anchor)
         if given is None:
-            if projected is None:
-                tl.debug_barrier()  # the block's own h_know
-                for low in range(0, r, RB):
-                    at = low + tl.arange(0, RB)
-                    total = tl.zeros((BM, RB), tl.float32)
-                    for start in range(part * d_slice, tl.minimum((part + 1) * d_slice, d), WIDTH):
-                        columns = start + tl.arange(0, WIDTH)
-                        inside = columns < d
-                        there = valid[:, None] & inside[None, :]
-                        mean = tl.load(know + m[:, None] * d + columns[None, :], mask=there, other=0.0)
-                        wanted = (at < r)[:, None] & inside[None, :]
-                        weights = tl.load(w1 + at[:, None] * d + columns[None, :], mask=wanted, other=0.0)
-                        total += times_rows(mean, weights)
-                    place = hidden + part * (BM * r) + m[:, None] * r + at[None, :]
-                    tl.store(place, total, mask=valid[:, None] & (at < r)[None, :])
-            else:
-                for start in range(part * r_slice, tl.minimum((part + 1) * r_slice, r), WIDTH):
-                    columns = start + tl.arange(0, WIDTH)
-                    inside = columns < r
-                    mean = averaged(
-                        projected, projected_stride, r, ids, id_rows, valid, scores, m, columns, inside, k, heads,
-                        slices, size, scale, BM, KB, SHARED,
-                    )  # fmt: skip
-                    tl.store(hidden + m[:, None] * r + columns[None, :], mean, mask=valid[:, None] & inside[None, :])
+            first_layer(
+                hidden, know, w1, projected, projected_stride, ids, id_rows, valid, scores, m, part, k, heads, slices,
+                size, scale, d, r, d_slice, r_slice, BM, KB, WIDTH, RB, SHARED,
+            )  # fmt: skip
         meet(counters + team, slices, part == 0)
 
         of_know = sum_of_parts(squares + m, slices, 3 * BM, valid)
@@ -248,24 +310,10 @@ def attend(
                 columns = start + tl.arange(0, WIDTH)
                 inside = columns < d
                 there = valid[:, None] & inside[None, :]
-                sem = tl.zeros((BM, WIDTH), tl.float32)
-                for low in range(0, r, RB):
-                    at = low + tl.arange(0, RB)
-                    known = valid[:, None] & (at < r)[None, :]
-                    first = sum_of_parts(hidden + m[:, None] * r + at[None, :], hidden_slices, BM * r, known)
-                    bias = tl.load(b1 + at, mask=at < r, other=0.0).to(tl.float32)
-                    g = tl.where(known, activate(first + bias[None, :], "gelu"), 0.0)
-                    wanted = inside[:, None] & (at < r)[None, :]
-                    sem += times_rows(g, tl.load(w2 + columns[:, None] * r + at[None, :], mask=wanted, other=0.0))
-                sem += tl.load(b2 + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
-                sem = tl.where(there, sem, 0.0)
-                if anchor is None:
-                    other = tl.load(inputs + rows[:, None] * input_stride + columns[None, :], mask=there, other=0.0)
-                else:
-                    at_anchor = anchor + (rows // per_anchor)[:, None] * anchor_stride
-                    other = tl.load(at_anchor + columns[None, :], mask=there, other=0.0)
+                sem = encoded(hidden, b1, w2, b2, m, columns, inside, valid, r, hidden_slices, BM, RB)
+                other = anchor_at(inputs, input_stride, anchor, anchor_stride, per_anchor, rows, columns, there)
                 own += tl.sum(sem * sem, 1)
-                along += tl.sum(sem * other.to(tl.float32), 1)
+                along += tl.sum(sem * other, 1)
             products = cosines + part * (2 * BM) + m
             tl.store(products, own)
             tl.store(products + BM, along)
