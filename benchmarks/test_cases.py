@@ -1,4 +1,5 @@
-"""The quick cases of `unike bench` under pytest-benchmark: a test for each system. Run with `python3 run.py bench`.
+"""The quick cases of `unike bench` under pytest-benchmark: a test for each system. Run with `python3 run.py bench`,
+those of a GPU with `python3 run.py bench -m gpu`.
 
 The systems of a case are timed in turn, when the first test asks for one of them; each test hands over its own times.
 Compare within a group only.
@@ -11,12 +12,14 @@ from typing import Any
 
 import pytest
 
+from unike_kernels import _native
 from unike_kernels.bench import suite
 from unike_kernels.bench.measure import Row, measure
 from unike_kernels.bench.replay import Replay
 from unike_kernels.bench.results import extra_info
+from unike_kernels.ops import _backend
 
-CASES = {case.name: case for case in suite.cases("quick")}
+CASES = {case.name: case for device in suite.DEVICES for case in suite.cases("quick", device=device)}
 REPLAY = Replay()
 
 
@@ -27,10 +30,16 @@ def measured(case: str) -> dict[str, Row]:
 
 @pytest.mark.parametrize(
     ("case", "system"),
-    [pytest.param(c.name, s, id=f"{c.name}-{s}") for c in CASES.values() for s in c.systems],
+    [
+        pytest.param(c.name, s, id=f"{c.name}-{s}", marks=[pytest.mark.gpu] if c.device == "cuda" else [])
+        for c in CASES.values()
+        for s in c.systems
+    ],
 )
 @pytest.mark.benchmark(timer=REPLAY)
 def test_case(benchmark: Any, case: str, system: str) -> None:
+    if CASES[case].device == "cuda" and (reason := _native.cuda_missing() or _backend.triton_missing()):
+        pytest.skip(reason)
     row = measured(case)[f"{case}-{system}"]
     assert row.failure is None, row.failure
     benchmark.group = row.title

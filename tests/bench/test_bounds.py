@@ -23,7 +23,7 @@ def test_probes_are_what_is_needed(monkeypatch):
     assert list(probes) == ["read", "torch.int8"]
     probes["read"]()
     assert all(a is b for a, b in zip(read, tables, strict=True))
-    assert probes["torch.int8"]() == bounds._made(torch.int8) > 1e6
+    assert probes["torch.int8"]() == bounds._made(torch.int8, torch.device("cpu")) > 1e6
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.int8])

@@ -37,18 +37,30 @@ class Layer:
         ids: [T, k], drawn at random, for the attention without retrieval.
     """
 
-    def __init__(self, n: int, d: int, tokens: int, k: int) -> None:
+    def __init__(self, n: int, d: int, tokens: int, k: int, device: str = "cpu") -> None:
         generator = torch.Generator().manual_seed(0)
         normal = functools.partial(torch.randn, generator=generator)
         r, usual = d // 8, normal(d)
         # Enc_sem leans towards the usual output, so that the gate is open.
         encoder = ops.SemanticEncoder(normal(r, d) * d**-0.5, normal(r), normal(d, r) * r**-0.5, usual)
-        self.memory = MemoryLayer(normal(n, d), normal(n, 1, d), normal(n, 1, d), encoder, normal(r), normal(d))
-        self.index = ops.normalize_rows(self.memory.index)
-        self.packed = ops.pack_keys(self.index, "int8")
+        tables = (normal(n, d), normal(n, 1, d), normal(n, 1, d))
+        index = ops.normalize_rows(tables[0])
+        packed = ops.pack_keys(index, "int8")
+        hidden, out, ids = (
+            normal(tokens, d),
+            usual + normal(tokens, d),
+            torch.randint(n, (tokens, k), generator=generator),
+        )
+        encoder = ops.SemanticEncoder(*(t.to(device) for t in encoder))
+        last = normal(r).to(device), normal(d).to(device)
+        keys, first, second = (t.to(device) for t in tables)
+        self.memory = MemoryLayer(keys, first, second, encoder, *last)
+        self.index, self.packed = (
+            index.to(device),
+            None if packed is None else type(packed)(*(t.to(device) for t in packed)),
+        )
         self.projected = ops.project_values(self.values, encoder)
-        self.hidden, self.out = normal(tokens, d), usual + normal(tokens, d)
-        self.ids = torch.randint(n, (tokens, k), generator=generator)
+        self.hidden, self.out, self.ids = hidden.to(device), out.to(device), ids.to(device)
         self.k = k
 
     @property
@@ -132,7 +144,7 @@ def _torch_with_retrieval(layer: Layer) -> Run:
     return Run(lambda: eager.shift(hidden, out, layer.memory, layer.index, config)[0], check)
 
 
-def latent(n: int, d: int, tokens: int) -> Case:
+def latent(n: int, d: int, tokens: int, device: str = "cpu") -> Case:
     """Attention, gate and blend for entries that were retrieved before."""
     systems = {
         "unike latent_attention": System("ours", _fused),
@@ -142,10 +154,10 @@ def latent(n: int, d: int, tokens: int) -> Case:
         systems["torch.compile"] = System("peer", functools.partial(_torch, _compile))
     title = f"latent attention over k={K} of N={n}, gate and blend, d={d}, T={tokens}"
     shape: Shape = {"kind": "latent", "N": n, "d": d, "T": tokens, "k": K}
-    return Case("attention", title, shape, functools.partial(Layer, n, d, tokens, K), systems)
+    return Case("attention", title, shape, functools.partial(Layer, n, d, tokens, K, device), systems, device)
 
 
-def with_retrieval(n: int, d: int, tokens: int) -> Case:
+def with_retrieval(n: int, d: int, tokens: int, device: str = "cpu") -> Case:
     """The same after the retrieval."""
     systems = {
         "unike memory_attention": System("ours", _fused_with_retrieval),
@@ -153,15 +165,16 @@ def with_retrieval(n: int, d: int, tokens: int) -> Case:
     }
     title = f"memory attention: retrieval of k={K} from N={n}, attention, gate and blend, d={d}, T={tokens}"
     shape: Shape = {"kind": "memory", "N": n, "d": d, "T": tokens, "k": K}
-    return Case("attention", title, shape, functools.partial(Layer, n, d, tokens, K), systems)
+    return Case("attention", title, shape, functools.partial(Layer, n, d, tokens, K, device), systems, device)
 
 
-def quick() -> list[Case]:
+def quick(device: str = "cpu") -> list[Case]:
     """At the width of LLaMA-7B."""
-    return [*(latent(N, 4096, t) for t in (1, 128)), *(with_retrieval(N, 4096, t) for t in (1, 16, 128))]
+    attention, memory = ((latent, t) for t in (1, 128)), ((with_retrieval, t) for t in (1, 16, 128))
+    return [make(N, 4096, t, device) for make, t in (*attention, *memory)]
 
 
-def full() -> list[Case]:
+def full(device: str = "cpu") -> list[Case]:
     """All widths."""
-    shapes = [(N, d, t) for d in (576, 768, 2560, 4096) for t in (1, 16, 128)]
+    shapes = [(N, d, t, device) for d in (576, 768, 2560, 4096) for t in (1, 16, 128)]
     return [make(*shape) for shape in shapes for make in (latent, with_retrieval)]

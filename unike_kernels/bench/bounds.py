@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import _native
+from . import device
 
 _ROUNDS = 1 << 18  # of a probe: some milliseconds
 
@@ -28,20 +29,30 @@ class Bound:
     multiply_adds: Mapping[torch.dtype, float] = field(default_factory=dict)
     over: str | None = None
 
+    @property
+    def _where(self) -> torch.device:
+        return self.reads[0].device if self.reads else torch.device("cpu")
+
     def probes(self) -> dict[str, Callable[[], object]]:
         """What is timed beside the system, by name: "read", and for each dtype some multiply-adds."""
-        probes: dict[str, Callable[[], object]] = {"read": functools.partial(_native.read, *self.reads)}
-        return probes | {
-            str(dtype): functools.partial(_native.multiply_add, dtype, _ROUNDS) for dtype in self.multiply_adds
-        }
+        where = self._where
+        on_cpu: Callable[[], object] = functools.partial(_native.read, *self.reads)
+        probes = {"read": functools.partial(device.copy, where) if where.type == "cuda" else on_cpu}
+        return probes | {str(dtype): functools.partial(_multiply, dtype, where) for dtype in self.multiply_adds}
 
     def seconds(self, probed: Mapping[str, float]) -> tuple[float, float]:
         """How long reading takes, and how long the multiply-adds do, by the seconds that each probe took."""
+        where = self._where
+        read = probed["read"]
+        if where.type == "cuda":  # there the probe copies some memory instead of reading these very tensors
+            read *= sum(t.numel() * t.element_size() for t in self.reads) / device.copy(where)
         needed = self.multiply_adds.items()
-        return probed["read"], sum(count * probed[str(dtype)] / _made(dtype) for dtype, count in needed)
+        return read, sum(count * probed[str(dtype)] / _made(dtype, where) for dtype, count in needed)
 
 
-@functools.cache
-def _made(dtype: torch.dtype) -> float:
-    """The multiply-adds of a probe."""
-    return _native.multiply_add(dtype, _ROUNDS)
+def _multiply(dtype: torch.dtype, where: torch.device) -> float:
+    """A probe; returns its multiply-adds."""
+    return device.multiply(dtype, where) if where.type == "cuda" else _native.multiply_add(dtype, _ROUNDS)
+
+
+_made = functools.cache(_multiply)

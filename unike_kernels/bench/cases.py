@@ -49,6 +49,7 @@ class Case:
         shape: the sizes and kinds that tell it from the other cases of its operator.
         data: makes what the systems work on; freed after the case.
         systems: name -> system; the first is ours.
+        device: where they run, "cpu" or "cuda".
     """
 
     op: str
@@ -56,15 +57,17 @@ class Case:
     shape: Shape
     data: Callable[[], Any]
     systems: Mapping[str, System]
+    device: str = "cpu"
 
     @property
     def name(self) -> str:
         """The operator and the shape in short."""
         parts = (f"{key}{value}" if isinstance(value, int) else value for key, value in self.shape.items())
-        return "-".join((self.op, *parts))
+        return "-".join((self.op, *parts, *([] if self.device == "cpu" else [self.device])))
 
 
 def check_close(out: Tensor, expected: Tensor) -> None:
-    """Raises AssertionError where they differ by more than float32 sums of some thousand terms may."""
+    """Raises AssertionError where they differ by more than sums of some thousand terms may, or a few roundings."""
     wide = expected.double()
-    torch.testing.assert_close(out.double(), wide, rtol=0, atol=1e-4 * float(wide.abs().max()))
+    share = max(1e-4, 4 * torch.finfo(out.dtype).eps)
+    torch.testing.assert_close(out.double(), wide, rtol=0, atol=share * float(wide.abs().max()))

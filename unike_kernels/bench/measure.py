@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import gc
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
+from . import device
 from .bounds import Bound
 from .cases import Case, Role, Run, Shape
 from .timing import Spread, interleave, ratio
@@ -63,14 +63,16 @@ class Row:
 
 @torch.no_grad()
 def measure(
-    case: Case, *, rounds: int | None = None, seconds: float = 6.0, clock: Callable[[], float] = time.perf_counter
+    case: Case, *, rounds: int | None = None, seconds: float = 6.0, clock: Callable[[], float] | None = None
 ) -> list[Row]:
     """A row for each system of the case; its data is gone afterwards.
 
     Args:
         case: what to measure.
-        rounds, seconds, clock: see `interleave`.
+        rounds, seconds: see `interleave`.
+        clock: see `interleave`; None: that of the case's device.
     """
+    clock = clock or device.clock(case.device)
     gc.collect()  # what the case before left in cycles
     rows = {name: Row(case.op, case.name, case.title, case.shape, name, s.role) for name, s in case.systems.items()}
     runs: dict[str, Run] = {}
@@ -89,7 +91,9 @@ def measure(
             runs[name] = run
         except Exception as error:
             rows[name] = replace(rows[name], failure=_message(error))
-    calls = {name: run.call for name, run in runs.items()}
+    calls, repeats = {}, {}
+    for name, run in runs.items():
+        calls[name], repeats[name] = device.repeated(run.call, case.device)
     probes = {
         _probe(name, what): probe
         for name, run in runs.items()
@@ -97,6 +101,8 @@ def measure(
         for what, probe in run.bound.probes().items()
     }
     times = interleave(calls | probes, first, rounds=rounds, seconds=seconds, clock=clock)
+    for name in runs:
+        times[name] = [t / repeats[name] for t in times[name]]
     for name, run in runs.items():
         row = replace(rows[name], seconds=tuple(times[name]))
         rows[name] = _bounded(_compared(row, case, times), run.bound, times)

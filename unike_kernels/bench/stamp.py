@@ -13,16 +13,22 @@ import torch
 from .. import _native
 from .._version import __version__
 
-_PACKAGES = ("torch", "numpy", "transformers", "faiss-cpu", "faiss-gpu", "usearch")
+_PACKAGES = ("torch", "triton", "numpy", "transformers", "faiss-cpu", "faiss-gpu", "usearch")
 
 
-def stamp() -> dict[str, str]:
-    """What is measured -> in words: the CPU, threads, versions, kernel, date and commit."""
-    found = {"CPU": _cpu(), "instruction set of the kernels": _native.isa(), "threads": str(torch.get_num_threads())}
+def stamp(device: str = "cpu") -> dict[str, str]:
+    """What is measured -> in words: the GPU if it is one, the CPU, threads, versions, kernel, date and commit."""
+    found = {"GPU": _gpu()} if device == "cuda" else {}
+    found |= {"CPU": _cpu(), "instruction set of the kernels": _native.isa(), "threads": str(torch.get_num_threads())}
     found |= {"unike-kernels": __version__, "Python": platform.python_version()}
     found |= {name: version for name in _PACKAGES if (version := _version(name))}
     found |= {"kernel": f"{platform.system()} {platform.release()}", "date": f"{datetime.now(timezone.utc):%F %R} UTC"}
     return found | ({"commit": commit} if (commit := _commit()) else {})
+
+
+def _gpu() -> str:
+    properties = torch.cuda.get_device_properties()
+    return f"{properties.name}, {properties.multi_processor_count} multiprocessors, CUDA {torch.version.cuda}"
 
 
 def _cpu() -> str:

@@ -34,12 +34,14 @@ class Truth:
             k: how many.
         """
         self._rows, self._unit = rows, unit
-        best = torch.full((len(unit), k + 1), float("-inf"), dtype=torch.float64)
-        ids = torch.full((len(unit), k + 1), -1)
+        where = unit.device
+        best = torch.full((len(unit), k + 1), float("-inf"), dtype=torch.float64, device=where)
+        ids = torch.full((len(unit), k + 1), -1, device=where)
         for start, scores in self._scores(unit):
             both = torch.cat([best, scores], 1)
             best, chosen = both.topk(k + 1, dim=1)
-            ids = torch.cat([ids, torch.arange(start, start + scores.shape[1]).expand(len(unit), -1)], 1)
+            here = torch.arange(start, start + scores.shape[1], device=where)
+            ids = torch.cat([ids, here.expand(len(unit), -1)], 1)
             ids = ids.gather(1, chosen)
         self.scores, self.next, self.ids = best[:, :k], best[:, k], ids[:, :k]
 

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..errors import BackendUnavailableError
+
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
@@ -35,6 +37,7 @@ def _parser() -> argparse.ArgumentParser:
         help="the rows that matter, some minutes, or all, most of an hour (default: %(default)s)",
     )
     bench.add_argument("--only", choices=("retrieval", "attention", "ffn", "decode"), help="of the selection, this")
+    bench.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: %(default)s)")
     bench.add_argument("--growth", action="store_true", help="also retrieval from 15,000 to a million keys")
     bench.add_argument(
         "--out", type=Path, default=Path("unike-bench"), help="folder for the reports (default: %(default)s)"
@@ -76,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             from . import bench
 
             selection = {"select": args.select, "only": args.only, "growth": args.growth}
-            return bench.run(args.out, **selection, compare=args.compare, rounds=args.rounds)
+            return bench.run(args.out, **selection, device=args.device, compare=args.compare, rounds=args.rounds)
         if args.command == "eval":
             from . import evaluate
 
@@ -85,6 +88,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         from . import demo
 
         return demo.run(args.model, args.out, seed=args.seed, reload=args.reload)
-    except (ImportError, FileNotFoundError, ValueError) as error:
+    except (ImportError, FileNotFoundError, ValueError, BackendUnavailableError) as error:
         print(f"unike {args.command}: {error}", file=sys.stderr)
         return 1

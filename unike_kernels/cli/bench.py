@@ -15,6 +15,8 @@ from ..bench.plots import plots
 from ..bench.report import Report
 from ..bench.stamp import stamp
 from ..bench.tables import comparison, duration
+from ..errors import BackendUnavailableError
+from ..ops import _backend
 
 
 def run(
@@ -23,6 +25,7 @@ def run(
     select: str = "quick",
     only: str | None = None,
     growth: bool = False,
+    device: str = "cpu",
     compare: Path | None = None,
     rounds: int | None = None,
 ) -> int:
@@ -30,7 +33,7 @@ def run(
 
     Args:
         out: a folder, made if need be.
-        select, only, growth: see `suite.cases`.
+        select, only, growth, device: see `suite.cases`.
         compare: bench.json of an earlier run.
         rounds: of each case; None: see `interleave`.
 
@@ -40,11 +43,14 @@ def run(
     Raises:
         FileNotFoundError, ValueError: `compare` cannot be read.
         ImportError: there are no compiled kernels to measure.
+        BackendUnavailableError: there is no GPU to measure.
     """
     if not _native.available():
         raise ImportError(_native.reason())
     earlier = results.load(compare) if compare else None
-    cases = suite.cases(select, only=only, growth=growth)
+    cases = suite.cases(select, only=only, growth=growth, device=device)
+    if device == "cuda" and (reason := _native.cuda_missing() or _backend.triton_missing()):
+        raise BackendUnavailableError(f"--device cuda: {reason}")
     rows: list[Row] = []
     for number, case in enumerate(cases, 1):
         print(f"[{number}/{len(cases)}] {case.title} ...", flush=True)
@@ -55,7 +61,7 @@ def run(
         print(f"  {time.monotonic() - start:.1f} s")
         rows += measured
 
-    told = stamp()
+    told = stamp(device)
     changed = comparison(changes(earlier[1], rows), earlier[0]) if earlier else None
     report = Report(rows, told, optional.left_out(), changed)
     write_text(out / "bench.json", json.dumps(results.document(rows, told), indent=1))

@@ -172,7 +172,9 @@ def patched_ffn_kernel(
         tl.store(place, total.to(out.dtype.element_ty), mask=valid[:, None] & used[None, :])
 
 
-def _vendor(x: Tensor, base: FFNWeights, pool: EditPool, activation: str, out: Tensor, workspace: Workspace | None):
+def _vendor(
+    x: Tensor, base: FFNWeights, pool: EditPool, activation: str, out: Tensor, workspace: Workspace | None
+) -> Tensor:
     """The base by torch in x's dtype, the extra neurons in a launch behind it."""
     w = FFNWeights(*(None if t is None else t.to(x.dtype) for t in base))  # type: ignore[arg-type]
     hidden = act(activation, F.linear(x, w.w_in, w.b_in))
