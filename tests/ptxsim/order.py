@@ -1,8 +1,8 @@
 """What happens before what: vector clocks over the warps of a launch.
 
 A barrier orders all earlier accesses of its warps before all later ones. Across blocks, order comes from atomics and
-volatile accesses together with fences, or from their .release and .acquire forms. Synchronisation is kept per buffer,
-not per address, and every strong access of a buffer both publishes and sees: a little too forgiving.
+volatile accesses together with fences, or from their .release and .acquire forms. Synchronisation is kept per word of
+memory, and every strong access of a word both publishes and sees, whatever value it reads: a little too forgiving.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class Clocks:
         self._known: dict[int, np.ndarray] = {}
         self._fenced: dict[int, np.ndarray] = {}  # what a later relaxed write publishes
         self._pending: dict[int, np.ndarray] = {}  # what a later fence lets the warp know
-        self._published: dict[int, np.ndarray] = {}  # by buffer
+        self._published: dict[int, np.ndarray] = {}  # by word
 
     def _view(self, warp: int) -> np.ndarray:
         if warp not in self._known:
@@ -46,16 +46,16 @@ class Clocks:
             np.maximum(self._view(warp), self._pending.pop(warp), out=self._view(warp))
         self._fenced[warp] = self._now(warp)
 
-    def strong_write(self, warp: int, buffer: int, release: bool) -> None:
+    def strong_write(self, warp: int, word: int, release: bool) -> None:
         """An atomic or volatile write: publishes all before it (release), or all before the last fence."""
         news = self._now(warp) if release else self._fenced.get(warp)
         if news is not None:
-            old = self._published.get(buffer)
-            self._published[buffer] = news if old is None else np.maximum(old, news)
+            old = self._published.get(word)
+            self._published[word] = news if old is None else np.maximum(old, news)
 
-    def strong_read(self, warp: int, buffer: int, acquire: bool) -> None:
+    def strong_read(self, warp: int, word: int, acquire: bool) -> None:
         """An atomic or volatile read: sees what was published, at once (acquire) or from the next fence on."""
-        news = self._published.get(buffer)
+        news = self._published.get(word)
         if news is None:
             return
         if acquire:

@@ -70,7 +70,7 @@ def load(instruction: Instruction) -> Step:
         addresses = address(group)[lanes]
         memory = space(group)
         if strength:
-            synchronise(group, memory, lanes, addresses, width, read=strength)
+            synchronise(group, memory, lanes, addresses, width * count, read=strength)
         data = memory.load(group, lanes, addresses, width, count, atomic=strength is not None)
         for i, write in enumerate(writes):
             column = np.ascontiguousarray(data[:, i])
@@ -123,27 +123,31 @@ def store(instruction: Instruction) -> Step:
         values = np.stack(columns, axis=1) if len(columns) > 1 else columns[0][:, None]
         memory = space(group)
         if strength:
-            synchronise(group, memory, lanes, addresses, width, write=strength)
+            synchronise(group, memory, lanes, addresses, width * values.shape[1], write=strength)
         memory.store(group, lanes, addresses, values, atomic=bool(strength))
 
     return step
 
 
-def synchronise(group, memory, lanes, addresses, width, read: str | None = None, write: str | None = None) -> None:
+WORD = 4  # bytes, for each of which what was published is kept
+
+
+def synchronise(group, memory, lanes, addresses, size, read: str | None = None, write: str | None = None) -> None:
     """Tell the clocks about a strong access, as far as it is one of global memory."""
     if memory is _GENERIC:
         for space, at, _ in _GENERIC.parts(group, addresses):
-            synchronise(group, space, lanes[at], addresses[at], width, read, write)
+            synchronise(group, space, lanes[at], addresses[at], size, read, write)
         return
     if memory is not group.launch_memory:
         return
     clocks = memory.clocks
-    for window, at in memory.split(group, lanes, addresses, width):
-        for warp in np.unique(group.global_warps(lanes if at is None else lanes[at])).tolist():
+    words = np.unique(np.stack([group.global_warps(lanes), addresses // WORD, (addresses + size - 1) // WORD]), axis=1)
+    for warp, first, last in words.T.tolist():
+        for word in range(first, last + 1):
             if read:
-                clocks.strong_read(warp, window.buffer.low, acquire=read in ("acquire", "acq_rel"))
+                clocks.strong_read(warp, word, acquire=read in ("acquire", "acq_rel"))
             if write:
-                clocks.strong_write(warp, window.buffer.low, release=write in ("release", "acq_rel"))
+                clocks.strong_write(warp, word, release=write in ("release", "acq_rel"))
 
 
 def _increment(old: np.ndarray, limit: np.ndarray) -> np.ndarray:
@@ -193,7 +197,7 @@ def atomic(instruction: Instruction) -> Step:
         addresses = address(group)[lanes]
         values = [np.stack([per_lane(group, read(group))[lanes] for read in reads], axis=1) for reads in inputs]
         memory = space(group)
-        synchronise(group, memory, lanes, addresses, width, strength, strength)
+        synchronise(group, memory, lanes, addresses, width * count, strength, strength)
         result = np.zeros((group.size, count), UNSIGNED[width])
         for turn in _turns(addresses):
             old = memory.load(group, lanes[turn], addresses[turn], width, count, atomic=True)

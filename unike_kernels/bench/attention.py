@@ -92,7 +92,9 @@ class Layer:
         return Bound(reads, products)
 
 
-def _fused(layer: Layer) -> Run:
+def fused(layer: Layer) -> Run:
+    """Attention, gate and blend by one operator."""
+
     def call() -> Tensor:
         memory = layer.memory
         out, _ = ops.latent_attention(
@@ -147,7 +149,7 @@ def _torch_with_retrieval(layer: Layer) -> Run:
 def latent(n: int, d: int, tokens: int, device: str = "cpu") -> Case:
     """Attention, gate and blend for entries that were retrieved before."""
     systems = {
-        "unike latent_attention": System("ours", _fused),
+        "unike latent_attention": System("ours", fused),
         "torch eager": System("peer", functools.partial(_torch, lambda attend: attend)),
     }
     if compiler():

@@ -84,7 +84,8 @@ def _floating(tensors: dict[str, Tensor | None]) -> dict[str, Tensor]:
     return {name: t for name, t in tensors.items() if t is not None and t.is_floating_point()}
 
 
-def _fused(layer: Layer) -> Run:
+def fused(layer: Layer) -> Run:
+    """Base and neurons by one operator."""
     return Run(
         lambda: ops.patched_ffn(layer.x, layer.base, layer.pool, activation="silu"),
         lambda out: check_close(out, layer.expected),
@@ -92,7 +93,8 @@ def _fused(layer: Layer) -> Run:
     )
 
 
-def _patched(layer: Layer) -> Run:
+def beside(layer: Layer) -> Run:
+    """The base by torch, the neurons added."""
     return Run(
         lambda: ops.patched_ffn(layer.x, layer.unpatched(), layer.pool, activation="silu"),
         lambda out: check_close(out, layer.expected),
@@ -111,9 +113,9 @@ def _concatenated(cached: bool, layer: Layer, wrap: Callable[[Any], Any] = lambd
 
 def case(d: int, tokens: int, edits: int, device: str = "cpu") -> Case:
     """T tokens, in as many rows as there are edits; the eager FFN knows one edit for all of them."""
-    systems = {"unike patched_ffn": System("ours", _patched), "unpatched": System("base", _unpatched)}
+    systems = {"unike patched_ffn": System("ours", beside), "unpatched": System("base", _unpatched)}
     if device == "cuda":  # base and neurons in one launch, for few tokens
-        systems = {"unike fused": System("ours", _fused), **systems}
+        systems = {"unike fused": System("ours", fused), **systems}
     if edits == 1:
         systems["concatenated per call"] = System("peer", functools.partial(_concatenated, False))
         systems["concatenated once"] = System("peer", functools.partial(_concatenated, True))

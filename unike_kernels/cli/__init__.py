@@ -62,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
         default=Path("unike-eval"),
         help="folder of the results; a run that was interrupted goes on from there (default: %(default)s)",
     )
+    commands.add_parser("tune", help="measure tile sizes of the Triton kernels on this GPU, and keep the fastest")
     commands.add_parser("info", help="versions, CPU and backends")
     return parser
 
@@ -85,6 +86,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             chosen = {"names": args.table, "systems": args.systems, "split": args.split, "requests": args.requests}
             return evaluate.run(args.out, **chosen, seed=args.seed)
+        if args.command == "tune":
+            from . import tune
+
+            return tune.run()
         from . import demo
 
         return demo.run(args.model, args.out, seed=args.seed, reload=args.reload)

@@ -1,8 +1,11 @@
-"""The GPU kernels on the interpreter of tests/ptxsim: every test here runs what Triton compiles, without a GPU."""
+"""The GPU kernels on the interpreter of tests/ptxsim: every test here runs what Triton compiles, without a GPU.
+
+Those that compare with the definition run on a real one too: `pytest -m gpu`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import pytest
@@ -12,7 +15,7 @@ pytest.importorskip("triton", reason="triton is not installed: it compiles the k
 
 from ptxsim import Session
 
-from unike_kernels.ops import _triton
+from unike_kernels.ops import _backend, _triton
 
 SCHEDULES = ("lockstep", "reversed", *(f"random:{seed}" for seed in range(5)))
 
@@ -36,18 +39,38 @@ def launched(on_gpu) -> Callable[..., tuple[Any, Session]]:
 
 
 @pytest.fixture
-def everywhere(launched) -> Callable[[Callable[[], Any]], Any]:
-    """call -> its result, from one launch, the same bit for bit whatever order blocks and warps run in."""
+def device() -> Iterator[None]:
+    """All tensors that a test makes are on the GPU."""
+    if reason := _backend.triton_missing():
+        pytest.skip(reason)
+    _triton._workspaces.clear()
+    torch.set_default_device("cuda")
+    yield
+    torch.set_default_device(None)
+    _triton._workspaces.clear()
 
-    def run(call: Callable[[], Any]) -> Any:
-        first = None
-        for schedule in SCHEDULES:
-            result, session = launched(call, schedule)
-            assert len(session.launches) == 1
-            if first is None:
-                first = result
-            for got, wanted in zip(bits(result), bits(first), strict=True):
-                assert torch.equal(got, wanted), schedule
-        return first
 
-    return run
+@pytest.fixture(params=["interpreter", pytest.param("device", marks=pytest.mark.gpu)])
+def everywhere(request) -> Callable[[Callable[[], Any]], Any]:
+    """call -> its result, the same bit for bit whatever order blocks and warps run in: one launch of the interpreter
+    for each of some orders, or with `-m gpu` several of a GPU, in the orders that it takes."""
+    if request.param == "device":
+        request.getfixturevalue("device")
+        return lambda call: agreeing(call() for _ in range(20))
+    launched = request.getfixturevalue("launched")
+
+    def once(call: Callable[[], Any], schedule: str) -> Any:
+        result, session = launched(call, schedule)
+        assert len(session.launches) == 1
+        return result
+
+    return lambda call: agreeing(once(call, schedule) for schedule in SCHEDULES)
+
+
+def agreeing(results: Iterable[Any]) -> Any:
+    """The first of them, of which the others have all bits."""
+    first, *others = results
+    for result in others:
+        for got, wanted in zip(bits(result), bits(first), strict=True):
+            assert torch.equal(got, wanted)
+    return first

@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._tiles import tile_sizes
 from .._triton import (
     Workspace,
     activate,
@@ -40,10 +41,18 @@ from .reference import Blend, SemanticEncoder
 
 TOKENS = 16  # of a tile: the rows of an mma
 ENTRIES = 16  # of a step
-WIDTH = 64  # bytes of a row in a step
-HIDDEN = 64  # of Enc_sem's r numbers in a step
 BLOCKS_PER_MULTIPROCESSOR = 2
-MOST_SLICES = 128  # each adds to the partial sums that all of a team read
+
+
+class Tiles(NamedTuple):
+    """What `unike tune` may change."""
+
+    width: int = 64  # bytes of a row in a step
+    hidden: int = 64  # of Enc_sem's r numbers in a step
+    slices: int = 128  # at most: each adds to the partial sums that all of a team read
+
+
+CANDIDATES = {"width": (32, 64, 128), "hidden": (32, 64, 128), "slices": (32, 64, 128)}
 
 
 @triton.jit
@@ -368,6 +377,7 @@ class Tiling(NamedTuple):
     tile: int  # tokens: 1 or TOKENS
     shared: bool  # whether the tokens of a tile share their ids
     width: int  # columns of a step
+    hidden: int  # numbers of a step
     slices: int
     teams: int
     scratch: tuple[int, ...]  # float32 of scores, hidden, know, squares and cosines
@@ -376,7 +386,15 @@ class Tiling(NamedTuple):
     def switches(self, blend: Blend) -> tuple[object, ...]:
         """The constants of the kernel."""
         entries = ENTRIES if self.tile == 1 or self.shared else 1
-        return blend.convention == "eq7", blend.norm == "match", self.shared, self.tile, entries, self.width, HIDDEN
+        return (
+            blend.convention == "eq7",
+            blend.norm == "match",
+            self.shared,
+            self.tile,
+            entries,
+            self.width,
+            self.hidden,
+        )
 
 
 def tiling(
@@ -390,9 +408,10 @@ def tiling(
     tile = TOKENS if per_row >= TOKENS else 1
     tiles_per_row = triton.cdiv(per_row, tile)
     tiles = m // per_row * tiles_per_row
-    width = WIDTH // max(t.element_size() for t in (queries, *tables))
+    chosen = tile_sizes("latent_attention", Tiles(), CANDIDATES)
+    width = chosen.width // max(t.element_size() for t in (queries, *tables))
     steps = triton.cdiv(d, width)
-    slices = max(1, min(blocks // tiles, steps, MOST_SLICES))
+    slices = max(1, min(blocks // tiles, steps, chosen.slices))
     slices = triton.cdiv(steps, triton.cdiv(steps, slices))  # none without columns
     teams = min(tiles, blocks // slices)
     tokens = teams * tile
@@ -402,7 +421,7 @@ def tiling(
     )  # fmt: skip
     sliced = (triton.cdiv(triton.cdiv(n, width), slices) * width for n in (c, d, r))
     sizes = (m, per_row, m // rows, m // anchors, tiles_per_row, tiles, slices, *sliced)
-    return Tiling(tile, rows < m and tile > 1, width, slices, teams, scratch, sizes)
+    return Tiling(tile, rows < m and tile > 1, width, chosen.hidden, slices, teams, scratch, sizes)
 
 
 def operands(

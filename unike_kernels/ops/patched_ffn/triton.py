@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._tiles import tile_sizes
 from .._triton import (
     MOST_TEAMS,
     Workspace,
@@ -37,9 +38,17 @@ from .reference import EditPool
 
 TOKENS = 16  # of a tile: the rows of an mma
 NEURONS = 16  # of a step; most edits have no more
-WIDTH = 256  # bytes of a row in a step
-MOST_SLICES = 32
 BLOCKS_PER_MULTIPROCESSOR = 2
+
+
+class Tiles(NamedTuple):
+    """What `unike tune` may change."""
+
+    width: int = 256  # bytes of a row in a step
+    slices: int = 32  # at most, of the columns
+
+
+CANDIDATES = {"width": (64, 128, 256), "slices": (8, 16, 32, 64)}
 
 
 @triton.jit
@@ -143,14 +152,14 @@ class Tiling(NamedTuple):
     teams: int
 
 
-def tiling(m: int, d: int, pool: EditPool, width: int) -> Tiling:
+def tiling(m: int, d: int, pool: EditPool, width: int, most_slices: int) -> Tiling:
     """For m tokens; slices are whole steps of `width` columns. One team for each tile, as far as they fit at once."""
     per_row = 1 if pool.token_rows is not None else m // (len(pool.row_indptr) - 1)
     tokens = 1 if per_row == 1 else TOKENS
     tiles_per_row = triton.cdiv(per_row, tokens)
     tiles = m // per_row * tiles_per_row
     blocks = BLOCKS_PER_MULTIPROCESSOR * multiprocessors()
-    slice_width = triton.cdiv(d, width * max(1, min(blocks // tiles, MOST_SLICES))) * width
+    slice_width = triton.cdiv(d, width * max(1, min(blocks // tiles, most_slices))) * width
     slices = triton.cdiv(d, slice_width)
     return Tiling(per_row, tokens, tiles_per_row, tiles, slices, slice_width, min(blocks // slices, MOST_TEAMS))
 
@@ -176,8 +185,9 @@ def add_extra_neurons(
         return out
     x, base_out = last_contiguous(x), last_contiguous(base_out)
     pool = EditPool(*(None if t is None else t.contiguous() for t in pool))  # type: ignore[arg-type]
-    width = WIDTH // max(t.element_size() for t in (x, pool.keys, pool.values))
-    t = tiling(m, d, pool, width)
+    sizes = tile_sizes("add_extra_neurons", Tiles(), CANDIDATES)
+    width = sizes.width // max(t.element_size() for t in (x, pool.keys, pool.values))
+    t = tiling(m, d, pool, width, sizes.slices)
     teams, neurons = min(t.tiles, t.teams), pool.keys.shape[0]
     workspace = workspace or workspace_of(x.device)
     (parts,) = workspace.floats(teams * t.slices * 2 * (1 if pool.up is None else 2) * t.tokens * neurons)

@@ -30,7 +30,10 @@ from .._triton import (
     workspace_of,
 )
 from .reference import EditPool, ExtraGradients
-from .triton import NEURONS, TOKENS, WIDTH, products, tiling, tokens_of
+from .triton import NEURONS, TOKENS, products, tiling, tokens_of
+
+WIDTH = 128  # bytes of a row in a step
+MOST_SLICES = 32
 
 
 @triton.jit
@@ -219,8 +222,8 @@ def add_extra_neurons_backward(
         x, grad = last_contiguous(x), last_contiguous(grad)
         pool = EditPool(*(None if t is None else t.contiguous() for t in pool))  # type: ignore[arg-type]
         neurons, edits = pool.keys.shape[0], pool.zeta.shape[0]
-        width = WIDTH // 2 // max(t.element_size() for t in (x, grad, pool.keys, pool.values))
-        t = tiling(m, d, pool, width)
+        width = WIDTH // max(t.element_size() for t in (x, grad, pool.keys, pool.values))
+        t = tiling(m, d, pool, width, MOST_SLICES)
         kinds = 2 if pool.up is None else 3
         workspace = workspace or workspace_of(x.device)
         parts, left_behind, shares = workspace.floats(

@@ -15,10 +15,13 @@ Bound. A gated FFN of d = 4096, f = 11008 in bfloat16 is 271 MB: 81 us of an H10
 launch and the meeting, about 3 us, are what fusion costs; the two launches that it saves, about 3 us each, and the side
 product's own 2 us, are what it gains. From about 300 tokens on an H100's tensor cores are the limit and a vendor's GEMM
 is at its best; between 64 and there this kernel would need larger tiles for nothing, so beyond 64 tokens (32 of
-float32) the base is torch's, and the extra neurons are one launch behind it. The tile sizes are untuned.
+float32) the base is torch's, and the extra neurons are one launch behind it. The
+default tile sizes are untuned: see `unike tune`.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._tiles import tile_sizes
 from .._triton import (
     EVERYBODY,
     Workspace,
@@ -44,11 +48,19 @@ from .triton import add_extra_neurons
 MOST_TOKENS = 64
 MOST_WIDE_TOKENS = 32  # of float32: its dots split their operands in registers, which suffice for so many
 FEWEST_TOKENS = 16  # rows of an mma
-NEURONS = 32  # of a step, or columns of the output
-WIDTH = 256  # bytes of a row in a step: 16 KB of two weights, in flight twice
-STAGES = 3
 EXTRA_WIDTH = 128  # columns of a step over an extra neuron
 GROUP = 16  # tokens whose extra neurons a block takes together
+
+
+class Tiles(NamedTuple):
+    """What `unike tune` may change."""
+
+    neurons: int = 32  # of a step, or columns of the output
+    width: int = 256  # bytes of a row in a step: 8 KB of weights, in flight twice
+    stages: int = 3
+
+
+CANDIDATES = {"neurons": (16, 32, 64), "width": (128, 256, 512), "stages": (2, 3, 4, 5)}
 
 
 @triton.jit
@@ -215,12 +227,13 @@ def patched_ffn(
     dtype = x.dtype if x.dtype == base.w_out.dtype else torch.float32
     workspace = workspace or workspace_of(x.device)
     hidden, extra = workspace.floats(m * f, m * neurons)
-    width = WIDTH // max(t.element_size() for t in (x, *base) if t is not None)
+    sizes = tile_sizes("patched_ffn", Tiles(), CANDIDATES)
+    width = sizes.width // max(t.element_size() for t in (x, *base) if t is not None)
     rows = max(FEWEST_TOKENS, triton.next_power_of_2(m))
     patched_ffn_kernel[(blocks,)](
         x, *base, out, *pool, hidden.view(dtype), extra, workspace.counters[EVERYBODY:],
         m, d, f, x.stride(0), neurons, per_row, triton.cdiv(f, blocks), triton.cdiv(d, blocks),
-        activation, rows, NEURONS, width, GROUP, EXTRA_WIDTH, num_warps=4 if rows == FEWEST_TOKENS else 8,
-        num_stages=STAGES, **options(cooperative=True), enable_fp_fusion=False,
+        activation, rows, sizes.neurons, width, GROUP, EXTRA_WIDTH, num_warps=4 if rows == FEWEST_TOKENS else 8,
+        num_stages=sizes.stages, **options(cooperative=True), enable_fp_fusion=False,
     )  # fmt: skip
     return out

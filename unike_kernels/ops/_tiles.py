@@ -1,0 +1,78 @@
+"""Tile sizes of the Triton kernels: their own, or those that `unike tune` measured to be the fastest on this GPU.
+
+The cache is a JSON file, `$UNIKE_CACHE/tiles.json` or `~/.cache/unike_kernels/tiles.json`:
+GPU name -> operator -> size -> number. Results are right with any of the candidates: a cache costs or saves time only.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+Tiles = TypeVar("Tiles", bound=tuple)  # a NamedTuple of integers
+Candidates = Mapping[str, Sequence[int]]  # size -> what it may be
+
+_forced: dict[str, Any] = {}
+
+
+def path() -> Path:
+    """Of the cache."""
+    folder = os.environ.get("UNIKE_CACHE")
+    return (Path(folder) if folder else Path.home() / ".cache" / "unike_kernels") / "tiles.json"
+
+
+def read() -> dict[str, dict[str, dict[str, int]]]:
+    """The cache, empty where there is none. A file that is none of ours is left out with a warning."""
+    file = path()
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        well_formed = all(type(n) is int for ops in found.values() for sizes in ops.values() for n in sizes.values())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, AttributeError):
+        well_formed = False
+    if not well_formed:
+        warnings.warn(f"{file}: not a cache of tile sizes; run `unike tune` again or delete it", stacklevel=2)
+        return {}
+    return dict(found)
+
+
+@functools.cache
+def _tuned(device: str, op: str) -> dict[str, int]:
+    return read().get(device, {}).get(op, {})
+
+
+def device_name() -> str:
+    """Of the current GPU; "" where there is none."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+
+
+def tile_sizes(op: str, default: Tiles, candidates: Candidates) -> Tiles:
+    """The sizes for a launch of `op`: `default`, but for those that the cache has for this GPU."""
+    if op in _forced:
+        return _forced[op]
+    known = {n: v for n, v in _tuned(device_name(), op).items() if v in candidates.get(n, ())}
+    return default._replace(**known) if known else default  # type: ignore[attr-defined]
+
+
+@contextmanager
+def forced(op: str, sizes: tuple[int, ...]) -> Iterator[None]:
+    """Launches of `op` take these sizes inside the block."""
+    _forced[op] = sizes
+    try:
+        yield
+    finally:
+        del _forced[op]
+
+
+def forget() -> None:
+    """Read the cache anew when next asked."""
+    _tuned.cache_clear()
