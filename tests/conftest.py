@@ -94,7 +94,7 @@ def _blip2_config(decoder: str):
             hidden_dropout_prob=0.0,
             attention_probs_dropout_prob=0.0,
         ),
-        text_config=_text_config(decoder),
+        text_config=_text_config(decoder).to_dict(),
         num_query_tokens=4,
         image_token_index=3,
     )
@@ -131,13 +131,15 @@ def _usual_outputs(model, layers) -> list[torch.Tensor]:
     found = find_decoder(model).layers
     means: dict[int, torch.Tensor] = {}
     handles = [
-        getattr(found[i].module, found[i].attention).register_forward_hook(
+        found[i].attention.module.register_forward_hook(
             lambda module, args, output, i=i: means.__setitem__(i, output[0].mean((0, 1)))
         )
         for i in layers
     ]
     with torch.no_grad():
-        getattr(model, "language_model", model)(input_ids=torch.arange(4, 4 + len(WORDS))[None])
+        words = torch.arange(4, 4 + len(WORDS))[None]
+        decoded = {"decoder_input_ids": words} if model.config.is_encoder_decoder else {}
+        getattr(model, "language_model", model)(input_ids=words, **decoded)
     for handle in handles:
         handle.remove()
     return [means[i] for i in layers]

@@ -9,11 +9,12 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-from contextlib import contextmanager
 
 import pytest
 import torch
 import torch.nn.functional as F
+from hooks_reference import Place
+from hooks_reference import hooked as hooks_reference
 
 import unike_kernels as uk
 from unike_kernels.edits import fresh_layer
@@ -38,99 +39,13 @@ def decoder_layers(model):
     return getattr(inner, "decoder", inner).layers
 
 
-# --- the independent implementation ---------------------------------------------------------------------------------
-
-
-def extra_neurons(q, edits, index, act):
-    total = torch.zeros_like(q)
-    for edit in edits:
-        e = edit.layers[index]
-        o = act(q @ e.keys.T + e.key_bias)
-        if e.up is not None:
-            o = o * (q @ e.up.T + e.up_bias)
-        total = total + o @ (e.values + e.beta * e.zeta)
-    return total
-
-
-def nearest(m, q, k):
-    cosine = (m.index @ q) / (m.index.norm(dim=1) * q.norm())
-    return cosine.argsort(descending=True)[:k]
-
-
-def shift(attention, m, config, q, h, ids, anchor):
-    keys, values = m.keys[ids], (m.keys if m.values is None else m.values)[ids]
-    heads = keys.shape[1]
-    query = q.view(1, -1)
-    if config.values == "projected":
-        query = (attention.q_proj.weight @ q).view(heads, -1)
-        if attention.q_proj.bias is not None:
-            query = query + attention.q_proj.bias.view(heads, -1)
-    scale = config.scale or query.shape[1] ** -0.5
-    know = sum(torch.softmax(scale * keys[:, n] @ query[n], 0) @ values[:, n] for n in range(heads))
-    if isinstance(config.alpha, str):
-        e = m.encoder
-        semantic = e.w2 @ F.gelu(e.w1 @ know + e.b1) + e.b2
-        alpha = F.cosine_similarity(semantic, anchor, dim=0).clamp(0, 1)
-    else:
-        alpha = config.alpha
-    if config.norm == "match":
-        know = know * h.norm() / know.norm()
-    return (1 - alpha) * h + alpha * know if config.convention == "inclusion" else alpha * h + (1 - alpha) * know
-
-
-@contextmanager
-def hooked(model, mask, *, edits, memory=None, config=None, remembers=None, ends=None):
-    """Hooks that do what the patched modules shall do in one pass over whole sequences.
-
-    mask: bool [B, T], the tokens that may be shifted; edits: for each row; remembers: for each row whether it uses the
-    memory; ends: position of each row's last prompt token.
-    """
-    batch, tokens = mask.shape
-    handles = []
-
-    def add_neurons(index, act):
-        seen = {}
-
-        def before(module, args):
-            seen["q"] = args[0].reshape(batch, tokens, -1)
-
-        def after(module, args, out):
-            rows = [
-                extra_neurons(seen["q"][b], [e for e in edits[b] if index in e.layers], index, act)
-                for b in range(batch)
-            ]
-            return out + torch.stack(rows).reshape(out.shape)
-
-        return before, after
-
-    def add_memory(attention, m):
-        def after(module, args, kwargs, output):
-            q, h = kwargs["hidden_states"], output[0]
-            shifted = h.clone()
-            for b in range(batch):
-                if remembers is not None and not remembers[b]:
-                    continue
-                for t in mask[b].nonzero().flatten().tolist():
-                    asks = q[b, ends[b]] if config.retrieval == "sequence" else q[b, t]
-                    anchor = h[b, ends[b]] if config.alpha == "last" else h[b, t]
-                    shifted[b, t] = shift(attention, m, config, q[b, t], h[b, t], nearest(m, asks, config.k), anchor)
-            return (shifted, *output[1:])
-
-        return after
-
-    for index, layer in enumerate(decoder_layers(model)):
-        inline = hasattr(layer, "fc1")
-        before, after = add_neurons(index, F.relu if inline else F.silu)
-        first, last = (layer.fc1, layer.fc2) if inline else (layer.mlp, layer.mlp)
-        handles += [first.register_forward_pre_hook(before), last.register_forward_hook(after)]
-        if memory is not None and index in memory.layers:
-            after = add_memory(layer.self_attn, memory.layers[index])
-            handles.append(layer.self_attn.register_forward_hook(after, with_kwargs=True))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+def hooked(model, mask, **what):
+    """`hooks_reference.hooked` at the places of OPT's and LLaMA's layers."""
+    places = []
+    for layer in decoder_layers(model):
+        first, last, act = (layer.fc1, layer.fc2, F.relu) if hasattr(layer, "fc1") else (layer.mlp, layer.mlp, F.silu)
+        places.append(Place(layer.self_attn, first, last, act))
+    return hooks_reference(places, mask, **what)
 
 
 # --- helpers --------------------------------------------------------------------------------------------------------

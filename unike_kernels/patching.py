@@ -189,7 +189,8 @@ def patch(
         unpatch(model)
     state = _Patched(context, chosen, named, memory, {}, {})
     for i, (replacements, ffn, attention) in zip(indices, plan, strict=True):
-        decoder.layers[i].module._modules.update(replacements)
+        for site, module in replacements:
+            site.put(module)
         state.ffns[i], state.attentions[i] = ffn, attention
     decoder.module.register_forward_pre_hook(_Decode(context, image_token), with_kwargs=True)
     if image_token is not None:
@@ -344,10 +345,10 @@ def _check_belonging(
 
 def _build(
     layer: backbones.Layer, edits: dict[str, Edit], memory: MemoryBank | None, config: Config, context: Context
-) -> tuple[dict[str, nn.Module], PatchedFFN, MemoryAttention]:
-    """The new children of one layer; nothing of the model is touched."""
-    *ffn_parts, base_attention = [original(getattr(layer.module, name)) for name in (*layer.ffn, layer.attention)]
-    ffn = PatchedFFN.from_module(*ffn_parts, activation=layer.activation)
+) -> tuple[list[tuple[backbones.Site, nn.Module]], PatchedFFN, MemoryAttention]:
+    """What will stand where in one layer; nothing of the model is touched."""
+    *ffn_parts, base_attention = [site.module for site in (*layer.ffn, layer.attention)]
+    ffn = PatchedFFN.from_module(*ffn_parts, activation=layer.activation, dense=layer.dense)
     own = {name: edit.layers[layer.index] for name, edit in edits.items() if layer.index in edit.layers}
     ffn.edits.set({name: e.to(backbones.device_of(ffn_parts[0])) for name, e in own.items()})
     attention = MemoryAttention.from_module(
@@ -361,11 +362,8 @@ def _build(
         m = memory.layers[layer.index]
         tables = MemoryTables(m.index, m.keys, m.values, m.encoder)
         attention.memory = tables.to(backbones.device_of(base_attention))
-    replacements: dict[str, nn.Module] = {layer.attention: attention, layer.ffn[0]: ffn}
-    replacements |= {
-        name: PassThrough.from_module(part) for name, part in zip(layer.ffn[1:], ffn_parts[1:], strict=True)
-    }
-    return replacements, ffn, attention
+    through = [PassThrough.from_module(part) for part in ffn_parts[1:]]
+    return list(zip((layer.attention, *layer.ffn), (attention, ffn, *through), strict=True)), ffn, attention
 
 
 def _report(model: nn.Module, decoder: backbones.Decoder, state: _Patched) -> PatchReport:
@@ -376,7 +374,7 @@ def _report(model: nn.Module, decoder: backbones.Decoder, state: _Patched) -> Pa
         neurons = 0 if not ffn.edits.ids else ffn.edits.keys.shape[0]
         entries = 0 if tables is None else tables.index.shape[0]
         names = decoder.layers[i]
-        rows.append((i, " + ".join(names.ffn), names.attention, neurons, entries))
+        rows.append((i, " + ".join(site.name for site in names.ffn), names.attention.name, neurons, entries))
         nbytes += sum(b.nbytes for b in ffn.edits.buffers()) + sum(
             b.nbytes for b in (tables.buffers() if tables else ())
         )

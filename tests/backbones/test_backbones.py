@@ -25,9 +25,10 @@ def test_finds_the_decoder(make_model, kind, path):
     assert decoder.module is model.get_submodule(path)
     gated = kind.endswith("llama")
     for index, layer in enumerate(decoder.layers):
-        assert (layer.index, layer.attention, layer.gated) == (index, "self_attn", gated)
+        assert (layer.index, layer.attention, layer.gated) == (index, (layer.module, "self_attn"), gated)
         assert layer.module is decoder.module.layers[index]
-        assert layer.ffn == (("mlp",) if gated else ("fc1", "activation_fn", "fc2"))
+        assert [site.name for site in layer.ffn] == (["mlp"] if gated else ["fc1", "activation_fn", "fc2"])
+        assert all(site.parent is layer.module for site in layer.ffn)
         assert layer.activation == ("silu" if gated else "relu")
 
 
@@ -64,10 +65,14 @@ def test_an_unknown_activation():
         backbones.match_activation(nn.Tanh(), "layer 3")
 
 
-def gpt2():
-    from transformers import GPT2Config, GPT2LMHeadModel
+def activations(model):
+    return [layer.activation for layer in backbones.find_decoder(model).layers]
 
-    return GPT2LMHeadModel(GPT2Config(vocab_size=20, n_embd=16, n_layer=2, n_head=2, n_positions=8))
+
+def mamba():
+    from transformers import MambaConfig, MambaForCausalLM
+
+    return MambaForCausalLM(MambaConfig(vocab_size=20, hidden_size=16, num_hidden_layers=2, state_size=4))
 
 
 def vit():
@@ -91,7 +96,10 @@ def with_two_decoders(make_model):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda _: gpt2(), r"layer 0 \(GPT2Block\): looked for an FFN .* with \['c_fc', 'c_proj', .*\] in mlp"),
+        (
+            lambda _: mamba(),
+            r"layer 0 \(MambaBlock\): looked for one self-attention, .*; found \{.*'mixer': \['conv1d'",
+        ),
         (lambda _: vit(), "ResNetModel: looked for one submodule with model_type 'resnet'.*found none"),
         (lambda _: nn.Linear(2, 2), "model: expected a Hugging Face PreTrainedModel, got Linear"),
         (lambda _: "model", "model: expected a Hugging Face PreTrainedModel, got str"),
@@ -103,7 +111,7 @@ def test_an_unsupported_model_is_described_and_left_alone(make_model, make_edit,
     model = make(make_model)
     before = dict(model.named_modules()) if isinstance(model, nn.Module) else None
     with pytest.raises(uk.UnsupportedModelError, match=message):
-        backbones.find_decoder(model)
+        activations(model)
     if before is not None:
         with pytest.raises(uk.UnsupportedModelError, match=message):
             uk.patch(model)

@@ -29,7 +29,7 @@ def states_alone(model, processor, triplet, answer, layer):
     def look(module, args, kwargs, output):
         seen["pre"], seen["out"] = kwargs["hidden_states"], output[0]
 
-    handle = getattr(where.module, where.attention).register_forward_hook(look, with_kwargs=True)
+    handle = where.attention.module.register_forward_hook(look, with_kwargs=True)
     target = model.language_model if triplet.image is None and hasattr(model, "language_model") else model
     target(**inputs)
     handle.remove()

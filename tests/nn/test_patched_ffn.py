@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from unike_kernels import ops
+from unike_kernels.backbones import find_decoder
 from unike_kernels.edits import EditLayer
-from unike_kernels.nn import EditStore, PassThrough, PatchedFFN
+from unike_kernels.nn import EditStore, PassThrough, PatchedFFN, patched_ffn
 from unike_kernels.nn.patched_ffn import csr
 
 D = 4
@@ -200,3 +201,33 @@ def test_casting_the_model_leaves_the_edits_as_they_are():
 def test_wrong_arguments_are_errors(base, activation, error, message):
     with pytest.raises(error, match=message):
         PatchedFFN.from_module(*base, activation=activation)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "phi3"])
+def test_few_tokens_on_a_gpu_are_one_launch(kind, on_gpu, monkeypatch):
+    """Base and neurons together, unless somebody looks in between, or asks for gradients."""
+    from backbones.zoo import ZOO, model_of
+
+    model = model_of(ZOO[kind], torch.float32)
+    layer = find_decoder(model).layers[2]
+    site = layer.ffn[0]
+    neurons = EditLayer(torch.randn(3, 64) / 8, torch.randn(3), torch.randn(3, 64), torch.randn(64), torch.tensor(0.1))
+    ffn = PatchedFFN.from_module(site.module, activation=layer.activation, dense=layer.dense)
+    ffn.edits.set({"a": neurons})
+    monkeypatch.setattr(patched_ffn, "_on_gpu", lambda t: True)
+
+    def launches(x, schedule="lockstep"):
+        with on_gpu(schedule=schedule) as session, ops.backend("triton"):
+            out = ffn(x)
+        return [launch.kernel for launch in session.launches], out
+
+    x = torch.randn(1, 2, 64)
+    wanted = ffn(x)  # by the CPU's kernels, as there is no GPU
+    with torch.no_grad():
+        assert launches(x)[0] == ["patched_ffn_kernel"]
+        torch.testing.assert_close(launches(x)[1], wanted, rtol=1e-4, atol=1e-4)
+        assert launches(torch.randn(65, 64))[0] == ["add_extra_neurons_kernel"]
+        handle = next(site.module.children()).register_forward_hook(lambda *_: None)
+        assert launches(x)[0] == ["add_extra_neurons_kernel"]
+        handle.remove()
+    assert launches(x)[0] == ["add_extra_neurons_kernel"]

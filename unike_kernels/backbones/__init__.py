@@ -1,24 +1,54 @@
-"""Finding the decoder layers, the attention and the FFN in a Hugging Face model, by structure."""
+"""Finding the decoder layers, the attention and the FFN in a Hugging Face model, by structure.
+
+No model is known by name. A decoder is the submodule whose config is the text config and that holds the list of its
+layers; a layer's attention is the child of a class called attention, its FFN the child that holds matrices and is
+none, or three children that stand inline (OPT); where a layer holds a list of sublayers (T5), they are looked for
+there. What an FFN computes is proved by computing it once from its matrices: gated, plain, or neither (a mixture of
+experts, quantised or adapted weights), in which case the extra neurons stand beside it as they do anywhere.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedModelError
-from ..nn import original
+from ..nn import Dense, original, residual_position
 from ..ops import ACTIVATIONS
-from ..ops.patched_ffn.reference import FFNWeights, activate
+from ..ops.patched_ffn.reference import FFNWeights, activate, ffn
 
-__all__ = ["Decoder", "Layer", "device_of", "find_decoder", "image_token_id"]
+__all__ = ["Decoder", "Layer", "Site", "device_of", "find_decoder", "image_token_id"]
 
-_ATTENTION = ("self_attn", "attn", "self_attention", "attention")
 _INLINE = ("fc1", "activation_fn", "fc2")
-_GATED = ("gate_proj", "up_proj", "down_proj", "act_fn")
+_FEED_FORWARD = ("mlp", "feed_forward", "block_sparse_moe", "moe", "ffn", "DenseReluDense")
+_PROBES = 3  # tokens
+_CLOSE = {torch.float32: 1e-4, torch.float64: 1e-8}  # of the largest output; halves: 0.05
+
+
+class Site(NamedTuple):
+    """A place in a model where a module stands.
+
+    Attributes:
+        parent: its holder.
+        name: of the child.
+    """
+
+    parent: nn.Module
+    name: str
+
+    @property
+    def module(self) -> nn.Module:
+        """What stands there, or what stood there before it was patched."""
+        return original(getattr(self.parent, self.name))
+
+    def put(self, module: nn.Module) -> None:
+        """Let another module stand there."""
+        self.parent._modules[self.name] = module
 
 
 @dataclass(frozen=True)
@@ -28,28 +58,58 @@ class Layer:
     Attributes:
         index: in the decoder.
         module: the layer.
-        attention: name of its attention child.
-        ffn: names of the children that form its FFN: one module, or three that stand inline.
-        activation: of the FFN.
-        gated: whether the FFN is gated.
+        attention: its self-attention.
+        ffn: its FFN: one module, or three that stand inline.
+        config: of the decoder.
     """
 
     index: int
     module: nn.Module
-    attention: str
-    ffn: tuple[str, ...]
-    activation: str
-    gated: bool
+    attention: Site
+    ffn: tuple[Site, ...]
+    config: Any
+
+    @property
+    def where(self) -> str:
+        """For messages."""
+        return f"layer {self.index} ({type(self.module).__name__})"
+
+    @functools.cached_property
+    def activation(self) -> str:
+        """Of the FFN. Raises UnsupportedModelError for one that no kernel knows."""
+        functions = [f for site in self.ffn for f in _functions(site.module)]
+        known = (match_activation(f, self.where) for f in functions)
+        return next(known, None) or match_activation(_configured(self.config, self.where), self.where)
+
+    @functools.cached_property
+    def dense(self) -> Dense | None:
+        """The matrices of an FFN that computes just what they say, gated or plain; None for any other.
+
+        The probe reads them once, in their own dtype.
+        """
+        modules = [site.module for site in self.ffn]
+        if any(hasattr(part, "_hf_hook") for module in modules for part in module.modules()):
+            return None  # they may be elsewhere
+        matrices = [m for module in modules for m in _matrices(module)]
+        if len(matrices) not in (2, 3) or not all(map(_is_plain, matrices)):
+            return None
+        readings = (Dense(tuple(matrices), gate_first) for gate_first in (True, False))
+        return next((r for r in readings if _computes(modules, r.weights(), self.activation)), None)
 
     def weights(self) -> FFNWeights:
-        """The base FFN's weights, as `ops.patched_ffn` takes them."""
-        parts: list[Any] = [original(getattr(self.module, name)) for name in self.ffn]
-        if self.gated:
-            mlp = parts[0]
-            first, up, last = mlp.gate_proj, mlp.up_proj, mlp.down_proj
-            return FFNWeights(first.weight, first.bias, up.weight, up.bias, last.weight, last.bias)
-        first, _, last = parts
-        return FFNWeights(first.weight, first.bias, None, None, last.weight, last.bias)
+        """The base FFN's weights, as `ops.patched_ffn` takes them. Raises UnsupportedModelError if it is not dense."""
+        if self.dense is None:
+            found = [type(site.module).__name__ for site in self.ffn]
+            raise UnsupportedModelError(
+                f"{self.where}: looked for an FFN of two or three plain matrices; found {', '.join(found)}, which "
+                f"computes something else or holds other weights"
+            )
+        return self.dense.weights()
+
+    @property
+    def gated(self) -> bool | None:
+        """Whether the FFN is gated; None where it is not dense."""
+        return None if self.dense is None else self.dense.weights().w_up is not None
 
 
 @dataclass(frozen=True)
@@ -80,7 +140,7 @@ class Decoder:
 
 
 def find_decoder(model: nn.Module) -> Decoder:
-    """The decoder of a Hugging Face model: OPT and LLaMA-style models, alone or inside a multimodal model.
+    """The decoder of a Hugging Face model, alone or inside a multimodal or an encoder-decoder model.
 
     Raises:
         UnsupportedModelError: the structure is another one; the message says what was looked for and found.
@@ -95,34 +155,108 @@ def find_decoder(model: nn.Module) -> Decoder:
         own = getattr(module, "config", None)
         if own is None or getattr(own, "model_type", None) != text.model_type:
             continue
-        lists = [child for child in module.children() if isinstance(child, nn.ModuleList) and len(child) == total]
+        wanted = getattr(own, "num_hidden_layers", total)
+        lists = [child for child in module.children() if isinstance(child, nn.ModuleList) and len(child) == wanted]
         if len(lists) == 1:
             found.append((path, module, lists[0]))
+    # Experts inside a layer may be as many as there are layers.
+    found = [f for f in found if not any(f is not o and f"{f[0]}.".startswith(f"{o[0]}.") for o in found)]
+    if len(found) > 1:  # an encoder has a list of its own
+        found = [each for each in found if getattr(each[1].config, "is_decoder", False)] or found
     if len(found) != 1:
         raise UnsupportedModelError(
             f"{type(model).__name__}: looked for one submodule with model_type {text.model_type!r} and a list of "
             f"{total} decoder layers; found {[path or '(the model itself)' for path, _, _ in found] or 'none'}"
         )
     path, module, layers = found[0]
-    inspected = tuple(_inspect(i, layer) for i, layer in enumerate(layers))
+    inspected = tuple(_inspect(i, layer, text) for i, layer in enumerate(layers))
     return Decoder(module, path, inspected, text.hidden_size)
 
 
-def _inspect(index: int, layer: nn.Module) -> Layer:
-    children = {name: original(child) for name, child in layer.named_children()}
-    attention = next((name for name in _ATTENTION if name in children), None)
-    where = f"layer {index} ({type(layer).__name__})"
-    if attention is None:
-        raise UnsupportedModelError(f"{where}: looked for attention as one of {_ATTENTION}; found {list(children)}")
-    if all(name in children for name in _INLINE):
-        return Layer(index, layer, attention, _INLINE, match_activation(children["activation_fn"], where), False)
-    mlp: Any = children.get("mlp")
-    if mlp is not None and all(isinstance(getattr(mlp, name, None), nn.Module) for name in _GATED):
-        return Layer(index, layer, attention, ("mlp",), match_activation(mlp.act_fn, where), True)
-    inside = "" if mlp is None else f", with {[name for name, _ in mlp.named_children()]} in mlp"
+def _inspect(index: int, layer: nn.Module, config: Any) -> Layer:
+    holders = [layer, *(part for child in layer.children() if isinstance(child, nn.ModuleList) for part in child)]
+    sites = [Site(holder, name) for holder in holders for name, _ in holder.named_children()]
+    attention = [site for site in sites if _is_attention(site)]
+    ffn = [site for site in sites if site.name in _FEED_FORWARD and any(_matrices(site.module, deep=True))]
+    inline = [Site(layer, name) for name in _INLINE if name in layer._modules]
+    if len(attention) == 1 and (len(ffn) == 1 or len(inline) == len(_INLINE)):
+        return Layer(index, layer, attention[0], tuple(ffn or inline), config)
+    inside = {site.name: [name for name, _ in site.module.named_children()] for site in sites}
     raise UnsupportedModelError(
-        f"{where}: looked for an FFN as {', '.join(_INLINE)} in the layer or as mlp with {', '.join(_GATED)}; "
-        f"found {list(children)}{inside}"
+        f"layer {index} ({type(layer).__name__}): looked for one self-attention, and for one FFN called "
+        f"{', '.join(_FEED_FORWARD)} or {', '.join(_INLINE)} in the layer; found {inside}"
+    )
+
+
+def _is_attention(site: Site) -> bool:
+    kind = type(site.module).__name__
+    names = (site.name, kind)
+    return "Attention" in kind and not any(
+        word in name.lower() for name in names for word in ("cross", "encdec", "norm")
+    )
+
+
+def _is_plain(matrix: nn.Module) -> bool:
+    """Whether it has a weight, perhaps a bias, and nothing else that could change what it computes."""
+    from transformers.pytorch_utils import Conv1D
+
+    names = {name for name, _ in matrix.named_parameters()}
+    return isinstance(matrix, nn.Linear | Conv1D) and names <= {"weight", "bias"}
+
+
+def _matrices(module: nn.Module, *, deep: bool = False) -> Iterator[nn.Module]:
+    """The module itself, its children or all modules below it, as far as they hold a matrix."""
+    for part in module.modules() if deep else (module, *module.children()):
+        if any(p.dim() >= 2 for p in part.parameters(recurse=False)):
+            yield part
+
+
+@torch.no_grad()
+def _computes(modules: Sequence[nn.Module], weights: FFNWeights, activation: str) -> bool:
+    """Whether the modules, one after the other, are the FFN of these weights: for a few random tokens."""
+    d, f = weights.w_in.shape[1], weights.w_in.shape[0]
+    device, dtype = weights.w_in.device, weights.w_in.dtype
+    if weights.w_out.shape != (d, f) or device.type == "meta":
+        return False
+    x = torch.randn(_PROBES, d, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    training = [part for module in modules for part in module.modules() if part.training]
+    try:
+        for part in training:  # dropout
+            part.training = False
+        out: Any = x
+        for module in modules:
+            rest = (torch.zeros_like(x),) if residual_position(module) is not None else ()
+            out = module(out, *rest)
+    finally:
+        for part in training:
+            part.training = True
+    wanted = ffn(x, weights, activation)
+    if not isinstance(out, Tensor) or out.shape != wanted.shape:
+        return False
+    return float((out - wanted).abs().max()) <= _CLOSE.get(dtype, 0.05) * float(wanted.abs().max())
+
+
+def _functions(module: nn.Module) -> Iterator[Callable[[Tensor], Tensor]]:
+    """What in an FFN may be its activation: itself or a child without parameters, or a function that it keeps."""
+    for name, part in [("", module), *module.named_children(), *vars(module).items()]:
+        if callable(part) and ("act" in name.lower() or "gelu" in name.lower()):
+            yield part
+        elif name == "" and not any(True for _ in module.parameters()):
+            yield module
+
+
+def _configured(config: Any, where: str) -> Callable[[Tensor], Tensor]:
+    """The activation that a config names: for experts that compute it inside."""
+    from transformers.activations import ACT2FN
+
+    for key in ("hidden_act", "hidden_activation", "activation_function"):
+        name = getattr(config, key, None)
+        if isinstance(name, str) and name in ACT2FN:
+            function: Callable[[Tensor], Tensor] = ACT2FN[name]
+            return function
+    raise UnsupportedModelError(
+        f"{where}: looked for its activation as a child or in the config as hidden_act, hidden_activation or "
+        "activation_function; found none"
     )
 
 

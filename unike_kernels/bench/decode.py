@@ -132,7 +132,7 @@ class Subject:
         tokens = PROMPT if self.phase == "prefill" else 1
         for layer in find_decoder(model).layers:
             if layer.index in self.memory.layers:
-                attention: Any = getattr(layer.module, layer.attention)
+                attention: Any = getattr(*layer.attention)
                 tables, k = attention.memory, attention.config.k
                 d, r = tables.index.shape[1], tables.projected.shape[-1]
                 # The entries of one token: how many those of a prompt have in common is not known.

@@ -96,7 +96,7 @@ def _extract(model: nn.Module, batches: Iterator[dict[str, Tensor]]) -> dict[int
 
         return after
 
-    attention = {i: getattr(decoder.layers[i].module, decoder.layers[i].attention) for i in found}
+    attention = {i: decoder.layers[i].attention.module for i in found}
     handles = [module.register_forward_hook(hook(i), with_kwargs=True) for i, module in attention.items()]
     count = 0
     for batch in batches:

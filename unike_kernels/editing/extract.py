@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from ..backbones import device_of, find_decoder
 from ..errors import PatchError
+from ..nn import residual_of, residual_position
 from ..patching import is_patched
 from .samples import Sample, Triplet, batches, encode, evaluating, forward
 
@@ -41,7 +42,9 @@ def _record(modules: dict[int, nn.Module]) -> Iterator[dict[tuple[int, str], Ten
     def hook(index: int) -> Any:
         def after(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
             store[index, "pre"] = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-            store[index, "out"] = output[0] if isinstance(output, tuple) else output
+            out = output[0] if isinstance(output, tuple) else output
+            residual = residual_of(residual_position(module), args, kwargs)
+            store[index, "out"] = out if residual is None else out - residual
 
         return after
 
@@ -89,7 +92,7 @@ def extract(
         raise PatchError("extract: the model is patched; unpatch it first")
     decoder = find_decoder(model)
     chosen = decoder.select(layers)
-    attention = {i: getattr(decoder.layers[i].module, decoder.layers[i].attention) for i in chosen}
+    attention = {i: decoder.layers[i].attention.module for i in chosen}
     device = device_of(model)
     found: dict[tuple[int, str], list[Tensor]] = {
         (i, f"{state}_{site}"): [torch.empty(0)] * len(triplets)

@@ -48,8 +48,7 @@ def _tables(decoder: Decoder, layer: int, hidden: Hidden, values: str) -> tuple[
         return hidden.pos_pre.unsqueeze(1), None, hidden.pos_pre, hidden.neg_pre
     if values == "out":
         return hidden.pos_pre.unsqueeze(1), hidden.pos_out.unsqueeze(1), hidden.pos_out, hidden.neg_out
-    where = decoder.layers[layer]
-    attention = getattr(where.module, where.attention)
+    attention = decoder.layers[layer].attention.module
     parameter = next(attention.parameters())
     keys, table = (t.float().cpu() for t in project_memory(attention, hidden.pos_pre.to(parameter)))
     _, negative = project_memory(attention, hidden.neg_pre.to(parameter))
@@ -86,8 +85,7 @@ def build_memory(
     config = config or Config()
     decoder = find_decoder(model)
     if config.values == "projected" and config.scale is None:
-        first = decoder.layers[0]
-        config = Config(**{**config.to_dict(), "scale": score_scale(getattr(first.module, first.attention))})
+        config = Config(**{**config.to_dict(), "scale": score_scale(decoder.layers[0].attention.module)})
     hidden = extract(model, processor, triplets, layers=layers, batch_size=batch_size, progress=progress)
     tables, spaces = {}, {}
     for i, h in hidden.items():

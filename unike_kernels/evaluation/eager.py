@@ -96,13 +96,13 @@ def eager(model: nn.Module, edits: Sequence[Edit], memory: MemoryBank | None, *,
         for layer in decoder.layers:
             extra = [e.layers[layer.index] for e in edits if layer.index in e.layers]
             if extra:
-                modules = layer.module._modules
-                old = {name: modules[name] for name in layer.ffn}
-                modules[layer.ffn[0]] = EagerFFN(layer.weights(), extra, layer.activation, cached)
-                modules.update({name: nn.Identity() for name in layer.ffn[1:]})
-                undo.append(lambda modules=modules, old=old: modules.update(old))
+                old = [(site, site.module) for site in layer.ffn]
+                stand_in = EagerFFN(layer.weights(), extra, layer.activation, cached)
+                for site, module in zip(layer.ffn, (stand_in, *map(nn.Identity, layer.ffn[1:])), strict=True):
+                    site.put(module)
+                undo.append(lambda old=old: [site.put(module) for site, module in old])
             if memory is not None and layer.index in memory.layers:
-                undo.append(_hook(getattr(layer.module, layer.attention), memory.layers[layer.index], config).remove)
+                undo.append(_hook(layer.attention.module, memory.layers[layer.index], config).remove)
         yield
     finally:
         for restore in undo:

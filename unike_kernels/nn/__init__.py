@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from ._drop_in import original
+from ._drop_in import original, residual_of, residual_position
 from .context import Context, PromptState
 from .memory_attention import MemoryAttention, MemoryTables
-from .patched_ffn import EditStore, PassThrough, PatchedFFN
+from .patched_ffn import Dense, EditStore, PassThrough, PatchedFFN
 
 __all__ = [
     "Context",
+    "Dense",
     "EditStore",
     "MemoryAttention",
     "MemoryTables",
@@ -16,4 +17,6 @@ __all__ = [
     "PatchedFFN",
     "PromptState",
     "original",
+    "residual_of",
+    "residual_position",
 ]

@@ -7,6 +7,7 @@ object, hooks and all, which it keeps outside of the registered children; puttin
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, TypeVar
 
 import torch
@@ -70,6 +71,20 @@ class DropIn(nn.Module):
 def original(module: nn.Module) -> nn.Module:
     """The module that `module` stands for; itself if it stands for none."""
     return module.originals[0] if isinstance(module, DropIn) else module
+
+
+def residual_position(module: nn.Module) -> int | None:
+    """Where a module's forward takes a residual that it adds to its output (bloom); None: it takes none."""
+    names = list(inspect.signature(type(original(module)).forward).parameters)
+    return names.index("residual") - 1 if "residual" in names else None
+
+
+def residual_of(position: int | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """The residual of a call, or None."""
+    if position is None:
+        return None
+    found: Tensor = kwargs["residual"] if "residual" in kwargs else args[position]
+    return found
 
 
 class Tables(nn.Module):

@@ -12,7 +12,7 @@ from ..config import Config
 from ..ops import PackedKeys, SemanticEncoder, cosine_topk, latent_attention, normalize_rows, pack_keys, project_values
 from ..ops.latent_attention import blend_of
 from ..ops.memory_attention import Plan, attend
-from ._drop_in import DropIn, Tables
+from ._drop_in import DropIn, Tables, residual_of, residual_position
 from .context import Context
 
 
@@ -80,6 +80,7 @@ class MemoryAttention(DropIn):
     context: Context
     layer: int
     project: Callable[[nn.Module, Tensor], Tensor] | None
+    residual: int | None  # see `residual_position`
 
     @classmethod
     def from_module(
@@ -107,6 +108,7 @@ class MemoryAttention(DropIn):
         new = cls._adopt(base)
         new.memory = None
         fields = {"config": config, "context": context or Context(), "layer": layer, "project": project}
+        fields["residual"] = residual_position(base)
         new.__dict__.update(fields)
         return new
 
@@ -115,9 +117,14 @@ class MemoryAttention(DropIn):
         if self.memory is None:
             return result
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        if isinstance(result, tuple):
-            return (self._shift(hidden, result[0]), *result[1:])
-        return self._shift(hidden, result)
+        out = result[0] if isinstance(result, tuple) else result
+        residual = residual_of(self.residual, args, kwargs)
+        if residual is None:
+            shifted = self._shift(hidden, out)
+        else:  # it has been added already; a token that is not shifted gets no difference
+            bare = out - residual
+            shifted = out + (self._shift(hidden, bare) - bare)
+        return (shifted, *result[1:]) if isinstance(result, tuple) else shifted
 
     def _shift(self, hidden: Tensor, out: Tensor) -> Tensor:
         memory, config = self.memory, self.config

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..ops import ACTIVATIONS, EditPool
-from ..ops.patched_ffn import Plan, add_extra_neurons
+from ..ops import ACTIVATIONS, EditPool, FFNWeights, patched_ffn
+from ..ops._backend import forced_backend, takes
+from ..ops.patched_ffn import FUSED_TOKENS, Plan, add_extra_neurons
 from ._drop_in import DropIn, Tables
 
 _PER_NEURON = ("keys", "key_bias", "up", "up_bias", "values")
@@ -98,6 +100,39 @@ def csr(rows: Sequence[Sequence[int]], device: torch.device | str) -> tuple[Tens
     return lengths.cumsum(0).to(device), flat.to(device)
 
 
+@dataclass(frozen=True)
+class Dense:
+    """How a base FFN's matrices are read.
+
+    Attributes:
+        matrices: modules with a weight and perhaps a bias, in the order of their registration: one or two that lead
+            in, and one that leads back. A single one that leads in and is twice as wide holds gate and factor.
+        gate_first: whether the gate comes before the factor.
+    """
+
+    matrices: tuple[nn.Module, ...]
+    gate_first: bool = True
+
+    def weights(self) -> FFNWeights:
+        """Views of what the modules hold now."""
+        *first, (w_out, b_out) = map(_oriented, self.matrices)
+        if len(first) == 1 and first[0][0].shape[0] == 2 * w_out.shape[1]:
+            weight, bias = first[0]
+            biases = (None, None) if bias is None else bias.chunk(2)
+            first = list(zip(weight.chunk(2), biases, strict=True))
+        if len(first) == 1:
+            return FFNWeights(*first[0], None, None, w_out, b_out)
+        gate, up = first if self.gate_first else first[::-1]
+        return FFNWeights(*gate, *up, w_out, b_out)
+
+
+def _oriented(matrix: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """The weight as [out, in], and the bias; GPT-2's Conv1D holds it the other way round."""
+    weight: Any = matrix.weight
+    bias: Any = matrix.bias
+    return (weight if isinstance(matrix, nn.Linear) else weight.T), bias
+
+
 class PatchedFFN(DropIn):
     """The output of a base FFN plus extra neurons.
 
@@ -108,13 +143,16 @@ class PatchedFFN(DropIn):
     Attributes:
         edits: the `EditStore`; empty at first, and the output is then the base module's own.
         activation: of the extra neurons.
+        dense: how the base's matrices are read, where it computes just what they say: then base and neurons of a batch
+            of decode size are one launch on a GPU.
     """
 
     edits: EditStore
     activation: str
+    dense: Dense | None
 
     @classmethod
-    def from_module(cls, *base: nn.Module, activation: str) -> PatchedFFN:
+    def from_module(cls, *base: nn.Module, activation: str, dense: Dense | None = None) -> PatchedFFN:
         """Raises ValueError for an unknown activation, TypeError where `base` is not modules."""
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}; got {activation!r}")
@@ -122,20 +160,44 @@ class PatchedFFN(DropIn):
             raise TypeError(f"base: expected nn.Module, got {[type(m).__name__ for m in base]}")
         new = cls._adopt(*base)
         new.edits = EditStore()
-        new.__dict__["activation"] = activation
+        new.__dict__.update(activation=activation, dense=dense)
         return new
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self.edits.ids and self._fuses(hidden_states):
+            assert self.dense is not None
+            return patched_ffn(hidden_states, self.dense.weights(), self.edits.pool(), activation=self.activation)
         first, *rest = self._originals
-        out: Tensor = first(hidden_states, *args, **kwargs)
+        result: Any = first(hidden_states, *args, **kwargs)
         for module in rest:
-            out = module(out)
+            result = module(result)
         if not self.edits.ids:
-            return out
+            return result
+        if isinstance(result, tuple):  # experts: and what the router said
+            out: Tensor = result[0]
+            return (self._add(hidden_states.reshape(out.shape), out), *result[1:])
+        return self._add(hidden_states, result)
+
+    def _fuses(self, hidden_states: Tensor) -> bool:
+        """Whether base and neurons are computed together: on a GPU, for few tokens, where nobody looks in between."""
+        if self.dense is None or not _on_gpu(hidden_states) or hidden_states.shape[:-1].numel() > FUSED_TOKENS:
+            return False
+        if torch.is_grad_enabled() or any(m._forward_hooks or m._forward_pre_hooks for m in self._parts()):
+            return False
+        return forced_backend() in (None, "triton") and takes("patched_ffn", "triton", hidden_states)
+
+    def _parts(self) -> Iterator[nn.Module]:
+        return (part for module in self._originals for part in module.modules())
+
+    def _add(self, hidden_states: Tensor, out: Tensor) -> Tensor:
         # Tracing sees the operator; otherwise the shortest way that computes the same.
         if not torch.compiler.is_compiling() and self.edits.plan(self.activation).takes(hidden_states, out):
             return self.edits.plan(self.activation).run(hidden_states, out)
         return add_extra_neurons(hidden_states, out, self.edits.pool(), self.activation)
+
+
+def _on_gpu(t: Tensor) -> bool:
+    return t.is_cuda
 
 
 class PassThrough(DropIn):

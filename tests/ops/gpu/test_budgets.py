@@ -143,10 +143,14 @@ def resources(monkeypatch):
 
 
 TARGETS = [*(GPUTarget("cuda", arch, 32) for arch in static.CUDA_ARCHITECTURES), GPUTarget("hip", "gfx942", 64)]
+USUAL = (80, 90)  # the others are slow tests
 
 
 @pytest.mark.parametrize("name", BUDGETS)
-@pytest.mark.parametrize("target", TARGETS, ids=lambda t: f"{t.backend}-{t.arch}")
+@pytest.mark.parametrize(
+    "target",
+    [pytest.param(t, marks=[] if t.arch in USUAL else [pytest.mark.slow], id=f"{t.backend}-{t.arch}") for t in TARGETS],
+)
 def test_budget(name, target, resources):
     budget = BUDGETS[name]
     found = resources(budget, target)

@@ -82,6 +82,7 @@ PROLOGUE = "since the barrier before there are only copies to places that nothin
 OWN = "a thread overwrites, or reads, only what it has itself read or written since the barrier before"
 DISJOINT = "Triton's own: what is written behind it is not what was read before it"
 TWICE = "the stores before it are followed by another barrier, of Triton's own, on every way here"
+LAST = "it orders what is written for a team's next tile; a launch with several slices has one tile for each team"
 WARP = "it orders the lanes of one warp, which the check of warps does not tell apart"
 # kernel -> {place among its barriers, waits and fences: why its deletion changes nothing}. That no conflict is left
 # without it is what the happens-before check says, in launches that run its loop three times.
@@ -90,6 +91,7 @@ SURVIVORS: dict[str, dict[int, str]] = {
     "extra_neurons_backward": {4: PROLOGUE, 12: PROLOGUE, 20: PROLOGUE, 24: TWICE, 38: TWICE},
     "latent_attention": {11: OWN},  # of this layout: the compiler may choose another
     "latent_attention_shared": {38: DISJOINT},
+    "latent_attention_backward": {0: LAST, 12: OWN},
     "cosine_topk": {3: DISJOINT, 5: WARP, 20: DISJOINT},
     "memory_attention": {18: DISJOINT},
 }

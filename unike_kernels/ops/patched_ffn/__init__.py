@@ -25,6 +25,7 @@ _POOL = (
 )
 _BASE = "Tensor w_in, Tensor? b_in, Tensor? w_up, Tensor? b_up, Tensor w_out, Tensor? b_out"
 _BASE_SIZE = len(FFNWeights._fields)
+FUSED_TOKENS = 64  # up to which reading the weights, and no arithmetic, bounds base and neurons on a GPU
 
 _backend.register("add_extra_neurons", "reference", reference.add_extra_neurons)
 

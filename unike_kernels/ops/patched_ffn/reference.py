@@ -184,14 +184,19 @@ def add_extra_neurons_backward(grad: Tensor, x: Tensor, pool: EditPool, activati
     return ExtraGradients(*back)  # type: ignore[arg-type]
 
 
+def ffn(x: Tensor, w: FFNWeights, activation: str) -> Tensor:
+    """FFN(q) of Eq. 1 in the one dtype of its operands, [M, d] -> [M, d]: as models themselves compute it."""
+    hidden = activate(activation, F.linear(x, w.w_in, w.b_in))
+    if w.w_up is not None:
+        hidden = hidden * F.linear(x, w.w_up, w.b_up)
+    return F.linear(hidden, w.w_out, w.b_out)
+
+
 def base_ffn(x: Tensor, base: FFNWeights, activation: str) -> Tensor:
     """FFN(q) of Eq. 1, in float32 at least, rounded once to x's dtype. x: [M, d] -> [M, d]."""
     wide = torch.promote_types(x.dtype, torch.float32)
     w = FFNWeights(*(None if t is None else t.to(wide) for t in base))  # type: ignore[arg-type]
-    hidden = activate(activation, F.linear(x.to(wide), w.w_in, w.b_in))
-    if w.w_up is not None:
-        hidden = hidden * F.linear(x.to(wide), w.w_up, w.b_up)
-    return F.linear(hidden, w.w_out, w.b_out).to(x.dtype)
+    return ffn(x.to(wide), w, activation).to(x.dtype)
 
 
 def base_ffn_backward(grad: Tensor, x: Tensor, base: FFNWeights, activation: str) -> tuple[Tensor, FFNWeights]:

@@ -24,7 +24,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -41,8 +40,7 @@ from .._triton import (
     options,
     workspace_of,
 )
-from .reference import EditPool, FFNWeights
-from .reference import activate as act
+from .reference import EditPool, FFNWeights, ffn
 from .triton import add_extra_neurons
 
 MOST_TOKENS = 64
@@ -189,10 +187,7 @@ def _vendor(
 ) -> Tensor:
     """The base by torch in x's dtype, the extra neurons in a launch behind it."""
     w = FFNWeights(*(None if t is None else t.to(x.dtype) for t in base))  # type: ignore[arg-type]
-    hidden = act(activation, F.linear(x, w.w_in, w.b_in))
-    if w.w_up is not None:
-        hidden = hidden * F.linear(x, w.w_up, w.b_up)
-    return add_extra_neurons(x, F.linear(hidden, w.w_out, w.b_out), pool, activation, out=out, workspace=workspace)
+    return add_extra_neurons(x, ffn(x, w, activation), pool, activation, out=out, workspace=workspace)
 
 
 def patched_ffn(
