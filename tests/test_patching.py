@@ -270,7 +270,7 @@ def test_padding_is_never_shifted(setup, monkeypatch, config, padding_side):
     monkeypatch.setattr(
         MemoryAttention,
         "_shift",
-        lambda self, hidden, out: (seen.append((out, shift(self, hidden, out))), seen[-1])[1][1],
+        lambda self, memory, hidden, out: (seen.append((out, shift(self, memory, hidden, out))), seen[-1])[1][1],
     )
     mask = s.inputs["attention_mask"].bool()
     with uk.patched(s.model, memory=s.memory), uk.rows(s.model, prompt_lengths=[3, 6, 4]):
@@ -749,8 +749,7 @@ def test_report_prints_as_a_table(setup):
     assert lines[2].split() == ["layer", "FFN", "attention", "neurons", "entries"]
     assert lines[4].split() == ["2", "fc1", "+", "activation_fn", "+", "fc2", "self_attn", "5", "50"]
     # index, keys, projected keys, Enc_sem, and the codes of the index with four numbers each and a direction, of four
-    # layers; 26 neurons, each of two vectors and a bias, zeta' and beta of six edits; and int64 layout: per layer
-    # indptr, row_indptr (2), row_edits, and the bounds of the memory (2).
+    # layers, and the bounds of all entries; 26 neurons, each of two vectors and a bias, zeta' and beta of six edits.
     floats = 4 * (50 * (2 * 64 + 16 + 4) + 2 * 16 * 64 + 16 + 2 * 64) + 26 * (2 * 64 + 1) + 6 * 65
-    assert report.nbytes == 4 * floats + 4 * 50 * 64 + 8 * sum(2 * n + 5 for n in (1, 2, 1, 2))
+    assert report.nbytes == 4 * floats + 4 * 50 * 64 + 4 * 2 * 8
     assert "edits: none; memory: none; 0 bytes" in str(uk.patch(s.model, replace=True))

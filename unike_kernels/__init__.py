@@ -21,7 +21,18 @@ from .errors import ArtifactError, BackendUnavailableError, MismatchError, Patch
 from .index import CosineIndex
 from .memory import MemoryBank, MemoryLayer
 from .ops import backend
-from .patching import PatchReport, is_patched, patch, patched, rows, unpatch
+from .patching import (
+    PatchReport,
+    add_edit,
+    is_patched,
+    patch,
+    patched,
+    remove_edit,
+    rows,
+    set_beta,
+    swap_memory,
+    unpatch,
+)
 
 _LAZY = ("editing", "evaluation", "digits")  # they import more than inference needs
 
@@ -46,13 +57,17 @@ __all__ = [
     "PatchReport",
     "UnsupportedModelError",
     "__version__",
+    "add_edit",
     "backend",
     "is_patched",
     "nn",
     "ops",
     "patch",
     "patched",
+    "remove_edit",
     "rows",
+    "set_beta",
     "show_config",
+    "swap_memory",
     "unpatch",
 ]

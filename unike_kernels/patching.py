@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +19,20 @@ from .edits import Edit
 from .errors import MismatchError, PatchError
 from .fingerprint import compare
 from .memory import MemoryBank
-from .nn import Context, MemoryAttention, MemoryTables, PassThrough, PatchedFFN, PromptState, original
+from .nn import (
+    EditStore,
+    MemoryAttention,
+    MemoryTables,
+    ModelContext,
+    PassThrough,
+    PatchedFFN,
+    PromptState,
+    Version,
+    original,
+)
 
 _ATTRIBUTE = "_unike"
+Running = Literal["keep", "switch"]
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -27,22 +40,24 @@ M = TypeVar("M", bound=nn.Module)
 class _Decode:
     """Forward pre-hook of the decoder: tells the patched modules about this pass. Picklable with the model."""
 
-    context: Context
+    context: ModelContext
     image_token: int | None  # given where image placeholders must be told from text
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.context.begin(kwargs.get("past_key_values"))
+        context = self.context.now()
         ids = kwargs.get("input_ids", args[0] if args else None)
         source = ids if ids is not None else kwargs.get("inputs_embeds")
         if source is None:
             return
         if ids is not None and self.image_token is not None:
-            self.context.text = ids != self.image_token
-        elif self.image_token is not None and self.context.text is None:
+            context.text = ids != self.image_token
+        elif self.image_token is not None and context.text is None:
             raise ValueError("inputs_embeds: Config(tokens='text') tells images from text by input_ids; give those")
         mask = kwargs.get("attention_mask")
         plain = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
         past = 0
-        if self.context.prompt is not None:
+        if context.prompt is not None:
             if mask is not None and plain is None:
                 raise ValueError(
                     "attention_mask: alpha='last' and retrieval='sequence' find the prompt's end in a mask "
@@ -50,31 +65,39 @@ class _Decode:
                 )
             if kwargs.get("past_key_values") is not None:
                 past = int(kwargs["past_key_values"].get_seq_length())
-        self.context.enter(source.shape[0], source.shape[1], past, plain)
-        self.context.text = None  # it was about this pass alone
+        context.enter(source.shape[0], source.shape[1], past, plain)
+        context.text = None  # it was about this pass alone
 
 
 @dataclass
 class _Embed:
     """Forward pre-hook of the embedding: notes which tokens are text. Picklable with the model."""
 
-    context: Context
+    context: ModelContext
     image_token: int
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        self.context.text = args[0] != self.image_token if args[0].dim() == 2 else None
+        self.context.now().text = args[0] != self.image_token if args[0].dim() == 2 else None
 
 
 @dataclass
 class _Patched:
     """What `patch` installed in a model, kept on it."""
 
-    context: Context
+    context: ModelContext
+    decoder: backbones.Decoder
     config: Config
     edits: dict[str, Edit]
     memory: MemoryBank | None
     ffns: dict[int, PatchedFFN]
     attentions: dict[int, MemoryAttention]
+    lock: threading.RLock = field(default_factory=threading.RLock)  # of changes
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, lock=threading.RLock())
 
 
 @dataclass(frozen=True)
@@ -87,7 +110,7 @@ class PatchReport:
         layers: (index, FFN child, attention child, extra neurons, memory entries) of each patched layer.
         edits: ids.
         memory: id of the memory, or None.
-        nbytes: bytes that the edits and the memory add.
+        nbytes: bytes of the edits and of the memory's tables.
     """
 
     model: str
@@ -182,12 +205,12 @@ def patch(
     indices = decoder.select(sorted(wanted | set(explicit)))
 
     # Everything that can fail is built first; the model is touched only after that.
-    context = Context()
+    context = ModelContext()
     plan = [_build(decoder.layers[i], named, memory, chosen, context) for i in indices]
     image_token = backbones.image_token_id(model) if memory is not None and chosen.tokens == "text" else None
     if _state(model) is not None:
         unpatch(model)
-    state = _Patched(context, chosen, named, memory, {}, {})
+    state = _Patched(context, decoder, chosen, named, memory, {}, {})
     for i, (replacements, ffn, attention) in zip(indices, plan, strict=True):
         for site, module in replacements:
             site.put(module)
@@ -195,8 +218,21 @@ def patch(
     decoder.module.register_forward_pre_hook(_Decode(context, image_token), with_kwargs=True)
     if image_token is not None:
         model.get_input_embeddings().register_forward_pre_hook(_Embed(context, image_token))  # type: ignore[operator]
+    _publish(state)
     model.__dict__[_ATTRIBUTE] = state
     return _report(model, decoder, state)
+
+
+def _publish(state: _Patched) -> None:
+    """Let new passes compute with what is installed now."""
+    edits = {}
+    for i, ffn in state.ffns.items():
+        edits[i] = EditStore()
+        edits[i].become(ffn.edits)
+        ffn.edits.direct = False
+    for attention in state.attentions.values():
+        attention.__dict__["published"] = attention.memory
+    state.context.current = Version(edits, {i: a.memory for i, a in state.attentions.items()})
 
 
 def unpatch(model: M) -> M:
@@ -215,6 +251,116 @@ def unpatch(model: M) -> M:
                 module._forward_pre_hooks_with_kwargs.pop(key, None)
     del model.__dict__[_ATTRIBUTE]
     return model
+
+
+def add_edit(model: nn.Module, edit: Edit, *, override: bool = False, running: Running = "keep") -> None:
+    """Add an edit to a patched model, in place, behind its other edits.
+
+    A pass computes with what was installed when it began, in every layer. A generation that is running keeps that, as
+    its key-value cache does, unless `running` is "switch": then its next pass computes with what is new.
+
+    Args:
+        model: a patched model; the edit's layers must be among those that were patched.
+        edit: with an id that is not there yet.
+        override: see `patch`.
+        running: "keep" or "switch".
+
+    Raises:
+        PatchError: the model is not patched, at other layers, or has an edit of this id.
+        MismatchError: see `patch`.
+    """
+    state = _require(model)
+    _check_running(running)
+    if not isinstance(edit, Edit):
+        raise TypeError(f"edit: expected an Edit, got {type(edit).__name__}")
+    with state.lock:
+        if edit.id in state.edits:
+            raise PatchError(f"edit: {edit.id!r} is installed already; remove it first")
+        if missing := sorted(set(edit.layers) - set(state.ffns)):
+            raise PatchError(f"edit {edit.id!r}: its layers {missing} are not patched; patch(model, layers=...) them")
+        _check_belonging(model, state.decoder, [edit], state.memory, state.config, override)
+        stores = {}
+        for i, layer in edit.layers.items():
+            ffn = state.ffns[i]
+            stores[i] = ffn.edits.with_edit(edit.id, layer.to(backbones.device_of(ffn.originals[0])))
+        _install(state, {**state.edits, edit.id: edit}, stores, running)
+
+
+def remove_edit(model: nn.Module, id: str, *, running: Running = "keep") -> None:
+    """Take an edit out of a patched model, in place. For `running` see `add_edit`.
+
+    Raises PatchError if the model is not patched or has no edit of this id.
+    """
+    state = _require(model)
+    _check_running(running)
+    with state.lock:
+        edit = _installed(state, id)
+        stores = {i: state.ffns[i].edits.without(id) for i in edit.layers}
+        _install(state, {name: e for name, e in state.edits.items() if name != id}, stores, running)
+
+
+def set_beta(model: nn.Module, id: str, beta: float, *, running: Running = "keep") -> None:
+    """Give an installed edit another beta in all its layers: how strongly zeta' steers its values (Eq. 6).
+
+    Raises PatchError if the model is not patched or has no edit of this id, ValueError for a beta that is not finite.
+    """
+    state = _require(model)
+    _check_running(running)
+    if not math.isfinite(beta):
+        raise ValueError(f"beta: expected a finite number, got {beta!r}")
+    with state.lock:
+        edit = _installed(state, id)
+        layers = {i: replace(layer, beta=torch.full_like(layer.beta, beta)) for i, layer in edit.layers.items()}
+        stores = {i: state.ffns[i].edits.with_beta(id, beta) for i in edit.layers}
+        _install(state, {**state.edits, id: replace(edit, layers=layers)}, stores, running)
+
+
+def swap_memory(
+    model: nn.Module, memory: MemoryBank | None, *, override: bool = False, running: Running = "keep"
+) -> None:
+    """Give a patched model another memory, or none. For `running` see `add_edit`, for `override` see `patch`.
+
+    Raises:
+        PatchError: the model is not patched, or not at the memory's layers.
+        MismatchError: the memory is for another model or config, or an installed edit was trained with another one.
+    """
+    state = _require(model)
+    _check_running(running)
+    if memory is not None and not isinstance(memory, MemoryBank):
+        raise TypeError(f"memory: expected a MemoryBank or None, got {type(memory).__name__}")
+    with state.lock:
+        layers = memory.layers if memory else {}
+        if missing := sorted(set(layers) - set(state.attentions)):
+            raise PatchError(f"memory: its layers {missing} are not patched; patch(model, layers=...) them")
+        edits = list(state.edits.values())
+        _check_belonging(model, state.decoder, edits, memory, state.config, override)
+        tables = {i: _tables(memory, i, attention.originals[0]) for i, attention in state.attentions.items()}
+        for i, attention in state.attentions.items():
+            attention.__dict__["published"] = tables[i]  # first: until it is there, passes read the one that is
+            attention.memory = tables[i]
+        state.memory = memory
+        _install(state, state.edits, {}, running)
+
+
+def _check_running(running: str) -> None:
+    if running not in ("keep", "switch"):
+        raise ValueError(f"running: expected 'keep' or 'switch', got {running!r}")
+
+
+def _installed(state: _Patched, id: str) -> Edit:
+    if id not in state.edits:
+        raise PatchError(f"id: {id!r} is no edit of the model; it has {sorted(state.edits)}")
+    return state.edits[id]
+
+
+def _install(state: _Patched, edits: dict[str, Edit], stores: Mapping[int, EditStore], running: Running) -> None:
+    """Publish these edits and stores at once."""
+    for i, store in stores.items():
+        state.ffns[i].edits.become(store)
+    state.edits = edits
+    _publish(state)
+    if running == "switch":
+        state.context.forget()
 
 
 @contextmanager
@@ -237,7 +383,8 @@ def rows(
 ) -> Iterator[None]:
     """Inside the block, each row of a batch has its own edits.
 
-    Rows are expanded for beams: R selections serve a batch of R * n rows, n in a run for each.
+    Rows are expanded for beams: R selections serve a batch of R * n rows, n in a run for each. As torch.no_grad, it
+    holds for the thread that enters it.
 
     Args:
         model: a patched model.
@@ -261,29 +408,33 @@ def rows(
         isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in prompt_lengths
     ):
         raise ValueError(f"prompt_lengths: expected integers of at least 1, got {list(prompt_lengths)}")
-    context = state.context
-    before = context.rows, context.prompt
+    # What is traced by torch.compile knows no threads: it reads the model's context and stores themselves.
+    contexts = (state.context, state.context.now())
+    before = [(c.rows, c.prompt, c.edits, c.remembers) for c in contexts]
     selections = {i: ffn.edits.selection for i, ffn in state.ffns.items()}
-    bounds = {i: a.memory.row_bounds for i, a in state.attentions.items() if a.memory is not None}
+    prompt = remembers = None
+    device = backbones.device_of(model)
+    if prompt_lengths is not None and state.config.needs_prompt_lengths:
+        prompt = PromptState(torch.tensor(list(prompt_lengths), device=device))
+    if memory is not None:
+        remembers = torch.tensor([[bool(use)] for use in memory], device=device)
     try:
-        context.rows = next(iter(counts.values()), context.rows)
-        if prompt_lengths is not None and state.config.needs_prompt_lengths:
-            context.prompt = PromptState(torch.tensor(list(prompt_lengths), device=backbones.device_of(model)))
+        for context in contexts:
+            context.rows = next(iter(counts.values()), context.rows)
+            context.prompt = prompt or context.prompt
+            if edits is not None:
+                context.edits = tuple(map(tuple, edits))
+            if remembers is not None:
+                context.remembers = remembers
         if edits is not None:
             for ffn in state.ffns.values():
                 ffn.edits.select(edits)
-        if memory is not None:
-            for i in bounds:
-                _select_memory(state.attentions[i], memory)
         yield
     finally:
-        context.rows, context.prompt = before
+        for context, (n, prompt, own, remembers) in zip(contexts, before, strict=True):
+            context.rows, context.prompt, context.edits, context.remembers = n, prompt, own, remembers
         for i, selection in selections.items():
             state.ffns[i].edits.selection = selection
-        for i, old in bounds.items():
-            tables = state.attentions[i].memory
-            if tables is not None:
-                tables.row_bounds = old
 
 
 def _check_rows(edits: Sequence[Sequence[str]], state: _Patched) -> None:
@@ -295,13 +446,6 @@ def _check_rows(edits: Sequence[Sequence[str]], state: _Patched) -> None:
             raise PatchError(f"edits[{r}]: unknown edit ids {unknown}; the model has {sorted(state.edits)}")
         if len(set(row)) != len(row):
             raise ValueError(f"edits[{r}]: expected distinct ids, got {list(row)}")
-
-
-def _select_memory(attention: MemoryAttention, uses: Sequence[bool]) -> None:
-    tables = attention.memory
-    assert tables is not None
-    entries = tables.index.shape[0]
-    tables.row_bounds = torch.tensor([[0, entries if use else 0] for use in uses], device=tables.index.device)
 
 
 def _check_belonging(
@@ -344,13 +488,17 @@ def _check_belonging(
 
 
 def _build(
-    layer: backbones.Layer, edits: dict[str, Edit], memory: MemoryBank | None, config: Config, context: Context
+    layer: backbones.Layer, edits: dict[str, Edit], memory: MemoryBank | None, config: Config, context: ModelContext
 ) -> tuple[list[tuple[backbones.Site, nn.Module]], PatchedFFN, MemoryAttention]:
     """What will stand where in one layer; nothing of the model is touched."""
     *ffn_parts, base_attention = [site.module for site in (*layer.ffn, layer.attention)]
-    ffn = PatchedFFN.from_module(*ffn_parts, activation=layer.activation, dense=layer.dense)
+    ffn = PatchedFFN.from_module(
+        *ffn_parts, activation=layer.activation, dense=layer.dense, context=context, layer=layer.index
+    )
     own = {name: edit.layers[layer.index] for name, edit in edits.items() if layer.index in edit.layers}
     ffn.edits.set({name: e.to(backbones.device_of(ffn_parts[0])) for name, e in own.items()})
+    if not any(t.requires_grad for e in own.values() for t in e.tensors().values()):
+        ffn.edits.spare()
     attention = MemoryAttention.from_module(
         base_attention,
         config,
@@ -358,25 +506,28 @@ def _build(
         layer=layer.index,
         project=backbones.project_queries if config.values == "projected" else None,
     )
-    if memory is not None and layer.index in memory.layers:
-        m = memory.layers[layer.index]
-        tables = MemoryTables(m.index, m.keys, m.values, m.encoder)
-        attention.memory = tables.to(backbones.device_of(base_attention))
+    attention.memory = _tables(memory, layer.index, base_attention)
     through = [PassThrough.from_module(part) for part in ffn_parts[1:]]
     return list(zip((layer.attention, *layer.ffn), (attention, ffn, *through), strict=True)), ffn, attention
 
 
+def _tables(memory: MemoryBank | None, layer: int, attention: nn.Module) -> MemoryTables | None:
+    """What a memory holds for a layer, where its attention computes."""
+    if memory is None or layer not in memory.layers:
+        return None
+    m = memory.layers[layer]
+    return MemoryTables(m.index, m.keys, m.values, m.encoder).to(backbones.device_of(attention))
+
+
 def _report(model: nn.Module, decoder: backbones.Decoder, state: _Patched) -> PatchReport:
     rows = []
-    nbytes = 0
+    nbytes = sum(edit.nbytes for edit in state.edits.values())
     for i, ffn in sorted(state.ffns.items()):
         tables = state.attentions[i].memory
-        neurons = 0 if not ffn.edits.ids else ffn.edits.keys.shape[0]
+        neurons = ffn.edits.used[0]
         entries = 0 if tables is None else tables.index.shape[0]
         names = decoder.layers[i]
         rows.append((i, " + ".join(site.name for site in names.ffn), names.attention.name, neurons, entries))
-        nbytes += sum(b.nbytes for b in ffn.edits.buffers()) + sum(
-            b.nbytes for b in (tables.buffers() if tables else ())
-        )
+        nbytes += sum(b.nbytes for b in (tables.buffers() if tables else ()))
     memory = state.memory.id if state.memory else None
     return PatchReport(type(model).__name__, decoder.path, tuple(rows), tuple(state.edits), memory, nbytes)

@@ -328,7 +328,7 @@ void check(const unike_edit_pool& pool, int64_t m, int64_t d) {
   require(m >= 0 && d >= 1, "m must not be negative, d at least 1");
   require(pool.rows >= 1 && pool.edits >= 0, "a pool needs at least one row");
   check_ascending(pool.indptr, pool.edits, "indptr must ascend from 0");
-  require(pool.indptr[pool.edits] == pool.neurons, "indptr must end at the number of neurons");
+  require(pool.indptr[pool.edits] <= pool.neurons, "indptr must not end beyond the neurons");
   check_ascending(pool.row_indptr, pool.rows, "row_indptr must ascend from 0");
   for (int64_t i = 0; i < pool.row_indptr[pool.rows]; ++i) {
     require(0 <= pool.row_edits[i] && pool.row_edits[i] < pool.edits, "row_edits must name edits of the pool");

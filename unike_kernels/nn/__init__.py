@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ._drop_in import original, residual_of, residual_position
-from .context import Context, PromptState
+from .context import Context, ModelContext, PromptState, Version
 from .memory_attention import MemoryAttention, MemoryTables
 from .patched_ffn import Dense, EditStore, PassThrough, PatchedFFN
 
@@ -13,9 +13,11 @@ __all__ = [
     "EditStore",
     "MemoryAttention",
     "MemoryTables",
+    "ModelContext",
     "PassThrough",
     "PatchedFFN",
     "PromptState",
+    "Version",
     "original",
     "residual_of",
     "residual_position",

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor
 
 
@@ -22,6 +27,14 @@ class PromptState:
     saved: dict[tuple[int, str], Tensor] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Version:
+    """What is installed in a model between two changes: layer -> its edits, and layer -> its memory."""
+
+    edits: Mapping[int, Any]
+    memories: Mapping[int, Any]
+
+
 @dataclass
 class Context:
     """Shared by all patched modules of a model, refreshed by a hook before each forward pass of the decoder.
@@ -31,12 +44,22 @@ class Context:
         rows: how many edit sets `uk.rows` selected; None: no selection, every row uses everything.
         prompt: set by `uk.rows(..., prompt_lengths=...)`.
         text: bool [B, T] of the last embedded ids, False at image placeholders; only with `Config(tokens="text")`.
+        edits: for each row the ids of its edits; None: all of them.
+        remembers: bool [R, 1], whether each row uses the memory; None: all do.
+        version: what this pass computes with; None: what is installed now.
     """
 
     shifted: Tensor | None = None
     rows: int | None = None
     prompt: PromptState | None = None
     text: Tensor | None = None
+    edits: tuple[tuple[str, ...], ...] | None = None
+    remembers: Tensor | None = None
+    version: Version | None = None
+
+    def now(self) -> Context:
+        """That of the pass that asks."""
+        return self
 
     def enter(self, batch: int, tokens: int, past: int, attention_mask: Tensor | None) -> None:
         """Called before each forward pass: `tokens` new ones after `past` cached ones, of `batch` rows."""
@@ -76,3 +99,50 @@ class Context:
             )
         prompt.last = last
         prompt.saved.clear()
+
+
+class ModelContext(Context):
+    """That of a patched model: each thread has passes of its own, and a generation keeps the version it began with.
+
+    A generation is known by its key-value cache. What torch.compile traces knows one thread and no versions.
+
+    Attributes:
+        current: the version that a new pass gets.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.current: Version | None = None
+        self.forget()
+
+    def forget(self) -> None:
+        """Let running generations go on with the current version."""
+        self._threads = threading.local()
+        self._running: WeakKeyDictionary[Any, Version | None] = WeakKeyDictionary()
+
+    def now(self) -> Context:
+        if torch.compiler.is_compiling():
+            return self
+        found: Context | None = getattr(self._threads, "context", None)
+        if found is None:
+            found = self._threads.context = Context()
+        return found
+
+    def begin(self, cache: Any) -> None:
+        """A pass with this cache, or None, begins."""
+        if torch.compiler.is_compiling():
+            return
+        version = self.current
+        if cache is not None:
+            if cache.get_seq_length() > 0:
+                version = self._running.setdefault(cache, version)
+            else:
+                self._running[cache] = version
+        self.now().version = version
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in ("_threads", "_running")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.forget()

@@ -81,6 +81,7 @@ class MemoryAttention(DropIn):
     layer: int
     project: Callable[[nn.Module, Tensor], Tensor] | None
     residual: int | None  # see `residual_position`
+    published: MemoryTables | None  # the memory, where versions know of it
 
     @classmethod
     def from_module(
@@ -107,6 +108,7 @@ class MemoryAttention(DropIn):
             raise ValueError("project: expected a function, since config.values is 'projected'")
         new = cls._adopt(base)
         new.memory = None
+        new.__dict__["published"] = None
         fields = {"config": config, "context": context or Context(), "layer": layer, "project": project}
         fields["residual"] = residual_position(base)
         new.__dict__.update(fields)
@@ -114,21 +116,29 @@ class MemoryAttention(DropIn):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         result = self._originals[0](*args, **kwargs)
-        if self.memory is None:
+        memory = self._installed()
+        if memory is None:
             return result
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         out = result[0] if isinstance(result, tuple) else result
         residual = residual_of(self.residual, args, kwargs)
         if residual is None:
-            shifted = self._shift(hidden, out)
+            shifted = self._shift(memory, hidden, out)
         else:  # it has been added already; a token that is not shifted gets no difference
             bare = out - residual
-            shifted = out + (self._shift(hidden, bare) - bare)
+            shifted = out + (self._shift(memory, hidden, bare) - bare)
         return (shifted, *result[1:]) if isinstance(result, tuple) else shifted
 
-    def _shift(self, hidden: Tensor, out: Tensor) -> Tensor:
-        memory, config = self.memory, self.config
-        assert memory is not None
+    def _installed(self) -> MemoryTables | None:
+        """The memory of the version that this pass computes with; one that was set by hand counts for all."""
+        version = self.context.now().version
+        if version is None or self.memory is not self.published:
+            return self.memory
+        found: MemoryTables | None = version.memories[self.layer]
+        return found
+
+    def _shift(self, memory: MemoryTables, hidden: Tensor, out: Tensor) -> Tensor:
+        config = self.config
         batch, tokens, d = hidden.shape
         flat, inputs = hidden.reshape(-1, d), out.reshape(-1, d)
         bounds = self._bounds(memory, batch, tokens)
@@ -168,7 +178,7 @@ class MemoryAttention(DropIn):
         return torch.arange(len(last), device=last.device)
 
     def _retrieve(self, memory: MemoryTables, hidden: Tensor, last: Tensor) -> Tensor:
-        bounds = memory.row_bounds
+        bounds = self._row_bounds(memory)
         if bounds is not None:
             bounds = bounds.repeat_interleave(len(last) // len(bounds), 0)
         ends = hidden[self._rows(last), last]
@@ -176,9 +186,14 @@ class MemoryAttention(DropIn):
             ends.detach(), memory.index, self.config.k, normalized=True, bounds=bounds, packed=memory.packed
         )[1]
 
+    def _row_bounds(self, memory: MemoryTables) -> Tensor | None:
+        """int64 [R, 2]: the entries that each row of the batch may retrieve; None: all of them."""
+        remembers = self.context.now().remembers
+        return memory.row_bounds if remembers is None else torch.where(remembers, memory.all, 0)
+
     def _bounds(self, memory: MemoryTables, batch: int, tokens: int) -> Tensor | None:
         """int64 [B * T, 2]: the entries that each token may retrieve; None: all tokens, all entries."""
-        shifted, rows = self.context.shifted, memory.row_bounds
+        shifted, rows = self.context.now().shifted, self._row_bounds(memory)
         if shifted is None and rows is None:
             return None
         if shifted is not None and shifted.shape != (batch, tokens):
@@ -191,7 +206,7 @@ class MemoryAttention(DropIn):
 
     def _from_prompt_end(self, name: str, compute: Callable[[Tensor], Tensor]) -> Tensor:
         """What the last prompt token gives: computed in the pass that holds it, remembered in those that follow."""
-        prompt = self.context.prompt
+        prompt = self.context.now().prompt
         if prompt is None:
             raise ValueError(
                 "this Config needs the prompt's end (alpha='last' or retrieval='sequence'): "
