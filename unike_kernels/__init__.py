@@ -18,6 +18,7 @@ from .config import Config
 from .edits import Edit, EditLayer
 from .environment import show_config
 from .errors import ArtifactError, BackendUnavailableError, MismatchError, PatchError, UnsupportedModelError
+from .folding import fold
 from .index import CosineIndex
 from .memory import MemoryBank, MemoryLayer
 from .ops import backend
@@ -59,6 +60,7 @@ __all__ = [
     "__version__",
     "add_edit",
     "backend",
+    "fold",
     "is_patched",
     "nn",
     "ops",

@@ -245,6 +245,27 @@ class Dense:
         gate, up = first if self.gate_first else first[::-1]
         return FFNWeights(*gate, *up, w_out, b_out)
 
+    def named(self, parts: Sequence[tuple[Tensor, Tensor | None]], names: Mapping[int, str]) -> dict[str, Tensor]:
+        """Weights [out, in] and biases, as `weights` orders them, by the names that they have in a state_dict.
+
+        Args:
+            parts: of gate and factor, or of the only way in, and of the way back.
+            names: id of a module -> its name.
+        """
+        *first, last = parts
+        if len(first) == 2 and not self.gate_first:
+            first.reverse()
+        if len(first) == 2 and len(self.matrices) == 2:
+            (gate, b_gate), (up, b_up) = first
+            first = [(torch.cat([gate, up]), None if b_gate is None or b_up is None else torch.cat([b_gate, b_up]))]
+        found = {}
+        for module, (weight, bias) in zip(self.matrices, (*first, last), strict=True):
+            name = names[id(module)]
+            found[f"{name}.weight"] = weight if isinstance(module, nn.Linear) else weight.T.contiguous()
+            if bias is not None:
+                found[f"{name}.bias"] = bias
+        return found
+
 
 def _oriented(matrix: nn.Module) -> tuple[Tensor, Tensor | None]:
     """The weight as [out, in], and the bias; GPT-2's Conv1D holds it the other way round."""
