@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..errors import BackendUnavailableError
+from ..errors import BackendUnavailableError, UnsupportedModelError
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -63,14 +63,17 @@ def _parser() -> argparse.ArgumentParser:
         help="folder of the results; a run that was interrupted goes on from there (default: %(default)s)",
     )
     commands.add_parser("tune", help="measure tile sizes of the Triton kernels on this GPU, and keep the fastest")
-    commands.add_parser("info", help="versions, CPU and backends")
+    info = commands.add_parser("info", help="versions, CPU and backends; or what would be patched in a model")
+    info.add_argument("model", nargs="?", help="digits-opt, digits-llama, a folder, or a name on the Hugging Face hub")
+    info.add_argument("--neurons", type=int, default=10, help="of an edit, in each layer (default: %(default)s)")
+    info.add_argument("--entries", type=int, default=15_000, help="of a memory (default: %(default)s)")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     args = _parser().parse_args(argv)
-    if args.command == "info":
+    if args.command == "info" and args.model is None:
         from ..environment import show_config
 
         print(show_config())
@@ -86,6 +89,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             chosen = {"names": args.table, "systems": args.systems, "split": args.split, "requests": args.requests}
             return evaluate.run(args.out, **chosen, seed=args.seed)
+        if args.command == "info":
+            from . import info
+
+            return info.run(args.model, neurons=args.neurons, entries=args.entries)
         if args.command == "tune":
             from . import tune
 
@@ -93,6 +100,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         from . import demo
 
         return demo.run(args.model, args.out, seed=args.seed, reload=args.reload)
-    except (ImportError, FileNotFoundError, ValueError, BackendUnavailableError) as error:
+    except (ImportError, FileNotFoundError, ValueError, BackendUnavailableError, UnsupportedModelError) as error:
         print(f"unike {args.command}: {error}", file=sys.stderr)
         return 1
