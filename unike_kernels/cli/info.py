@@ -75,10 +75,8 @@ def describe(model: nn.Module, neurons: int, entries: int) -> str:
             f"{memory / 1e6:.1f}", f"{memory / own:.1%}",
         ))  # fmt: skip
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    table = [
-        "  ".join(cell.ljust(w) if i < _WORDS else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
-        for row in cells
-    ]  # fmt: skip
+    aligned = [str.ljust if i < _WORDS else str.rjust for i in range(len(head))]
+    table = ["  ".join(a(cell, w) for a, cell, w in zip(aligned, row, widths, strict=True)) for row in cells]
     where = decoder.path or "the model itself"
     return "\n".join([
         f"{type(model).__name__}: decoder {where}, {len(decoder.layers)} layers, d = {d}",
