@@ -35,7 +35,8 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
 
 
 def _sample(p: Tensor) -> list[float] | None:
-    if p.device.type == "meta" or not p.is_floating_point() or p.numel() == 0:
+    plain = type(p) in (Tensor, nn.Parameter)  # a quantised weight may be a subclass that says it is floating
+    if not plain or p.device.type == "meta" or not p.is_floating_point() or p.numel() == 0:
         return None
     where = torch.linspace(0, p.numel() - 1, _VALUES, dtype=torch.float64, device=p.device).long()
     index = torch.unravel_index(where, p.shape)

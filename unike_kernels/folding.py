@@ -69,6 +69,9 @@ def fold(model: nn.Module, edits: Edit | Sequence[Edit]) -> nn.Module:
     for name, buffer in model.named_buffers():  # what is in no state_dict
         holder, _, own = name.rpartition(".")
         new.get_submodule(holder)._buffers[own] = buffer.clone()
+    for name, module in model.named_modules():  # tables of positions that are no buffers
+        tables = {key: t.clone() for key, t in vars(module).items() if isinstance(t, Tensor)}
+        vars(new.get_submodule(name)).update(tables)
     for name, parameter in list(new.named_parameters()):
         if parameter.is_meta and name.endswith(".bias"):  # of FFNs without new neurons, which have biases now
             holder, _, own = name.rpartition(".")

@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-TESTS = ("tests/backbones", "tests/test_patching.py", "tests/editing", "tests/nn")
+TESTS = (
+    "tests/backbones", "tests/editing", "tests/nn", "tests/test_folding.py", "tests/test_hot_swap.py",
+    "tests/test_interoperability.py", "tests/test_patching.py",
+)  # fmt: skip
 
 
 @pytest.mark.slow

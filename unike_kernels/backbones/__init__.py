@@ -200,8 +200,12 @@ def _is_plain(matrix: nn.Module) -> bool:
     """Whether it has a weight, perhaps a bias, and nothing else that could change what it computes."""
     from transformers.pytorch_utils import Conv1D
 
-    names = {name for name, _ in matrix.named_parameters()}
-    return isinstance(matrix, nn.Linear | Conv1D) and names <= {"weight", "bias"}
+    parameters = dict(matrix.named_parameters())
+    return (
+        isinstance(matrix, nn.Linear | Conv1D)
+        and parameters.keys() <= {"weight", "bias"}
+        and all(type(p) is nn.Parameter and p.is_floating_point() for p in parameters.values())
+    )
 
 
 def _matrices(module: nn.Module, *, deep: bool = False) -> Iterator[nn.Module]:
