@@ -223,13 +223,15 @@ def patch(
     return _report(model, decoder, state)
 
 
-def _publish(state: _Patched) -> None:
-    """Let new passes compute with what is installed now."""
-    edits = {}
-    for i, ffn in state.ffns.items():
-        edits[i] = EditStore()
-        edits[i].become(ffn.edits)
-        ffn.edits.direct = False
+def _publish(state: _Patched, changed: Mapping[int, EditStore] | None = None) -> None:
+    """Let new passes compute with what is installed now; `changed`: the only stores that are not published yet."""
+    before = state.context.current
+    if before is None or changed is None:
+        edits = {i: ffn.edits.copied() for i, ffn in state.ffns.items()}
+        for ffn in state.ffns.values():
+            ffn.edits.direct = False
+    else:
+        edits = {**before.edits, **changed}
     for attention in state.attentions.values():
         attention.__dict__["published"] = attention.memory
     state.context.current = Version(edits, {i: a.memory for i, a in state.attentions.items()})
@@ -358,7 +360,7 @@ def _install(state: _Patched, edits: dict[str, Edit], stores: Mapping[int, EditS
     for i, store in stores.items():
         state.ffns[i].edits.become(store)
     state.edits = edits
-    _publish(state)
+    _publish(state, None if any(ffn.edits.direct for ffn in state.ffns.values()) else stores)
     if running == "switch":
         state.context.forget()
 

@@ -82,7 +82,7 @@ class EditStore(Tables):
 
     def with_edit(self, name: str, layer: Any) -> EditStore:
         """A store that has this edit too, behind the others."""
-        new = self._copy()
+        new = self.copied()
         if not self.ids or (layer.up is not None and self.up is None) or layer.keys.dtype != self.keys.dtype:
             new.set({**{each: self.layer(each) for each in self.ids}, name: layer})
             return new
@@ -102,7 +102,7 @@ class EditStore(Tables):
 
     def without(self, name: str) -> EditStore:
         """A store without this edit. Where most of the pool is of removed edits, the others move together."""
-        new = self._copy()
+        new = self.copied()
         left = {each: at for each, at in self.position.items() if each != name}
         if 2 * len(left) < self.used[1]:
             new.set({each: self.layer(each) for each in left})
@@ -112,7 +112,7 @@ class EditStore(Tables):
 
     def with_beta(self, name: str, beta: float) -> EditStore:
         """A store in which this edit has another beta."""
-        new = self._copy()
+        new = self.copied()
         new.beta = self.beta.clone()
         new.beta[self.position[name]] = beta
         return new
@@ -138,9 +138,11 @@ class EditStore(Tables):
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_views": {}}
 
-    def _copy(self) -> EditStore:
-        new = EditStore()
-        new.become(self)
+    def copied(self) -> EditStore:
+        """Another store of the same tensors, which stays as it is when this one changes."""
+        new = EditStore.__new__(EditStore)
+        new.__dict__.update(self.__dict__, _buffers=dict(self._buffers), _views={}, _plan=None)
+        new.__dict__.update(direct=False, selection=None)
         return new
 
     def spare(self) -> None:
