@@ -32,6 +32,8 @@ BEFORE = seen([1, 2, 3, 4], [0, 0, 1, 1])
         (seen([9, 9, 9, 4], [0, 0, 1, 1]), "mmedit", False, 0.25),  # over all positions
         (seen([9, 9, 9, 4], [0, 0, 1, 1]), "unike", False, 0.5),  # over the answer's
         (seen([9, 9, 3, 4], [0, 0, 1, 1]), "unike", True, 1.0),
+        (seen([9, 9, 3, 4], [0, 0, 1, 1]), "exact", False, 1.0),
+        (seen([1, 2, 9, 4], [0, 0, 1, 1]), "exact", True, 0.0),
         (seen([1, 2, 3, 4], [0, 0, 1, 1], others=1), "mmedit", False, 1.0),  # text: the first choices
         (seen([1, 2, 3, 4], [0, 0, 1, 1], others=1), "mmedit", True, 0.1),  # images: ten, rank by rank
         (seen([1, 2, 9, 9], [0, 0, 1, 1]), "mmedit", True, 0.95),
@@ -58,9 +60,11 @@ def test_score_takes_means_over_samples_and_leaves_out_what_is_empty():
         {"reliability": 0.0, "t_locality": (0.75 + 0.5) / 2, "m_locality": 0.1}
     )
     assert score(before, after, "unike") == pytest.approx({"reliability": 0.0, "t_locality": 0.5, "m_locality": 1.0})
-    with pytest.raises(ValueError, match="protocol: expected one of mmedit, unike; got 'vqa'"):
+    half = {"reliability": [seen([1, 2], [1, 1], [1, 3]), seen([1, 3], [1, 1], [1, 3])]}
+    assert (score({}, half, "unike"), score({}, half, "exact")) == ({"reliability": 0.75}, {"reliability": 0.5})
+    with pytest.raises(ValueError, match="protocol: expected one of mmedit, unike, exact; got 'vqa'"):
         score(before, after, "vqa")
-    with pytest.raises(ValueError, match="protocol: expected one of mmedit, unike; got 'vqa'"):
+    with pytest.raises(ValueError, match="protocol: expected one of mmedit, unike, exact; got 'vqa'"):
         agreement(BEFORE, BEFORE, "vqa", False)
 
 

@@ -162,6 +162,8 @@ _ABLATION = [
     _unike("only Latent-IKE", intrinsic=False),
     _unike("Intrin + Latent-IKE (alpha 0.3)", config=Config(alpha=0.3, beta=0.0)),
     _unike("without zeta", config=Config(beta=0.0)),
+    _unike("random zeta", steer="random"),
+    _unike("semantic zeta", steer="semantic"),
     _unike(""),
 ]
 _GATES = [*(_unike(f"alpha {a}", config=Config(alpha=a)) for a in (0.1, 0.2, 0.3, 0.4, 0.5)), _unike("")]

@@ -1,13 +1,14 @@
-"""Reliability, generality and locality of an edit (paper, Eq. 11-15) in the two protocols in use.
+"""Reliability, generality and locality of an edit (paper, Eq. 11-15) in the two protocols in use, and in a strict one.
 
-Both are teacher-forced. For reliability and generality both give the share of answer tokens that are the model's first
-choice. For locality, before against after the edit:
+All are teacher-forced. For reliability and generality the first two give the share of answer tokens that are the
+model's first choice. For locality, before against after the edit:
 
 * "mmedit" (the benchmark's own code): text: first choices that agree, over all positions; images: the ten best tokens
   that agree rank by rank, over all positions;
-* "unike" (the authors' fork): first choices that agree, over the answer's positions alone.
+* "unike" (the authors' fork): first choices that agree, over the answer's positions alone;
+* "exact": as "unike", but a sample counts only where all of the answer's tokens are right, or agree.
 
-The two are not comparable; a figure is labelled with its protocol.
+They are not comparable; a figure is labelled with its protocol.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from ..backbones import device_of
 from ..editing.samples import Sample, batches, encode, evaluating, forward, telling_prompts
 
-PROTOCOLS = ("mmedit", "unike")
+PROTOCOLS = ("mmedit", "unike", "exact")
 METRICS = ("reliability", "t_generality", "m_generality", "t_locality", "m_locality")
 
 
@@ -94,6 +95,8 @@ def agreement(before: Observation, after: Observation, protocol: str, images: bo
     """How far two observations of one sample agree."""
     if protocol == "unike":
         return float((before.best[before.answer, 0] == after.best[after.answer, 0]).float().mean())
+    if protocol == "exact":
+        return float(torch.equal(before.best[before.answer, 0], after.best[after.answer, 0]))
     if protocol == "mmedit":
         ranks = 10 if images else 1
         return float((before.best[:, :ranks] == after.best[:, :ranks]).float().mean())
@@ -115,6 +118,7 @@ def score(
             values = [agreement(b, a, protocol, name == "m_locality") for b, a in pairs]
         else:
             values = [token_accuracy(o) for o in observed]
+            values = [float(v == 1.0) for v in values] if protocol == "exact" else values
         scores[name] = sum(values) / len(values)
     return scores
 

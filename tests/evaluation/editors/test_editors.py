@@ -148,3 +148,24 @@ def test_only_what_an_edit_concerns_is_answered_by_the_counterfactual_model(sett
     outside = list(request.case.text_locality)
     for a, b in zip(editor.observe(outside), observe(model, processor, outside), strict=True):
         assert torch.equal(a.best, b.best)
+
+
+def test_directions_that_steer(setting):
+    """As long as zeta', other ones, and used in the edit."""
+    model, processor, suite = setting
+    found = {}
+    for steer in ("truth", "random", "semantic"):
+        editor = UniKE(model, processor, **QUICK[UniKE], latent=False, steer=steer)
+        editor.fit(suite)
+        found[steer] = editor._zeta
+        editor.edit(suite.test[0].case.request)
+        layer = max(found[steer])
+        start = found[steer][layer] / found[steer][layer].norm()
+        trained = editor._edits[0].layers[layer].zeta
+        assert float(trained @ start / trained.norm()) > 0.5  # what training starts from
+    for layer, right in found["truth"].items():
+        for other in ("random", "semantic"):
+            assert float(found[other][layer].norm()) == pytest.approx(float(right.norm()), rel=1e-4)
+            assert float(torch.cosine_similarity(found[other][layer], right, dim=0)) < 0.95
+    with pytest.raises(ValueError, match="steer: expected one of truth, random, semantic; got 'north'"):
+        UniKE(model, processor, steer="north")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from ...config import Config
 from ...editing import EditTraining, EncoderTraining, build_memory, train_edit
+from ...editing.memory import MemoryResult
 from ...editing.samples import Sample
 from ...edits import Edit
 from ...memory import MemoryBank
@@ -17,6 +19,8 @@ from ...patching import patched
 from ..metrics import Observation
 from ..suite import Suite
 from .base import Editor
+
+STEERING = ("truth", "random", "semantic")
 
 
 class UniKE(Editor):
@@ -27,6 +31,8 @@ class UniKE(Editor):
         encoders, training: how the memory's encoders and an edit are trained.
         intrinsic: train neurons for each edit; False: the memory alone.
         latent: shift the attention by the memory; False: neurons alone, zeta' as ever.
+        steer: zeta' from the truthfulness space, "truth"; or as long, but a direction at random, "random", or that from
+            wrong to right answers in the semantic space, "semantic".
     """
 
     name = "UniKE"
@@ -41,8 +47,12 @@ class UniKE(Editor):
         training: EditTraining | None = None,
         intrinsic: bool = True,
         latent: bool = True,
+        steer: Literal["truth", "random", "semantic"] = "truth",
     ) -> None:
         super().__init__(model, processor)
+        if steer not in STEERING:
+            raise ValueError(f"steer: expected one of {', '.join(STEERING)}; got {steer!r}")
+        self.steer = steer
         self.config, self.encoders, self.training = config or Config(), encoders, training or EditTraining()
         self.intrinsic, self.latent = intrinsic, latent
         self._edits: list[Edit] = []
@@ -57,7 +67,21 @@ class UniKE(Editor):
         )
         self._preserve = suite.preserve
         self._memory = made.memory if self.latent else None
-        self._zeta = None if self.latent else {i: space.zeta_prime for i, space in made.spaces.items()}
+        self._zeta = None if self.latent and self.steer == "truth" else self._directions(made)
+
+    @torch.no_grad()
+    def _directions(self, made: MemoryResult) -> dict[int, Tensor]:
+        """Of each layer, [d]."""
+        found = {}
+        for i, space in made.spaces.items():
+            right = direction = space.zeta_prime
+            if self.steer == "random":
+                direction = torch.randn(right.shape, generator=torch.Generator().manual_seed(i))
+            elif self.steer == "semantic":
+                hidden = made.hidden[i]
+                direction = space.semantic(hidden.pos_pre).mean(0) - space.semantic(hidden.neg_pre).mean(0)
+            found[i] = direction * (right.norm() / direction.norm().clamp(min=1e-12))
+        return found
 
     def edit(self, request: Sample) -> None:
         if not self.intrinsic:
