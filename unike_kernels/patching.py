@@ -167,7 +167,7 @@ def patch(
     it was.
 
     Args:
-        model: a PreTrainedModel with an OPT or LLaMA-style decoder, alone or inside a multimodal model.
+        model: a PreTrainedModel whose decoder has attention and an FFN in each layer, alone or in a multimodal model.
         edits: each adds its neurons to the layers that it names; ids must be distinct.
         memory: shifts the attention output of the layers that it names.
         layers: patched too, though no edit or memory names them; None: where nothing names any, the last four.
