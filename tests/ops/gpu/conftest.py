@@ -74,3 +74,37 @@ def agreeing(results: Iterable[Any]) -> Any:
         for got, wanted in zip(bits(result), bits(first), strict=True):
             assert torch.equal(got, wanted)
     return first
+
+
+@pytest.fixture
+def allocates_nothing(launched, monkeypatch) -> Callable[[Any, Callable[..., Any]], None]:
+    """(module, call) -> nothing: the second of two calls with `out` and a workspace allocates nothing, and is right."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("an allocation")
+
+    def check(module: Any, call: Callable[..., Any]) -> None:
+        wanted, _ = launched(call)
+        out = torch.empty_like(wanted) if isinstance(wanted, torch.Tensor) else tuple(map(torch.empty_like, wanted))
+        workspace = _triton.Workspace("cpu")
+        launched(lambda: call(out=out, workspace=workspace))
+        for t in [out] if isinstance(out, torch.Tensor) else out:
+            t.zero_()
+
+        def again() -> Any:
+            with monkeypatch.context() as patch:
+                for place, name in [
+                    (torch, "empty"),
+                    (torch, "empty_like"),
+                    (torch, "zeros"),
+                    (module, "workspace_of"),
+                ]:
+                    patch.setattr(place, name, refuse)
+                return call(out=out, workspace=workspace)
+
+        assert launched(again)[0] is out
+        for got, expected in zip(bits(out), bits(wanted), strict=True):
+            assert torch.equal(got, expected)
+        assert not workspace.counters.bitwise_and(2**31 - 1).any()  # ready for the next launch
+
+    return check

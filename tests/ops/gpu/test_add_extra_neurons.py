@@ -243,27 +243,9 @@ def test_what_it_does_not_take_is_refused(on_gpu):
             _backend.dispatch("add_extra_neurons", x.float().to("meta"))
 
 
-def test_nothing_is_allocated_where_memory_is_given(launched, monkeypatch):
+def test_nothing_is_allocated_where_memory_is_given(allocates_nothing):
     x, base, pool = case(24, 2, "plain", torch.float32)
-    wanted, _ = launched(lambda: forward.add_extra_neurons(x, base, pool, "relu"))
-    workspace, out = _triton.Workspace("cpu"), torch.empty_like(base)
-    launched(lambda: forward.add_extra_neurons(x, base, pool, "relu", out=out, workspace=workspace))
-    out.zero_()
-
-    def refuse(*_, **__):
-        raise AssertionError("an allocation")
-
-    def again():
-        for place, name in [(torch, "empty"), (torch, "empty_like"), (torch, "zeros"), (forward, "workspace_of")]:
-            monkeypatch.setattr(place, name, refuse)
-        try:
-            return forward.add_extra_neurons(x, base, pool, "relu", out=out, workspace=workspace)
-        finally:
-            monkeypatch.undo()
-
-    assert launched(again)[0] is out
-    assert torch.equal(out, wanted)
-    assert not workspace.counters.bitwise_and(2**31 - 1).any()  # ready for the next launch
+    allocates_nothing(forward, lambda **given: forward.add_extra_neurons(x, base, pool, "relu", **given))
 
 
 def test_writing_over_the_base(launched):

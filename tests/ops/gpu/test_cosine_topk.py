@@ -77,6 +77,11 @@ def test_the_operator_twice_in_one_workspace(launched):
     same(second, reference.cosine_topk(queries[:1], keys, 9))
 
 
+def test_nothing_is_allocated_where_memory_is_given(allocates_nothing):
+    queries, keys = case(2, 300, 32, torch.float32)
+    allocates_nothing(kernel, lambda **given: kernel.cosine_topk(queries, keys, 5, True, **given))
+
+
 def test_the_keys_are_read_once_by_every_multiprocessor(launched):
     n, d = 384, 64
     queries, keys = case(1, n, d, torch.float32)

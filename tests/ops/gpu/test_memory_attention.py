@@ -112,27 +112,8 @@ def test_launches_of_a_layer_share_a_workspace(launched):
             case.check(*result)
 
 
-def test_nothing_is_allocated_where_memory_is_given(launched, monkeypatch):
-    case = Memory(3, 1, 24, 24, 12, 4, torch.float32)
-    wanted, _ = launched(case.run)
-    workspace, out = _triton.Workspace("cpu"), tuple(torch.zeros_like(t) for t in wanted)
-    launched(lambda: case.run(out=tuple(torch.zeros_like(t) for t in wanted), workspace=workspace))
-
-    def refuse(*_, **__):
-        raise AssertionError("an allocation")
-
-    def again():
-        for place, name in [(torch, "empty"), (torch, "empty_like"), (torch, "zeros"), (kernel, "workspace_of")]:
-            monkeypatch.setattr(place, name, refuse)
-        try:
-            return case.run(out=out, workspace=workspace)
-        finally:
-            monkeypatch.undo()
-
-    monkeypatch.setattr(case, "ids", case.ids)
-    assert launched(again)[0] is out
-    for got, expected in zip(out, wanted, strict=True):
-        assert torch.equal(got, expected)
+def test_nothing_is_allocated_where_memory_is_given(allocates_nothing):
+    allocates_nothing(kernel, Memory(3, 1, 24, 24, 12, 4, torch.float32).run)
 
 
 def test_the_operator_chooses_it(on_gpu):

@@ -108,27 +108,9 @@ def test_the_operator_chooses_it(on_gpu):
     torch.testing.assert_close(results["triton"], results["reference"], rtol=1e-5, atol=1e-5)
 
 
-def test_nothing_is_allocated_where_memory_is_given(launched, monkeypatch):
+def test_nothing_is_allocated_where_memory_is_given(allocates_nothing):
     x, base, pool = case(24, 40, 2, "gated", torch.float32)
-    wanted, _ = launched(lambda: kernel.patched_ffn(x, base, pool, "silu"))
-    workspace, out = _triton.Workspace("cpu"), torch.empty_like(wanted)
-    launched(lambda: kernel.patched_ffn(x, base, pool, "silu", out=out, workspace=workspace))
-    out.zero_()
-
-    def refuse(*_, **__):
-        raise AssertionError("an allocation")
-
-    def again():
-        for place, name in [(torch, "empty"), (torch, "empty_like"), (torch, "zeros"), (kernel, "workspace_of")]:
-            monkeypatch.setattr(place, name, refuse)
-        try:
-            return kernel.patched_ffn(x, base, pool, "silu", out=out, workspace=workspace)
-        finally:
-            monkeypatch.undo()
-
-    monkeypatch.setattr(kernel, "multiprocessors", lambda: 3)
-    assert launched(again)[0] is out
-    assert torch.equal(out, wanted)
+    allocates_nothing(kernel, lambda **given: kernel.patched_ffn(x, base, pool, "silu", **given))
 
 
 @pytest.mark.parametrize("tokens", [1, 64])
