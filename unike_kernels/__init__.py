@@ -14,6 +14,7 @@ from types import ModuleType
 
 from . import nn, ops
 from ._version import __version__
+from .bank import EditBank
 from .config import Config
 from .edits import Edit, EditLayer
 from .environment import show_config
@@ -50,6 +51,7 @@ __all__ = [
     "Config",
     "CosineIndex",
     "Edit",
+    "EditBank",
     "EditLayer",
     "MemoryBank",
     "MemoryLayer",
