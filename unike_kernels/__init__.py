@@ -10,7 +10,7 @@ uk.unpatch(model)
 from __future__ import annotations
 
 import importlib
-from types import ModuleType
+from typing import Any
 
 from . import nn, ops
 from ._version import __version__
@@ -37,11 +37,14 @@ from .patching import (
 )
 
 _LAZY = ("editing", "evaluation", "digits")  # they import more than inference needs
+_LAZY_NAMES = {"ShardedIndex": "sharded"}
 
 
-def __getattr__(name: str) -> ModuleType:
+def __getattr__(name: str) -> Any:
     if name in _LAZY:
         return importlib.import_module(f".{name}", __name__)
+    if name in _LAZY_NAMES:
+        return getattr(importlib.import_module(f".{_LAZY_NAMES[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

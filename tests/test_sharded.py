@@ -1,0 +1,56 @@
+"""Shards of an index in processes of their own, against one index of all keys."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+import unike_kernels as uk
+
+N, D, K = 60, 16, 7
+
+
+def keys_and_queries():
+    generator = torch.Generator().manual_seed(0)
+    keys, queries = torch.randn(N, D, generator=generator), torch.randn(5, D, generator=generator)
+    keys[40:50] = keys[:10]  # ties between shards
+    queries[0], queries[1, 0] = keys[3], float("nan")
+    return keys, queries
+
+
+def rank_of_three(rank, sizes, place, failures):
+    dist.init_process_group("gloo", init_method=f"file://{place}", rank=rank, world_size=len(sizes))
+    try:
+        keys, queries = keys_and_queries()
+        start = sum(sizes[:rank])
+        shard = uk.CosineIndex(keys[start : start + sizes[rank]], scan="int8")
+        sharded = uk.ShardedIndex(shard)
+        assert (len(sharded), sharded.first) == (N, start)
+        for k in (1, K, N + 5):
+            found, wanted = sharded.search(queries, k), uk.CosineIndex(keys).search(queries, k)
+            assert torch.equal(found[1], wanted[1]), k
+            assert torch.equal(found[0].view(torch.int32), wanted[0].view(torch.int32)), k
+        narrow = uk.CosineIndex(torch.randn(3, 8 if rank == 0 else D))
+        with pytest.raises(ValueError, match=r"index: expected one width on all ranks, got \[8, 16, 16\]"):
+            uk.ShardedIndex(narrow)
+    except BaseException as error:
+        failures.put(f"rank {rank}: {type(error).__name__}: {error}")
+        raise
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("sizes", [(20, 25, 15), (45, 0, 15)], ids=["even", "an empty shard"])
+def test_the_bits_of_one_index(sizes, tmp_path):
+    failures = mp.get_context("spawn").SimpleQueue()
+    try:
+        mp.spawn(rank_of_three, (sizes, tmp_path / "rendezvous", failures), nprocs=3)
+    finally:
+        assert failures.empty(), failures.get()
+
+
+def test_without_a_group():
+    with pytest.raises(RuntimeError, match="ShardedIndex needs torch"):
+        uk.ShardedIndex(uk.CosineIndex(torch.randn(3, 4)))
