@@ -5,9 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
+
+import unike_kernels as uk
 
 ROOT = Path(__file__).resolve().parents[1]
 WARNINGS = ["-Wall", "-Wextra", "-Werror"]
@@ -28,15 +33,56 @@ def build_core(folder: Path, **environment: str) -> list[str]:
     return [f"-I{folder}/include", f"-L{folder}/lib", "-lunike", f"-Wl,-rpath,{folder}/lib"]
 
 
-def test_the_example_in_c(tmp_path):
-    flags = build_core(tmp_path)
+@pytest.fixture(scope="module")
+def core(tmp_path_factory):
+    """The flags of a core that was built once."""
+    return build_core(tmp_path_factory.mktemp("core"))
+
+
+def test_the_example_in_c(tmp_path, core):
     source, program = ROOT / "csrc/examples/search_and_edit.c", tmp_path / "example"
-    run("cc", "-std=c11", *WARNINGS, source, *flags, "-lm", "-o", program)
+    run("cc", "-std=c11", *WARNINGS, source, *core, "-lm", "-o", program)
     nearest, shifted, edited, refused = run(program).splitlines()
     assert nearest == "nearest 7 1.000000"
     assert shifted.startswith("alpha 0.50 shifted ")
     assert edited == "edited 1 untouched 1"
     assert refused == "refused 1: the number of queries and their stride must not be negative"
+
+
+def test_the_engine_in_cpp(tmp_path, core, make_model, make_memory, make_edit):
+    """It computes what the operators do, from the library's own files."""
+    model = make_model("llama")
+    memory = make_memory(model, entries=30)
+    edits = [make_edit(model, name, memory, seed=seed, neurons=seed) for seed, name in enumerate("abc", 2)]
+    memory.save(tmp_path / "memory.safetensors")
+    for edit in edits:
+        edit.save(tmp_path / f"{edit.id}.safetensors")
+    batch = {name: torch.randn(4, 64) for name in ("hidden", "attention", "ffn_in", "ffn_out")}
+    save_file(batch, tmp_path / "batch.safetensors")
+    program, out = tmp_path / "engine", tmp_path / "out.bin"
+    run("c++", "-std=c++20", *WARNINGS, ROOT / "csrc/examples/engine.cpp", *core, "-o", program)
+    files = [tmp_path / f"{name}.safetensors" for name in ("memory", "batch")]
+    run(program, 3, 5, *files, out, *(tmp_path / f"{edit.id}.safetensors" for edit in edits))
+    shifted, edited = torch.frombuffer(bytearray(out.read_bytes()), dtype=torch.float32).reshape(2, 4, 64)
+
+    m = memory.layers[3]
+    index = uk.ops.normalize_rows(m.index)
+    wanted, _, _ = uk.ops.memory_attention(
+        batch["hidden"], batch["attention"], index, m.keys, m.keys if m.values is None else m.values, m.encoder, k=5,
+        queries=batch["hidden"].unsqueeze(1),
+    )  # fmt: skip
+    torch.testing.assert_close(shifted, wanted, rtol=1e-5, atol=1e-5)
+    bank = uk.EditBank([3], 64, "silu")
+    for edit in edits:
+        bank.add(replace(edit, layers={3: edit.layers[3]}))
+    rows = [["a", "b", "c"][:n] for n in range(4)]
+    assert torch.equal(edited, bank.apply(3, batch["ffn_in"], batch["ffn_out"], rows))
+    assert torch.equal(edited[0], batch["ffn_out"][0])
+
+    (tmp_path / "cut").write_bytes(files[0].read_bytes()[:500])
+    for wrong, message in [(tmp_path / "cut", "truncated"), (tmp_path / "none", "cannot be read")]:
+        done = subprocess.run([program, "3", "5", wrong, files[1], out], capture_output=True, text=True)
+        assert (done.returncode, message in done.stderr) == (1, True)
 
 
 # ThreadSanitizer does not know the barriers of OpenMP: there the core starts threads of its own, with the same tasks.
