@@ -113,8 +113,8 @@ def test_nothing_is_allocated_where_memory_is_given(allocates_nothing):
     allocates_nothing(kernel, lambda **given: kernel.patched_ffn(x, base, pool, "silu", **given))
 
 
-@pytest.mark.parametrize("tokens", [1, 64])
-def test_every_weight_is_read_once_by_blocks_that_share_them(tokens, launched, monkeypatch):
+@pytest.mark.parametrize(("tokens", "instructions"), [(1, 101_000), (64, 327_000)])
+def test_every_weight_is_read_once_by_blocks_that_share_them(tokens, instructions, launched, monkeypatch):
     monkeypatch.setattr(kernel, "multiprocessors", lambda: 4)
     x = torch.randn(tokens, 256).bfloat16()
     base = make_base(256, True, torch.bfloat16, 512)
@@ -128,3 +128,5 @@ def test_every_weight_is_read_once_by_blocks_that_share_them(tokens, launched, m
         assert launch.loads[name].sectors <= 1.02 * weights.numel() * 2 / 32, name
     total = sum(traffic.bytes for traffic in (*launch.loads.values(), *launch.stores.values()))
     assert launch.largest_block_bytes <= 1.2 * total / 4
+    assert sum(launch.instructions.values()) <= 1.1 * instructions  # of warps, as counted when it was written
+    assert launch.shared.bank_conflicts <= 0.02 * launch.shared.ideal
