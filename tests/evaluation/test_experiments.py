@@ -99,11 +99,11 @@ def test_a_baseline_that_fails_is_marked(tmp_path):
     assert "| FT |" in tables.markdown([(RUN, rows)], "unike")
 
 
-@pytest.mark.parametrize(("name", "runs"), [("1", 28), ("2", 28), ("3", 7), ("4", 14), ("4a", 5), ("4b", 6)])
+@pytest.mark.parametrize(("name", "runs"), [("1", 28), ("2", 28), ("3", 7), ("4", 14), ("4a", 5), ("4b", 6), ("4c", 4)])
 def test_the_papers_tables(name, runs):
     found = table(name)
     assert len(found) == len({run.name for run in found}) == runs
-    with pytest.raises(ValueError, match="table: expected one of 1, 2, 3, 4, 4a, 4b; got '5'"):
+    with pytest.raises(ValueError, match="table: expected one of 1, 2, 3, 4, 4a, 4b, 4c; got '5'"):
         table("5")
 
 

@@ -9,10 +9,11 @@ from typing import Literal
 import torch
 
 from .. import __version__
-from ..artifacts import write_text
-from ..evaluation import tables
+from ..artifacts import replacing, write_text
+from ..bench.optional import installed
+from ..evaluation import figures, tables
 from ..evaluation.editors import EDITORS
-from ..evaluation.experiments import perform, table
+from ..evaluation.experiments import BACKBONES, perform, table
 from ..evaluation.metrics import PROTOCOLS
 
 
@@ -29,7 +30,7 @@ def run(
 
     Args:
         out: a folder, made if need be. What an interrupted run has measured is kept there, and not measured again.
-        names, split, requests, seed: see `experiments.table` and `experiments.perform`.
+        names, split, requests, seed: see `experiments.table` and `experiments.perform`; "5a" is Figure 5a.
         systems: only these; None: all.
 
     Returns:
@@ -44,6 +45,9 @@ def run(
     if requests is not None and requests < 1:
         raise ValueError(f"requests: expected a positive number, got {requests}")
     for name in names:
+        if name == "5a":
+            _spaces(out, requests)
+            continue
         runs = [r for r in table(name) if systems is None or r.system in systems]
         found = []
         for number, each in enumerate(runs, 1):
@@ -56,8 +60,23 @@ def run(
             text += f"\n## Protocol {protocol}\n\n{tables.markdown(found, protocol)}"
             write_text(out / f"table-{name}-{protocol}.csv", tables.as_csv(found, protocol))
         write_text(out / f"table-{name}.md", text)
+        if found and name in ("4a", "4b", "4c") and installed("matplotlib"):
+            _write(out / f"figure-{name}.png", figures.sweep(found, "unike"))
         print(f"\n{text}\nwritten: table-{name}.md and .csv in {out}")
     return 0
+
+
+def _spaces(out: Path, requests: int | None) -> None:
+    """Figure 5a of each backbone."""
+    for backbone in BACKBONES:
+        found, told = figures.spaces(backbone, limit=requests)
+        _write(out / f"figure-5a-{backbone}.png", figures.visualized(found, told))
+        print(f"{told}\nwritten: figure-5a-{backbone}.png in {out}")
+
+
+def _write(path: Path, content: bytes) -> None:
+    with replacing(path) as name:
+        Path(name).write_bytes(content)
 
 
 def _environment(split: str, seed: int) -> str:

@@ -166,6 +166,12 @@ _ABLATION = [
     _unike("semantic zeta", steer="semantic"),
     _unike(""),
 ]
+_DIRECTIONS = [
+    _unike(""),
+    _unike("without zeta", config=Config(beta=0.0)),
+    _unike("random zeta", steer="random"),
+    _unike("semantic zeta", steer="semantic"),
+]
 _GATES = [*(_unike(f"alpha {a}", config=Config(alpha=a)) for a in (0.1, 0.2, 0.3, 0.4, 0.5)), _unike("")]
 _NEIGHBOURS = [_unike(f"K {k}", config=Config(k=k)) for k in (1, 5, 10, 20, 40)]
 
@@ -175,7 +181,7 @@ def table(name: str) -> list[Run]:
 
     Args:
         name: "1" (one step), "2" (10 and 20 steps), "3" (both tasks in one sequence), "4" (ablation), "4a" (K), "4b"
-            (fixed alphas).
+            (fixed alphas), "4c" (directions of zeta).
     """
     both: Sequence[Tasks] = ("vqa", "caption")
     runs: dict[str, Iterable[Run]] = {
@@ -185,6 +191,7 @@ def table(name: str) -> list[Run]:
         "4": (Run("digits-llama", t, *_system(1, s)) for t in both for s in _ABLATION),
         "4a": (Run("digits-llama", "vqa", *_system(1, s)) for s in _NEIGHBOURS),
         "4b": (Run("digits-llama", "vqa", *_system(1, s)) for s in _GATES),
+        "4c": (Run("digits-llama", "vqa", *_system(1, s)) for s in _DIRECTIONS),
     }
     if name not in runs:
         raise ValueError(f"table: expected one of {', '.join(runs)}; got {name!r}")

@@ -1,0 +1,42 @@
+"""Figures: images of what was measured, and spaces in which right and wrong answers lie apart or do not."""
+
+import torch
+
+from unike_kernels.cli import main
+from unike_kernels.evaluation import figures
+from unike_kernels.evaluation.experiments import Run
+from unike_kernels.evaluation.measure import Measured
+from unike_kernels.evaluation.metrics import METRICS
+
+PNG = b"\x89PNG\r\n"
+
+
+def test_a_sweep():
+    def rows(share):
+        return [Measured(str(i), {"unike": dict.fromkeys(METRICS[:4], share)}, 0.1) for i in range(3)]
+
+    variants = {"K 1": 0.5, "K 5": 0.9}
+    results = [(Run("digits-llama", "vqa", "UniKE", variant=name), rows(share)) for name, share in variants.items()]
+    assert figures.sweep(results, "unike").startswith(PNG)
+
+
+def test_the_spaces_of_a_memory():
+    found, told = figures.spaces("digits-opt", limit=60)
+    assert told.startswith("digits-opt, layer 5, 60 requests; held out: truthfulness ")
+    assert list(found) == ["semantic space", "truthfulness space"]
+
+    def apart(right, wrong):
+        """How far the means are apart, in units of the spread around them."""
+        spread = torch.cat([right - right.mean(0), wrong - wrong.mean(0)]).norm(dim=1).mean()
+        return float((right.mean(0) - wrong.mean(0)).norm() / spread)
+
+    assert all(len(states) == 60 for pair in found.values() for states in pair)
+    assert apart(*found["truthfulness space"]) > 2 * apart(*found["semantic space"])
+    assert figures.visualized(found, told).startswith(PNG)
+
+
+def test_the_command(tmp_path, capsys):
+    options = ["--requests", "1", "--split", "validation", "--out", str(tmp_path)]
+    assert main(["eval", "--table", "4a", "--systems", "FT", *options]) == 0
+    assert not (tmp_path / "figure-4a.png").exists()  # nothing of it was measured
+    assert "written: table-4a.md" in capsys.readouterr().out
