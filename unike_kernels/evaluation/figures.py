@@ -52,9 +52,8 @@ def spaces(backbone: Backbone, layer: int | None = None, *, limit: int | None = 
     """
     model, processor = digits.load_model(backbone.removeprefix("digits-")), digits.load_processor()
     triplets = [request.triplet for request in suite(model, processor, "vqa").train][:limit]
-    made: MemoryResult = build_memory(
-        model, processor, triplets, training=DEFAULTS["UniKE"]["encoders"], progress=False
-    )
+    encoders = DEFAULTS["UniKE"]["encoders"]
+    made = build_memory(model, processor, triplets, training=encoders, progress=False)
     chosen = max(made.spaces) if layer is None else layer
     space, states = made.spaces[chosen], made.hidden[chosen]
     with torch.no_grad():
