@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import threading
+
 import pytest
 import torch
 
-from unike_kernels.nn import Context, PromptState
+from unike_kernels.nn import Context, ModelContext, PromptState, Version
 
 LEFT = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
 RIGHT = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]])
@@ -106,3 +109,42 @@ def test_a_batch_that_is_no_multiple_of_the_rows_is_an_error():
     context.enter(4, 3, 0, None)
     with pytest.raises(ValueError, match="rows: 2 edit sets were given, the batch has 3 rows"):
         context.enter(3, 3, 0, None)
+
+
+class Cache:
+    length = 0
+
+    def get_seq_length(self):
+        return self.length
+
+
+def test_a_generation_is_known_by_its_cache():
+    context, cache, old, new = ModelContext(), Cache(), Version({}, {}), Version({}, {})
+    context.current = old
+    context.begin(cache)
+    assert context.now().version is old
+    context.current, cache.length = new, 3
+    context.begin(cache)
+    assert context.now().version is old
+    for nothing in (None, ((torch.zeros(1), torch.zeros(1)),), Cache()):
+        context.begin(nothing)
+        assert context.now().version is new
+    cache.length = 0  # begun anew
+    context.begin(cache)
+    assert context.now().version is new
+    context.current, cache.length = old, 2
+    context.forget()
+    context.begin(cache)
+    assert context.now().version is old
+
+
+def test_threads_and_copies_have_passes_of_their_own():
+    context = ModelContext()
+    context.now().rows = 3
+    seen = []
+    thread = threading.Thread(target=lambda: seen.append(context.now().rows))
+    thread.start()
+    thread.join()
+    assert seen == [None]
+    assert copy.deepcopy(context).now().rows is None
+    assert context.now().rows == 3

@@ -133,12 +133,13 @@ class ModelContext(Context):
         if torch.compiler.is_compiling():
             return
         version = self.current
-        if cache is not None:
-            if cache.get_seq_length() > 0:
-                version = self._running.setdefault(cache, version)
-            else:
-                self._running[cache] = version
-        self.now().version = version
+        try:
+            known = self._running.setdefault(cache, version)
+        except TypeError:  # None, or a tuple: nothing that a generation could be known by
+            known = version
+        if known is not version and cache.get_seq_length() == 0:  # asked only now: on a GPU, some have to wait for it
+            known = self._running[cache] = version
+        self.now().version = known
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name not in ("_threads", "_running")}

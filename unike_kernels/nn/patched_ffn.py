@@ -95,6 +95,7 @@ class EditStore(Tables):
             new.up[rows] = 0.0 if layer.up is None else layer.up
             new.up_bias[rows] = 1.0 if layer.up_bias is None else layer.up_bias
         new.zeta[edits], new.beta[edits] = layer.zeta, layer.beta
+        new.indptr = new.indptr.clone()  # whoever reads the other one at this moment sees it whole
         new.indptr[edits + 1 :] = neurons + n
         new.used = neurons + n, edits + 1
         new._name({**self.position, name: edits})
