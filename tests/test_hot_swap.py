@@ -211,6 +211,30 @@ def test_threads_have_rows_of_their_own(setup):
     assert not wrong
 
 
+def test_blocks_of_two_threads_that_end_in_another_order_leave_nothing(setup):
+    model, memory, (a, b, *_) = setup
+    uk.patch(model, [a, b], memory)
+    before = logits(model)
+    entered, leave = threading.Event(), threading.Event()
+
+    def other():
+        with uk.rows(model, [["a"], ["b"]], memory=[False, True]):
+            entered.set()
+            leave.wait()
+
+    thread = threading.Thread(target=other)
+    with uk.rows(model, [["b"], []]):
+        thread.start()
+        entered.wait()
+    model._unike.ffns[3].edits.direct = True  # read as it is, whatever version a pass has
+    leave.set()
+    thread.join()
+    assert torch.equal(logits(model), before)
+    context = model._unike.context
+    assert (context.rows, context.edits, context.remembers) == (None, None, None)
+    assert all(ffn.edits.selection is None for ffn in model._unike.ffns.values())
+
+
 def test_compiled_code_sees_changes_without_being_compiled_again(setup, make_memory):
     from torch._dynamo.testing import CompileCounter
 

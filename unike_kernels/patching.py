@@ -20,6 +20,7 @@ from .errors import MismatchError, PatchError
 from .fingerprint import compare
 from .memory import MemoryBank
 from .nn import (
+    Context,
     EditStore,
     MemoryAttention,
     MemoryTables,
@@ -80,6 +81,20 @@ class _Embed:
         self.context.now().text = args[0] != self.image_token if args[0].dim() == 2 else None
 
 
+@dataclass(frozen=True, eq=False)
+class _Block:
+    """What a `rows` block selects."""
+
+    rows: int | None = None
+    prompt: PromptState | None = None
+    edits: tuple[tuple[str, ...], ...] | None = None
+    remembers: Tensor | None = None
+
+    def hold_in(self, context: Context) -> None:
+        context.rows, context.prompt = self.rows, self.prompt
+        context.edits, context.remembers = self.edits, self.remembers
+
+
 @dataclass
 class _Patched:
     """What `patch` installed in a model, kept on it."""
@@ -91,6 +106,7 @@ class _Patched:
     memory: MemoryBank | None
     ffns: dict[int, PatchedFFN]
     attentions: dict[int, MemoryAttention]
+    blocks: list[_Block] = field(default_factory=list)  # `rows` blocks that are open, in whatever thread
     lock: threading.RLock = field(default_factory=threading.RLock)  # of changes
 
     def __getstate__(self) -> dict[str, Any]:
@@ -410,33 +426,35 @@ def rows(
         isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in prompt_lengths
     ):
         raise ValueError(f"prompt_lengths: expected integers of at least 1, got {list(prompt_lengths)}")
-    # What is traced by torch.compile knows no threads: it reads the model's context and stores themselves.
-    contexts = (state.context, state.context.now())
-    before = [(c.rows, c.prompt, c.edits, c.remembers) for c in contexts]
-    selections = {i: ffn.edits.selection for i, ffn in state.ffns.items()}
-    prompt = remembers = None
-    device = backbones.device_of(model)
+    device, own = backbones.device_of(model), state.context.now()
+    outer = chosen = _Block(own.rows, own.prompt, own.edits, own.remembers)
+    if counts:
+        chosen = replace(chosen, rows=next(iter(counts.values())))
     if prompt_lengths is not None and state.config.needs_prompt_lengths:
-        prompt = PromptState(torch.tensor(list(prompt_lengths), device=device))
+        chosen = replace(chosen, prompt=PromptState(torch.tensor(list(prompt_lengths), device=device)))
+    if edits is not None:
+        chosen = replace(chosen, edits=tuple(map(tuple, edits)))
     if memory is not None:
-        remembers = torch.tensor([[bool(use)] for use in memory], device=device)
+        chosen = replace(chosen, remembers=torch.tensor([[bool(use)] for use in memory], device=device))
+    chosen.hold_in(own)
+    with state.lock:
+        state.blocks.append(chosen)
+        _trace(state)
     try:
-        for context in contexts:
-            context.rows = next(iter(counts.values()), context.rows)
-            context.prompt = prompt or context.prompt
-            if edits is not None:
-                context.edits = tuple(map(tuple, edits))
-            if remembers is not None:
-                context.remembers = remembers
-        if edits is not None:
-            for ffn in state.ffns.values():
-                ffn.edits.select(edits)
         yield
     finally:
-        for context, (n, prompt, own, remembers) in zip(contexts, before, strict=True):
-            context.rows, context.prompt, context.edits, context.remembers = n, prompt, own, remembers
-        for i, selection in selections.items():
-            state.ffns[i].edits.selection = selection
+        outer.hold_in(own)
+        with state.lock:
+            state.blocks = [block for block in state.blocks if block is not chosen]
+            _trace(state)
+
+
+def _trace(state: _Patched) -> None:
+    """What torch.compile traces knows no threads: it reads the context and the stores, which follow the last block."""
+    block = state.blocks[-1] if state.blocks else _Block()
+    block.hold_in(state.context)
+    for ffn in state.ffns.values():
+        ffn.edits.select(block.edits)
 
 
 def _check_rows(edits: Sequence[Sequence[str]], state: _Patched) -> None:
