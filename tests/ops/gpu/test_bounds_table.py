@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 from ops.gpu import bounds_table
 
-ASKED = (4, 5)  # columns: how buffers lie on sectors moves the last digit
+ASKED = (4, 5)  # columns of what is asked for
+# A buffer that does not begin with a sector adds one to each request of a warp, 16 sectors of 16 bytes a lane.
+BEGINNING = 1 / 16
 
 
 @pytest.mark.slow
@@ -18,6 +20,6 @@ def test_the_table_in_the_docs():
         if line.startswith("| ") and cells[2].isdigit():
             assert cells[2] == "1"
             for i in ASKED:
-                assert float(cells[i]) == pytest.approx(float(others[i]), abs=0.03)
+                assert float(cells[i]) == pytest.approx(float(others[i]), rel=BEGINNING, abs=0.01)
             cells, others = ([c for i, c in enumerate(row) if i not in ASKED] for row in (cells, others))
         assert cells == others
