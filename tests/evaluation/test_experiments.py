@@ -68,13 +68,17 @@ def test_sequences_are_begun_anew(tmp_path, monkeypatch, edits):
     assert len(edits) == 4 + 2
 
 
-def test_results_of_other_settings_are_not_mixed_in(tmp_path):
+def test_results_of_other_settings_are_not_mixed_in(tmp_path, monkeypatch):
     perform(RUN, tmp_path, split="validation", limit=1)
     with pytest.raises(ValueError, match=r"holds results of .*'seed': '0'.*, not of .*'seed': '1'"):
         perform(RUN, tmp_path, split="validation", limit=1, seed=1)
     other = Run("digits-opt", "vqa", "FT", settings={"lr": 1e-4})
     with pytest.raises(ValueError, match=r"not of .*0\.0001"):
         perform(other, tmp_path, split="validation", limit=1)
+    monkeypatch.setattr(experiments, "PROTOCOLS", ("mmedit",))
+    with pytest.raises(ValueError, match=r"holds results of .*, not of .*'protocols': 'mmedit'"):
+        perform(RUN, tmp_path, split="validation", limit=1)
+    monkeypatch.undo()
     file = tmp_path / "validation" / f"{RUN.name}.jsonl"
     file.write_text(file.read_text() + "{}\n")
     with pytest.raises(ValueError, match="not a file of results"):

@@ -22,6 +22,7 @@ from .digits_suite import digits_suite
 from .editors import EDITORS, UniKE
 from .editors.base import Editor
 from .measure import Measured, before, measure
+from .metrics import PROTOCOLS
 from .suite import Suite
 
 Backbone = Literal["digits-opt", "digits-llama"]
@@ -60,7 +61,7 @@ class Run:
         return EDITORS[self.system](model, processor, **(DEFAULTS.get(self.system, {}) | dict(self.settings)))
 
 
-# What was chosen on the validation requests.
+# Other than a system's own defaults. No search on the validation requests stands behind them yet.
 DEFAULTS: dict[str, dict[str, Any]] = {UniKE.name: {"encoders": EncoderTraining(lr=1e-3)}}
 
 
@@ -122,7 +123,12 @@ def perform(
 
 def _header(run: Run, seed: int) -> dict[str, str]:
     settings = DEFAULTS.get(run.system, {}) | dict(run.settings)
-    return {"run": run.name, "seed": str(seed), "settings": repr(sorted(settings.items()))}
+    return {
+        "run": run.name,
+        "seed": str(seed),
+        "settings": repr(sorted(settings.items())),
+        "protocols": " ".join(PROTOCOLS),
+    }
 
 
 def _load(file: Path, run: Run, seed: int) -> dict[str, Measured]:
