@@ -58,7 +58,8 @@ def spaces(backbone: Backbone, layer: int | None = None, *, limit: int | None = 
     space, states = made.spaces[chosen], made.hidden[chosen]
     with torch.no_grad():
         found = {
-            "semantic space": (space.semantic(states.pos_pre), space.semantic(states.neg_pre)),
+            # Of the states that Enc_sem was trained on: those of the default values="out".
+            "semantic space": (space.semantic(states.pos_out), space.semantic(states.neg_out)),
             "truthfulness space": (space.truth(states.pos_pre), space.truth(states.neg_pre)),
         }
     told = (

@@ -50,10 +50,12 @@ class UniKE(Editor):
         steer: Literal["truth", "random", "semantic"] = "truth",
     ) -> None:
         super().__init__(model, processor)
+        self.config, self.encoders, self.training = config or Config(), encoders, training or EditTraining()
         if steer not in STEERING:
             raise ValueError(f"steer: expected one of {', '.join(STEERING)}; got {steer!r}")
+        if steer == "semantic" and self.config.values == "projected":
+            raise ValueError("steer: 'semantic' needs the states at \"pre\" or \"out\", not config.values='projected'")
         self.steer = steer
-        self.config, self.encoders, self.training = config or Config(), encoders, training or EditTraining()
         self.intrinsic, self.latent = intrinsic, latent
         self._edits: list[Edit] = []
         self._preserve: Sequence[Sample] = ()
@@ -79,7 +81,10 @@ class UniKE(Editor):
                 direction = torch.randn(right.shape, generator=torch.Generator().manual_seed(i))
             elif self.steer == "semantic":
                 hidden = made.hidden[i]
-                direction = space.semantic(hidden.pos_pre).mean(0) - space.semantic(hidden.neg_pre).mean(0)
+                # Of the states that Enc_sem was trained on.
+                at_pre = self.config.values == "pre"
+                pos, neg = (hidden.pos_pre, hidden.neg_pre) if at_pre else (hidden.pos_out, hidden.neg_out)
+                direction = space.semantic(pos).mean(0) - space.semantic(neg).mean(0)
             found[i] = direction * (right.norm() / direction.norm().clamp(min=1e-12))
         return found
 
