@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -52,8 +52,14 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[str]:
         raise
 
 
-def load(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def load(
+    path: str | os.PathLike[str], kind: str, only: Collection[str] | None = None
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The header and tensors of a file that `save` wrote.
+
+    Args:
+        path, kind: of the file.
+        only: the tensors of these names; None: all.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -70,7 +76,8 @@ def load(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Any], dict[
                 raise ArtifactError(f"{path}: expected the format unike.{kind}, got {found!r}")
             if metadata.get("version") != str(VERSION):
                 raise ArtifactError(f"{path}: expected version {VERSION}, got {metadata.get('version')!r}")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            wanted = file.keys() if only is None else only
+            tensors = {name: file.get_tensor(name) for name in wanted}
     except SafetensorError as error:
         raise ArtifactError(f"{path}: not a complete safetensors file: {error}") from error
     try:

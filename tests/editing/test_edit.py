@@ -1,6 +1,7 @@
 """Training an edit: it reaches its target as it will be at inference, and nothing else changes."""
 
 import dataclasses
+import sys
 
 import pytest
 import torch
@@ -10,6 +11,9 @@ import unike_kernels as uk
 from unike_kernels.editing import EditTraining, Sample, train_edit
 from unike_kernels.editing.samples import encode, forward
 from unike_kernels.fingerprint import fingerprint
+from unike_kernels.patching import patched_ffns
+
+edit_module = sys.modules["unike_kernels.editing.edit"]
 
 REQUEST = Sample("w1 w2 w3", "w30 w31")
 FAST = EditTraining(neurons=4, lr=5e-2, steps=60)
@@ -314,3 +318,64 @@ def test_what_is_refused(make_model, make_memory, make_edit, processor):
         train(model, processor, Sample("w1", "w2", torch.rand(4, 4)))
     with uk.patched(model), pytest.raises(uk.PatchError, match="train_edit: the model is patched"):
         train(model, processor)
+
+
+# --- T-Patcher's losses ---------------------------------------------------------------------------------------------
+
+
+def pre_activations(model, processor, edit, sample):
+    """{layer: [tokens, n]} of the edit's neurons, in the edited model; by hand."""
+    seen = {}
+    with uk.patched(model, [edit]) as _, torch.no_grad():
+        ffns = {i: ffn for i, ffn in patched_ffns(model).items() if i in edit.layers}
+        handles = [
+            ffn.register_forward_pre_hook(lambda _, args, i=i: seen.__setitem__(i, args[0].flatten(0, -2)))
+            for i, ffn in ffns.items()
+        ]
+        forward(model, encode(processor, [sample]).inputs)
+        for handle in handles:
+            handle.remove()
+    return {i: seen[i] @ layer.keys.T + layer.key_bias for i, layer in edit.layers.items()}
+
+
+@pytest.mark.parametrize(("kind", "neurons"), [("opt", "plain"), ("llama", "gated")])
+def test_the_activation_loss_wakes_the_neurons_of_the_answer(make_model, processor, kind, neurons):
+    """Each neuron at the token that its key was made from: higher than without the loss, at every layer."""
+    model, config = make_model(kind), uk.Config(neurons=neurons)
+    own = {}
+    for weight in (0.0, 5.0):
+        training = EditTraining(neurons=4, lr=1e-2, steps=15, stop_loss=1e-9, activation_weight=weight)
+        edit = train(model, processor, training=training, config=config).edit
+        # REQUEST has three words and an answer of two, which the tokens 2 and 3 predict.
+        found = pre_activations(model, processor, edit, REQUEST)
+        own[weight] = torch.stack([torch.stack([a[2, 0], a[3, 1], a[2, 2], a[3, 3]]).mean() for a in found.values()])
+    assert (own[5.0] > own[0.0]).all()
+    assert float((own[5.0] - own[0.0]).mean()) > 0.5
+
+
+def test_the_activation_loss_is_the_papers(make_edit, make_model):
+    layer = make_edit(make_model("opt"), neurons=3).layers[2]
+    at_target = torch.randn(2, 64)
+    a = at_target @ layer.keys.T + layer.key_bias
+    expected = torch.stack([a[0, 0], a[1, 1], a[0, 2]]).neg().exp().mean()
+    torch.testing.assert_close(edit_module._activation_loss({2: layer}, {2: at_target}), expected)
+
+
+def test_the_memory_loss_silences_the_neurons_elsewhere(make_model, processor):
+    """Above the margin nothing but noise stays on the preserve samples."""
+    model, kept = make_model("opt"), [Sample("w9 w12", "w8"), Sample("w7 w6 w5 w4", "w4")]
+    mean = {}
+    for weight in (0.0, 10.0):
+        training = EditTraining(
+            neurons=4, steps=40, stop_loss=1e-9, preserve_weight=0.0, memory_weight=weight, margin=-1.0
+        )
+        edit = train(model, processor, training=training, preserve=kept).edit
+        above = [F.relu(a + 1.0).mean() for s in kept for a in pre_activations(model, processor, edit, s).values()]
+        mean[weight] = float(torch.stack(above).mean())
+    assert mean[10.0] < 0.5 * mean[0.0]
+
+
+@pytest.mark.parametrize("name", ["preserve_weight", "activation_weight", "memory_weight"])
+def test_weights_are_not_negative(name):
+    with pytest.raises(ValueError, match=f"EditTraining.{name}: expected 0 or more, got -1"):
+        EditTraining(**{name: -1})

@@ -1,5 +1,7 @@
 """The extracted states against hooks on one unpadded sequence at a time."""
 
+import sys
+
 import pytest
 import torch
 
@@ -7,6 +9,9 @@ import unike_kernels as uk
 from unike_kernels.backbones import find_decoder
 from unike_kernels.editing import Triplet, extract
 from unike_kernels.editing.extract import Hidden
+from unike_kernels.errors import ArtifactError
+
+extract_module = sys.modules["unike_kernels.editing.extract"]
 
 IMAGES = torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(3))
 TRIPLETS = [
@@ -82,3 +87,85 @@ def test_what_is_refused(make_model, processor):
         extract(model, processor, TRIPLETS[:1] * 2, layers=[6])
     with uk.patched(model), pytest.raises(uk.PatchError, match="extract: the model is patched"):
         extract(model, processor, TRIPLETS[:1] * 2)
+
+
+# --- a store --------------------------------------------------------------------------------------------------------
+
+LONG = [Triplet(f"w{i % 30} w2", f"w{i % 29}", f"w{i % 29 + 1}") for i in range(11)]
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """The sizes of the batches that go through the model, in parts of four triplets."""
+    sizes = []
+    monkeypatch.setattr(extract_module, "_PART", 4)
+    original = extract_module.forward
+    monkeypatch.setattr(
+        extract_module, "forward", lambda m, inputs: (sizes.append(len(inputs["input_ids"])), original(m, inputs))[1]
+    )
+    return sizes
+
+
+def same_states(one, two):
+    assert list(one) == list(two)
+    assert all(
+        torch.equal(getattr(one[i], name), getattr(two[i], name)) for i in one for name in Hidden.__dataclass_fields__
+    )
+
+
+def test_a_store_holds_the_same_states(make_model, processor, tmp_path, passes):
+    model = make_model("opt")
+    kept = extract(model, processor, LONG, layers=[1, 5], batch_size=4, progress=False)
+    assert passes == [4, 4, 4, 4, 3, 3]  # positive and negative answers, of each part
+    stored = extract(model, processor, LONG, layers=[1, 5], batch_size=4, store=tmp_path / "s", progress=False)
+    same_states(kept, stored)
+    assert len(stored) == 2
+    with pytest.raises(KeyError):
+        stored[0]
+    passes.clear()
+    same_states(kept, extract(model, processor, LONG, layers=[1, 5], store=tmp_path / "s", progress=False))
+    assert passes == []
+
+
+def test_an_interrupted_extraction_goes_on(make_model, processor, tmp_path, passes):
+    """A mistake in the second part: the first is kept; with the mistake corrected only the rest is run."""
+    model = make_model("opt")
+    broken = [*LONG[:5], Triplet("w1", "w2", "w2"), *LONG[6:]]
+    with pytest.raises(ValueError, match=r"triplets\[5\]: the positive and the negative answer are both 'w2'"):
+        extract(model, processor, broken, layers=[1], batch_size=4, store=tmp_path, progress=False)
+    passes.clear()
+    found = extract(model, processor, LONG, layers=[1], batch_size=4, store=tmp_path, progress=False)
+    assert passes == [4, 4, 3, 3]
+    same_states(found, extract(model, processor, LONG, layers=[1], batch_size=4, progress=False))
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"layers": [2]}, "layers"),
+        ({"triplets": [Triplet("w1 w3", "w2", "w4"), *LONG[1:]]}, "triplets"),
+        ({"model": "llama"}, "model"),
+    ],
+)
+def test_a_store_of_something_else_is_refused(make_model, processor, tmp_path, change, told):
+    extract(make_model("opt"), processor, LONG, layers=[1], store=tmp_path, progress=False)
+    wanted = {"triplets": LONG, "layers": [1]} | {k: v for k, v in change.items() if k != "model"}
+    with pytest.raises(ArtifactError, match=f"states-0000000.safetensors: its {told} are others; give another store"):
+        extract(make_model(change.get("model", "opt")), processor, **wanted, store=tmp_path, progress=False)
+
+
+def test_a_store_that_is_damaged_is_refused(make_model, processor, tmp_path):
+    extract(make_model("opt"), processor, LONG, layers=[1], store=tmp_path, progress=False)
+    file = tmp_path / "states-0000000.safetensors"
+    file.write_bytes(file.read_bytes()[:-10])
+    with pytest.raises(ArtifactError, match="not a complete safetensors file"):
+        extract(make_model("opt"), processor, LONG, layers=[1], store=tmp_path, progress=False)
+
+
+def test_a_lazy_sequence_is_looked_at_some_at_a_time(make_model, processor, passes):
+    class Lazy(list):
+        def __iter__(self):
+            raise AssertionError("all at once")
+
+    found = extract(make_model("opt"), processor, Lazy(LONG), layers=[1], progress=False)
+    assert found[1].sem_pre.shape == (11, 64)

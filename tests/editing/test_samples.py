@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from unike_kernels.editing import Sample
-from unike_kernels.editing.samples import batches, encode, evaluating, forward, needs_image
+from unike_kernels.editing.samples import batches, context_length, encode, evaluating, forward, needs_image
 
 SAMPLES = [Sample("w1 w2 w3", "w4 w5"), Sample("w6", "w7"), Sample("w8 w9 w1 w2", "")]
 
@@ -102,3 +102,17 @@ def test_evaluating_reaches_what_patched_modules_stand_for(make_model):
         with evaluating(model):
             assert not any(o.training for m in model.modules() for o in getattr(m, "originals", ()))
         assert all(o.training for m in model.modules() for o in getattr(m, "originals", ()))
+
+
+@pytest.mark.parametrize("kind", ["opt", "blip2-llama"])
+def test_a_sample_longer_than_the_context_is_refused(make_model, processor, kind):
+    model = make_model(kind)
+    most = context_length(model)
+    words = " ".join(["w1"] * (most - 1))
+    assert forward(model, encode(processor, [Sample(words, "w2")]).inputs).shape[1] == most
+    with pytest.raises(ValueError, match=rf"samples\[1\]: {most + 1} tokens .* the model's context is {most}"):
+        forward(model, encode(processor, [SAMPLES[0], Sample(words, "w2 w3")]).inputs)
+
+
+def test_a_model_that_tells_no_context_takes_what_it_can():
+    assert context_length(torch.nn.Linear(2, 2)) is None

@@ -39,6 +39,10 @@ class EditTraining:
             the last pass over them.
         preserve_weight: of the divergence from the unedited model on the `preserve` samples.
         preserve_batch: how many of them are seen in a step.
+        activation_weight: of T-Patcher's activation loss: exp(-a) in the mean over the neurons, a the pre-activation of
+            a neuron at the token of the answer that its key was made from.
+        memory_weight: of T-Patcher's memory loss: max(0, a - margin) in the mean over neurons and `preserve` tokens.
+        margin: see there; the pre-activation below which a neuron counts as silent.
         seed: of the initialisation and of the order of the preserve samples.
     """
 
@@ -49,14 +53,18 @@ class EditTraining:
     stop_preserve: float = 0.01
     preserve_weight: float = 10.0
     preserve_batch: int = 16
+    activation_weight: float = 0.0
+    memory_weight: float = 0.0
+    margin: float = -3.0
     seed: int = 0
 
     def __post_init__(self) -> None:
         for name in ("neurons", "lr", "steps", "stop_loss", "stop_preserve", "preserve_batch"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"EditTraining.{name}: expected a positive number, got {getattr(self, name)!r}")
-        if not self.preserve_weight >= 0:
-            raise ValueError(f"EditTraining.preserve_weight: expected 0 or more, got {self.preserve_weight!r}")
+        for name in ("preserve_weight", "activation_weight", "memory_weight"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"EditTraining.{name}: expected 0 or more, got {getattr(self, name)!r}")
 
 
 @dataclass(frozen=True)
@@ -97,20 +105,40 @@ def _frozen(model: nn.Module) -> Iterator[None]:
             p.requires_grad_(True)
 
 
-def _ffn_inputs(ffns: dict[int, PatchedFFN], run: Callable[[], object]) -> dict[int, Tensor]:
-    """The FFN inputs [tokens, d] of each layer in one forward pass."""
+@contextmanager
+def _watched(ffns: dict[int, PatchedFFN]) -> Iterator[dict[int, Tensor]]:
+    """Within the block each pass leaves the FFN inputs [tokens, d] of each layer in the dictionary."""
     seen: dict[int, Tensor] = {}
     handles = [
         ffn.register_forward_pre_hook(lambda _, args, i=i: seen.__setitem__(i, args[0].flatten(0, -2)))
         for i, ffn in ffns.items()
     ]
     try:
-        with torch.no_grad():
-            run()
+        yield seen
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _ffn_inputs(ffns: dict[int, PatchedFFN], run: Callable[[], object]) -> dict[int, Tensor]:
+    """The FFN inputs [tokens, d] of each layer in one forward pass."""
+    with _watched(ffns) as seen, torch.no_grad():
+        run()
     return seen
+
+
+def _pre_activations(layers: dict[int, EditLayer], inputs: dict[int, Tensor]) -> list[Tensor]:
+    """Of each layer's neurons at each input, [tokens, n]; of gated ones those of the gate."""
+    return [inputs[i].float() @ layer.keys.T + layer.key_bias for i, layer in layers.items()]
+
+
+def _activation_loss(layers: dict[int, EditLayer], at_target: dict[int, Tensor]) -> Tensor:
+    """exp(-a) of each neuron at its own token of the answer, in the mean; see `_initial_layers`."""
+    own = []
+    for a in _pre_activations(layers, at_target):
+        neurons = torch.arange(a.shape[1], device=a.device)
+        own.append(a[neurons % len(a), neurons])
+    return torch.cat(own).neg().exp().mean()
 
 
 def _initial_layers(
@@ -168,6 +196,12 @@ class _Preserve:
         found = self._logits(model, batch).float().log_softmax(-1)
         mask = batch.inputs["attention_mask"].bool()
         return F.kl_div(found[mask], target[mask], reduction="batchmean", log_target=True)
+
+    def activity(self, layers: dict[int, EditLayer], inputs: dict[int, Tensor], step: int, margin: float) -> Tensor:
+        """max(0, a - margin) of the neurons, in the mean; `inputs` are those of the pass of `loss` of this step."""
+        mask = self.batches[step % len(self.batches)].inputs["attention_mask"].bool().flatten()
+        found = _pre_activations(layers, {i: q[mask] for i, q in inputs.items()})
+        return torch.cat([F.relu(a - margin).flatten() for a in found]).mean()
 
 
 def train_edit(
@@ -242,9 +276,11 @@ def train_edit(
             optimizer = torch.optim.Adam(neurons.parameters, lr=training.lr)
             losses: list[float] = []
             divergences: deque[float] = deque([math.inf] * len(kept.batches) if kept else [0.0])
-            with tqdm(range(training.steps + 1), desc="edit", disable=not progress, leave=False) as bar:
+            bar = tqdm(range(training.steps + 1), desc="edit", disable=not progress, leave=False)
+            with bar, _watched(ffns) as inputs:
                 for step in bar:
-                    for i, layer in neurons.layers().items():
+                    made = neurons.layers()
+                    for i, layer in made.items():
                         ffns[i].edits.set(in_force[i] | {name: layer})
                     loss, reached = _target_loss(model, batch)
                     losses.append(float(loss.detach()))
@@ -253,11 +289,16 @@ def train_edit(
                     met = reached and losses[-1] < training.stop_loss
                     if (met and divergence < training.stop_preserve) or step == training.steps:
                         break
+                    if training.activation_weight:
+                        produced = {i: q[at_target] for i, q in inputs.items()}
+                        loss = loss + training.activation_weight * _activation_loss(made, produced)
                     if kept:
                         apart = kept.loss(model, step)
                         divergences.append(float(apart.detach()))
                         divergences.popleft()
                         loss = loss + training.preserve_weight * apart
+                        if training.memory_weight:
+                            loss = loss + training.memory_weight * kept.activity(made, inputs, step, training.margin)
                     optimizer.zero_grad()
                     loss.backward()
                     optimizer.step()

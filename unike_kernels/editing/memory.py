@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +30,7 @@ class MemoryResult:
     """
 
     memory: MemoryBank
-    hidden: dict[int, Hidden]
+    hidden: Mapping[int, Hidden]
     spaces: dict[int, Disentangled]
 
     def __str__(self) -> str:
@@ -64,6 +65,7 @@ def build_memory(
     layers: Sequence[int] | None = None,
     training: EncoderTraining | None = None,
     batch_size: int = 32,
+    store: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> MemoryResult:
     """Make the memory of `triplets` for a model (paper, section 3.3 and Appendix C).
@@ -76,6 +78,7 @@ def build_memory(
         layers: None: the last four.
         training: of the encoders.
         batch_size: triplets per forward pass of the extraction.
+        store: a folder for the extracted states, as for `extract`: for thousands of triplets of a large model.
         progress: show progress bars.
 
     Raises:
@@ -86,7 +89,7 @@ def build_memory(
     decoder = find_decoder(model)
     if config.values == "projected" and config.scale is None:
         config = Config(**{**config.to_dict(), "scale": score_scale(decoder.layers[0].attention.module)})
-    hidden = extract(model, processor, triplets, layers=layers, batch_size=batch_size, progress=progress)
+    hidden = extract(model, processor, triplets, layers=layers, batch_size=batch_size, store=store, progress=progress)
     tables, spaces = {}, {}
     for i, h in hidden.items():
         keys, values, pos, neg = _tables(decoder, i, h, config.values)

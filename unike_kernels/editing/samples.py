@@ -112,9 +112,27 @@ def taker(model: nn.Module, inputs: Mapping[str, Tensor]) -> Any:
 
 
 def forward(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
-    """Logits [B, T, V] of the model, or of its language model; see `taker`."""
+    """Logits [B, T, V] of the model, or of its language model; see `taker`.
+
+    Raises:
+        ValueError: a sample is longer than the model's context.
+    """
+    lengths = inputs["attention_mask"].sum(-1)
+    longest, most = int(lengths.argmax()), context_length(model)
+    if most is not None and lengths[longest] > most:
+        raise ValueError(
+            f"samples[{longest}]: {int(lengths[longest])} tokens with its answer, but the model's context is {most}"
+        )
     logits: Tensor = taker(model, inputs)(**inputs, use_cache=False).logits
     return logits
+
+
+def context_length(model: nn.Module) -> int | None:
+    """Tokens that the language model can take, if its configuration tells (max_position_embeddings)."""
+    config = getattr(model, "config", None)
+    if config is None:
+        return None
+    return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
 
 
 def telling_prompts(model: nn.Module, batch: Batch) -> AbstractContextManager[None]:
