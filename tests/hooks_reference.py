@@ -101,6 +101,8 @@ def hooked(places, mask, *, edits, memory=None, config=None, remembers=None, end
                 if remembers is not None and not remembers[b]:
                     continue
                 for t in mask[b].nonzero().flatten().tolist():
+                    if config.tokens == "answer" and t < ends[b]:
+                        continue
                     asks = q[b, ends[b]] if config.retrieval == "sequence" else q[b, t]
                     anchor = h[b, ends[b]] if config.alpha == "last" else h[b, t]
                     shifted[b, t] = shift(attention, m, config, q[b, t], h[b, t], nearest(m, asks, config.k), anchor)

@@ -9,7 +9,7 @@ from typing import Any
 
 _CHOICES = {
     "retrieval": ("token", "sequence"),
-    "tokens": ("all", "text"),
+    "tokens": ("all", "text", "answer"),
     "values": ("out", "pre", "projected"),
     "convention": ("inclusion", "eq7"),
     "norm": ("match", "none"),
@@ -28,7 +28,8 @@ class Config:
         k: entries retrieved (the paper's top-40).
         retrieval: "token": each token retrieves its own entries (causal, stateless); "sequence": once, with the last
             prompt token, as the paper words it (needs `uk.rows(..., prompt_lengths=...)`).
-        tokens: which tokens are shifted: "all", or "text" (not those of an image). Padding never is.
+        tokens: which tokens are shifted: "all"; "text" (not those of an image); or "answer", from the last prompt token
+            on, which is where the memory's keys come from (needs `uk.rows(..., prompt_lengths=...)`). Padding never is.
         values: what the memory attention returns: "out" (h_pos at the attention's output, where the blend takes place),
             "pre" (h_pos at its input, keys and values in one, the paper's wording), "projected" (W_k and W_v W_o per
             head, Eq. 8 to the letter).
@@ -75,6 +76,11 @@ class Config:
     @property
     def needs_prompt_lengths(self) -> bool:
         """Whether a forward pass must know where each prompt ends."""
+        return self.needs_whole_prompts or self.tokens == "answer"
+
+    @property
+    def needs_whole_prompts(self) -> bool:
+        """Whether all tokens depend on the prompt's last one, so that a prompt must not come in chunks."""
         return self.retrieval == "sequence" or self.alpha == "last"
 
     def to_dict(self) -> dict[str, Any]:

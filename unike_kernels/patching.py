@@ -61,8 +61,8 @@ class _Decode:
         if context.prompt is not None:
             if mask is not None and plain is None:
                 raise ValueError(
-                    "attention_mask: alpha='last' and retrieval='sequence' find the prompt's end in a mask "
-                    "[batch, tokens]; a prepared one (static cache) does not tell"
+                    "attention_mask: alpha='last', retrieval='sequence' and tokens='answer' find the prompt's end in a "
+                    "mask [batch, tokens]; a prepared one (static cache) does not tell"
                 )
             if kwargs.get("past_key_values") is not None:
                 past = int(kwargs["past_key_values"].get_seq_length())
@@ -409,7 +409,7 @@ def rows(
         edits: for each row the ids of its edits, [] for none; None: every row uses all.
         memory: for each row whether it uses the memory; None: all do.
         prompt_lengths: tokens of each row's prompt without padding (image placeholders count); needed by the configs
-            alpha="last" and retrieval="sequence".
+            alpha="last", retrieval="sequence" and tokens="answer".
 
     Raises:
         PatchError: the model is not patched, or an edit id is unknown.
@@ -431,7 +431,7 @@ def rows(
     if counts:
         chosen = replace(chosen, rows=next(iter(counts.values())))
     if prompt_lengths is not None and state.config.needs_prompt_lengths:
-        chosen = replace(chosen, prompt=PromptState(torch.tensor(list(prompt_lengths), device=device)))
+        chosen = replace(chosen, prompt=PromptState(torch.tensor(list(prompt_lengths), device=device), state.config))
     if edits is not None:
         chosen = replace(chosen, edits=tuple(map(tuple, edits)))
     if memory is not None:

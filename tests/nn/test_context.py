@@ -8,14 +8,15 @@ import threading
 import pytest
 import torch
 
+from unike_kernels import Config
 from unike_kernels.nn import Context, ModelContext, PromptState, Version
 
 LEFT = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
 RIGHT = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]])
 
 
-def prompt(*lengths):
-    return PromptState(torch.tensor(lengths))
+def prompt(*lengths, **config):
+    return PromptState(torch.tensor(lengths), Config(**(config or {"alpha": "last"})))
 
 
 @pytest.mark.parametrize("mask", [LEFT, RIGHT])
@@ -102,6 +103,24 @@ def test_a_prompt_in_parts_is_an_error(tokens, past, mask, lengths):
     context = Context(prompt=prompt(*lengths))
     with pytest.raises(ValueError, match="the whole prompt must come in one forward pass"):
         context.enter(2, tokens, past, mask)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "past", "mask", "shifted"),
+    [
+        (4, 0, LEFT, [[0, 0, 0, 1], [0, 0, 1, 1]]),
+        (4, 0, RIGHT, [[0, 1, 0, 0], [0, 0, 1, 1]]),
+        (4, 0, None, [[0, 1, 1, 1], [0, 0, 1, 1]]),
+        (2, 0, LEFT[:, :2], [[0, 0], [0, 0]]),  # the prompt in chunks
+        (2, 2, LEFT, [[0, 1], [1, 1]]),
+        (1, 4, torch.cat([LEFT, torch.ones(2, 1).long()], 1), [[1], [1]]),
+    ],
+)
+def test_from_the_prompts_end_on(tokens, past, mask, shifted):
+    context = Context(prompt=prompt(2, 3, tokens="answer"))
+    context.enter(2, tokens, past, mask)
+    assert context.shifted.int().tolist() == shifted
+    assert context.prompt.last is None
 
 
 def test_a_batch_that_is_no_multiple_of_the_rows_is_an_error():

@@ -164,7 +164,7 @@ def test_tokens_that_may_not_be_shifted_are_untouched():
 @pytest.mark.parametrize("retrieval", ["token", "sequence"])
 def test_each_row_has_its_own_part_of_the_memory(retrieval, masked):
     new, hidden, out = make(Config(k=3, retrieval=retrieval, values="out"))
-    new.context.prompt = PromptState(torch.tensor([0]), torch.tensor(LAST))
+    new.context.prompt = PromptState(torch.tensor([0]), Config(alpha="last"), torch.tensor(LAST))
     new.memory.row_bounds = torch.tensor([[0, N], [0, 0], [4, 9]])
     if masked:
         new.context.shifted = torch.ones(B, T, dtype=torch.bool)
@@ -177,7 +177,9 @@ def test_each_row_has_its_own_part_of_the_memory(retrieval, masked):
         alone = MemoryTables(m.index[part], m.keys[part], m.values[part], m.encoder)
         single = MemoryAttention.from_module(new.originals[0], new.config)
         single.memory = alone
-        single.context.prompt = PromptState(torch.tensor([0]), torch.tensor(LAST[row : row + 1]))
+        single.context.prompt = PromptState(
+            torch.tensor([0]), Config(alpha="last"), torch.tensor(LAST[row : row + 1])
+        )
         wanted = single(hidden[row : row + 1])[0][0]
         start = int(masked)
         torch.testing.assert_close(got[row, start:], wanted[start:], rtol=0, atol=1e-5)
@@ -201,7 +203,7 @@ def test_beams_share_the_bounds_of_their_row():
 def test_what_depends_on_the_prompts_end(alpha, retrieval):
     config = Config(k=3, retrieval=retrieval, alpha=alpha)
     new, hidden, out = make(config, layer=7)
-    new.context.prompt = PromptState(torch.tensor([0]), torch.tensor(LAST))
+    new.context.prompt = PromptState(torch.tensor([0]), Config(alpha="last"), torch.tensor(LAST))
     first = new(hidden)[0]
     m = new.memory
     ends = torch.stack([out[row, t] for row, t in enumerate(LAST)])
@@ -233,13 +235,13 @@ def test_the_prompts_end_must_be_known(switches):
     new, hidden, _ = make(Config(k=3, **switches))
     with pytest.raises(ValueError, match="prompt_lengths"):
         new(hidden)
-    new.context.prompt = PromptState(torch.tensor([2]))
+    new.context.prompt = PromptState(torch.tensor([2]), Config(alpha="last"))
     with pytest.raises(ValueError, match="the prompt itself was not seen"):
         new(hidden)
 
 
 def test_layers_remember_for_themselves():
-    context = Context(prompt=PromptState(torch.tensor([0]), torch.tensor(LAST)))
+    context = Context(prompt=PromptState(torch.tensor([0]), Config(alpha="last"), torch.tensor(LAST)))
     config = Config(k=3, retrieval="sequence")
     for layer in (0, 1):
         new, hidden, _ = make(config, context, layer=layer)

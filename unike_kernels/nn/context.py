@@ -11,6 +11,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from ..config import Config
+
 
 @dataclass
 class PromptState:
@@ -18,11 +20,13 @@ class PromptState:
 
     Attributes:
         lengths: int64 [R], prompt tokens of each row, padding not counted.
+        config: says which modes those are.
         last: int64 [B], index of the last prompt token in the current chunk; None: the prompt lies in the past.
         saved: (layer, name) -> tensor [B, ...] that the chunk with the last prompt token computed.
     """
 
     lengths: Tensor
+    config: Config
     last: Tensor | None = None
     saved: dict[tuple[int, str], Tensor] = field(default_factory=dict)
 
@@ -71,31 +75,38 @@ class Context:
             text = self.text.repeat_interleave(max(batch // self.text.shape[0], 1), 0)
             if text.shape == (batch, tokens):
                 shifted = text if shifted is None else shifted & text
-        self.shifted = shifted
         if self.prompt is not None:
-            self._locate_prompt_end(self.prompt, batch, tokens, past, mask)
+            last = self._prompt_ends(self.prompt, batch, mask) - past
+            if self.prompt.config.tokens == "answer":
+                answers = torch.arange(tokens, device=last.device) >= last.unsqueeze(1)
+                shifted = answers if shifted is None else shifted & answers
+            if self.prompt.config.needs_whole_prompts:
+                self._locate_prompt_end(self.prompt, last, tokens, past)
+        self.shifted = shifted
 
     @staticmethod
-    def _locate_prompt_end(prompt: PromptState, batch: int, tokens: int, past: int, mask: Tensor | None) -> None:
+    def _prompt_ends(prompt: PromptState, batch: int, mask: Tensor | None) -> Tensor:
+        """int64 [B], index of each row's last prompt token."""
         lengths = prompt.lengths.repeat_interleave(batch // len(prompt.lengths))
         if mask is None:
-            last = lengths - 1
-        else:
-            seen = mask.long().cumsum(-1)
-            if bool((seen[:, -1] < lengths).any()):
-                raise ValueError(
-                    f"rows: prompt_lengths {lengths.tolist()} exceed the sequences' {seen[:, -1].tolist()} tokens; "
-                    "the whole prompt must come in one forward pass"
-                )
-            last = (seen < lengths.unsqueeze(1)).sum(-1)
-        last = last - past
+            return lengths - 1
+        seen = mask.long().cumsum(-1)
+        if prompt.config.needs_whole_prompts and bool((seen[:, -1] < lengths).any()):
+            raise ValueError(
+                f"rows: prompt_lengths {lengths.tolist()} exceed the sequences' {seen[:, -1].tolist()} tokens; "
+                "the whole prompt must come in one forward pass"
+            )
+        return (seen < lengths.unsqueeze(1)).sum(-1)
+
+    @staticmethod
+    def _locate_prompt_end(prompt: PromptState, last: Tensor, tokens: int, past: int) -> None:
         if bool((last < 0).all()):
             prompt.last = None
             return
         if bool((last < 0).any()) or bool((last >= tokens).any()) or past:
             raise ValueError(
                 f"rows: with alpha='last' or retrieval='sequence' the whole prompt must come in one forward pass; "
-                f"prompts of {lengths.tolist()} tokens, {past} cached and {tokens} new ones"
+                f"prompts of {prompt.lengths.tolist()} tokens, {past} cached and {tokens} new ones"
             )
         prompt.last = last
         prompt.saved.clear()

@@ -194,6 +194,8 @@ class MemoryAttention(DropIn):
     def _bounds(self, memory: MemoryTables, batch: int, tokens: int) -> Tensor | None:
         """int64 [B * T, 2]: the entries that each token may retrieve; None: all tokens, all entries."""
         shifted, rows = self.context.now().shifted, self._row_bounds(memory)
+        if self.config.tokens == "answer" and self.context.now().prompt is None:
+            raise _unknown_prompt("tokens='answer'")
         if shifted is None and rows is None:
             return None
         if shifted is not None and shifted.shape != (batch, tokens):
@@ -208,13 +210,16 @@ class MemoryAttention(DropIn):
         """What the last prompt token gives: computed in the pass that holds it, remembered in those that follow."""
         prompt = self.context.now().prompt
         if prompt is None:
-            raise ValueError(
-                "this Config needs the prompt's end (alpha='last' or retrieval='sequence'): "
-                "call the model inside uk.rows(model, prompt_lengths=[...])"
-            )
+            raise _unknown_prompt("alpha='last' or retrieval='sequence'")
         key = (self.layer, name)
         if prompt.last is not None:
             prompt.saved[key] = compute(prompt.last)
         if key not in prompt.saved:
             raise ValueError("the prompt itself was not seen inside this uk.rows(...) block; start with the prompt")
         return prompt.saved[key]
+
+
+def _unknown_prompt(modes: str) -> ValueError:
+    return ValueError(
+        f"this Config needs the prompt's end ({modes}): call the model inside uk.rows(model, prompt_lengths=[...])"
+    )
