@@ -23,9 +23,12 @@ def test_a_table_of_one_system(tmp_path, capsys):
 def test_what_cannot_be_run(tmp_path, capsys):
     command = ["eval", "--split", "validation", "--requests", "1", "--out", str(tmp_path)]
     assert main([*command, "--systems", "ROME"]) == 1
-    assert "systems: expected some of FT, KE, T-Patcher, MEND, IKE, SERAC, UniKE; got 'ROME'" in capsys.readouterr().err
+    told = "systems: expected some of FT, KE, T-Patcher, MEND, IKE, SERAC, UniKE, Intrin + IKE; got 'ROME'"
+    assert told in capsys.readouterr().err
     assert main([*command, "--systems", "FT", "--requests", "0"]) == 1
     assert "requests: expected a positive number, got 0" in capsys.readouterr().err
+    assert main(["eval", "--table", "search", "--out", str(tmp_path)]) == 1
+    assert "split: settings are searched for on validation requests alone" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
     with pytest.raises(SystemExit):
         main(["eval", "--table", "7"])

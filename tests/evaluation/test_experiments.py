@@ -5,10 +5,14 @@ import io
 import json
 
 import pytest
+import torch
 
 from unike_kernels.evaluation import experiments, tables
 from unike_kernels.evaluation.editors import EDITORS
 from unike_kernels.evaluation.experiments import Run, perform, table
+from unike_kernels.evaluation.measure import Measured
+from unike_kernels.evaluation.metrics import METRICS, PROTOCOLS
+from unike_kernels.evaluation.settings import CANDIDATES, DEFAULTS, told
 
 RUN = Run("digits-opt", "vqa", "FT")
 
@@ -103,12 +107,68 @@ def test_a_baseline_that_fails_is_marked(tmp_path):
     assert "| FT |" in tables.markdown([(RUN, rows)], "unike")
 
 
-@pytest.mark.parametrize(("name", "runs"), [("1", 28), ("2", 28), ("3", 7), ("4", 14), ("4a", 5), ("4b", 6), ("4c", 4)])
+@pytest.mark.parametrize(
+    ("name", "runs"), [("1", 28), ("2", 28), ("3", 7), ("4", 14), ("4a", 9), ("4b", 6), ("4c", 4), ("search", 84)]
+)
 def test_the_papers_tables(name, runs):
     found = table(name)
     assert len(found) == len({run.name for run in found}) == runs
-    with pytest.raises(ValueError, match="table: expected one of 1, 2, 3, 4, 4a, 4b, 4c; got '5'"):
+    with pytest.raises(ValueError, match="table: expected one of 1, 2, 3, 4, 4a, 4b, 4c, search; got '5'"):
         table("5")
+
+
+def test_fewer_requests_than_a_sequence_needs(tmp_path):
+    with pytest.raises(ValueError, match=r"requests: expected at least 10 for a sequence of .*10-step_FT, got 9"):
+        perform(Run("digits-opt", "vqa", "FT", steps=10), tmp_path, split="validation", limit=9)
+    assert not list(tmp_path.iterdir())
+
+
+def test_variants_change_what_they_say_and_nothing_else():
+    """Against the defaults of UniKE: the ablation's settings differ in what the row is called after."""
+    usual = DEFAULTS["UniKE"]["config"]
+    changes = {
+        run.variant: (usual.differences(run.settings["config"]), run.settings["config"].beta, run.system)
+        for run in table("4")
+        if run.variant
+    }
+    alpha = [f"alpha: {usual.alpha!r} != 0.3"]
+    assert changes == {
+        "only Intrin": ([], 0.0, "UniKE"),
+        "only Latent-IKE": (alpha, usual.beta, "UniKE"),
+        "Intrin + Latent-IKE (alpha 0.3)": (alpha, 0.0, "UniKE"),
+        "Intrin + Latent-IKE, alpha": ([], 0.0, "UniKE"),
+        "Intrin + Latent-IKE (alpha 0.3), zeta": (alpha, usual.beta, "UniKE"),
+    }
+    assert [run.settings["latent"] for run in table("4") if run.variant == "only Intrin"] == [False, False]
+    (plain, *_) = [run for run in table("4") if run.system == "Intrin + IKE"]
+    assert plain.settings["config"].beta == 0
+    assert plain.settings["training"] == DEFAULTS["UniKE"]["training"]
+
+
+def test_the_seed_reaches_the_system():
+    made = Run("digits-opt", "vqa", "UniKE").editor(torch.nn.Linear(1, 1), None, seed=7)
+    assert (made.seed, made.encoders.seed) == (7, 7)
+    assert made.config == DEFAULTS["UniKE"]["config"]
+
+
+def test_every_system_has_as_many_candidates_and_its_default_is_one_of_them():
+    assert {len(candidates) for candidates in CANDIDATES.values()} == {6}
+    for name, candidates in CANDIDATES.items():
+        assert DEFAULTS[name] in candidates
+        assert len({told(c) for c in candidates}) == 6
+
+
+def test_the_choice_is_the_best_mean_over_backbones_and_protocols():
+    def measured(value):
+        return [Measured("r", {p: dict.fromkeys(METRICS, v) for p, v in zip(PROTOCOLS, value, strict=True)}, 1.0)]
+
+    runs = [
+        (Run("digits-opt", "both", "FT", variant="slow"), measured((0.5, 0.7, 0.0))),
+        (Run("digits-llama", "both", "FT", variant="slow"), measured((0.9, 0.9, 0.0))),
+        (Run("digits-opt", "both", "FT", variant="fast"), measured((0.8, 0.8, 1.0))),
+        (Run("digits-llama", "both", "FT", variant="fast"), measured((0.6, 0.6, 1.0))),
+    ]
+    assert tables.choice(runs).splitlines()[2:] == ["| FT | slow | 75.0 |", "| FT | fast | 70.0 |"]
 
 
 def test_both_tasks_come_in_turn(tmp_path):

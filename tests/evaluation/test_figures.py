@@ -2,11 +2,11 @@
 
 import torch
 
-from unike_kernels.cli import main
+from unike_kernels.cli import evaluate, main
 from unike_kernels.evaluation import figures
 from unike_kernels.evaluation.experiments import Run
 from unike_kernels.evaluation.measure import Measured
-from unike_kernels.evaluation.metrics import METRICS
+from unike_kernels.evaluation.metrics import METRICS, PROTOCOLS
 
 PNG = b"\x89PNG\r\n"
 
@@ -35,8 +35,13 @@ def test_the_spaces_of_a_memory():
     assert figures.visualized(found, told).startswith(PNG)
 
 
-def test_the_command(tmp_path, capsys):
-    options = ["--requests", "1", "--split", "validation", "--out", str(tmp_path)]
-    assert main(["eval", "--table", "4a", "--systems", "FT", *options]) == 0
-    assert not (tmp_path / "figure-4a.png").exists()  # nothing of it was measured
-    assert "written: table-4a.md" in capsys.readouterr().out
+def test_the_command(tmp_path, capsys, monkeypatch):
+    scores = {p: dict.fromkeys(METRICS, 0.5) for p in PROTOCOLS}
+    monkeypatch.setattr(evaluate, "perform", lambda *args, **kwargs: [Measured("r", scores, 1.0)])
+    command = ["eval", "--table", "4a", "--out", str(tmp_path)]
+    assert main([*command, "--systems", "FT"]) == 1
+    assert "systems: table 4a has no run of FT" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+    assert main(command) == 0
+    assert (tmp_path / "figure-4a.png").read_bytes().startswith(PNG)
+    assert (tmp_path / "table-4a.md").read_text().count("| digits-llama |") == 3 * 9

@@ -177,9 +177,7 @@ def test_each_row_has_its_own_part_of_the_memory(retrieval, masked):
         alone = MemoryTables(m.index[part], m.keys[part], m.values[part], m.encoder)
         single = MemoryAttention.from_module(new.originals[0], new.config)
         single.memory = alone
-        single.context.prompt = PromptState(
-            torch.tensor([0]), Config(alpha="last"), torch.tensor(LAST[row : row + 1])
-        )
+        single.context.prompt = PromptState(torch.tensor([0]), Config(alpha="last"), torch.tensor(LAST[row : row + 1]))
         wanted = single(hidden[row : row + 1])[0][0]
         start = int(masked)
         torch.testing.assert_close(got[row, start:], wanted[start:], rtol=0, atol=1e-5)

@@ -12,7 +12,7 @@ from .. import __version__
 from ..artifacts import replacing, write_text
 from ..bench.optional import installed
 from ..evaluation import figures, tables
-from ..evaluation.editors import EDITORS
+from ..evaluation.editors import EDITORS, UniKE
 from ..evaluation.experiments import BACKBONES, perform, table
 from ..evaluation.metrics import PROTOCOLS
 
@@ -42,35 +42,40 @@ def run(
     unknown = [name for name in systems or () if name not in EDITORS]
     if unknown:
         raise ValueError(f"systems: expected some of {', '.join(EDITORS)}; got {unknown[0]!r}")
+    if "search" in names and split != "validation":
+        raise ValueError("split: settings are searched for on validation requests alone; say --split validation")
     if requests is not None and requests < 1:
         raise ValueError(f"requests: expected a positive number, got {requests}")
     for name in names:
         if name == "5a":
-            _spaces(out, requests)
+            _spaces(out, requests, seed)
             continue
         runs = [r for r in table(name) if systems is None or r.system in systems]
+        if not runs:
+            raise ValueError(f"systems: table {name} has no run of {' or '.join(systems or ())}")
         found = []
         for number, each in enumerate(runs, 1):
             print(f"[table {name}: {number}/{len(runs)}] {each.name}", flush=True)
-            measured = perform(each, out, split=split, limit=requests, seed=seed)
-            if measured:
-                found.append((each, measured))
+            found.append((each, perform(each, out, split=split, limit=requests, seed=seed)))
         text = f"# Table {name}\n\n{_environment(split, seed)}\n"
+        if name == "search":
+            text += f"\n{tables.choice(found)}"
         for protocol in PROTOCOLS:
             text += f"\n## Protocol {protocol}\n\n{tables.markdown(found, protocol)}"
             write_text(out / f"table-{name}-{protocol}.csv", tables.as_csv(found, protocol))
         write_text(out / f"table-{name}.md", text)
-        if found and name in ("4a", "4b", "4c") and installed("matplotlib"):
-            _write(out / f"figure-{name}.png", figures.sweep(found, "unike"))
+        if name in ("4a", "4b", "4c") and installed("matplotlib"):
+            of_unike = [(run, rows) for run, rows in found if run.system == UniKE.name]
+            _write(out / f"figure-{name}.png", figures.sweep(of_unike, "unike"))
         print(f"\n{text}\nwritten: table-{name}.md and .csv in {out}")
     return 0
 
 
-def _spaces(out: Path, requests: int | None) -> None:
-    """Figure 5a of each backbone."""
+def _spaces(out: Path, requests: int | None, seed: int) -> None:
+    """Figure 5a of each backbone, of its training requests."""
     for backbone in BACKBONES:
-        found, told = figures.spaces(backbone, limit=requests)
-        _write(out / f"figure-5a-{backbone}.png", figures.visualized(found, told))
+        found, told = figures.spaces(backbone, limit=requests, seed=seed)
+        _write(out / f"figure-5a-{backbone}.png", figures.visualized(found, told, seed))
         print(f"{told}\nwritten: figure-5a-{backbone}.png in {out}")
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,14 +18,13 @@ from tqdm.auto import tqdm
 
 from .. import digits
 from ..artifacts import write_text
-from ..config import Config
-from ..editing import EncoderTraining
 from .digits_suite import digits_suite
-from .editors import EDITORS, UniKE
+from .editors import EDITORS, IKE, IntrinsicIKE, UniKE
 from .editors.base import Editor
-from .measure import Measured, before, measure
+from .measure import Measured, Observed, before, measure
 from .metrics import PROTOCOLS
-from .suite import Suite
+from .settings import CANDIDATES, DEFAULTS, Settings, told
+from .suite import Request, Suite
 
 Backbone = Literal["digits-opt", "digits-llama"]
 Tasks = Literal["vqa", "caption", "both"]
@@ -56,13 +57,12 @@ class Run:
         parts = (self.backbone, self.tasks, f"{self.steps}-step", self.system, self.variant)
         return "_".join("".join(c if c.isalnum() or c in "-." else "-" for c in part) for part in parts if part)
 
-    def editor(self, model: nn.Module, processor: Any) -> Editor:
+    def editor(self, model: nn.Module, processor: Any, seed: int = 0) -> Editor:
         """The system, not fitted."""
-        return EDITORS[self.system](model, processor, **(DEFAULTS.get(self.system, {}) | dict(self.settings)))
-
-
-# Other than a system's own defaults. No search on the validation requests stands behind them yet.
-DEFAULTS: dict[str, dict[str, Any]] = {UniKE.name: {"encoders": EncoderTraining(lr=1e-3)}}
+        system, settings = EDITORS[self.system], {**DEFAULTS.get(self.system, {}), **self.settings}
+        if "seed" in inspect.signature(system).parameters:
+            settings["seed"] = seed
+        return system(model, processor, **settings)
 
 
 def suite(model: nn.Module, processor: Any, tasks: Tasks) -> Suite:
@@ -81,6 +81,32 @@ def suite(model: nn.Module, processor: Any, tasks: Tasks) -> Suite:
     return Suite("digits-both", **split, preserve=[*parts[0].preserve, *parts[1].preserve])
 
 
+@dataclass
+class _Setting:
+    """A model with the requests to it, and what it says to them before any edit: shared by the runs of a process."""
+
+    model: nn.Module
+    processor: Any
+    suite: Suite
+    unedited: dict[str, Observed] = field(default_factory=dict)
+
+    def before(self, requests: Sequence[Request]) -> Mapping[str, Observed]:
+        unknown = [r for r in requests if r.id not in self.unedited]
+        self.unedited |= before(self.model, self.processor, unknown)
+        return self.unedited
+
+
+@cache
+def _model(backbone: Backbone) -> tuple[nn.Module, Any]:
+    return digits.load_model(backbone.removeprefix("digits-")), digits.load_processor()
+
+
+@cache
+def _setting(backbone: Backbone, tasks: Tasks) -> _Setting:
+    model, processor = _model(backbone)
+    return _Setting(model, processor, suite(model, processor, tasks))
+
+
 def perform(
     run: Run, out: Path, *, split: Literal["validation", "test"] = "test", limit: int | None = None, seed: int = 0
 ) -> list[Measured]:
@@ -94,13 +120,12 @@ def perform(
         seed: of everything that is random.
 
     Raises:
-        ValueError: the file is of other settings, or is not one of this function's.
+        ValueError: the file is of other settings, or is not one of this function's; fewer requests than a sequence has.
     """
-    random.seed(seed)
-    torch.manual_seed(seed)
-    model, processor = digits.load_model(run.backbone.removeprefix("digits-")), digits.load_processor()
-    requests = suite(model, processor, run.tasks)
-    wanted = list(getattr(requests, split))[:limit]
+    setting = _setting(run.backbone, run.tasks)
+    wanted = list(getattr(setting.suite, split))[:limit]
+    if len(wanted) < run.steps:
+        raise ValueError(f"requests: expected at least {run.steps} for a sequence of {run.name}, got {len(wanted)}")
     wanted = wanted[: len(wanted) // run.steps * run.steps]
     file = out / split / f"{run.name}.jsonl"
     done = _load(file, run, seed)
@@ -108,9 +133,11 @@ def perform(
     start = len([r for r in wanted if r.id in done]) // run.steps * run.steps
     left = wanted[start:]
     if left:
-        editor = run.editor(model, processor)
-        editor.fit(requests)
-        unedited = before(model, processor, left)
+        editor = run.editor(setting.model, setting.processor, seed)
+        _sow(seed)
+        editor.fit(setting.suite)
+        unedited = setting.before(left)
+        _sow(seed)
         out_of = tqdm(
             measure(editor, left, unedited, steps=run.steps), run.name, len(wanted), initial=start, leave=False
         )
@@ -121,8 +148,13 @@ def perform(
     return [done[r.id] for r in wanted]
 
 
+def _sow(seed: int) -> None:
+    random.seed(seed)
+    torch.manual_seed(seed)
+
+
 def _header(run: Run, seed: int) -> dict[str, str]:
-    settings = DEFAULTS.get(run.system, {}) | dict(run.settings)
+    settings = {**DEFAULTS.get(run.system, {}), **run.settings}
     return {
         "run": run.name,
         "seed": str(seed),
@@ -156,30 +188,41 @@ def _append(file: Path, measured: Measured) -> None:
         stream.write(json.dumps(dataclasses.asdict(measured)) + "\n")
 
 
-def _unike(variant: str, **settings: Any) -> tuple[str, str, dict[str, Any]]:
-    return UniKE.name, variant, settings
+def _unike(variant: str, *, settings: Settings | None = None, **config: Any) -> tuple[str, str, Settings]:
+    """A variant of UniKE: other arguments, and changes of its configuration."""
+    changed = {"config": dataclasses.replace(DEFAULTS[UniKE.name]["config"], **config)} if config else {}
+    return UniKE.name, variant, {**(settings or {}), **changed}
 
 
-_SYSTEMS: list[tuple[str, str, dict[str, Any]]] = [(name, "", {}) for name in EDITORS]
+def _with_ike(variant: str, k: int) -> tuple[str, str, Settings]:
+    config = dataclasses.replace(DEFAULTS[UniKE.name]["config"], beta=0.0)
+    return IntrinsicIKE.name, variant, {**DEFAULTS[UniKE.name], "config": config, "k": k}
 
-# The rows of Table 4, and of Figures 4 b and c.
+
+_SYSTEMS: list[tuple[str, str, Settings]] = [(name, "", {}) for name in CANDIDATES]
+
+# The rows of Table 4, and of Figures 4 b and c. What the paper calls collaboration is zeta and the alpha of each token.
+_ALPHA = 0.3
 _ABLATION = [
-    _unike("only Intrin", latent=False),
-    _unike("only Latent-IKE", intrinsic=False),
-    _unike("Intrin + Latent-IKE (alpha 0.3)", config=Config(alpha=0.3, beta=0.0)),
-    _unike("without zeta", config=Config(beta=0.0)),
-    _unike("random zeta", steer="random"),
-    _unike("semantic zeta", steer="semantic"),
+    _unike("only Intrin", settings={"latent": False}, beta=0.0),
+    _unike("only Latent-IKE", settings={"intrinsic": False}, alpha=_ALPHA),
+    _with_ike("", DEFAULTS[IKE.name]["k"]),
+    _unike(f"Intrin + Latent-IKE (alpha {_ALPHA})", alpha=_ALPHA, beta=0.0),
+    _unike("Intrin + Latent-IKE, alpha", beta=0.0),
+    _unike(f"Intrin + Latent-IKE (alpha {_ALPHA}), zeta", alpha=_ALPHA),
     _unike(""),
 ]
 _DIRECTIONS = [
     _unike(""),
-    _unike("without zeta", config=Config(beta=0.0)),
-    _unike("random zeta", steer="random"),
-    _unike("semantic zeta", steer="semantic"),
+    _unike("without zeta", beta=0.0),
+    _unike("random zeta", settings={"steer": "random"}),
+    _unike("semantic zeta", settings={"steer": "semantic"}),
 ]
-_GATES = [*(_unike(f"alpha {a}", config=Config(alpha=a)) for a in (0.1, 0.2, 0.3, 0.4, 0.5)), _unike("")]
-_NEIGHBOURS = [_unike(f"K {k}", config=Config(k=k)) for k in (1, 5, 10, 20, 40)]
+_GATES = [*(_unike(f"alpha {a}", alpha=a) for a in (0.1, 0.2, 0.3, 0.4, 0.5)), _unike("")]
+_NEIGHBOURS = [
+    *(_unike(f"K {k}", k=k, alpha=_ALPHA, beta=0.0) for k in (1, 5, 10, 20, 40)),
+    *(_with_ike(f"K {k}", k) for k in (1, 4, 8, 16)),
+]
 
 
 def table(name: str) -> list[Run]:
@@ -187,7 +230,7 @@ def table(name: str) -> list[Run]:
 
     Args:
         name: "1" (one step), "2" (10 and 20 steps), "3" (both tasks in one sequence), "4" (ablation), "4a" (K), "4b"
-            (fixed alphas), "4c" (directions of zeta).
+            (fixed alphas), "4c" (directions of zeta); "search" (all candidates for the settings of each system).
     """
     both: Sequence[Tasks] = ("vqa", "caption")
     runs: dict[str, Iterable[Run]] = {
@@ -198,12 +241,18 @@ def table(name: str) -> list[Run]:
         "4a": (Run("digits-llama", "vqa", *_system(1, s)) for s in _NEIGHBOURS),
         "4b": (Run("digits-llama", "vqa", *_system(1, s)) for s in _GATES),
         "4c": (Run("digits-llama", "vqa", *_system(1, s)) for s in _DIRECTIONS),
+        "search": (
+            Run(b, "both", name, variant=told(c), settings=c)
+            for name, candidates in CANDIDATES.items()
+            for c in candidates
+            for b in BACKBONES
+        ),
     }
     if name not in runs:
         raise ValueError(f"table: expected one of {', '.join(runs)}; got {name!r}")
     return list(runs[name])
 
 
-def _system(steps: int, system: tuple[str, str, dict[str, Any]]) -> tuple[str, int, str, dict[str, Any]]:
+def _system(steps: int, system: tuple[str, str, Settings]) -> tuple[str, int, str, Settings]:
     name, variant, settings = system
     return name, steps, variant, settings

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 from collections.abc import Mapping
 from typing import Any
@@ -11,8 +12,9 @@ from torch import Tensor
 
 from .. import digits
 from ..editing import build_memory
-from .experiments import DEFAULTS, Backbone, suite
+from .experiments import Backbone, suite
 from .metrics import METRICS
+from .settings import DEFAULTS
 from .tables import Results, figures
 
 Spaces = Mapping[str, tuple[Tensor, Tensor]]  # name -> states of right answers and of wrong ones, [n, width] each
@@ -39,20 +41,23 @@ def sweep(results: Results, protocol: str) -> bytes:
     return _png(figure)
 
 
-def spaces(backbone: Backbone, layer: int | None = None, *, limit: int | None = None) -> tuple[Spaces, str]:
+def spaces(
+    backbone: Backbone, layer: int | None = None, *, limit: int | None = None, seed: int = 0
+) -> tuple[Spaces, str]:
     """Hidden states of right and wrong answers in the semantic and in the truthfulness space of a layer.
 
     Args:
         backbone: whose memory of the training requests about digits is made.
         layer: None: the last one.
         limit: at most so many requests.
+        seed: of the encoders' training.
 
     Returns:
         The states, and a line that says how well held-out ones are told apart.
     """
     model, processor = digits.load_model(backbone.removeprefix("digits-")), digits.load_processor()
     triplets = [request.triplet for request in suite(model, processor, "vqa").train][:limit]
-    encoders = DEFAULTS["UniKE"]["encoders"]
+    encoders = dataclasses.replace(DEFAULTS["UniKE"]["encoders"], seed=seed)
     made = build_memory(model, processor, triplets, training=encoders, progress=False)
     chosen = max(made.spaces) if layer is None else layer
     space, states = made.spaces[chosen], made.hidden[chosen]

@@ -57,3 +57,21 @@ def as_csv(results: Results, protocol: str) -> str:
         about = {n: getattr(run, n) for n in ("backbone", "tasks", "steps", "system", "variant")}
         writer.writerow(about | numbers | {"requests": len(rows)})
     return out.getvalue()
+
+
+def choice(results: Results) -> str:
+    """Each system's candidates, best first, by the mean over backbones, metrics and the protocols of the tables.
+
+    A backbone counts as much as another; the protocol "exact" is left out, as it says what "unike" says.
+    """
+    scores: dict[tuple[str, str], list[float]] = {}
+    for run, rows in results:
+        means = [figures(rows, protocol)["mean"].mean for protocol in ("unike", "mmedit")]
+        scores.setdefault((run.system, run.variant), []).append(statistics.fmean(means))
+    lines = ["| system | settings | mean |", "| --- | --- | --- |"]
+    for system in dict.fromkeys(system for system, _ in scores):
+        ranked = sorted(
+            ((statistics.fmean(v), variant) for (name, variant), v in scores.items() if name == system), reverse=True
+        )
+        lines += [f"| {system} | {variant} | {100 * mean:.1f} |" for mean, variant in ranked]
+    return "\n".join(lines) + "\n"

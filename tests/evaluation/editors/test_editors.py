@@ -5,12 +5,22 @@ import dataclasses
 import pytest
 import torch
 
-from unike_kernels import digits
+from unike_kernels import Config, digits
 from unike_kernels.editing import EditTraining, EncoderTraining, Sample
 from unike_kernels.editing.samples import encode, forward
 from unike_kernels.evaluation import observe
 from unike_kernels.evaluation.digits_suite import digits_suite
-from unike_kernels.evaluation.editors import EDITORS, IKE, MEND, SERAC, FineTune, KnowledgeEditor, TPatcher, UniKE
+from unike_kernels.evaluation.editors import (
+    EDITORS,
+    IKE,
+    MEND,
+    SERAC,
+    FineTune,
+    IntrinsicIKE,
+    KnowledgeEditor,
+    TPatcher,
+    UniKE,
+)
 from unike_kernels.evaluation.editors.base import answer_loss
 
 QUICK = {
@@ -19,6 +29,7 @@ QUICK = {
     SERAC: {"steps": 100, "counterfactual_steps": 5},
     UniKE: {"encoders": EncoderTraining(lr=1e-3, steps=60), "training": EditTraining(steps=60)},
 }
+QUICK[IntrinsicIKE] = {**QUICK[UniKE], "k": 2}
 
 
 @pytest.fixture(scope="module", params=["opt", "llama"])
@@ -132,6 +143,36 @@ def test_demonstrations_come_before_the_edits_and_those_before_the_question(sett
     lines = [f"{r.case.request.prompt} {r.case.request.answer}" for r in suite.train]
     assert len(demonstrations) == 2
     assert all(line in lines and line.startswith(asked.prompt) for line in demonstrations)
+
+
+def test_neurons_and_demonstrations_work_together(setting):
+    """What the edited model says to the prompt with the demonstrations and the edit."""
+    model, processor, suite = setting
+    both, neurons, prompts = (
+        system(model, processor, **settings)
+        for system, settings in (
+            (IntrinsicIKE, QUICK[IntrinsicIKE]), (UniKE, {**QUICK[UniKE], "latent": False}), (IKE, {"k": 2})
+        )
+    )  # fmt: skip
+    request = suite.test[0].case.request
+    for editor in (both, neurons, prompts):
+        editor.fit(suite)
+        editor.edit(request)
+    found, after = both.observe([request]), neurons.observe([prompts._with_demonstrations(request)])
+    assert torch.equal(found[0].best[found[0].answer], after[0].best[after[0].answer])
+    assert not torch.equal(found[0].best, prompts.observe([request])[0].best)
+
+
+def test_variants_share_a_memory(setting):
+    model, processor, suite = setting
+    one, two = (UniKE(model, processor, **QUICK[UniKE], config=Config(k=k)) for k in (40, 5))
+    for editor in (one, two):
+        editor.fit(suite)
+    assert one._memory.layers[5].keys is two._memory.layers[5].keys
+    assert (one._memory.config.k, two._memory.config.k) == (40, 5)
+    other = UniKE(model, processor, **QUICK[UniKE], seed=3)
+    other.fit(suite)
+    assert not torch.equal(other._memory.layers[5].encoder.w1, one._memory.layers[5].encoder.w1)
 
 
 def test_only_what_an_edit_concerns_is_answered_by_the_counterfactual_model(setting):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from .base import Editor
 from .fine_tune import FineTune
 from .ike import IKE
+from .intrinsic_ike import IntrinsicIKE
 from .knowledge_editor import KnowledgeEditor
 from .mend import MEND
 from .serac import SERAC
@@ -12,7 +13,7 @@ from .t_patcher import TPatcher
 from .unike import UniKE
 
 EDITORS: dict[str, type[Editor]] = {
-    editor.name: editor for editor in (FineTune, KnowledgeEditor, TPatcher, MEND, IKE, SERAC, UniKE)
+    editor.name: editor for editor in (FineTune, KnowledgeEditor, TPatcher, MEND, IKE, SERAC, UniKE, IntrinsicIKE)
 }
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "SERAC",
     "Editor",
     "FineTune",
+    "IntrinsicIKE",
     "KnowledgeEditor",
     "TPatcher",
     "UniKE",

@@ -139,9 +139,8 @@ class SERAC(Editor):
         optimizer = torch.optim.Adam(self.counterfactual.parameters(), self.counterfactual_lr)
         for _ in range(self.counterfactual_steps):
             chosen: list[Request] = rng.sample(list(suite.train), min(self.batch_size, len(suite.train)))
-            batch = [
-                _in_the_light_of(r.case.request, rng.choice([r.case.request, *r.case.rephrasings])) for r in chosen
-            ]
+            concerned = [rng.choice([r.case.request, *r.case.rephrasings, *r.case.images]) for r in chosen]
+            batch = [_in_the_light_of(r.case.request, sample) for r, sample in zip(chosen, concerned, strict=True)]
             loss = answer_loss(self.counterfactual, self.encode(batch))
             optimizer.zero_grad()
             loss.backward()

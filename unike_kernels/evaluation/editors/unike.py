@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +24,8 @@ from .base import Editor
 
 STEERING = ("truth", "random", "semantic")
 
+_MADE: WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], MemoryResult]] = WeakKeyDictionary()
+
 
 class UniKE(Editor):
     """Extra neurons, a memory, and zeta' (paper, section 3).
@@ -33,6 +37,7 @@ class UniKE(Editor):
         latent: shift the attention by the memory; False: neurons alone, zeta' as ever.
         steer: zeta' from the truthfulness space, "truth"; or as long, but a direction at random, "random", or that from
             wrong to right answers in the semantic space, "semantic".
+        seed: of the encoders, the edits and a direction at random.
     """
 
     name = "UniKE"
@@ -48,9 +53,12 @@ class UniKE(Editor):
         intrinsic: bool = True,
         latent: bool = True,
         steer: Literal["truth", "random", "semantic"] = "truth",
+        seed: int = 0,
     ) -> None:
         super().__init__(model, processor)
-        self.config, self.encoders, self.training = config or Config(), encoders, training or EditTraining()
+        self.config, self.seed = config or Config(), seed
+        self.encoders = replace(encoders or EncoderTraining(), seed=seed)
+        self.training = training or EditTraining()
         if steer not in STEERING:
             raise ValueError(f"steer: expected one of {', '.join(STEERING)}; got {steer!r}")
         if steer == "semantic" and self.config.values == "projected":
@@ -63,13 +71,21 @@ class UniKE(Editor):
         self._zeta: dict[int, Tensor] | None = None
 
     def fit(self, suite: Suite) -> None:
-        triplets = [r.triplet for r in suite.train]
-        made = build_memory(
-            self.model, self.processor, triplets, config=self.config, training=self.encoders, progress=False
-        )
+        made = self._made(suite)
         self._preserve = suite.preserve
-        self._memory = made.memory if self.latent else None
+        self._memory = replace(made.memory, config=self.config) if self.latent else None
         self._zeta = None if self.latent and self.steer == "truth" else self._directions(made)
+
+    def _made(self, suite: Suite) -> MemoryResult:
+        """The memory of a suite's training requests: variants that differ in other things share it."""
+        known = _MADE.setdefault(self.model, {})
+        key = suite.name, tuple(r.id for r in suite.train), self.encoders, self.config.values
+        if key not in known:
+            triplets = [r.triplet for r in suite.train]
+            known[key] = build_memory(
+                self.model, self.processor, triplets, config=self.config, training=self.encoders, progress=False
+            )
+        return known[key]
 
     @torch.no_grad()
     def _directions(self, made: MemoryResult) -> dict[int, Tensor]:
@@ -78,7 +94,7 @@ class UniKE(Editor):
         for i, space in made.spaces.items():
             right = direction = space.zeta_prime
             if self.steer == "random":
-                direction = torch.randn(right.shape, generator=torch.Generator().manual_seed(i))
+                direction = torch.randn(right.shape, generator=torch.Generator().manual_seed(self.seed + i))
             elif self.steer == "semantic":
                 hidden = made.hidden[i]
                 # Of the states that Enc_sem was trained on.
@@ -101,7 +117,7 @@ class UniKE(Editor):
             preserve=self._preserve,
             config=self.config,
             zeta=self._zeta,
-            training=replace(self.training, seed=self.training.seed + len(self._edits)),
+            training=replace(self.training, seed=self.seed + len(self._edits)),
             progress=False,
         )
         self._edits.append(result.edit)
@@ -109,6 +125,10 @@ class UniKE(Editor):
     def reset(self) -> None:
         self._edits.clear()
 
+    def in_force(self) -> AbstractContextManager[object]:
+        """Within the block the model is the edited one."""
+        return patched(self.model, self._edits, self._memory, config=self.config)
+
     def observe(self, samples: Sequence[Sample]) -> list[Observation]:
-        with patched(self.model, self._edits, self._memory, config=self.config):
+        with self.in_force():
             return super().observe(samples)

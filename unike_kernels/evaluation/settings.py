@@ -1,0 +1,61 @@
+"""The settings of each system on the built-in suite, and the search that they come from.
+
+Each system has six candidates. They are measured on validation requests of both tasks and both backbones (`unike eval
+--table search`); the one with the highest mean over backbones, metrics and the protocols "unike" and "mmedit" is the
+default here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..config import Config
+from ..editing import EditTraining, EncoderTraining
+
+Settings = Mapping[str, Any]
+
+
+def _unike(*, patching: bool = True, lr: float = 1e-2, **config: Any) -> Settings:
+    """patching: with T-Patcher's activation and memory losses."""
+    weights = (0.1, 1.0) if patching else (0.0, 0.0)
+    return {
+        "encoders": EncoderTraining(lr=1e-3),
+        "config": Config(**({"tokens": "answer"} | config)),
+        "training": EditTraining(lr=lr, activation_weight=weights[0], memory_weight=weights[1]),
+    }
+
+
+CANDIDATES: dict[str, Sequence[Settings]] = {
+    "FT": [{"lr": lr, "stop_loss": loss} for lr in (1e-3, 3e-3, 1e-2) for loss in (0.05, 0.2)],
+    "KE": [{"lr": lr, "locality": weight} for lr in (1e-3, 3e-3, 1e-2) for weight in (1.0, 0.1)],
+    "T-Patcher": [{"lr": lr, "memory": weight} for lr in (3e-3, 1e-2, 3e-2) for weight in (1.0, 0.1)],
+    "MEND": [{"lr": lr, "locality": weight} for lr in (3e-4, 1e-3, 3e-3) for weight in (1.0, 0.1)],
+    "IKE": [{"k": k} for k in (1, 2, 4, 8, 16, 32)],
+    "SERAC": [
+        {"counterfactual_lr": lr, "counterfactual_steps": steps} for lr in (1e-4, 3e-4, 1e-3) for steps in (300, 1000)
+    ],
+    "UniKE": [
+        _unike(tokens="all", patching=False),
+        _unike(patching=False),
+        _unike(),
+        _unike(lr=3e-3),
+        _unike(beta=0.5),
+        _unike(alpha="last"),
+    ],
+}
+
+DEFAULTS: dict[str, Settings] = {name: candidates[0] for name, candidates in CANDIDATES.items()}
+
+
+def told(settings: Settings) -> str:
+    """Settings in words; of a group, what is not the library's own default."""
+    words = []
+    for name, value in settings.items():
+        if isinstance(value, Config | EditTraining | EncoderTraining):
+            usual = type(value)()
+            changed = {f: v for f, v in vars(value).items() if v != getattr(usual, f)}
+            words.append(" ".join([name, *(f"{f} {v}" for f, v in changed.items())]) if changed else f"{name} as usual")
+        else:
+            words.append(f"{name} {value}")
+    return ", ".join(words)
