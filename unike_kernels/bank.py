@@ -58,6 +58,11 @@ class EditBank:
         """Bytes of the pools, room for edits to come and what removed ones left included."""
         return sum(t.nbytes for store in self._stores.values() for t in store.buffers())
 
+    @property
+    def layers(self) -> list[int]:
+        """Those that edits may have neurons in."""
+        return sorted(self._stores)
+
     def add(self, edit: Edit) -> None:
         """Hold an edit.
 
@@ -67,13 +72,13 @@ class EditBank:
         """
         if edit.id in self._edits:
             raise PatchError(f"edit: {edit.id!r} is in the bank already; replace it, or remove it first")
-        self._check(edit)
+        self.check(edit)
         self._set(edit)
 
     def replace(self, edit: Edit) -> None:
         """Hold an edit in the place of the one of its id. Raises as `add` does, PatchError if there is none."""
         self._require(edit.id)
-        self._check(edit)
+        self.check(edit)
         self.remove(edit.id)
         self._set(edit)
 
@@ -115,7 +120,8 @@ class EditBank:
             raise PatchError(f"id: {id!r} is no edit of the bank")
         return self._edits[id]
 
-    def _check(self, edit: Edit) -> None:
+    def check(self, edit: Edit) -> None:
+        """Raises MismatchError for another hidden size or activation, or layers that the bank does not have."""
         if edit.hidden_size != self.hidden_size:
             raise MismatchError(
                 f"edit {edit.id!r}: its hidden size is {edit.hidden_size}, the bank's {self.hidden_size}"

@@ -264,6 +264,12 @@ def _configured(config: Any, where: str) -> Callable[[Tensor], Tensor]:
     )
 
 
+def configured_activation(config: Any) -> str:
+    """The name of the activation that a model's config gives its FFNs. Raises UnsupportedModelError for none."""
+    where = type(config).__name__
+    return match_activation(_configured(config, where), where)
+
+
 @torch.no_grad()
 def match_activation(function: Callable[[Tensor], Tensor], where: str) -> str:
     """The name of an activation, found by what it computes. Raises UnsupportedModelError for an unknown one."""

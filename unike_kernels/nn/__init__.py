@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ._drop_in import original, residual_of, residual_position
 from .context import Context, ModelContext, PromptState, Version
-from .memory_attention import MemoryAttention, MemoryTables
+from .memory_attention import MemoryAttention, MemoryTables, shift_tokens
 from .patched_ffn import Dense, EditStore, PassThrough, PatchedFFN
 
 __all__ = [
@@ -21,4 +21,5 @@ __all__ = [
     "original",
     "residual_of",
     "residual_position",
+    "shift_tokens",
 ]

@@ -142,34 +142,22 @@ class MemoryAttention(DropIn):
         batch, tokens, d = hidden.shape
         flat, inputs = hidden.reshape(-1, d), out.reshape(-1, d)
         bounds = self._bounds(memory, batch, tokens)
-        values = memory.keys if memory.values is None else memory.values
         queries = flat.unsqueeze(1) if self.project is None else self.project(self._originals[0], flat)
-        alpha = None
-        if not isinstance(config.alpha, str):
-            wide = torch.promote_types(out.dtype, torch.float32)
-            alpha = torch.full((1,), float(config.alpha), dtype=wide, device=out.device)
         anchor = None
         if config.alpha == "last":
             anchor = self._from_prompt_end("anchor", lambda last: out[self._rows(last), last])
         if config.retrieval == "token":
-            blend = blend_of(queries, config.scale, config.convention, config.norm)
-            # Tracing sees the operator; otherwise the shortest way that computes the same.
-            if not torch.compiler.is_compiling() and memory.plan().takes(flat, queries, inputs):
-                shifted = memory.plan().run(flat, queries, inputs, config.k, bounds, alpha, anchor, blend)
-            else:
-                shifted, _, _ = attend(
-                    flat, memory.index, config.k, bounds, memory.packed, queries, inputs, memory.keys, values,
-                    memory.projected, memory.encoder, alpha, anchor, blend,
-                )  # fmt: skip
+            shifted = shift_tokens(memory, config, flat, queries, inputs, bounds, anchor)
         else:
             ids = self._from_prompt_end("ids", lambda last: self._retrieve(memory, hidden, last))
             per_token = ids.repeat_interleave(tokens, 0)
             if bounds is not None:  # a token that may not be shifted has an empty range
                 per_token = torch.where((bounds[:, :1] < bounds[:, 1:]), per_token, -1)
+            values = memory.keys if memory.values is None else memory.values
             shifted, _ = latent_attention(
                 queries, inputs, memory.keys, values, per_token, memory.encoder,
-                scale=config.scale, alpha=alpha, anchor=anchor, convention=config.convention, norm=config.norm,
-                projected=memory.projected,
+                scale=config.scale, alpha=_fixed_alpha(config, out), anchor=anchor,
+                convention=config.convention, norm=config.norm, projected=memory.projected,
             )  # fmt: skip
         return shifted.reshape(out.shape)
 
@@ -217,6 +205,45 @@ class MemoryAttention(DropIn):
         if key not in prompt.saved:
             raise ValueError("the prompt itself was not seen inside this uk.rows(...) block; start with the prompt")
         return prompt.saved[key]
+
+
+def shift_tokens(
+    memory: MemoryTables,
+    config: Config,
+    hidden: Tensor,
+    queries: Tensor,
+    inputs: Tensor,
+    bounds: Tensor | None,
+    anchor: Tensor | None = None,
+) -> Tensor:
+    """The shifted attention output [M, d] of tokens that retrieve each for itself.
+
+    Args:
+        memory, config: of the layer.
+        hidden: [M, d], at the attention's input.
+        queries: [M, H, c], of the latent attention.
+        inputs: [M, d], the attention's output.
+        bounds: int64 [M, 2], the entries that each token may retrieve; None: all.
+        anchor: see `ops.latent_attention`.
+    """
+    alpha = _fixed_alpha(config, inputs)
+    blend = blend_of(queries, config.scale, config.convention, config.norm)
+    # Tracing sees the operator; otherwise the shortest way that computes the same.
+    if not torch.compiler.is_compiling() and memory.plan().takes(hidden, queries, inputs):
+        return memory.plan().run(hidden, queries, inputs, config.k, bounds, alpha, anchor, blend)
+    values = memory.keys if memory.values is None else memory.values
+    shifted, _, _ = attend(
+        hidden, memory.index, config.k, bounds, memory.packed, queries, inputs, memory.keys, values,
+        memory.projected, memory.encoder, alpha, anchor, blend,
+    )  # fmt: skip
+    return shifted
+
+
+def _fixed_alpha(config: Config, inputs: Tensor) -> Tensor | None:
+    if isinstance(config.alpha, str):
+        return None
+    wide = torch.promote_types(inputs.dtype, torch.float32)
+    return torch.full((1,), float(config.alpha), dtype=wide, device=inputs.device)
 
 
 def _unknown_prompt(modes: str) -> ValueError:

@@ -1,0 +1,148 @@
+"""Steps of flat tokens, in which each request has its own edits: against each request alone."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import unike_kernels as uk
+from unike_kernels.edits import EditLayer
+from unike_kernels.serving import FlatModel, Share, Version
+
+D, LAYERS = 64, [2, 3]
+
+
+@pytest.fixture
+def versions(make_model, make_edit):
+    model = make_model("llama")
+    made = {name: make_edit(model, name, seed=i, layers=LAYERS, gated=i == 1) for i, name in enumerate("abcd")}
+    return {name: Version(f"{name}@1", edit) for name, edit in made.items()}
+
+
+def flat(versions, **kwargs):
+    model = FlatModel(LAYERS, D, "silu", **kwargs)
+    for version in versions.values():
+        model.hold(version)
+    return model
+
+
+def alone(x, base, edits, layer):
+    """base + the neurons, by hand and token by token."""
+    out = base.clone()
+    for edit in edits:
+        e: EditLayer = edit.layers[layer]
+        o = torch.nn.functional.silu(x @ e.keys.T + e.key_bias)
+        if e.up is not None:
+            o = o * (x @ e.up.T + e.up_bias)
+        out = out + o @ (e.values + e.beta * e.zeta)
+    return out
+
+
+SHARES = [
+    Share(1, ("a@1",)), Share(1), Share(1, ("b@1", "a@1")),  # decoding
+    Share(5, ("c@1",)), Share(4), Share(1, ("d@1",)), Share(0, ("a@1",)), Share(2, ("d@1", "b@1")),
+]  # fmt: skip
+
+
+def test_each_request_gets_its_own_edits(versions):
+    model = flat(versions)
+    total = sum(share.tokens for share in SHARES)
+    x, base = torch.randn(total + 3, D), torch.randn(total + 3, D)
+    for layer in LAYERS:
+        out = base.clone()
+        model.begin(SHARES)
+        model.ffn(layer, x, out)
+        start = 0
+        for share in SHARES:
+            part = slice(start, start + share.tokens)
+            edits = [versions[key[0]].edit for key in share.edits]
+            torch.testing.assert_close(out[part], alone(x[part], base[part], edits, layer), atol=1e-5, rtol=1e-5)
+            if not edits:
+                assert torch.equal(out[part], base[part])
+            start += share.tokens
+        assert torch.equal(out[start:], base[start:])  # padding
+        model.end()
+        model.ffn(layer, x, out := base.clone())
+        assert torch.equal(out, base)
+
+
+def test_no_request_depends_on_another_ones_edits(versions):
+    """The same bits when the other requests' edits are taken away or replaced."""
+    model = flat(versions)
+    total = sum(share.tokens for share in SHARES)
+    x, base = torch.randn(total, D), torch.randn(total, D)
+
+    def run(shares):
+        model.begin(shares)
+        model.ffn(2, x, out := base.clone())
+        return out
+
+    mixed, start = run(SHARES), 0
+    for i, share in enumerate(SHARES):
+        part = slice(start, start + share.tokens)
+        for others in ((), ("d@1",), ("c@1", "a@1")):
+            shares = [s if i == j else replace(s, edits=others) for j, s in enumerate(SHARES)]
+            assert torch.equal(run(shares)[part], mixed[part])
+        start += share.tokens
+
+
+@pytest.mark.parametrize("tokens", ["all", "answer"])
+def test_the_memory_shifts_whom_it_may(make_model, make_memory, versions, tokens):
+    memory = make_memory(make_model("llama"), uk.Config(k=7, values="out", tokens=tokens, alpha=0.4), layers=LAYERS)
+    model = FlatModel(LAYERS, D, "silu", memory)
+    shares = [
+        Share(1), Share(1, memory=False), Share(6, prompt=4), Share(3, prompt=9), Share(2, prompt=1, memory=False)
+    ]  # fmt: skip
+    hidden, base = torch.randn(15, D), torch.randn(15, D)
+
+    def run(shares):
+        model.begin(shares)
+        model.attention(2, hidden, out := base.clone())
+        return out
+
+    everybody = run([Share(13)])
+    out = run(shares)
+    shifted = [0, *range(2, 8), *range(8, 11)] if tokens == "all" else [0, 6, 7]
+    for token in range(15):
+        if token in shifted:
+            assert torch.equal(out[token], everybody[token])
+            assert not torch.equal(out[token], base[token])
+        else:
+            assert torch.equal(out[token], base[token])
+    assert torch.equal(run([Share(13, memory=False)]), base)
+    model.attention(5, hidden, out := base.clone())  # a layer without a memory
+    assert torch.equal(out, base)
+
+
+def test_the_oldest_edits_that_nobody_needs_make_room(versions):
+    model = FlatModel(LAYERS, D, "silu", resident=3)
+    for name in "abc":
+        model.hold(versions[name])
+    model.hold(versions["d"], needed=["a@1"])
+    assert set(model.bank) == {"a@1", "c@1", "d@1"}
+    model.hold(versions["b"], needed=["a@1", "c@1", "d@1"])  # all are needed: more than usual stay
+    assert set(model.bank) == {"a@1", "b@1", "c@1", "d@1"}
+
+
+@pytest.mark.parametrize(
+    "config", [{"alpha": "last"}, {"retrieval": "sequence"}, {"tokens": "text"}, {"values": "projected"}]
+)
+def test_memories_that_flat_tokens_cannot_serve(make_model, make_memory, config):
+    memory = make_memory(make_model("llama"), uk.Config(k=7, **{"values": "pre", **config}), layers=LAYERS)
+    with pytest.raises(ValueError, match="memory: an engine of flat tokens serves"):
+        FlatModel(LAYERS, D, "silu", memory)
+
+
+def test_edits_that_do_not_fit(versions, make_model, make_memory, make_edit):
+    model = flat(versions)
+    model.check(versions["a"].edit)
+    with pytest.raises(uk.MismatchError, match="the bank has no layers"):
+        model.check(make_edit(make_model("llama"), "x"))
+    with pytest.raises(uk.MismatchError, match="it is for relu FFNs"):
+        model.check(make_edit(make_model("opt"), "x", layers=LAYERS))
+    memory = make_memory(make_model("llama"), layers=LAYERS)
+    with pytest.raises(uk.MismatchError, match=f"'a': it was trained with the memory None, this one is {memory.id}"):
+        FlatModel(LAYERS, D, "silu", memory).check(versions["a"].edit)
+    model.begin([Share(1, ("z@1",))])
+    with pytest.raises(uk.PatchError, match="unknown edit ids"):
+        model.ffn(2, torch.zeros(1, D), torch.zeros(1, D))

@@ -1,0 +1,95 @@
+"""A folder of edits: what is there now, what somebody still holds, and what other processes can reach."""
+
+import gc
+
+import pytest
+
+import unike_kernels as uk
+from unike_kernels.errors import ArtifactError
+from unike_kernels.serving import EditFolder
+
+
+@pytest.fixture
+def edit(make_model, make_edit):
+    model = make_model("opt")
+    return lambda id, seed=2: make_edit(model, id, seed=seed)
+
+
+def put(path, edit):
+    edit.save(path / f"{edit.id}.safetensors")
+
+
+def first_key(edit):
+    return float(edit.layers[2].keys[0, 0])
+
+
+def test_an_edit_comes_is_replaced_and_goes(tmp_path, edit):
+    folder = EditFolder(tmp_path)
+    with pytest.raises(ValueError, match="there is no edit 'a'"):
+        folder.get("a")
+    put(tmp_path, edit("a"))
+    old = folder.get("a")
+    assert folder.get("a") is old
+    put(tmp_path, edit("a", seed=3))
+    new = folder.get("a")
+    assert new.key != old.key
+    assert first_key(new.edit) != first_key(old.edit)
+    assert folder.held(old.key) is old  # somebody, this test, holds it
+    (tmp_path / "a.safetensors").unlink()
+    with pytest.raises(ValueError, match="there is no edit 'a'"):
+        folder.get("a")
+    assert folder.held(new.key) is new
+
+
+def test_what_nobody_holds_is_gone_with_its_file(tmp_path, edit):
+    folder = EditFolder(tmp_path)
+    put(tmp_path, edit("a"))
+    key = folder.get("a").key
+    put(tmp_path, edit("a", seed=3))
+    folder.get("a")
+    gc.collect()
+    with pytest.raises(ValueError, match="'a' was replaced or revoked before its request began"):
+        folder.held(key)
+
+
+def test_another_process_reaches_what_is_retained(tmp_path, edit):
+    put(tmp_path, edit("a"))
+    engine, worker = EditFolder(tmp_path), EditFolder(tmp_path)
+    version = engine.retain(engine.get("a").key)
+    (tmp_path / "a.safetensors").unlink()
+    reached = worker.held(version.key)
+    assert reached is not version
+    assert first_key(reached.edit) == first_key(version.edit)
+    key = version.key
+    engine.retain(key)
+    del version, reached
+    engine._last.clear()
+    gc.collect()
+    assert [p for p in tmp_path.rglob("*") if p.is_file()] == []
+    with pytest.raises(ValueError, match="replaced or revoked"):
+        worker.held(key)
+
+
+@pytest.mark.parametrize("id", ["../a", "", ".a", "a/b", 3, "a b"])
+def test_ids_are_names(tmp_path, id):
+    with pytest.raises(ValueError, match="expected an id of letters"):
+        EditFolder(tmp_path).get(id)
+
+
+def test_what_does_not_fit_is_refused(tmp_path, edit):
+    with pytest.raises(FileNotFoundError, match="there is no folder"):
+        EditFolder(tmp_path / "none")
+
+    def refuse(edit):
+        raise uk.MismatchError(f"edit {edit.id!r}: not today")
+
+    folder = EditFolder(tmp_path, refuse)
+    put(tmp_path, edit("a"))
+    with pytest.raises(uk.MismatchError, match="not today"):
+        folder.get("a")
+    edit("b").save(tmp_path / "c.safetensors")
+    with pytest.raises(ValueError, match="holds the edit 'b'; its name must be its id"):
+        EditFolder(tmp_path).get("c")
+    (tmp_path / "d.safetensors").write_bytes(b"no")
+    with pytest.raises(ArtifactError, match=r"d\.safetensors"):
+        EditFolder(tmp_path).get("d")

@@ -1,0 +1,164 @@
+"""A model whose engine computes the tokens of all requests behind one another, [T, d], as vLLM and others do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..bank import EditBank
+from ..edits import Edit
+from ..errors import MismatchError
+from ..memory import MemoryBank
+from ..nn import MemoryTables, shift_tokens
+from .folder import Version
+
+
+@dataclass(frozen=True)
+class Share:
+    """What a step computes for one request.
+
+    Attributes:
+        tokens: how many of the step's tokens are its own.
+        edits: keys of the edits that are added to them.
+        memory: whether the memory shifts them.
+        prompt: of the tokens, how many come before the last one of the prompt: with Config(tokens="answer") these are
+            not shifted.
+    """
+
+    tokens: int
+    edits: tuple[str, ...] = ()
+    memory: bool = True
+    prompt: int = 0
+
+
+class FlatModel:
+    """Edits and a memory for such a model. An engine says what a step holds, and calls two functions in each layer.
+
+    Args:
+        layers: decoder layers that edits may name.
+        hidden_size: d.
+        activation: of the FFNs; see `ops.patched_ffn`.
+        memory: for all requests that do not decline it; None: none.
+        resident: edits that are kept when no request asks for them.
+        device: where the model is.
+
+    Raises:
+        ValueError: a memory whose config needs more than flat tokens tell: alpha="last", retrieval="sequence",
+            tokens="text" or values="projected"; or as `EditBank` does.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[int],
+        hidden_size: int,
+        activation: str,
+        memory: MemoryBank | None = None,
+        *,
+        resident: int = 1024,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.bank = EditBank(layers, hidden_size, activation, device=device)
+        self.memory, self._resident = memory, resident
+        self._tables: dict[int, MemoryTables] = {}
+        if memory is not None:
+            config = memory.config
+            if config.needs_whole_prompts or config.tokens == "text" or config.values == "projected":
+                raise ValueError(
+                    "memory: an engine of flat tokens serves retrieval='token', alpha='token' or a number, "
+                    f"tokens='all' or 'answer' and values='out' or 'pre'; got {config}"
+                )
+            self._tables = {
+                i: MemoryTables(m.index, m.keys, m.values, m.encoder).to(device) for i, m in memory.layers.items()
+            }
+        self._runs: list[tuple[slice, list[tuple[str, ...]]]] = []
+        self._shifted = 0
+        self._bounds: Tensor | None = None
+        self._device = torch.device(device)
+
+    @property
+    def layers(self) -> list[int]:
+        """Those that have neurons or a memory."""
+        return sorted({*self.bank.layers, *self._tables})
+
+    def check(self, edit: Edit) -> None:
+        """Raises MismatchError for an edit that cannot be served: other layers, sizes or memory."""
+        self.bank.check(edit)
+        of_this = self.memory.id if self.memory else None
+        if edit.memory_id != of_this:
+            raise MismatchError(
+                f"edit {edit.id!r}: it was trained with the memory {edit.memory_id}, this one is {of_this}"
+            )
+
+    def hold(self, version: Version, needed: Sequence[str] = ()) -> None:
+        """Make an edit resident under its key. Where too many are, the oldest that are not `needed` go."""
+        if version.key in self.bank:
+            return
+        if len(self.bank) >= self._resident:
+            idle = [key for key in self.bank if key not in set(needed)]
+            for key in idle[: max(len(idle) - self._resident // 2, 0)] or idle[:1]:
+                self.bank.remove(key)
+        self.bank.add(replace(version.edit, id=version.key))
+
+    def begin(self, shares: Sequence[Share]) -> None:
+        """Say what the next passes hold: the requests' tokens in this order; what is behind them is padding.
+
+        Raises PatchError for a key that is not resident.
+        """
+        self._runs = [(part, rows) for part, rows in _runs(shares) if any(rows)]
+        self._shifted, self._bounds = 0, None
+        if self._tables and any(share.memory for share in shares):
+            total = sum(share.tokens for share in shares)
+            self._shifted, self._bounds = total, self._entries(shares, total)
+
+    def _entries(self, shares: Sequence[Share], total: int) -> Tensor | None:
+        """int64 [T, 2]: the entries that each token may retrieve; None: all of them, each token."""
+        assert self.memory is not None
+        answers = self.memory.config.tokens == "answer"
+        if all(share.memory and not (answers and share.prompt) for share in shares):
+            return None
+        bounds, start = torch.zeros(total, 2, dtype=torch.int64), 0
+        for share in shares:
+            first = share.tokens if not share.memory else min(share.prompt, share.tokens) if answers else 0
+            bounds[start + first : start + share.tokens, 1] = len(self.memory)
+            start += share.tokens
+        return bounds.to(self._device)
+
+    def end(self) -> None:
+        """No pass is edited any more, until the next `begin`."""
+        self._runs, self._shifted, self._bounds = [], 0, None
+
+    def ffn(self, layer: int, x: Tensor, out: Tensor) -> None:
+        """Add the neurons of each request's edits to `out`, the FFN's output on `x`, in place. Both [T, d]."""
+        for part, rows in self._runs:
+            out[part] = self.bank.apply(layer, x[part], out[part], rows)
+
+    def attention(self, layer: int, hidden: Tensor, out: Tensor) -> None:
+        """Shift `out`, the attention's output on `hidden`, in place. Both [T, d]."""
+        tables = self._tables.get(layer)
+        if tables is None or not self._shifted or self.memory is None:
+            return
+        h, o = hidden[: self._shifted], out[: self._shifted]
+        o.copy_(shift_tokens(tables, self.memory.config, h, h.unsqueeze(1), o, self._bounds))
+
+
+def _runs(shares: Sequence[Share]) -> Iterator[tuple[slice, list[tuple[str, ...]]]]:
+    """The tokens of each request that has several, and of requests of one token in a row: an edit set for each row."""
+    start, rows = 0, list[tuple[str, ...]]()
+    at = 0
+    for share in shares:
+        if share.tokens == 1:
+            if not rows:
+                start = at
+            rows.append(share.edits)
+        else:
+            if rows:
+                yield slice(start, at), rows
+                rows = []
+            if share.tokens:
+                yield slice(at, at + share.tokens), [share.edits]
+        at += share.tokens
+    if rows:
+        yield slice(start, at), rows

@@ -1,0 +1,117 @@
+"""Edits as files in a folder, which is how the processes of a server share them, and how edits come and go."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import threading
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..edits import Edit
+
+_NAME = re.compile(r"\w[\w.-]*")
+_RETAINED = ".retained"
+
+
+@dataclass(frozen=True)
+class Version:
+    """One state of an edit's file.
+
+    Attributes:
+        key: "<id>@<state>"; a file that is replaced has another one.
+        edit: what it held.
+    """
+
+    key: str
+    edit: Edit
+
+
+class EditFolder:
+    """The edits `<id>.safetensors` of a folder.
+
+    Adding or replacing an edit is `Edit.save` to its place, which is atomic; revoking it is removing the file. A
+    version that somebody still holds can be had by its key, whatever has become of the file.
+
+    Args:
+        path: the folder.
+        check: called with each edit that is loaded; raises if it does not fit.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], check: Callable[[Edit], None] = lambda edit: None) -> None:
+        self._path, self._check = Path(path), check
+        if not self._path.is_dir():
+            raise FileNotFoundError(f"edits: there is no folder {self._path}")
+        self._held: weakref.WeakValueDictionary[str, Version] = weakref.WeakValueDictionary()
+        self._last: dict[str, Version] = {}
+        self._lock = threading.Lock()
+
+    def get(self, id: str) -> Version:
+        """The version of an edit that is there now.
+
+        Raises:
+            ValueError: there is no edit of this id, or its file is not valid or does not fit; the message names it.
+        """
+        if not isinstance(id, str) or not _NAME.fullmatch(id):
+            raise ValueError(f"edit: expected an id of letters, digits, '_', '.' and '-', got {id!r:.80}")
+        file = self._path / f"{id}.safetensors"
+        try:
+            state = file.stat()
+        except FileNotFoundError:
+            self._last.pop(id, None)
+            raise ValueError(f"edit: there is no edit {id!r}") from None
+        key = f"{id}@{state.st_mtime_ns:x}-{state.st_size:x}-{state.st_ino:x}"
+        version = self._held.get(key)
+        if version is None:
+            try:
+                edit = Edit.load(file)
+            except FileNotFoundError:
+                raise ValueError(f"edit: there is no edit {id!r}") from None
+            if edit.id != id:
+                raise ValueError(f"edit: {file.name} holds the edit {edit.id!r}; its name must be its id")
+            self._check(edit)
+            version = self._held[key] = Version(key, edit)
+        self._last[id] = version
+        return version
+
+    def held(self, key: str) -> Version:
+        """The version of this key: from whoever holds it in this process, the folder, or what a process retains.
+
+        Raises ValueError if there is none any more.
+        """
+        version = self._held.get(key)
+        if version is not None:
+            return version
+        id = key.rpartition("@")[0]
+        try:
+            version = self.get(id)
+        except ValueError:
+            version = None
+        if version is None or version.key != key:
+            retained = next(self._path.glob(f"{_RETAINED}/*/{key}.safetensors"), None)
+            if retained is None:
+                raise ValueError(f"edit: {id!r} was replaced or revoked before its request began")
+            version = self._held[key] = Version(key, Edit.load(retained))
+        return version
+
+    def retain(self, key: str) -> Version:
+        """`held`, and its file stays within reach of other processes as long as the object that is returned lives."""
+        version = self.held(key)
+        place = self._path / _RETAINED / str(os.getpid()) / f"{key}.safetensors"
+        with self._lock:
+            if not place.exists():
+                version.edit.save(place)
+                weakref.finalize(version, _unlink, place)
+        return version
+
+
+def _unlink(place: Path) -> None:
+    place.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        place.parent.rmdir()

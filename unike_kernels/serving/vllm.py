@@ -1,0 +1,312 @@
+"""A plugin of vLLM: each request with its own edits, and a memory for all (entry point `vllm.general_plugins`).
+
+Start vLLM with `--additional-config '{"unike": {"edits": "FOLDER", "memory": "FILE"}}'`; both are optional, and so is
+"layers", the decoder layers that edits may name (the last four). A request names its edits in
+`SamplingParams(extra_args={"unike_edit": "capital-of-peru"})`, several as a list, over HTTP in the field `vllm_xargs`;
+`"unike_memory": 0` declines the memory.
+
+* In the front-end a request's edits are looked up. An unknown one is an error of that request alone. Versions of edits
+  enter its cache salt, so that no two requests share a prefix whose keys and values an edit has changed.
+* In the engine's process it gets hold of those versions: what happens to the files later does not concern it.
+* In the worker the model's FFNs and attentions call two operators, opaque to torch.compile, which compute with what
+  the runner said the step holds. A step without edits passes through them.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor, nn
+
+from ..backbones import configured_activation
+from ..edits import Edit
+from ..errors import MismatchError, UnsupportedModelError
+from ..memory import MemoryBank
+from .flat import FlatModel, Share
+from .folder import EditFolder
+
+KEY = "unike"  # in additional_config, and of what the front-end tells the worker about a request
+_LAYERS = 4
+
+# --- the operators ----------------------------------------------------------------------------------------------------
+
+_models: WeakValueDictionary[int, FlatModel] = WeakValueDictionary()
+_lib = torch.library.Library("unike_serving", "DEF")
+
+
+def _ffn(x: Tensor, out: Tensor, model: int, layer: int) -> None:
+    _models[model].ffn(layer, x, out)
+
+
+def _attention(x: Tensor, out: Tensor, model: int, layer: int) -> None:
+    _models[model].attention(layer, x, out)
+
+
+def _nothing(x: Tensor, out: Tensor, model: int, layer: int) -> None:
+    """What tracing sees."""
+
+
+for _name, _run in (("ffn", _ffn), ("attention", _attention)):
+    _lib.define(f"{_name}(Tensor x, Tensor(a!) out, int model, int layer) -> ()")
+    _lib.impl(_name, _run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"unike_serving::{_name}", _nothing, lib=_lib)
+
+
+# --- the model --------------------------------------------------------------------------------------------------------
+
+
+class _InlineFFN(nn.Module):
+    """In the place of `fc1`: the whole FFN of a layer that computes it inline, so that input and output are at hand."""
+
+    def __init__(self, fc1: nn.Module, activation: nn.Module, fc2: nn.Module) -> None:
+        super().__init__()
+        self.fc1, self.activation, self.fc2 = fc1, activation, fc2
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        hidden, _ = self.fc1(x)
+        out, _ = self.fc2(self.activation(hidden))
+        return out, None
+
+
+class _Through(nn.Module):
+    """In the place of `fc2`: gives on what comes."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        return x, None
+
+
+def install(model: nn.Module, served: FlatModel, total: int) -> None:
+    """Let the decoder layers of a vLLM model call the operators.
+
+    Args:
+        model: as vLLM loads it, with all of its layers.
+        served: what its layers shall compute.
+        total: decoder layers.
+
+    Raises:
+        UnsupportedModelError: no such layers, or an FFN that is neither `mlp` nor `fc1`, `activation_fn`, `fc2`.
+    """
+    language: Any = model.get_language_model() if hasattr(model, "get_language_model") else model  # type: ignore[operator]
+    lists = [m for m in language.modules() if isinstance(m, nn.ModuleList) and len(m) == total]
+    layers: Any = next((m for m in lists if all(hasattr(each, "self_attn") for each in m)), None)
+    if layers is None:
+        raise UnsupportedModelError(f"{type(language).__name__}: looked for {total} decoder layers with self_attn")
+    number = id(served)
+    _models[number] = served
+    plan: list[tuple[nn.Module, str, int]] = []
+    for index in served.layers:
+        layer = layers[index]
+        plan.append((layer.self_attn, "attention", index))
+        if hasattr(layer, "mlp"):
+            plan.append((layer.mlp, "ffn", index))
+        elif all(hasattr(layer, name) for name in ("fc1", "activation_fn", "fc2")):
+            layer.fc1 = _InlineFFN(layer.fc1, layer.activation_fn, layer.fc2)
+            layer.activation_fn, layer.fc2 = nn.Identity(), _Through()
+            plan.append((layer.fc1, "ffn", index))
+        else:
+            raise UnsupportedModelError(f"{type(layer).__name__}: looked for an FFN as mlp, or fc1, activation_fn, fc2")
+    for module, name, index in plan:
+        module.register_forward_hook(_caller(name, number, index), with_kwargs=True)
+
+
+def _caller(name: str, number: int, index: int) -> Callable[..., None]:
+    run = getattr(torch.ops.unike_serving, name)
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        x = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        run(x, output[0] if isinstance(output, tuple) else output, number, index)
+
+    return hook
+
+
+# --- what a server is told --------------------------------------------------------------------------------------------
+
+
+class _Served:
+    """A server's settings, as a process of it needs them."""
+
+    def __init__(self, vllm_config: Any, settings: dict[str, Any]) -> None:
+        unknown = sorted(set(settings) - {"edits", "memory", "layers"})
+        if unknown:
+            raise ValueError(f"additional_config.unike: expected edits, memory and layers, got {unknown}")
+        self.config = vllm_config.model_config.hf_config
+        text = vllm_config.model_config.hf_text_config
+        self.total, self.hidden_size = int(text.num_hidden_layers), int(text.hidden_size)
+        self.activation = configured_activation(text)
+        self.memory = MemoryBank.load(settings["memory"]) if settings.get("memory") else None
+        last = range(max(self.total - _LAYERS, 0), self.total)
+        self.layers = sorted(settings.get("layers") or (self.memory.layers if self.memory else last))
+        if self.memory is not None:
+            self._belongs(f"memory {self.memory.id}", self.memory)
+        self.model: FlatModel | None = None
+        self.folder = EditFolder(settings["edits"], self.check) if settings.get("edits") else None
+
+    def _belongs(self, name: str, artifact: Edit | MemoryBank) -> None:
+        made = artifact.base_model
+        found = {"model_type": self.config.model_type, "hidden_size": self.hidden_size, "layers": self.total}
+        for what, value in found.items():
+            if made[what] != value:
+                raise MismatchError(f"{name}: it was made for {what} {made[what]!r}, this model has {value!r}")
+
+    def flat(self, device: torch.device | str = "cpu") -> FlatModel:
+        """Of the worker; elsewhere it only checks what could be served."""
+        if self.model is None:
+            self.model = FlatModel(self.layers, self.hidden_size, self.activation, self.memory, device=device)
+        return self.model
+
+    def check(self, edit: Edit) -> None:
+        self._belongs(f"edit {edit.id!r}", edit)
+        self.flat().check(edit)
+
+    def admit(self, request: Any) -> None:
+        """Look up what a request asks for, and note it in the request and in its cache salt."""
+        params = request.sampling_params
+        extra = (params.extra_args or {}) if params is not None else {}
+        asked, memory = extra.get("unike_edit", []), bool(extra.get("unike_memory", True))
+        ids = [asked] if isinstance(asked, str) else asked
+        if not isinstance(ids, list) or len(set(map(str, ids))) != len(ids):
+            raise ValueError(f"unike_edit: expected the id of an edit or a list of distinct ones, got {asked!r:.80}")
+        if ids and self.folder is None:
+            raise ValueError("unike_edit: this server was started without a folder of edits")
+        keys = [self.folder.get(id).key for id in ids] if self.folder is not None else []
+        if params is not None:
+            params.extra_args = {**extra, KEY: {"edits": keys, "memory": memory}}
+        marks = [*keys, *([] if memory or self.memory is None else ["no memory"])]
+        if marks:
+            request.cache_salt = "|".join([request.cache_salt or "", KEY, *marks])
+
+
+def _configured(vllm_config: Any) -> dict[str, Any] | None:
+    settings = vllm_config.additional_config
+    return settings.get(KEY) if isinstance(settings, dict) else None
+
+
+def _served(vllm_config: Any) -> _Served | None:
+    """Of this process; None: the server was not told of edits."""
+    settings = _configured(vllm_config)
+    if settings is None:
+        return None
+    if vllm_config.use_v2_model_runner:
+        raise ValueError("additional_config.unike: needs vLLM's first model runner; unset VLLM_USE_V2_MODEL_RUNNER")
+    found: _Served | None = getattr(vllm_config, "_unike", None)
+    if found is None:
+        found = vllm_config._unike = _Served(vllm_config, settings)
+    return found
+
+
+# --- the places in vLLM -----------------------------------------------------------------------------------------------
+
+
+def _wrap(owner: type, name: str, around: Callable[..., Any]) -> None:
+    original = getattr(owner, name)
+    if name not in vars(owner) or hasattr(original, "_unike"):
+        return
+
+    @functools.wraps(original)
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return around(original, self, *args, **kwargs)
+
+    wrapped._unike = True  # type: ignore[attr-defined]
+    setattr(owner, name, wrapped)
+
+
+def _process_inputs(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+    request = original(self, *args, **kwargs)
+    served = _served(self.vllm_config)
+    params = request.sampling_params
+    if served is not None:
+        served.admit(request)
+    elif params is not None and {"unike_edit", "unike_memory"} & set(params.extra_args or {}):
+        raise ValueError("unike_edit: this server was started without additional_config.unike")
+    return request
+
+
+def _preprocess_add_request(original: Callable[..., Any], self: Any, request: Any) -> Any:
+    """The request holds its versions until it is over."""
+    made = original(self, request)
+    served = _served(self.vllm_config)
+    if served is not None and made[0].sampling_params is not None:
+        folder = served.folder
+        made[0].unike_versions = [folder.retain(key) for key in _told(made[0].sampling_params)["edits"] if folder]
+    return made
+
+
+def _load_model(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+    result = original(self, *args, **kwargs)
+    served = _served(self.vllm_config)
+    if served is not None:
+        _supported(self.vllm_config, self.device)
+        served.model = None  # one that only checked is not on the model's device
+        install(self.get_model(), served.flat(self.device), served.total)
+    return result
+
+
+def _supported(vllm_config: Any, device: torch.device) -> None:
+    if vllm_config.parallel_config.pipeline_parallel_size > 1:
+        raise ValueError("additional_config.unike: pipeline parallelism is not supported")
+    graphs = vllm_config.compilation_config.cudagraph_mode
+    if device.type == "cuda" and graphs is not None and graphs.name != "NONE":
+        raise ValueError(
+            "additional_config.unike: a CUDA graph would replay the edits of the step that it was captured in; start "
+            'with --compilation-config \'{"cudagraph_mode": "NONE"}\''
+        )
+
+
+def _v2_unsupported(original: Callable[..., Any], self: Any) -> Any:
+    """vLLM's second model runner has no place to be told in what a step holds; vLLM takes the first one then."""
+    return [*original(self), *(["the edits of unike_kernels"] if _configured(self) is not None else [])]
+
+
+def _model_forward(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+    served = _served(self.vllm_config)
+    if served is None:
+        return original(self, *args, **kwargs)
+    flat = served.flat()
+    flat.begin(_shares(self, served, flat))
+    try:
+        return original(self, *args, **kwargs)
+    finally:
+        flat.end()
+
+
+def _told(params: Any) -> dict[str, Any]:
+    """What the front-end has noted of a request."""
+    extra = params.extra_args if params is not None else None
+    told: dict[str, Any] = (extra or {}).get(KEY, {"edits": [], "memory": True})
+    return told
+
+
+def _shares(runner: Any, served: _Served, flat: FlatModel) -> Sequence[Share]:
+    """The requests of a step in their order, their edits made resident."""
+    batch, starts, shares = runner.input_batch, runner.query_start_loc.np, []
+    for row in range(batch.num_reqs):
+        state = runner.requests[batch.req_ids[row]]
+        told = _told(state.sampling_params)
+        keys = tuple(told["edits"])
+        if served.folder is not None and any(key not in flat.bank for key in keys):
+            needed = [key for each in runner.requests.values() for key in _told(each.sampling_params)["edits"]]
+            for key in keys:
+                flat.hold(served.folder.held(key), needed)
+        before = state.num_prompt_tokens - 1 - int(batch.num_computed_tokens_cpu[row])
+        shares.append(Share(int(starts[row + 1] - starts[row]), keys, told["memory"], max(before, 0)))
+    return shares
+
+
+def register() -> None:
+    """What vLLM calls in each of its processes."""
+    from vllm.config import VllmConfig
+    from vllm.v1.engine.core import EngineCore
+    from vllm.v1.engine.input_processor import InputProcessor
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    _wrap(VllmConfig, "_get_v2_model_runner_unsupported_features", _v2_unsupported)
+    _wrap(InputProcessor, "process_inputs", _process_inputs)
+    _wrap(EngineCore, "preprocess_add_request", _preprocess_add_request)
+    _wrap(GPUModelRunner, "load_model", _load_model)
+    _wrap(CPUModelRunner, "load_model", _load_model)
+    _wrap(GPUModelRunner, "_model_forward", _model_forward)
