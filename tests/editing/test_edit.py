@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import unike_kernels as uk
-from unike_kernels.editing import EditTraining, Sample, train_edit
+from unike_kernels.editing import EditTraining, Sample, train_edit, train_edits
 from unike_kernels.editing.samples import encode, forward
 from unike_kernels.fingerprint import fingerprint
 from unike_kernels.patching import patched_ffns
@@ -379,3 +379,62 @@ def test_the_memory_loss_silences_the_neurons_elsewhere(make_model, processor):
 def test_weights_are_not_negative(name):
     with pytest.raises(ValueError, match=f"EditTraining.{name}: expected 0 or more, got -1"):
         EditTraining(**{name: -1})
+
+
+# --- several at once ------------------------------------------------------------------------------------------------
+
+REQUESTS = [REQUEST, Sample("w4 w9", "w11"), Sample("w8 w7 w6 w5 w4", "w20 w21 w22"), Sample("w14", "w15")]
+KEEP = [Sample("w9 w12", "w8"), Sample("w7 w6 w5 w4", "w4"), Sample("w3 w3", "w5 w6")]
+
+
+@pytest.mark.parametrize("with_memory", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [("opt", {}), ("llama", {"neurons": "gated"}), ("blip2-opt", {"tokens": "answer"}), ("llama", {"w_zeta": "edit"})],
+)
+def test_together_each_becomes_what_it_becomes_alone(make_model, make_memory, processor, kind, config, with_memory):
+    """The steps that each takes, its losses and its tensors, up to rounding; some end before others."""
+    if "w_zeta" in config and not with_memory:
+        pytest.skip("W_zeta comes from the memory")
+    model, config = make_model(kind), uk.Config(**PRE, **config)
+    memory = make_memory(model, config) if with_memory else None
+    image = torch.rand(16, 16) if kind.startswith("blip2") else None
+    requests = [dataclasses.replace(r, image=image) for r in REQUESTS]
+    training = EditTraining(
+        neurons=4, lr=5e-2, steps=20, stop_loss=0.5, stop_preserve=10.0, preserve_batch=2, activation_weight=0.1,
+        memory_weight=0.01, preserve_weight=0.01,
+    )  # fmt: skip
+    previous = [train(model, processor, Sample("w2 w2", "w17"), memory, config=config, id="before").edit]
+    given = {"preserve": KEEP, "config": config, "previous": previous, "training": training, "progress": False}
+    together = train_edits(model, processor, requests, memory, ids=list("abcd"), batch_size=3, **given)
+    assert [r.edit.id for r in together] == list("abcd")
+    steps = []
+    for found, request in zip(together, requests, strict=True):
+        alone = train_edit(model, processor, request, memory, id="x", **given)
+        assert (found.steps, found.reached, found.stopped) == (alone.steps, alone.reached, alone.stopped)
+        assert found.losses == pytest.approx(alone.losses, rel=2e-2, abs=1e-3)
+        assert found.divergence == pytest.approx(alone.divergence, rel=2e-2, abs=1e-4)
+        assert found.edit.notes["prompt"] == request.prompt
+        for i, layer in found.edit.layers.items():
+            for name, t in layer.tensors().items():
+                torch.testing.assert_close(t, alone.edit.layers[i].tensors()[name], atol=2e-3, rtol=2e-2)
+        steps.append(found.steps)
+    assert len(set(steps)) > 1
+
+
+def test_requests_with_and_without_images_come_back_in_their_order(make_model, processor):
+    model = make_model("blip2-opt")
+    requests = [dataclasses.replace(r, image=torch.rand(16, 16) if i % 2 else None) for i, r in enumerate(REQUESTS)]
+    found = train_edits(model, processor, requests, training=BRIEF, progress=False)
+    assert [r.edit.notes["prompt"] for r in found] == [r.prompt for r in requests]
+    assert len({r.edit.id for r in found}) == 4
+    assert not uk.is_patched(model)
+
+
+def test_what_cannot_be_trained_together(make_model, processor):
+    model = make_model("opt")
+    with pytest.raises(ValueError, match="requests: expected at least one, got none"):
+        train_edits(model, processor, [])
+    for ids in (["a"], ["a", "a"]):
+        with pytest.raises(ValueError, match="ids: expected 2 distinct ones"):
+            train_edits(model, processor, REQUESTS[:2], ids=ids)

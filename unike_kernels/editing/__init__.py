@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .edit import EditResult, EditTraining, train_edit
+from .edit import EditResult, EditTraining, train_edit, train_edits
 from .encoders import Disentangled, EncoderTraining, disentangle
 from .extract import Hidden, extract
 from .memory import MemoryResult, build_memory
@@ -22,4 +22,5 @@ __all__ = [
     "encode",
     "extract",
     "train_edit",
+    "train_edits",
 ]

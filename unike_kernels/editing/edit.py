@@ -6,7 +6,7 @@ import math
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ from ..errors import PatchError
 from ..fingerprint import fingerprint
 from ..memory import MemoryBank
 from ..nn import PatchedFFN
-from ..patching import is_patched, patched, patched_ffns
+from ..patching import is_patched, patched, patched_ffns, selecting
 from .samples import Batch, Sample, batches, encode, evaluating, forward, telling_prompts
 
 
@@ -159,17 +159,34 @@ def _initial_layers(
     return layers
 
 
-def _target_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, bool]:
-    """Mean negative log-likelihood of the answer tokens, and whether each is the model's first choice."""
-    with telling_prompts(model, batch):
-        logits = forward(model, batch.inputs)
-    answer = batch.answer_mask()[:, 1:]
-    predicted, wanted = logits[:, :-1][answer], batch.inputs["input_ids"][:, 1:][answer]
-    return F.cross_entropy(predicted.float(), wanted), bool((predicted.argmax(-1) == wanted).all())
+class _Targets:
+    """Requests, each a row with its answer."""
+
+    def __init__(self, processor: Any, requests: Sequence[Sample], device: torch.device) -> None:
+        self.batch = encode(processor, requests, device)
+        self.answers = self.batch.answer_mask()
+        for request, tokens in zip(requests, self.answers.sum(-1).tolist(), strict=True):
+            if not tokens:
+                raise ValueError(f"request.answer: {request.answer!r} has no tokens")
+
+    def losses(self, model: nn.Module) -> tuple[Tensor, list[bool]]:
+        """Of each row the mean negative log-likelihood of its answer's tokens, [A], and whether each is predicted."""
+        with telling_prompts(model, self.batch):
+            logits = forward(model, self.batch.inputs)[:, :-1]
+        answers, wanted = self.answers[:, 1:], self.batch.inputs["input_ids"][:, 1:]
+        token = torch.zeros(answers.shape, device=logits.device)
+        token[answers] = F.cross_entropy(logits[answers].float(), wanted[answers], reduction="none")
+        right = (logits.argmax(-1) == wanted) | ~answers
+        return token.sum(-1) / answers.sum(-1), right.all(-1).tolist()
+
+    def producing(self, states: Tensor, row: int) -> Tensor:
+        """Of states [tokens, d] of the pass those that produce a row's answer."""
+        at = states.unflatten(0, self.answers.shape)[row]
+        return at[int(self.batch.ends[row]) : int(self.batch.lasts[row])]
 
 
 class _Preserve:
-    """Samples on which the edited model is held to what the unedited one says, over all their tokens."""
+    """Samples on which an edited model is held to what the unedited one says, over all their tokens."""
 
     def __init__(self, model: nn.Module, processor: Any, samples: Sequence[Sample], size: int) -> None:
         groups = batches(samples, size)
@@ -191,17 +208,30 @@ class _Preserve:
             count += int(mask.sum())
         return {i: s / count for i, s in sums.items()}
 
-    def loss(self, model: nn.Module, step: int) -> Tensor:
-        batch, target = self.batches[step % len(self.batches)], self.targets[step % len(self.batches)]
-        found = self._logits(model, batch).float().log_softmax(-1)
-        mask = batch.inputs["attention_mask"].bool()
-        return F.kl_div(found[mask], target[mask], reduction="batchmean", log_target=True)
+    def size(self, step: int) -> int:
+        """Samples that a step looks at."""
+        return len(self.batches[step % len(self.batches)].ends)
 
-    def activity(self, layers: dict[int, EditLayer], inputs: dict[int, Tensor], step: int, margin: float) -> Tensor:
-        """max(0, a - margin) of the neurons, in the mean; `inputs` are those of the pass of `loss` of this step."""
+    def losses(self, model: nn.Module, step: int, edits: int) -> Tensor:
+        """The divergence of each of so many edited models, [A]; the model computes theirs behind one another."""
+        batch, target = self.batches[step % len(self.batches)], self.targets[step % len(self.batches)]
+        found = self._logits(model, _repeated(batch, edits)).float().log_softmax(-1).unflatten(0, (edits, -1))
+        mask = batch.inputs["attention_mask"].bool()
+        apart = F.kl_div(found[:, mask], target[mask].expand(edits, -1, -1), reduction="none", log_target=True)
+        return apart.sum(-1).mean(-1)
+
+    def activity(self, layers: dict[int, EditLayer], inputs: dict[int, Tensor], step: int, at: int, n: int) -> Tensor:
+        """Pre-activations of the neurons of edit number `at` of `n` in the pass of `losses` of this step, flat."""
         mask = self.batches[step % len(self.batches)].inputs["attention_mask"].bool().flatten()
-        found = _pre_activations(layers, {i: q[mask] for i, q in inputs.items()})
-        return torch.cat([F.relu(a - margin).flatten() for a in found]).mean()
+        own = {i: q.unflatten(0, (n, -1))[at][mask] for i, q in inputs.items()}
+        return torch.cat([a.flatten() for a in _pre_activations(layers, own)])
+
+
+def _repeated(batch: Batch, times: int) -> Batch:
+    if times == 1:
+        return batch
+    inputs = {name: t.repeat(times, *[1] * (t.dim() - 1)) for name, t in batch.inputs.items()}
+    return Batch(inputs, batch.ends.repeat(times), batch.lasts.repeat(times), batch.prompt_lengths * times)
 
 
 def train_edit(
@@ -236,16 +266,60 @@ def train_edit(
         progress: show a progress bar.
 
     Raises:
-        ValueError: an empty answer, an unknown layer, config.w_zeta="edit" without a memory.
+        ValueError: an empty answer, an unknown layer, config.w_zeta="edit" without a memory, a sample that is longer
+            than the model's context.
         PatchError: the model is patched; a previous edit has this id.
         MismatchError: the memory or a previous edit does not belong to this model.
+    """
+    (result,) = train_edits(
+        model, processor, [request], memory, ids=None if id is None else [id], previous=previous, preserve=preserve,
+        layers=layers, config=config, zeta=zeta, training=training, progress=progress,
+    )  # fmt: skip
+    return result
+
+
+def train_edits(
+    model: nn.Module,
+    processor: Any,
+    requests: Sequence[Sample],
+    memory: MemoryBank | None = None,
+    *,
+    ids: Sequence[str] | None = None,
+    previous: Sequence[Edit] = (),
+    preserve: Sequence[Sample] = (),
+    layers: Sequence[int] | None = None,
+    config: Config | None = None,
+    zeta: dict[int, Tensor] | None = None,
+    training: EditTraining | None = None,
+    batch_size: int = 8,
+    progress: bool = True,
+) -> list[EditResult]:
+    """`train_edit` for requests that know nothing of each other, several in one pass: each row has its own neurons.
+
+    Each edit becomes what `train_edit` makes of its request alone, up to rounding.
+
+    Args:
+        requests: one or more; see `train_edit` for the other arguments.
+        ids: of the edits; None: random ones.
+        batch_size: edits that are trained together; a step sees `training.preserve_batch` samples for each.
+
+    Raises:
+        ValueError: as `train_edit` does; no requests, or ids that are not as many or not distinct.
     """
     if is_patched(model):
         raise PatchError(
             "train_edit: the model is patched; unpatch it first, and pass the edits in force as `previous`"
         )
-    if not request.answer:
+    if not requests:
+        raise ValueError("requests: expected at least one, got none")
+    if not all(request.answer for request in requests):
         raise ValueError("request.answer: expected a non-empty string")
+    names = [uuid.uuid4().hex[:12] for _ in requests] if ids is None else list(ids)
+    if len(names) != len(requests) or len(set(names)) != len(names):
+        raise ValueError(f"ids: expected {len(requests)} distinct ones, got {names}")
+    for name in names:
+        if name in [e.id for e in previous]:
+            raise PatchError(f"id: {name!r} is already the id of a previous edit")
     training = training or EditTraining()
     config = config or (memory.config if memory else Config())
     if config.w_zeta == "edit" and memory is None:
@@ -253,66 +327,157 @@ def train_edit(
     decoder = find_decoder(model)
     chosen = decoder.select(sorted(memory.layers) if layers is None and memory else layers)
     device = device_of(model)
-    batch = encode(processor, [request], device)
-    if not batch.answer_mask().any():
-        raise ValueError(f"request.answer: {request.answer!r} has no tokens")
-    name = id or uuid.uuid4().hex[:12]
-    if name in [e.id for e in previous]:
-        raise PatchError(f"id: {name!r} is already the id of a previous edit")
-    in_force = {i: {e.id: e.layers[i].to(device) for e in previous if i in e.layers} for i in chosen}
-
-    with _frozen(model):
+    start = {i: _zeta_prime(i, memory, zeta, decoder.hidden_size).to(device) for i in chosen}
+    results: dict[int, EditResult] = {}
+    with _frozen(model), tqdm(total=len(requests), desc="edit", disable=not progress, leave=False) as bar:
         kept = _Preserve(model, processor, preserve, training.preserve_batch) if preserve else None
-        with patched(model, previous, memory, layers=chosen, config=config):
-            ffns = {i: ffn for i, ffn in patched_ffns(model).items() if i in chosen}
-            produced = _ffn_inputs(ffns, lambda: _target_loss(model, batch))
-            at_target = slice(int(batch.ends[0]), int(batch.lasts[0]))
-            wrong = {i: q[at_target] for i, q in produced.items()}
-            usual = kept.mean_inputs(model, ffns) if kept else {i: torch.zeros_like(q[0]) for i, q in wrong.items()}
-            start = {i: _zeta_prime(i, memory, zeta, decoder.hidden_size).to(device) for i in chosen}
-            neurons = _Neurons(
-                _initial_layers(wrong, usual, start, config.neurons == "gated", training), config, memory
+        for group in batches(requests, batch_size):
+            with patched(model, previous, memory, layers=chosen, config=config):
+                ffns = {i: ffn for i, ffn in patched_ffns(model).items() if i in chosen}
+                trainer = _Trainer(model, processor, ffns, kept, previous, training)
+                trained = [_Training(names[i], requests[i]) for i in group]
+                trainer.begin(trained, start, config, memory)
+                trainer.run(trained, bar)
+            for i, each in zip(group, trained, strict=True):
+                edit = Edit(
+                    each.name,
+                    {layer: neurons.detached() for layer, neurons in each.neurons.layers().items()},
+                    decoder.layers[chosen[0]].activation,
+                    config,
+                    fingerprint(model),
+                    memory.id if memory else None,
+                    {"prompt": each.request.prompt, "answer": each.request.answer, "training": str(training)},
+                )
+                results[i] = EditResult(edit, tuple(each.losses), each.divergence, each.reached, each.stopped)
+    return [results[i] for i in range(len(requests))]
+
+
+class _Training:
+    """One edit while it is trained."""
+
+    neurons: _Neurons
+    optimizer: torch.optim.Optimizer
+
+    def __init__(self, name: str, request: Sample) -> None:
+        self.name, self.request = name, request
+        self.losses: list[float] = []
+        self.divergences: deque[float] = deque([0.0])
+        self.reached, self.stopped = False, ""
+
+    @property
+    def divergence(self) -> float:
+        return sum(self.divergences) / len(self.divergences)
+
+    def judge(self, loss: float, reached: bool, last: bool, training: EditTraining) -> bool:
+        """Note how far it is before a step; whether that was the end."""
+        self.losses.append(loss)
+        self.reached = reached
+        met = reached and loss < training.stop_loss
+        if met and self.divergence < training.stop_preserve and not last:
+            self.stopped = "target met"
+        elif last:
+            self.stopped = f"step limit, target {'met' if met else 'not met'}"
+        return bool(self.stopped)
+
+
+class _Trainer:
+    """Trains edits in a patched model, each on rows of its own."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        processor: Any,
+        ffns: dict[int, PatchedFFN],
+        kept: _Preserve | None,
+        previous: Sequence[Edit],
+        training: EditTraining,
+    ) -> None:
+        self.model, self.processor, self.ffns, self.kept, self.training = model, processor, ffns, kept, training
+        self.device = device_of(model)
+        self.in_force = {i: {e.id: e.layers[i].to(self.device) for e in previous if i in e.layers} for i in ffns}
+        self.previous = [e.id for e in previous]
+
+    def begin(
+        self, edits: Sequence[_Training], zeta: dict[int, Tensor], config: Config, memory: MemoryBank | None
+    ) -> None:
+        """Make the first neurons of each."""
+        targets = _Targets(self.processor, [e.request for e in edits], self.device)
+        produced = _ffn_inputs(self.ffns, lambda: targets.losses(self.model))
+        zeros = {i: torch.zeros_like(q[0]) for i, q in produced.items()}
+        usual = self.kept.mean_inputs(self.model, self.ffns) if self.kept else zeros
+        for row, edit in enumerate(edits):
+            wrong = {i: targets.producing(q, row) for i, q in produced.items()}
+            layers = _initial_layers(wrong, usual, zeta, config.neurons == "gated", self.training)
+            edit.neurons = _Neurons(layers, config, memory)
+            edit.optimizer = torch.optim.Adam(edit.neurons.parameters, lr=self.training.lr)
+            edit.divergences = deque([math.inf] * len(self.kept.batches) if self.kept else [0.0])
+
+    def run(self, edits: Sequence[_Training], bar: Any) -> None:
+        active, targets = list(edits), _Targets(self.processor, [e.request for e in edits], self.device)
+        with _watched(self.ffns) as inputs:
+            for step in range(self.training.steps + 1):
+                made = self._install(active)
+                with self._rows(active, 1):
+                    losses, reached = targets.losses(self.model)
+                last = step == self.training.steps
+                over = [
+                    edit.judge(float(loss), right, last, self.training)
+                    for edit, loss, right in zip(active, losses.detach(), reached, strict=True)
+                ]
+                bar.set_postfix(loss=f"{float(losses.detach().mean()):.3f}", active=len(active) - sum(over))
+                bar.update(sum(over))
+                if any(over):
+                    # The others go on without these: a pass costs as much as its rows.
+                    active = [edit for edit, ended in zip(active, over, strict=True) if not ended]
+                    if not active:
+                        return
+                    targets = _Targets(self.processor, [e.request for e in active], self.device)
+                    made = self._install(active)
+                    with self._rows(active, 1):
+                        losses, _ = targets.losses(self.model)
+                self._step(active, made, losses, targets, inputs, step)
+
+    def _step(
+        self,
+        active: Sequence[_Training],
+        made: Sequence[dict[int, EditLayer]],
+        losses: Tensor,
+        targets: _Targets,
+        inputs: dict[int, Tensor],
+        step: int,
+    ) -> None:
+        training, total = self.training, losses.sum()
+        if training.activation_weight:
+            for row, layers in enumerate(made):
+                at_target = {i: targets.producing(q, row) for i, q in inputs.items()}
+                total = total + training.activation_weight * _activation_loss(layers, at_target)
+        if self.kept:
+            with self._rows(active, self.kept.size(step)):
+                apart = self.kept.losses(self.model, step, len(active))
+            total = total + training.preserve_weight * apart.sum()
+            for at, (edit, layers, divergence) in enumerate(zip(active, made, apart.detach().tolist(), strict=True)):
+                edit.divergences.append(divergence)
+                edit.divergences.popleft()
+                if training.memory_weight:
+                    activity = self.kept.activity(layers, inputs, step, at, len(active))
+                    total = total + training.memory_weight * F.relu(activity - training.margin).mean()
+        for edit in active:
+            edit.optimizer.zero_grad()
+        total.backward()
+        for edit in active:
+            edit.optimizer.step()
+
+    def _install(self, active: Sequence[_Training]) -> list[dict[int, EditLayer]]:
+        made = [edit.neurons.layers() for edit in active]
+        for i, ffn in self.ffns.items():
+            ffn.edits.set(
+                {**self.in_force[i], **{edit.name: layers[i] for edit, layers in zip(active, made, strict=True)}}
             )
-            optimizer = torch.optim.Adam(neurons.parameters, lr=training.lr)
-            losses: list[float] = []
-            divergences: deque[float] = deque([math.inf] * len(kept.batches) if kept else [0.0])
-            bar = tqdm(range(training.steps + 1), desc="edit", disable=not progress, leave=False)
-            with bar, _watched(ffns) as inputs:
-                for step in bar:
-                    made = neurons.layers()
-                    for i, layer in made.items():
-                        ffns[i].edits.set(in_force[i] | {name: layer})
-                    loss, reached = _target_loss(model, batch)
-                    losses.append(float(loss.detach()))
-                    divergence = sum(divergences) / len(divergences)
-                    bar.set_postfix(loss=f"{losses[-1]:.3f}", divergence=f"{divergence:.3f}")
-                    met = reached and losses[-1] < training.stop_loss
-                    if (met and divergence < training.stop_preserve) or step == training.steps:
-                        break
-                    if training.activation_weight:
-                        produced = {i: q[at_target] for i, q in inputs.items()}
-                        loss = loss + training.activation_weight * _activation_loss(made, produced)
-                    if kept:
-                        apart = kept.loss(model, step)
-                        divergences.append(float(apart.detach()))
-                        divergences.popleft()
-                        loss = loss + training.preserve_weight * apart
-                        if training.memory_weight:
-                            loss = loss + training.memory_weight * kept.activity(made, inputs, step, training.margin)
-                    optimizer.zero_grad()
-                    loss.backward()
-                    optimizer.step()
-    stopped = "target met" if step < training.steps else f"step limit, target {'met' if met else 'not met'}"
-    edit = Edit(
-        name,
-        {i: layer.detached() for i, layer in neurons.layers().items()},
-        decoder.layers[chosen[0]].activation,
-        config,
-        fingerprint(model),
-        memory.id if memory else None,
-        {"prompt": request.prompt, "answer": request.answer, "training": str(training)},
-    )
-    return EditResult(edit, tuple(losses), divergence, reached, stopped)
+        return made
+
+    def _rows(self, active: Sequence[_Training], each: int) -> AbstractContextManager[None]:
+        """Within the block each edit has so many rows behind one another."""
+        return selecting(self.model, [[*self.previous, edit.name] for edit in active for _ in range(each)])
 
 
 class _Neurons:

@@ -15,6 +15,8 @@ from .editors.base import Editor
 from .metrics import PROTOCOLS, Observation, observe_case, score
 from .suite import Request
 
+_TOGETHER = 8  # one-step edits that a system may make at once
+
 Observed = Mapping[str, list[Observation]]
 
 
@@ -25,7 +27,7 @@ class Measured:
     Attributes:
         id: of the request.
         scores: protocol -> metric -> share in 0..1.
-        seconds: that the edit took.
+        seconds: that the edit took; of one that was made together with others, its share.
     """
 
     id: str
@@ -69,10 +71,16 @@ def measure(
         unedited: see `before`.
         steps: of a sequence: all of its edits are in force when its requests are measured.
     """
+    foreseen = 0.0  # seconds of each edit that were spent beforehand
     for start in range(0, len(requests) - steps + 1, steps):
         sequence = requests[start : start + steps]
+        if steps == 1 and start % _TOGETHER == 0:
+            batch = requests[start : start + _TOGETHER]
+            began = time.perf_counter()
+            editor.foresee([request.case.request for request in batch])
+            foreseen = (time.perf_counter() - began) / len(batch)
         try:
-            seconds = [_edit(editor, request) for request in sequence]
+            seconds = [foreseen + _edit(editor, request) for request in sequence]
             for request, took in zip(sequence, seconds, strict=True):
                 after = {name: editor.observe(samples) for name, samples in request.case.groups().items()}
                 scores = {protocol: score(unedited[request.id], after, protocol) for protocol in PROTOCOLS}

@@ -8,6 +8,7 @@ default here.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from ..config import Config
@@ -16,13 +17,13 @@ from ..editing import EditTraining, EncoderTraining
 Settings = Mapping[str, Any]
 
 
-def _unike(*, patching: bool = True, lr: float = 1e-2, **config: Any) -> Settings:
+def _unike(*, tokens: str = "answer", patching: bool = True, **training: Any) -> Settings:
     """patching: with T-Patcher's activation and memory losses."""
-    weights = (0.1, 1.0) if patching else (0.0, 0.0)
+    weights: dict[str, Any] = {"activation_weight": 0.1, "memory_weight": 1.0} if patching else {}
     return {
         "encoders": EncoderTraining(lr=1e-3),
-        "config": Config(**({"tokens": "answer"} | config)),
-        "training": EditTraining(lr=lr, activation_weight=weights[0], memory_weight=weights[1]),
+        "config": Config(tokens=tokens),
+        "training": replace(EditTraining(), **weights, **training),
     }
 
 
@@ -38,10 +39,10 @@ CANDIDATES: dict[str, Sequence[Settings]] = {
     "UniKE": [
         _unike(tokens="all", patching=False),
         _unike(patching=False),
-        _unike(),
         _unike(lr=3e-3),
-        _unike(beta=0.5),
-        _unike(alpha="last"),
+        _unike(patching=False, stop_preserve=1e-3),
+        _unike(stop_preserve=1e-3),
+        _unike(lr=3e-3, stop_preserve=1e-3),
     ],
 }
 

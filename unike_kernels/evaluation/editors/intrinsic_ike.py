@@ -33,6 +33,9 @@ class IntrinsicIKE(Editor):
         self._neurons.fit(suite)
         self._prompts.fit(suite)
 
+    def foresee(self, requests: Sequence[Sample]) -> None:
+        self._neurons.foresee(requests)
+
     def edit(self, request: Sample) -> None:
         self._neurons.edit(request)
         self._prompts.edit(request)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ...config import Config
-from ...editing import EditTraining, EncoderTraining, build_memory, train_edit
+from ...editing import EditTraining, EncoderTraining, build_memory, train_edits
 from ...editing.memory import MemoryResult
 from ...editing.samples import Sample
 from ...edits import Edit
@@ -66,6 +66,7 @@ class UniKE(Editor):
         self.steer = steer
         self.intrinsic, self.latent = intrinsic, latent
         self._edits: list[Edit] = []
+        self._foreseen: dict[int, Edit] = {}
         self._preserve: Sequence[Sample] = ()
         self._memory: MemoryBank | None = None
         self._zeta: dict[int, Tensor] | None = None
@@ -104,23 +105,36 @@ class UniKE(Editor):
             found[i] = direction * (right.norm() / direction.norm().clamp(min=1e-12))
         return found
 
+    def foresee(self, requests: Sequence[Sample]) -> None:
+        if self.intrinsic:
+            made = self._trained(requests)
+            self._foreseen = {id(request): edit for request, edit in zip(requests, made, strict=True)}
+
     def edit(self, request: Sample) -> None:
         if not self.intrinsic:
             return
-        result = train_edit(
+        if id(request) in self._foreseen and not self._edits:
+            self._edits.append(self._foreseen[id(request)])
+        else:
+            self._edits += self._trained([request])
+
+    def _trained(self, requests: Sequence[Sample]) -> list[Edit]:
+        """An edit for each, in addition to those in force."""
+        n = len(self._edits)
+        results = train_edits(
             self.model,
             self.processor,
-            request,
+            requests,
             self._memory,
-            id=f"edit-{len(self._edits)}",
+            ids=[f"edit-{n}-{i}" for i in range(len(requests))],
             previous=self._edits,
             preserve=self._preserve,
             config=self.config,
             zeta=self._zeta,
-            training=replace(self.training, seed=self.seed + len(self._edits)),
+            training=replace(self.training, seed=self.seed + n),
             progress=False,
         )
-        self._edits.append(result.edit)
+        return [result.edit for result in results]
 
     def reset(self) -> None:
         self._edits.clear()
