@@ -46,7 +46,15 @@ CANDIDATES: dict[str, Sequence[Settings]] = {
     ],
 }
 
-DEFAULTS: dict[str, Settings] = {name: candidates[0] for name, candidates in CANDIDATES.items()}
+DEFAULTS: dict[str, Settings] = {
+    "FT": {"lr": 1e-3, "stop_loss": 0.05},
+    "KE": {"lr": 3e-3, "locality": 0.1},
+    "T-Patcher": {"lr": 1e-2, "memory": 1.0},
+    "MEND": {"lr": 1e-3, "locality": 0.1},
+    "IKE": {"k": 1},
+    "SERAC": {"counterfactual_lr": 1e-3, "counterfactual_steps": 1000},
+    "UniKE": _unike(patching=False, stop_preserve=1e-3),
+}
 
 
 def told(settings: Settings) -> str:
