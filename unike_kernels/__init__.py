@@ -26,6 +26,7 @@ from .ops import backend
 from .patching import (
     PatchReport,
     add_edit,
+    explain,
     is_patched,
     patch,
     patched,
@@ -65,6 +66,7 @@ __all__ = [
     "__version__",
     "add_edit",
     "backend",
+    "explain",
     "fold",
     "is_patched",
     "nn",

@@ -22,6 +22,7 @@ from .memory import MemoryBank
 from .nn import (
     Context,
     EditStore,
+    Explanation,
     MemoryAttention,
     MemoryTables,
     ModelContext,
@@ -447,6 +448,23 @@ def rows(
         with state.lock:
             state.blocks = [block for block in state.blocks if block is not chosen]
             _trace(state)
+
+
+@contextmanager
+def explain(model: nn.Module) -> Iterator[Explanation]:
+    """Inside the block, each pass tells what its layers did: entries, scores, gates, neurons, and how long it took.
+
+    It computes these things beside the output, which does not change. As torch.no_grad, it holds for the thread that
+    enters it; passes that torch.compile has traced tell nothing.
+
+    Raises PatchError if the model is not patched.
+    """
+    own = _require(model).context.now()
+    outer, own.explanation = own.explanation, Explanation()
+    try:
+        yield own.explanation
+    finally:
+        own.explanation = outer
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ._drop_in import original, residual_of, residual_position
 from .context import Context, ModelContext, PromptState, Version
+from .explanation import Explanation, Told
 from .memory_attention import MemoryAttention, MemoryTables, shift_tokens
 from .patched_ffn import Dense, EditStore, PassThrough, PatchedFFN
 
@@ -11,12 +12,14 @@ __all__ = [
     "Context",
     "Dense",
     "EditStore",
+    "Explanation",
     "MemoryAttention",
     "MemoryTables",
     "ModelContext",
     "PassThrough",
     "PatchedFFN",
     "PromptState",
+    "Told",
     "Version",
     "original",
     "residual_of",

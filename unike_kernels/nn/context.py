@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..config import Config
+from .explanation import Explanation
 
 
 @dataclass
@@ -51,6 +52,7 @@ class Context:
         edits: for each row the ids of its edits; None: all of them.
         remembers: bool [R, 1], whether each row uses the memory; None: all do.
         version: what this pass computes with; None: what is installed now.
+        explanation: where layers tell what they did; None: nobody asks.
     """
 
     shifted: Tensor | None = None
@@ -60,6 +62,7 @@ class Context:
     edits: tuple[tuple[str, ...], ...] | None = None
     remembers: Tensor | None = None
     version: Version | None = None
+    explanation: Explanation | None = None
 
     def now(self) -> Context:
         """That of the pass that asks."""
@@ -67,6 +70,8 @@ class Context:
 
     def enter(self, batch: int, tokens: int, past: int, attention_mask: Tensor | None) -> None:
         """Called before each forward pass: `tokens` new ones after `past` cached ones, of `batch` rows."""
+        if self.explanation is not None:
+            self.explanation.begin(batch, tokens)
         if self.rows is not None and batch % self.rows:
             raise ValueError(f"rows: {self.rows} edit sets were given, the batch has {batch} rows")
         mask = attention_mask if attention_mask is not None and attention_mask.dim() == 2 else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from ..ops.latent_attention import blend_of
 from ..ops.memory_attention import Plan, attend
 from ._drop_in import DropIn, Tables, residual_of, residual_position
 from .context import Context
+from .explanation import Told, seconds_since
 
 
 class MemoryTables(Tables):
@@ -139,6 +141,8 @@ class MemoryAttention(DropIn):
 
     def _shift(self, memory: MemoryTables, hidden: Tensor, out: Tensor) -> Tensor:
         config = self.config
+        explanation = None if torch.compiler.is_compiling() else self.context.now().explanation
+        start = time.perf_counter() if explanation is not None else 0.0
         batch, tokens, d = hidden.shape
         flat, inputs = hidden.reshape(-1, d), out.reshape(-1, d)
         bounds = self._bounds(memory, batch, tokens)
@@ -148,6 +152,7 @@ class MemoryAttention(DropIn):
             anchor = self._from_prompt_end("anchor", lambda last: out[self._rows(last), last])
         if config.retrieval == "token":
             shifted = shift_tokens(memory, config, flat, queries, inputs, bounds, anchor)
+            per_token = None
         else:
             ids = self._from_prompt_end("ids", lambda last: self._retrieve(memory, hidden, last))
             per_token = ids.repeat_interleave(tokens, 0)
@@ -159,7 +164,43 @@ class MemoryAttention(DropIn):
                 scale=config.scale, alpha=_fixed_alpha(config, out), anchor=anchor,
                 convention=config.convention, norm=config.norm, projected=memory.projected,
             )  # fmt: skip
+        if explanation is not None:
+            told = explanation.at(self.layer)
+            told.memory_seconds = seconds_since(start)
+            self._tell(told, memory, hidden, out, queries, bounds, per_token, anchor)
         return shifted.reshape(out.shape)
+
+    def _tell(
+        self,
+        told: Told,
+        memory: MemoryTables,
+        hidden: Tensor,
+        out: Tensor,
+        queries: Tensor,
+        bounds: Tensor | None,
+        ids: Tensor | None,
+        anchor: Tensor | None,
+    ) -> None:
+        """Compute once more what the fused operators keep to themselves."""
+        config, shape = self.config, out.shape[:-1]
+        flat, inputs = hidden.reshape(-1, hidden.shape[-1]).detach(), out.reshape(-1, out.shape[-1])
+        if ids is None:
+            scores, ids = cosine_topk(
+                flat, memory.index, config.k, normalized=True, bounds=bounds, packed=memory.packed
+            )
+        else:  # the cosines of what the prompt's last token has retrieved with each token
+            unit = torch.nn.functional.normalize(flat.to(memory.index.dtype), dim=-1)
+            scores = torch.einsum("md,mkd->mk", unit, memory.index[ids.clamp(min=0)])
+            scores = scores.masked_fill(ids < 0, float("-inf"))
+        values = memory.keys if memory.values is None else memory.values
+        _, alpha = latent_attention(
+            queries, inputs, memory.keys, values, ids, memory.encoder,
+            scale=config.scale, alpha=_fixed_alpha(config, out), anchor=anchor,
+            convention=config.convention, norm=config.norm, projected=memory.projected,
+        )  # fmt: skip
+        alpha = torch.where((ids >= 0).any(-1), alpha.detach().float(), 0.0)
+        told.entries, told.scores = ids.view(*shape, -1).cpu(), scores.view(*shape, -1).cpu()
+        told.alpha = alpha.view(shape).cpu()
 
     @staticmethod
     def _rows(last: Tensor) -> Tensor:

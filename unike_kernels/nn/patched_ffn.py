@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -13,8 +14,10 @@ from torch import Tensor, nn
 from ..ops import ACTIVATIONS, EditPool, FFNWeights, patched_ffn
 from ..ops._backend import forced_backend, takes
 from ..ops.patched_ffn import FUSED_TOKENS, Plan, add_extra_neurons
+from ..ops.patched_ffn.reference import activate
 from ._drop_in import DropIn, Tables
 from .context import Context
+from .explanation import seconds_since
 
 
 class EditStore(Tables):
@@ -328,7 +331,7 @@ class PatchedFFN(DropIn):
             rows = now.edits
             if now.version is not None and not edits.direct:
                 edits = now.version.edits[self.layer]
-        if not edits.empty and self._fuses(hidden_states):
+        if not edits.empty and now.explanation is None and self._fuses(hidden_states):
             assert self.dense is not None
             return patched_ffn(hidden_states, self.dense.weights(), edits.pool(rows), activation=self.activation)
         first, *rest = self._originals
@@ -337,10 +340,41 @@ class PatchedFFN(DropIn):
             result = module(result)
         if edits.empty:
             return result
+        if not torch.compiler.is_compiling() and now.explanation is not None:
+            told, start = now.explanation.at(self.layer), time.perf_counter()
+            result = self._edited(edits, rows, hidden_states, result)
+            told.neuron_seconds = seconds_since(start)
+            found = self._activations(edits, rows, hidden_states)
+            told.neurons = {name: t.view(*now.explanation.shape, -1) for name, t in found.items()}
+            return result
+        return self._edited(edits, rows, hidden_states, result)
+
+    def _edited(
+        self, edits: EditStore, rows: tuple[tuple[str, ...], ...] | None, hidden_states: Tensor, result: Any
+    ) -> Any:
+        """The base's result with the neurons added."""
         if isinstance(result, tuple):  # experts: and what the router said
             out: Tensor = result[0]
             return (self._add(edits, rows, hidden_states.reshape(out.shape), out), *result[1:])
         return self._add(edits, rows, hidden_states, result)
+
+    @torch.no_grad()
+    def _activations(
+        self, edits: EditStore, rows: tuple[tuple[str, ...], ...] | None, hidden_states: Tensor
+    ) -> dict[str, Tensor]:
+        """Edit id -> what its neurons put out, [..., n]; 0 in rows that do not use it."""
+        found = {}
+        for name in edits.ids:
+            layer = edits.layer(name)
+            out = activate(self.activation, hidden_states.float() @ layer.keys.float().T + layer.key_bias.float())
+            if layer.up is not None:
+                out = out * (hidden_states.float() @ layer.up.float().T + layer.up_bias.float())
+            if rows is not None:
+                uses = torch.tensor([name in row for row in rows], device=out.device)
+                tokens = out.shape[:-1].numel() // len(rows)
+                out = out * uses.repeat_interleave(tokens).view(*out.shape[:-1], 1)
+            found[name] = out.cpu()
+        return found
 
     def _fuses(self, hidden_states: Tensor) -> bool:
         """Whether base and neurons are computed together: on a GPU, for few tokens, where nobody looks in between."""

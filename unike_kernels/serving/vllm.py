@@ -215,13 +215,18 @@ def _wrap(owner: type, name: str, around: Callable[..., Any]) -> None:
 
 
 def _process_inputs(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+    from vllm.exceptions import VLLMValidationError
+
     request = original(self, *args, **kwargs)
     served = _served(self.vllm_config)
     params = request.sampling_params
-    if served is not None:
-        served.admit(request)
-    elif params is not None and {"unike_edit", "unike_memory"} & set(params.extra_args or {}):
-        raise ValueError("unike_edit: this server was started without additional_config.unike")
+    try:
+        if served is not None:
+            served.admit(request)
+        elif params is not None and {"unike_edit", "unike_memory"} & set(params.extra_args or {}):
+            raise ValueError("unike_edit: this server was started without additional_config.unike")
+    except ValueError as error:
+        raise VLLMValidationError(str(error)) from error  # what the servers answer with the status 400
     return request
 
 

@@ -1,0 +1,268 @@
+"""The plugin in vLLM's own engine, against Hugging Face's generation with the same edits, token for token.
+
+Needs an environment with vLLM, in which these tests are run by tests/test_other_packages.py.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+os.environ.update(VLLM_CPU_KVCACHE_SPACE="1", VLLM_CPU_OMP_THREADS_BIND="nobind", HF_HUB_OFFLINE="1")
+vllm = pytest.importorskip("vllm")
+
+from PIL import Image  # noqa: E402
+from transformers import AutoModelForCausalLM  # noqa: E402
+from vllm.exceptions import VLLMValidationError  # noqa: E402
+
+import unike_kernels as uk  # noqa: E402
+from unike_kernels import digits  # noqa: E402
+from unike_kernels.digits.processor import NUM_IMAGE_TOKENS, WEIGHTS  # noqa: E402
+from unike_kernels.edits import EditLayer  # noqa: E402
+from unike_kernels.evaluation import smollm2  # noqa: E402
+from unike_kernels.fingerprint import fingerprint  # noqa: E402
+
+PROMPT = "question: which digit is shown ? answer:"
+SETS = [[], ["a"], ["b"], ["a", "b"], ["c"], [], ["b", "a"], ["a"], ["c", "b"]]
+NEW = 6
+
+
+def random_edit(model, id, seed, activation, *, memory=None, size=2.0):
+    """Five neurons in each of the last four layers, active on most tokens."""
+    text = model.config.get_text_config(decoder=True)
+    g, d = torch.Generator().manual_seed(seed), text.hidden_size
+
+    def r(*shape):
+        return torch.randn(*shape, generator=g)
+
+    layers = {
+        i: EditLayer(2 * d**-0.5 * r(5, d), r(5), size * r(5, d), r(d), torch.tensor(0.1))
+        for i in range(text.num_hidden_layers - 4, text.num_hidden_layers)
+    }
+    config = memory.config if memory else uk.Config()
+    return uk.Edit(id, layers, activation, config, fingerprint(model), memory.id if memory else None)
+
+
+def save(folder, edit):
+    edit.save(folder / f"{edit.id}.safetensors")
+
+
+def as_hugging_face_has_it(kind, folder):
+    """The digit model with the files that make transformers' own BLIP-2 processor of ours."""
+    shutil.copytree(WEIGHTS / kind, folder)
+    digits.load_processor().tokenizer.save_pretrained(folder)
+    half = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "do_normalize": True}
+    scale = {"do_resize": True, "size": {"height": 16, "width": 16}, "do_rescale": True, "rescale_factor": 1 / 255}
+    image = {"image_processor_type": "BlipImageProcessor", "do_convert_rgb": True, **half, **scale}
+    (folder / "preprocessor_config.json").write_text(json.dumps(image))
+    processor = {"processor_class": "Blip2Processor", "num_query_tokens": NUM_IMAGE_TOKENS}
+    (folder / "processor_config.json").write_text(json.dumps(processor))
+
+
+@contextmanager
+def engine(model, **settings):
+    usual = {"dtype": "float32", "max_model_len": 256, "disable_log_stats": True, "limit_mm_per_prompt": {"image": 1}}
+    llm = vllm.LLM(str(model), **{**usual, **settings})
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+
+
+def params(edits=(), **more):
+    extra = {**({"unike_edit": list(edits)} if edits else {}), **more}
+    return vllm.SamplingParams(max_tokens=NEW, temperature=0, ignore_eos=True, extra_args=extra or None)
+
+
+def said(outputs):
+    return [list(out.outputs[0].token_ids) for out in outputs]
+
+
+class Digits:
+    """A digit model in Hugging Face, and its requests in both forms."""
+
+    def __init__(self, kind):
+        self.model, self.processor = digits.load_model(kind), digits.load_processor()
+        self.activation = {"opt": "relu", "llama": "silu"}[kind]
+        pixels, _ = digits.images("test")
+        self.images = (pixels[: len(SETS)] * 255).round().byte()
+
+    def prompts(self):
+        return [{"prompt": PROMPT, "multi_modal_data": {"image": Image.fromarray(i.numpy())}} for i in self.images]
+
+    def expected(self, edits, sets, memory=None, remembers=None):
+        batch = self.processor([PROMPT] * len(sets), self.images[: len(sets)].float() / 255, padding=True)
+        lengths = batch["attention_mask"].sum(1).tolist()
+        settings = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "eos_token_id": None}
+        with (
+            uk.patched(self.model, edits, memory),
+            uk.rows(self.model, sets, memory=remembers, prompt_lengths=lengths),
+        ):
+            return self.model.generate(**batch, **settings)[:, -NEW:].tolist()
+
+
+@pytest.mark.parametrize(("kind", "eager"), [("opt", True), ("llama", False)], ids=["opt eager", "llama compiled"])
+def test_each_request_has_its_own_edits(kind, eager, tmp_path):
+    """Images, mixed batches, prefix caching; edits are added, replaced and revoked while the engine serves."""
+    as_hugging_face_has_it(kind, tmp_path / "model")
+    (tmp_path / "edits").mkdir()
+    s = Digits(kind)
+    edits = {name: random_edit(s.model, name, seed, s.activation) for seed, name in enumerate("abc")}
+    for edit in edits.values():
+        save(tmp_path / "edits", edit)
+    settings = {"additional_config": {"unike": {"edits": str(tmp_path / "edits")}}, "enable_prefix_caching": True}
+    with engine(tmp_path / "model", enforce_eager=eager, **settings) as llm:
+        expected = s.expected(list(edits.values()), SETS)
+        plain = s.expected([], [[]] * len(SETS))
+        assert sum(a != b for a, b, chosen in zip(expected, plain, SETS, strict=True) if chosen) >= 5
+        for _ in range(2):  # once more, with every prefix in the cache
+            assert said(llm.generate(s.prompts(), [params(c) for c in SETS], use_tqdm=False)) == expected
+        assert said(llm.generate(s.prompts(), params(), use_tqdm=False)) == plain
+
+        with pytest.raises(VLLMValidationError, match="there is no edit 'd'"):
+            llm.generate(s.prompts()[:1], params(["d"]), use_tqdm=False)
+        edits["d"] = random_edit(s.model, "d", 9, s.activation)
+        save(tmp_path / "edits", edits["d"])
+        edits["a"] = random_edit(s.model, "a", 10, s.activation)  # another one of this name
+        save(tmp_path / "edits", edits["a"])
+        sets = [["d"], ["a"], [], ["a", "d"], ["c"]]
+        found = said(llm.generate(s.prompts()[:5], [params(c) for c in sets], use_tqdm=False))
+        assert found == s.expected(list(edits.values()), sets)
+        assert found[1] != expected[1]
+        (tmp_path / "edits" / "d.safetensors").unlink()
+        with pytest.raises(VLLMValidationError, match="there is no edit 'd'"):
+            llm.generate(s.prompts()[:1], params(["d"]), use_tqdm=False)
+        assert said(llm.generate(s.prompts()[1:2], params(["a"]), use_tqdm=False)) == found[1:2]
+
+        # An edit that does not fit is an error of its request alone, too.
+        save(tmp_path / "edits", random_edit(s.model, "e", 1, "gelu_tanh"))
+        with pytest.raises(VLLMValidationError, match="'e': it is for gelu_tanh FFNs"):
+            llm.generate(s.prompts()[:1], params(["e"]), use_tqdm=False)
+        with pytest.raises(VLLMValidationError, match="unike_edit: expected the id of an edit"):
+            llm.generate(s.prompts()[:1], params(["a", "a"]), use_tqdm=False)
+        assert said(llm.generate(s.prompts()[:1], params(), use_tqdm=False)) == plain[:1]
+
+
+@pytest.mark.parametrize("tokens", ["all", "answer"])
+def test_a_memory_for_those_that_do_not_decline_it(make_memory, tokens, tmp_path):
+    as_hugging_face_has_it("opt", tmp_path / "model")
+    (tmp_path / "edits").mkdir()
+    s = Digits("opt")
+    memory = make_memory(s.model, uk.Config(k=7, values="out", alpha=0.4, tokens=tokens))
+    memory.save(tmp_path / "memory.safetensors")
+    edits = [random_edit(s.model, name, seed, "relu", memory=memory) for seed, name in enumerate("abc")]
+    for edit in edits:
+        save(tmp_path / "edits", edit)
+    other = random_edit(s.model, "x", 5, "relu")
+    save(tmp_path / "edits", other)
+    told = {"unike": {"edits": str(tmp_path / "edits"), "memory": str(tmp_path / "memory.safetensors")}}
+    remembers = [True, True, False, True, True, False, False, True, True]
+    with engine(tmp_path / "model", enforce_eager=True, additional_config=told, enable_prefix_caching=True) as llm:
+        expected = s.expected(edits, SETS, memory, remembers)
+        assert expected != s.expected(edits, SETS, memory, [False] * len(SETS))
+        given = [params(c, **({} if use else {"unike_memory": 0})) for c, use in zip(SETS, remembers, strict=True)]
+        for _ in range(2):
+            assert said(llm.generate(s.prompts(), given, use_tqdm=False)) == expected
+        with pytest.raises(VLLMValidationError, match="'x': it was trained with the memory None"):
+            llm.generate(s.prompts()[:1], params(["x"]), use_tqdm=False)
+
+
+def test_a_language_model_compiled(tmp_path):
+    """SmolLM2: gated FFNs, 30 layers, prompts of several lengths, long enough to be prefilled in chunks."""
+    loaded, tokenizer = smollm2.load()
+    del loaded.config.quantization_config  # it came from a GGUF file, and is not quantised any more
+    model = AutoModelForCausalLM.from_config(loaded.config).eval()
+    model.load_state_dict(loaded.state_dict())
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "edits").mkdir()
+    edits = [random_edit(model, name, seed, "silu") for seed, name in enumerate("abc")]
+    for edit in edits:
+        save(tmp_path / "edits", edit)
+    long = "A long time ago, " * 12 + "there was"
+    texts = ["The capital of Peru is", "Water boils at", long, "The opposite of hot is"]
+    sets = [["a"], [], ["b", "c"], ["c"]]
+    told = {"unike": {"edits": str(tmp_path / "edits")}}
+    with engine(
+        tmp_path / "model", additional_config=told, max_num_batched_tokens=32, enable_chunked_prefill=True,
+        max_num_seqs=8,
+    ) as llm:  # fmt: skip
+        found = said(llm.generate(texts, [params(c) for c in sets], use_tqdm=False))
+    batch = tokenizer(texts, return_tensors="pt", padding=True)
+    settings = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
+    plain = model.generate(**batch, **settings)[:, -NEW:].tolist()
+    with uk.patched(model, edits), uk.rows(model, sets):
+        expected = model.generate(**batch, **settings)[:, -NEW:].tolist()
+    assert found == expected
+    assert [a != b for a, b in zip(expected, plain, strict=True)] == [True, False, True, True]
+
+
+def test_over_http(tmp_path):
+    as_hugging_face_has_it("llama", tmp_path / "model")
+    (tmp_path / "edits").mkdir()
+    model = digits.load_model("llama")
+    edits = [random_edit(model, name, seed, "silu") for seed, name in enumerate("ab")]
+    for edit in edits:
+        save(tmp_path / "edits", edit)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    told = json.dumps({"unike": {"edits": str(tmp_path / "edits")}})
+    command = [
+        sys.executable, "-m", "vllm.entrypoints.openai.api_server", f"--model={tmp_path / 'model'}", f"--port={port}",
+        "--served-model-name=digits", "--dtype=float32", "--max-model-len=256", "--enforce-eager",
+        f"--additional-config={told}",
+    ]  # fmt: skip
+
+    def ask(**more):
+        body = {"model": "digits", "prompt": "what is two plus three ?", "max_tokens": NEW, "temperature": 0, **more}
+        body |= {"ignore_eos": True, "return_token_ids": True}
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{port}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return json.load(answer)["choices"][0]["token_ids"]
+
+    processor = digits.load_processor()
+    inputs = processor("what is two plus three ?")
+    settings = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "eos_token_id": None}
+    log = (tmp_path / "log").open("w")
+    server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+    try:
+        deadline = time.monotonic() + 240
+        while True:
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
+                break
+            except (OSError, urllib.error.URLError):
+                assert server.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()[-3000:]
+                time.sleep(1)
+        with uk.patched(model, edits):
+            for chosen in ([], ["a"], ["b", "a"]):
+                with uk.rows(model, [chosen]):
+                    expected = model.language_model.generate(**inputs, **settings)[0, -NEW:].tolist()
+                asked = {"vllm_xargs": {"unike_edit": chosen}} if chosen else {}
+                assert ask(**asked) == expected
+        with pytest.raises(urllib.error.HTTPError) as error:
+            ask(vllm_xargs={"unike_edit": "nobody"})
+        assert error.value.code == 400
+        assert "there is no edit 'nobody'" in error.value.read().decode()
+        assert ask(vllm_xargs={"unike_edit": "a"}) != ask()
+    finally:
+        server.terminate()
+        server.wait(30)
+        log.close()

@@ -1,0 +1,125 @@
+"""What the layers tell about themselves: against the reference operators, and without a change of the output."""
+
+import importlib
+import logging
+
+import pytest
+import torch
+
+import unike_kernels as uk
+from unike_kernels.backbones import find_decoder
+
+reference = importlib.import_module("unike_kernels.ops.latent_attention.reference")
+IDS = torch.tensor([[5, 6, 7, 8, 9], [9, 8, 7, 6, 5]])
+CONFIGS = {
+    "token": {},
+    "fixed": {"alpha": 0.4},
+    "last, sequence": {"alpha": "last", "retrieval": "sequence"},
+    "answer": {"tokens": "answer"},
+    "projected": {"values": "projected", "scale": 0.5},
+}
+
+
+@torch.no_grad()
+def run(model):
+    with uk.rows(model, [["a"], ["b", "a"]], memory=[True, True], prompt_lengths=[3, 5]):
+        return model(input_ids=IDS).logits
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("kind", ["opt", "llama"])
+def test_entries_scores_gates_and_neurons(make_model, make_memory, make_edit, kind, name):
+    config = uk.Config(**{"k": 7, "values": "pre", **CONFIGS[name]})
+    model = make_model(kind, dtype=torch.float64)
+    memory = make_memory(model, config)
+    edits = [make_edit(model, id, memory, seed=seed, gated=kind == "llama") for seed, id in enumerate("ab")]
+    seen = {}
+    with uk.patched(model, edits, memory):
+        plain = run(model)
+        attention = {i: find_decoder(model).layers[i].attention.module for i in memory.layers}
+        hooks = [
+            m.register_forward_pre_hook(lambda _, a, k, i=i: seen.__setitem__(i, k["hidden_states"]), with_kwargs=True)
+            for i, m in attention.items()
+        ]
+        with uk.explain(model) as explanation:
+            assert torch.equal(run(model), plain)
+        for hook in hooks:
+            hook.remove()
+        assert torch.equal(run(model), plain)
+    (told,) = explanation.passes  # and nothing after the block
+    assert sorted(told) == [2, 3, 4, 5]
+    ends = torch.tensor([2, 4])
+    for i, at in told.items():
+        index = torch.nn.functional.normalize(memory.layers[i].index.double(), dim=-1)
+        asks = torch.nn.functional.normalize(seen[i].double(), dim=-1)
+        own = asks
+        if config.retrieval == "sequence":
+            asks = asks[torch.arange(2), ends].unsqueeze(1).expand_as(asks)
+        best = (asks @ index.T).argsort(-1, descending=True)[..., :7]
+        shifted = torch.ones(2, 5, dtype=torch.bool)
+        if config.tokens == "answer":
+            shifted = torch.arange(5) >= ends.unsqueeze(1)
+        assert torch.equal(at.entries[shifted], best[shifted])
+        assert (at.entries[~shifted] == -1).all() and (at.alpha[~shifted] == 0).all()
+        scores = torch.einsum("btd,btkd->btk", own, index[best])
+        torch.testing.assert_close(at.scores[shifted].double(), scores[shifted], atol=1e-5, rtol=1e-5)
+        if config.alpha == 0.4:
+            assert torch.equal(at.alpha, torch.full((2, 5), 0.4))
+        assert ((at.alpha >= 0) & (at.alpha <= 1)).all()
+        assert set(at.neurons) == {"a", "b"}
+        assert at.neurons["a"].shape == (2, 5, 5)
+        assert (at.neurons["a"] != 0).any((1, 2)).all()
+        assert (at.neurons["b"][0] == 0).all() and (at.neurons["b"][1] != 0).any()
+        assert at.memory_seconds > 0 and at.neuron_seconds > 0
+    counters = explanation.counters()
+    gates = torch.cat([t.alpha.flatten() for t in told.values()])
+    assert (counters["passes"], counters["tokens"]) == (1, 40)
+    assert counters["shifted"] == int((gates > 0).sum()) > 0
+    assert counters["alpha_mean"] == pytest.approx(float(gates[gates > 0].mean()))
+    assert counters["alpha_max"] == pytest.approx(float(gates.max()))
+    assert 0 < counters["memory_seconds"] < 10
+
+
+def test_the_gates_are_those_that_were_used(make_model, make_memory, make_inputs):
+    """From the output: (out - base) = alpha (|base| know / |know| - base), with what the layer retrieved."""
+    model = make_model("opt", dtype=torch.float64)
+    memory = make_memory(model, uk.Config(k=7, values="pre"), layers=[5])
+    seen = {}
+    base = find_decoder(model).layers[5].attention.module
+
+    def note(_, args, kwargs, out):
+        seen["h"], seen["q"] = out[0].detach(), kwargs["hidden_states"].detach()
+
+    hook = base.register_forward_hook(note, with_kwargs=True)
+    with torch.no_grad():
+        model(input_ids=IDS)
+        hook.remove()
+        with uk.patched(model, memory=memory), uk.explain(model) as explanation:
+            model(input_ids=IDS)
+    (told,) = explanation.passes
+    m, at = memory.layers[5], told[5]
+    encoder = reference.SemanticEncoder(*(t.double() for t in m.encoder))
+    keys = m.keys.double()
+    _, alpha = reference.latent_attention(
+        seen["q"].reshape(10, 1, -1), seen["h"].reshape(10, -1), keys, keys, at.entries.view(10, -1), encoder,
+        None, None, reference.Blend(64**-0.5, "inclusion", "match"),
+    )  # fmt: skip
+    torch.testing.assert_close(at.alpha.view(-1).double(), alpha, atol=1e-5, rtol=1e-4)
+    assert (alpha > 0).any()
+
+
+def test_every_pass_tells_for_itself(make_model, make_memory):
+    model = make_model("llama")
+    memory = make_memory(model)
+    with uk.patched(model, memory=memory), uk.explain(model) as explanation:
+        model.generate(input_ids=IDS, max_new_tokens=3, min_new_tokens=3, do_sample=False)
+    assert [told[5].alpha.shape for told in explanation.passes] == [(2, 5), (2, 1), (2, 1)]
+    with pytest.raises(uk.PatchError), uk.explain(model):
+        pass
+
+
+def test_nobody_asks_nothing_is_kept(make_model):
+    model = make_model("opt")
+    with uk.patched(model):
+        assert model._unike.context.now().explanation is None
+    assert uk.patching and logging.getLogger("unike_kernels").level == logging.NOTSET
