@@ -278,3 +278,15 @@ def test_a_model_that_is_moved_takes_its_edits_along(setup):
     assert torch.equal(logits(model.to("cpu")), before)
     uk.remove_edit(model.to("cpu"), "b")
     torch.testing.assert_close(logits(model), fresh(model, [a], memory), rtol=1e-5, atol=1e-5)
+
+
+def test_switching_leaves_the_rows_their_selection(make_model, make_edit):
+    """Running generations are forgotten, not what the threads have chosen."""
+    model = make_model("llama")
+    ids = torch.tensor([[5, 6, 7], [7, 6, 5]])
+    with torch.no_grad(), uk.patched(model, [make_edit(model, "a")]):
+        with uk.rows(model, [["a"], []]):
+            before = model(input_ids=ids).logits
+            uk.add_edit(model, make_edit(model, "b", seed=3), running="switch")
+            assert torch.equal(model(input_ids=ids).logits, before)
+        assert not torch.equal(model(input_ids=ids).logits, before)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from . import artifacts
 from .config import Config
-from .errors import ArtifactError
+from .errors import ArtifactError, MismatchError
 from .fingerprint import validate as validate_fingerprint
 from .ops import SemanticEncoder
 
@@ -83,6 +84,8 @@ class MemoryBank:
         base_model: fingerprint of the model that it was extracted from.
         notes: how it was made, for people.
         id: a hash of the contents; an `Edit` records it.
+        tenants: name -> entries that belong to it alone; see `joined`.
+        parts: tenant -> id of the memory that it came from.
     """
 
     layers: Mapping[int, MemoryLayer]
@@ -90,6 +93,8 @@ class MemoryBank:
     base_model: dict[str, Any]
     notes: dict[str, str] = field(default_factory=dict)
     id: str = ""
+    tenants: Mapping[str, range] = field(default_factory=dict)
+    parts: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.layers:
@@ -106,8 +111,52 @@ class MemoryBank:
         if not self.id:
             object.__setattr__(self, "id", artifacts.digest(self._tensors()))
 
+        if set(self.tenants) != set(self.parts):
+            raise ValueError(
+                f"MemoryBank.tenants: expected those of parts, {sorted(self.parts)}, got {sorted(self.tenants)}"
+            )
+        for name, entries in self.tenants.items():
+            if not 0 <= entries.start <= entries.stop <= len(self) or entries.step != 1:
+                raise ValueError(f"MemoryBank.tenants: {name!r} has {entries}, the memory {len(self)} entries")
+
     def __len__(self) -> int:
         return int(next(iter(self.layers.values())).index.shape[0])
+
+    @classmethod
+    def joined(cls, banks: Mapping[str, MemoryBank]) -> MemoryBank:
+        """The memories of several tenants as one, in which a row names whose entries it uses.
+
+        `uk.rows(model, memory=["acme", "globex", False])`: a row retrieves from the entries of its tenant alone, and no
+        other tenant's entries change a bit of it. Edits that were trained with one of the memories fit the joined one.
+
+        Raises:
+            ValueError: no memories.
+            MismatchError: they differ in config, layers, base model, Enc_sem or zeta'.
+        """
+        if not banks:
+            raise ValueError("banks: expected at least one memory, got none")
+        (name, first), *rest = banks.items()
+        for other, bank in rest:
+            if differing := _differences(first, bank):
+                raise MismatchError(f"banks: {name!r} and {other!r} differ in {' and '.join(differing)}")
+        layers = {i: _concatenated([bank.layers[i] for bank in banks.values()]) for i in first.layers}
+        tenants, start = {}, 0
+        for tenant, bank in banks.items():
+            tenants[tenant] = range(start, start + len(bank))
+            start += len(bank)
+        parts = {tenant: bank.id for tenant, bank in banks.items()}
+        return cls(layers, first.config, first.base_model, {"joined": ", ".join(banks)}, tenants=tenants, parts=parts)
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """Of this memory and of those that it was joined from: an edit that was trained with one of them fits."""
+        return (self.id, *self.parts.values())
+
+    def entries(self, tenant: str) -> range:
+        """Raises ValueError for an unknown tenant."""
+        if tenant not in self.tenants:
+            raise ValueError(f"memory: unknown tenant {tenant!r}; the memory has {sorted(self.tenants)}")
+        return self.tenants[tenant]
 
     @property
     def hidden_size(self) -> int:
@@ -131,6 +180,7 @@ class MemoryBank:
             "config": self.config.to_dict(),
             "base_model": self.base_model,
             "notes": self.notes,
+            "tenants": {name: [r.start, r.stop, self.parts[name]] for name, r in self.tenants.items()},
         }
         artifacts.save(path, "memory", header, self._tensors())
 
@@ -162,6 +212,11 @@ class MemoryBank:
                 zeta_prime=reader.tensor(prefix + "zeta_prime", (d,)),
             )
         notes = reader.field("notes", dict)
+        tenants = reader.field("tenants", dict)
+        for name, told in tenants.items():
+            kinds = [type(part) for part in told] if isinstance(told, list) else []
+            if kinds != [int, int, str]:
+                raise reader.fail(f"header field 'tenants': expected start, stop and id of {name!r}, got {told!r:.80}")
         stated = reader.field("id", str)
         bank: MemoryBank = reader.build(
             cls,
@@ -169,8 +224,39 @@ class MemoryBank:
             config=reader.build(Config.from_dict, reader.field("config", dict)),
             base_model=reader.build(validate_fingerprint, reader.field("base_model", dict)),
             notes={str(k): str(v) for k, v in notes.items()},
+            tenants={name: range(start, stop) for name, (start, stop, _) in tenants.items()},
+            parts={name: id for name, (_, _, id) in tenants.items()},
         )
         reader.done()
         if bank.id != stated:
             raise ArtifactError(f"{path}: its contents have the id {bank.id}, the header says {stated!r:.80}")
         return bank
+
+
+def _differences(one: MemoryBank, other: MemoryBank) -> list[str]:
+    """In what the two differ that a joined memory has once."""
+    found = []
+    if one.config != other.config:
+        found.append("config")
+    if one.base_model != other.base_model:
+        found.append("base model")
+    if one.layers.keys() != other.layers.keys():
+        return [*found, "layers"]
+    for i, a in one.layers.items():
+        b = other.layers[i]
+        pairs = [*zip(a.encoder, b.encoder, strict=True), (a.zeta, b.zeta), (a.zeta_prime, b.zeta_prime)]
+        if any(x.shape != y.shape or not torch.equal(x, y) for x, y in pairs):
+            return [*found, "Enc_sem or zeta'"]
+    return found
+
+
+def _concatenated(layers: Sequence[MemoryLayer]) -> MemoryLayer:
+    first, tables = layers[0], [layer.values for layer in layers if layer.values is not None]
+    return MemoryLayer(
+        torch.cat([layer.index for layer in layers]),
+        torch.cat([layer.keys for layer in layers]),
+        torch.cat(tables) if tables else None,
+        first.encoder,
+        first.zeta,
+        first.zeta_prime,
+    )

@@ -90,10 +90,12 @@ class _Block:
     prompt: PromptState | None = None
     edits: tuple[tuple[str, ...], ...] | None = None
     remembers: Tensor | None = None
+    remembers_in: str | None = None
 
     def hold_in(self, context: Context) -> None:
         context.rows, context.prompt = self.rows, self.prompt
         context.edits, context.remembers = self.edits, self.remembers
+        context.remembers_in = self.remembers_in
 
 
 @dataclass
@@ -379,7 +381,7 @@ def _install(state: _Patched, edits: dict[str, Edit], stores: Mapping[int, EditS
     state.edits = edits
     _publish(state, None if any(ffn.edits.direct for ffn in state.ffns.values()) else stores)
     if running == "switch":
-        state.context.forget()
+        state.context.forget_running()
 
 
 @contextmanager
@@ -397,7 +399,7 @@ def rows(
     model: nn.Module,
     edits: Sequence[Sequence[str]] | None = None,
     *,
-    memory: Sequence[bool] | None = None,
+    memory: Sequence[bool | str] | None = None,
     prompt_lengths: Sequence[int] | None = None,
 ) -> Iterator[None]:
     """Inside the block, each row of a batch has its own edits.
@@ -408,7 +410,8 @@ def rows(
     Args:
         model: a patched model.
         edits: for each row the ids of its edits, [] for none; None: every row uses all.
-        memory: for each row whether it uses the memory; None: all do.
+        memory: for each row whether it uses the memory, or the tenant whose entries alone it uses (see
+            `MemoryBank.joined`); None: all rows use all entries.
         prompt_lengths: tokens of each row's prompt without padding (image placeholders count); needed by the configs
             alpha="last", retrieval="sequence" and tokens="answer".
 
@@ -428,7 +431,7 @@ def rows(
     ):
         raise ValueError(f"prompt_lengths: expected integers of at least 1, got {list(prompt_lengths)}")
     device, own = backbones.device_of(model), state.context.now()
-    outer = chosen = _Block(own.rows, own.prompt, own.edits, own.remembers)
+    outer = chosen = _Block(own.rows, own.prompt, own.edits, own.remembers, own.remembers_in)
     if counts:
         chosen = replace(chosen, rows=next(iter(counts.values())))
     if prompt_lengths is not None and state.config.needs_prompt_lengths:
@@ -436,7 +439,7 @@ def rows(
     if edits is not None:
         chosen = replace(chosen, edits=tuple(map(tuple, edits)))
     if memory is not None:
-        chosen = replace(chosen, remembers=torch.tensor([[bool(use)] for use in memory], device=device))
+        chosen = _remembering(chosen, memory, state.memory, device)
     chosen.hold_in(own)
     with state.lock:
         state.blocks.append(chosen)
@@ -477,6 +480,18 @@ def selecting(model: nn.Module, edits: Sequence[Sequence[str]]) -> Iterator[None
         yield
     finally:
         own.rows, own.edits = outer
+
+
+def _remembering(block: _Block, rows: Sequence[bool | str], memory: MemoryBank | None, device: torch.device) -> _Block:
+    named = {use for use in rows if isinstance(use, str)}
+    tenants = memory.tenants if memory is not None else {}
+    if unknown := sorted(named - set(tenants)):
+        raise PatchError(f"memory: unknown tenants {unknown}; the memory has {sorted(tenants)}")
+    ranges = [
+        [tenants[use].start, tenants[use].stop] if isinstance(use, str) else [-1, -1] if use else [0, 0] for use in rows
+    ]
+    where = memory.id if memory is not None and named else None
+    return replace(block, remembers=torch.tensor(ranges, device=device), remembers_in=where)
 
 
 def _trace(state: _Patched) -> None:
@@ -527,7 +542,7 @@ def _check_belonging(
                 raise MismatchError(
                     f"{name}: it is for {artifact.activation} FFNs, the model's are {sorted(activation)}"
                 )
-            if artifact.memory_id != (memory.id if memory else None):
+            if artifact.memory_id not in (memory.ids if memory else (None,)):
                 problems.append(
                     f"it was trained with the memory {artifact.memory_id}, this one is {memory.id if memory else None}"
                 )
@@ -566,7 +581,7 @@ def _tables(memory: MemoryBank | None, layer: int, attention: nn.Module) -> Memo
     if memory is None or layer not in memory.layers:
         return None
     m = memory.layers[layer]
-    return MemoryTables(m.index, m.keys, m.values, m.encoder).to(backbones.device_of(attention))
+    return MemoryTables(m.index, m.keys, m.values, m.encoder, memory.id).to(backbones.device_of(attention))
 
 
 def _report(model: nn.Module, decoder: backbones.Decoder, state: _Patched) -> PatchReport:

@@ -152,7 +152,7 @@ def test_a_generation_is_known_by_its_cache():
     context.begin(cache)
     assert context.now().version is new
     context.current, cache.length = old, 2
-    context.forget()
+    context.forget_running()
     context.begin(cache)
     assert context.now().version is old
 

@@ -50,7 +50,8 @@ class Context:
         prompt: set by `uk.rows(..., prompt_lengths=...)`.
         text: bool [B, T] of the last embedded ids, False at image placeholders; only with `Config(tokens="text")`.
         edits: for each row the ids of its edits; None: all of them.
-        remembers: bool [R, 1], whether each row uses the memory; None: all do.
+        remembers: int64 [R, 2], the range of entries that each row may retrieve, [-1, -1] for all; None: all rows all.
+        remembers_in: id of the memory that these ranges are of; None: they hold for any.
         version: what this pass computes with; None: what is installed now.
         explanation: where layers tell what they did; None: nobody asks.
     """
@@ -61,6 +62,7 @@ class Context:
     text: Tensor | None = None
     edits: tuple[tuple[str, ...], ...] | None = None
     remembers: Tensor | None = None
+    remembers_in: str | None = None
     version: Version | None = None
     explanation: Explanation | None = None
 
@@ -129,11 +131,11 @@ class ModelContext(Context):
     def __init__(self) -> None:
         super().__init__()
         self.current: Version | None = None
-        self.forget()
-
-    def forget(self) -> None:
-        """Let running generations go on with the current version."""
         self._threads = threading.local()
+        self.forget_running()
+
+    def forget_running(self) -> None:
+        """Let running generations go on with the current version."""
         self._running: WeakKeyDictionary[Any, Version | None] = WeakKeyDictionary()
 
     def now(self) -> Context:
@@ -162,4 +164,5 @@ class ModelContext(Context):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self.forget()
+        self._threads = threading.local()
+        self.forget_running()

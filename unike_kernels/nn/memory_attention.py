@@ -36,8 +36,11 @@ class MemoryTables(Tables):
     w2: Tensor
     b2: Tensor
 
-    def __init__(self, index: Tensor, keys: Tensor, values: Tensor | None, encoder: SemanticEncoder) -> None:
+    def __init__(
+        self, index: Tensor, keys: Tensor, values: Tensor | None, encoder: SemanticEncoder, id: str | None = None
+    ) -> None:
         super().__init__()
+        self.id = id  # of the `MemoryBank`
         self.table("index", normalize_rows(index))
         packed = pack_keys(self.index, "int8") if index.shape[1] <= 65536 else None
         for name, t in zip(("codes", "code_bounds", "direction"), packed or (None,) * 3, strict=True):
@@ -217,8 +220,11 @@ class MemoryAttention(DropIn):
 
     def _row_bounds(self, memory: MemoryTables) -> Tensor | None:
         """int64 [R, 2]: the entries that each row of the batch may retrieve; None: all of them."""
-        remembers = self.context.now().remembers
-        return memory.row_bounds if remembers is None else torch.where(remembers, memory.all, 0)
+        now = self.context.now()
+        if now.remembers_in is not None and now.remembers_in != memory.id:
+            raise RuntimeError("rows: the memory whose tenants these rows name was swapped; name them anew")
+        remembers = now.remembers
+        return memory.row_bounds if remembers is None else torch.where(remembers < 0, memory.all, remembers)
 
     def _bounds(self, memory: MemoryTables, batch: int, tokens: int) -> Tensor | None:
         """int64 [B * T, 2]: the entries that each token may retrieve; None: all tokens, all entries."""

@@ -23,14 +23,14 @@ class Share:
     Attributes:
         tokens: how many of the step's tokens are its own.
         edits: keys of the edits that are added to them.
-        memory: whether the memory shifts them.
+        memory: whether the memory shifts them, or the tenant whose entries alone may (see `MemoryBank.joined`).
         prompt: of the tokens, how many come before the last one of the prompt: with Config(tokens="answer") these are
             not shifted.
     """
 
     tokens: int
     edits: tuple[str, ...] = ()
-    memory: bool = True
+    memory: bool | str = True
     prompt: int = 0
 
 
@@ -71,7 +71,8 @@ class FlatModel:
                     f"tokens='all' or 'answer' and values='out' or 'pre'; got {config}"
                 )
             self._tables = {
-                i: MemoryTables(m.index, m.keys, m.values, m.encoder).to(device) for i, m in memory.layers.items()
+                i: MemoryTables(m.index, m.keys, m.values, m.encoder, memory.id).to(device)
+                for i, m in memory.layers.items()
             }
         self._runs: list[tuple[slice, list[tuple[str, ...]]]] = []
         self._shifted = 0
@@ -87,7 +88,7 @@ class FlatModel:
         """Raises MismatchError for an edit that cannot be served: other layers, sizes or memory."""
         self.bank.check(edit)
         of_this = self.memory.id if self.memory else None
-        if edit.memory_id != of_this:
+        if edit.memory_id not in (self.memory.ids if self.memory else (None,)):
             raise MismatchError(
                 f"edit {edit.id!r}: it was trained with the memory {edit.memory_id}, this one is {of_this}"
             )
@@ -117,12 +118,14 @@ class FlatModel:
         """int64 [T, 2]: the entries that each token may retrieve; None: all of them, each token."""
         assert self.memory is not None
         answers = self.memory.config.tokens == "answer"
-        if all(share.memory and not (answers and share.prompt) for share in shares):
+        if all(share.memory is True and not (answers and share.prompt) for share in shares):
             return None
         bounds, start = torch.zeros(total, 2, dtype=torch.int64), 0
         for share in shares:
             first = share.tokens if not share.memory else min(share.prompt, share.tokens) if answers else 0
-            bounds[start + first : start + share.tokens, 1] = len(self.memory)
+            whole = range(len(self.memory) if share.memory else 0)
+            entries = self.memory.entries(share.memory) if isinstance(share.memory, str) else whole
+            bounds[start + first : start + share.tokens] = torch.tensor([entries.start, entries.stop])
             start += share.tokens
         return bounds.to(self._device)
 
