@@ -14,6 +14,7 @@ from typing import Any
 
 from . import nn, ops
 from ._version import __version__
+from .approximate import Approximate, ApproximateIndex
 from .bank import EditBank
 from .config import Config
 from .edits import Edit, EditLayer
@@ -50,6 +51,8 @@ def __getattr__(name: str) -> Any:
 
 
 __all__ = [
+    "Approximate",
+    "ApproximateIndex",
     "ArtifactError",
     "BackendUnavailableError",
     "Config",

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from . import artifacts
+from .approximate import Approximate
 from .config import Config
 from .errors import ArtifactError, MismatchError
 from .fingerprint import validate as validate_fingerprint
@@ -86,6 +87,8 @@ class MemoryBank:
         id: a hash of the contents; an `Edit` records it.
         tenants: name -> entries that belong to it alone; see `joined`.
         parts: tenant -> id of the memory that it came from.
+        search: how entries are retrieved where that need not be exact; None: exactly. A setting of this object, not of
+            the file.
     """
 
     layers: Mapping[int, MemoryLayer]
@@ -95,6 +98,7 @@ class MemoryBank:
     id: str = ""
     tenants: Mapping[str, range] = field(default_factory=dict)
     parts: Mapping[str, str] = field(default_factory=dict)
+    search: Approximate | None = None
 
     def __post_init__(self) -> None:
         if not self.layers:
@@ -116,6 +120,8 @@ class MemoryBank:
                 f"MemoryBank.tenants: expected those of parts, {sorted(self.parts)}, got {sorted(self.tenants)}"
             )
         for name, entries in self.tenants.items():
+            if self.search is not None:
+                raise ValueError("MemoryBank.search: expected None with tenants, whose entries are found exactly")
             if not 0 <= entries.start <= entries.stop <= len(self) or entries.step != 1:
                 raise ValueError(f"MemoryBank.tenants: {name!r} has {entries}, the memory {len(self)} entries")
 

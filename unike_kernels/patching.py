@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from . import backbones
+from .approximate import ApproximateIndex
 from .config import Config
 from .edits import Edit
 from .errors import MismatchError, PatchError
@@ -581,7 +582,9 @@ def _tables(memory: MemoryBank | None, layer: int, attention: nn.Module) -> Memo
     if memory is None or layer not in memory.layers:
         return None
     m = memory.layers[layer]
-    return MemoryTables(m.index, m.keys, m.values, m.encoder, memory.id).to(backbones.device_of(attention))
+    device = backbones.device_of(attention)
+    found = None if memory.search is None else ApproximateIndex(m.index.to(device), memory.search)
+    return MemoryTables(m.index, m.keys, m.values, m.encoder, memory.id, found).to(device)
 
 
 def _report(model: nn.Module, decoder: backbones.Decoder, state: _Patched) -> PatchReport:

@@ -190,7 +190,7 @@ def test_a_language_model_compiled(tmp_path):
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     (tmp_path / "edits").mkdir()
-    edits = [random_edit(model, name, seed, "silu") for seed, name in enumerate("abc")]
+    edits = [random_edit(model, name, seed, "silu", size=20.0) for seed, name in enumerate("abc")]
     for edit in edits:
         save(tmp_path / "edits", edit)
     long = "A long time ago, " * 12 + "there was"

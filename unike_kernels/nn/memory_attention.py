@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..approximate import ApproximateIndex
 from ..config import Config
 from ..ops import PackedKeys, SemanticEncoder, cosine_topk, latent_attention, normalize_rows, pack_keys, project_values
 from ..ops.latent_attention import blend_of
@@ -37,10 +38,17 @@ class MemoryTables(Tables):
     b2: Tensor
 
     def __init__(
-        self, index: Tensor, keys: Tensor, values: Tensor | None, encoder: SemanticEncoder, id: str | None = None
+        self,
+        index: Tensor,
+        keys: Tensor,
+        values: Tensor | None,
+        encoder: SemanticEncoder,
+        id: str | None = None,
+        approximate: ApproximateIndex | None = None,
     ) -> None:
         super().__init__()
         self.id = id  # of the `MemoryBank`
+        self.approximate = approximate  # searched in the place of the index
         self.table("index", normalize_rows(index))
         packed = pack_keys(self.index, "int8") if index.shape[1] <= 65536 else None
         for name, t in zip(("codes", "code_bounds", "direction"), packed or (None,) * 3, strict=True):
@@ -52,6 +60,17 @@ class MemoryTables(Tables):
         for name, t in encoder._asdict().items():
             self.table(name, t)
         self.row_bounds: Tensor | None = None  # int64 [R, 2], the entries that each row of the batch may retrieve
+
+    def retrieve(self, queries: Tensor, k: int, bounds: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Scores float32 [M, k] and ids int64 [M, k] of the entries for each query, within its bounds."""
+        queries = queries.detach()
+        if self.approximate is None or torch.compiler.is_compiling():
+            return cosine_topk(queries, self.index, k, normalized=True, bounds=bounds, packed=self.packed)
+        scores, ids = self.approximate.search(queries, k)
+        if bounds is not None:
+            out = (ids < bounds[:, :1]) | (ids >= bounds[:, 1:])
+            scores, ids = scores.masked_fill(out, float("-inf")), ids.masked_fill(out, -1)
+        return scores, ids
 
     def plan(self) -> Plan:
         """The tables as the operator takes them for each token."""
@@ -188,9 +207,7 @@ class MemoryAttention(DropIn):
         config, shape = self.config, out.shape[:-1]
         flat, inputs = hidden.reshape(-1, hidden.shape[-1]).detach(), out.reshape(-1, out.shape[-1])
         if ids is None:
-            scores, ids = cosine_topk(
-                flat, memory.index, config.k, normalized=True, bounds=bounds, packed=memory.packed
-            )
+            scores, ids = memory.retrieve(flat, config.k, bounds)
         else:  # the cosines of what the prompt's last token has retrieved with each token
             unit = torch.nn.functional.normalize(flat.to(memory.index.dtype), dim=-1)
             scores = torch.einsum("md,mkd->mk", unit, memory.index[ids.clamp(min=0)])
@@ -214,9 +231,7 @@ class MemoryAttention(DropIn):
         if bounds is not None:
             bounds = bounds.repeat_interleave(len(last) // len(bounds), 0)
         ends = hidden[self._rows(last), last]
-        return cosine_topk(
-            ends.detach(), memory.index, self.config.k, normalized=True, bounds=bounds, packed=memory.packed
-        )[1]
+        return memory.retrieve(ends, self.config.k, bounds)[1]
 
     def _row_bounds(self, memory: MemoryTables) -> Tensor | None:
         """int64 [R, 2]: the entries that each row of the batch may retrieve; None: all of them."""
@@ -274,6 +289,14 @@ def shift_tokens(
         anchor: see `ops.latent_attention`.
     """
     alpha = _fixed_alpha(config, inputs)
+    if memory.approximate is not None and not torch.compiler.is_compiling():
+        _, ids = memory.retrieve(hidden, config.k, bounds)
+        values = memory.keys if memory.values is None else memory.values
+        shifted, _ = latent_attention(
+            queries, inputs, memory.keys, values, ids, memory.encoder, scale=config.scale, alpha=alpha, anchor=anchor,
+            convention=config.convention, norm=config.norm, projected=memory.projected,
+        )  # fmt: skip
+        return shifted
     blend = blend_of(queries, config.scale, config.convention, config.norm)
     # Tracing sees the operator; otherwise the shortest way that computes the same.
     if not torch.compiler.is_compiling() and memory.plan().takes(hidden, queries, inputs):

@@ -65,6 +65,8 @@ class FlatModel:
         self._tables: dict[int, MemoryTables] = {}
         if memory is not None:
             config = memory.config
+            if memory.search is not None:
+                raise ValueError("memory: an engine of flat tokens retrieves exactly; expected search=None")
             if config.needs_whole_prompts or config.tokens == "text" or config.values == "projected":
                 raise ValueError(
                     "memory: an engine of flat tokens serves retrieval='token', alpha='token' or a number, "

@@ -1,0 +1,84 @@
+"""Approximate retrieval: how much of the exact result it finds, and a memory that uses it."""
+
+import dataclasses
+
+import pytest
+import torch
+
+import unike_kernels as uk
+
+pytest.importorskip("faiss")
+
+
+def clustered(n, d=32, centres=50, seed=0):
+    """Rows around random centres, as hidden states are."""
+    g = torch.Generator().manual_seed(seed)
+    middle = torch.randn(centres, d, generator=torch.Generator().manual_seed(7))
+    return middle[torch.randint(centres, (n,), generator=g)] + 0.5 * torch.randn(n, d, generator=g)
+
+
+@pytest.mark.parametrize("how", [uk.Approximate(), uk.Approximate("hnsw")], ids=["ivf", "hnsw"])
+def test_finds_most_of_what_there_is(how):
+    keys, queries = clustered(20_000), clustered(100, seed=1)
+    index = uk.ApproximateIndex(keys, how)
+    assert len(index) == 20_000
+    scores, ids = index.search(queries, 10)
+    assert (scores.dtype, ids.dtype, ids.shape) == (torch.float32, torch.int64, (100, 10))
+    exact = torch.nn.functional.normalize(queries, dim=-1) @ torch.nn.functional.normalize(keys, dim=-1).T
+    torch.testing.assert_close(scores, exact.gather(1, ids), atol=1e-5, rtol=1e-5)
+    assert (scores[:, :-1] >= scores[:, 1:]).all()
+    true = exact.topk(10).indices
+    share = sum(len(set(a.tolist()) & set(b.tolist())) for a, b in zip(ids, true, strict=True)) / 1000
+    assert index.recall(queries, 10) == pytest.approx(share)
+    assert share > 0.9
+
+
+def test_a_wider_search_finds_more_and_all_lists_find_all():
+    keys, queries = torch.randn(5_000, 32), torch.randn(50, 32)
+    found = [uk.ApproximateIndex(keys, uk.Approximate(lists=64, probes=p)).recall(queries, 20) for p in (1, 4, 64)]
+    assert found[0] < found[1] < found[2] == 1.0
+
+
+def test_too_few_keys_and_queries_that_are_not_finite():
+    index = uk.ApproximateIndex(clustered(3))
+    queries = clustered(2, seed=1)
+    queries[1, 3] = float("nan")
+    scores, ids = index.search(queries, 5)
+    assert sorted(ids[0].tolist()) == [-1, -1, 0, 1, 2]
+    assert (ids[1] == -1).all()
+    assert torch.equal(scores == float("-inf"), ids == -1)
+
+
+def test_a_memory_that_retrieves_approximately(make_model, make_memory):
+    """With all lists searched it computes what exact retrieval computes; with one, something else."""
+    model, ids = make_model("llama"), torch.tensor([[5, 6, 7, 8], [9, 8, 7, 6]])
+    memory = make_memory(model, uk.Config(k=7, values="out"), entries=200)
+
+    def logits(search, mask=None, **rows):
+        bank = dataclasses.replace(memory, search=search)
+        with torch.no_grad(), uk.patched(model, memory=bank), uk.rows(model, **rows):
+            return model(input_ids=ids, attention_mask=mask).logits
+
+    exact, all_lists = logits(None), uk.Approximate(lists=8, probes=8)
+    torch.testing.assert_close(logits(all_lists), exact, atol=1e-5, rtol=1e-5)
+    assert (logits(uk.Approximate(lists=50, probes=1)) - exact).abs().max() > 1e-2
+    plain = model(input_ids=ids).logits
+    assert torch.equal(logits(all_lists, memory=[False, True])[0], plain[0])
+    mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
+    torch.testing.assert_close(logits(all_lists, mask)[0, 2:], logits(None, mask)[0, 2:], atol=1e-5, rtol=1e-5)
+
+
+def test_what_is_refused():
+    with pytest.raises(ValueError, match="expected 'ivf' or 'hnsw', got 'lsh'"):
+        uk.Approximate("lsh")
+    with pytest.raises(ValueError, match=r"Approximate\.probes: expected at least 1, got 0"):
+        uk.Approximate(probes=0)
+    with pytest.raises(ValueError, match="with N at least 1"):
+        uk.ApproximateIndex(torch.zeros(0, 4))
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        uk.ApproximateIndex(torch.tensor([[float("inf"), 1.0]]))
+    index = uk.ApproximateIndex(clustered(10))
+    with pytest.raises(ValueError, match="k: expected at least 1, got 0"):
+        index.search(clustered(1), 0)
+    with pytest.raises(ValueError, match=r"queries: expected \[M, 32\], got \[1, 3\]"):
+        index.search(torch.zeros(1, 3), 1)
