@@ -12,6 +12,7 @@ from .hyper import HyperEditor
 
 _MEASURED = 64  # requests that the scales of the factors are taken from
 _FIRST_RATE = 1e-2
+_FLOOR = 0.5  # of the mean deviation
 
 
 class MEND(HyperEditor):
@@ -36,7 +37,8 @@ class MEND(HyperEditor):
             seen = [self.gradients(r.case.request) for r in suite.train[:_MEASURED]]
         for name, key in self._keys.items():
             factors = torch.cat([torch.cat(s[name], -1) for s in seen])
-            self._layers[key].measure(factors[_counts(factors, self.linears[name].in_features)])  # type: ignore[operator]
+            inputs = self.linears[name].in_features
+            self._layers[key].measure(factors[_counts(factors, inputs)], inputs)  # type: ignore[operator]
         super().fit(suite)
 
     def changes(self, request: Sample) -> dict[str, Tensor]:
@@ -72,9 +74,13 @@ class _Layer(nn.Module):
         self.scale, self.offset = nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width))
         self.rate = nn.Parameter(torch.tensor(_FIRST_RATE).log())
 
-    def measure(self, factors: Tensor) -> None:
+    def measure(self, factors: Tensor, inputs: int) -> None:
         self.mean.copy_(factors.mean(0))
-        self.deviation.copy_(factors.std(0).clamp(min=1e-7))
+        # A unit that was silent in all of these requests has no scale: without a floor, one that wakes it explodes.
+        for part, found in zip(
+            self.deviation.tensor_split([inputs]), factors.std(0).tensor_split([inputs]), strict=True
+        ):
+            part.copy_(found.clamp(min=_FLOOR * float(found.mean())))
 
     def forward(self, factors: Tensor) -> Tensor:
         return (factors - self.mean) / self.deviation
