@@ -63,6 +63,12 @@ def _parser() -> argparse.ArgumentParser:
         default=Path("unike-eval"),
         help="folder of the results; a run that was interrupted goes on from there (default: %(default)s)",
     )
+    serve = commands.add_parser("serve", help="transformers' server, in which 'name+edit' is a model with an edit")
+    serve.add_argument("--edits", type=Path, required=True, help="folder of edits, <id>.safetensors")
+    serve.add_argument("--memory", type=Path, help="a memory that edited models use")
+    serve.add_argument("--host", default="localhost", help="(default: %(default)s)")
+    serve.add_argument("--port", type=int, default=8000, help="(default: %(default)s)")
+    serve.add_argument("--continuous-batching", action="store_true", help="one set of edits at a time")
     commands.add_parser("tune", help="measure tile sizes of the Triton kernels on this GPU, and keep the fastest")
     info = commands.add_parser("info", help="versions, CPU and backends; or what would be patched in a model")
     info.add_argument("model", nargs="?", help="digits-opt, digits-llama, a folder, or a name on the Hugging Face hub")
@@ -94,6 +100,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             from . import info
 
             return info.run(args.model, neurons=args.neurons, entries=args.entries)
+        if args.command == "serve":
+            from ..serving.transformers import serve
+
+            serve(args.edits, args.memory, host=args.host, port=args.port, continuous_batching=args.continuous_batching)
+            return 0
         if args.command == "tune":
             from . import tune
 

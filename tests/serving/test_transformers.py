@@ -1,0 +1,109 @@
+"""transformers' own server with a real client: edited models by their names."""
+
+import dataclasses
+import socket
+import time
+
+import pytest
+import torch
+
+import unike_kernels as uk
+from unike_kernels.serving import EditFolder
+from unike_kernels.serving.transformers import EditedModels, serve, sharing_weights
+
+openai = pytest.importorskip("openai")
+pytest.importorskip("uvicorn")
+
+PROMPT = "w1 w2 w3 w4"
+NEW = 6
+
+
+def loud(edit):
+    """Values that change what the model says."""
+    layers = {i: dataclasses.replace(layer, values=20 * layer.values) for i, layer in edit.layers.items()}
+    return dataclasses.replace(edit, layers=layers)
+
+
+def test_a_model_that_shares_its_weights(make_model, make_edit):
+    model, ids = make_model("llama"), torch.tensor([[5, 6, 7]])
+    other = sharing_weights(model)
+    for one, two in zip(model.state_dict().values(), other.state_dict().values(), strict=True):
+        assert one.data_ptr() == two.data_ptr()
+    before = model(input_ids=ids).logits
+    uk.patch(other, [make_edit(model, "a")])
+    assert torch.equal(model(input_ids=ids).logits, before)
+    assert not torch.equal(other(input_ids=ids).logits, before)
+
+
+def test_names(make_model, make_edit, tmp_path):
+    model = make_model("llama")
+    make_edit(model, "a").save(tmp_path / "a.safetensors")
+    models = EditedModels(EditFolder(tmp_path))
+    base, versions = models.split("folder/name+a")
+    assert (base, [v.edit.id for v in versions]) == ("folder/name", ["a"])
+    edited = models.edited(model, versions)
+    assert models.edited(model, versions) is edited is not model
+    assert models.edited(model, []) is model
+    make_edit(model, "a", seed=7).save(tmp_path / "a.safetensors")
+    assert models.edited(model, models.split("x+a")[1]) is not edited
+    with pytest.raises(ValueError, match="there is no edit 'b'"):
+        models.split("x+a+b")
+
+
+@pytest.fixture
+def server(make_model, make_edit, processor, tmp_path):
+    """(client, name of the model, the model, the edits' folder) of a server that runs."""
+    model = make_model("llama")
+    model.save_pretrained(tmp_path / "model")
+    processor.tokenizer.save_pretrained(tmp_path / "model")
+    folder = tmp_path / "edits"
+    folder.mkdir()
+    for seed, name in enumerate("ab"):
+        loud(make_edit(model, name, seed=seed)).save(folder / f"{name}.safetensors")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    running = serve(folder, host="127.0.0.1", port=port, non_blocking=True, dtype="float32", device="cpu")
+    try:
+        while not running.server.started:
+            time.sleep(0.05)
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+        yield client, str(tmp_path / "model"), model, folder
+    finally:
+        running.kill_server()
+
+
+def test_each_name_has_its_edits(server, make_edit, processor):
+    client, name, model, folder = server
+    tokenizer = processor.tokenizer
+    inputs = tokenizer(PROMPT, return_tensors="pt")
+
+    def expected(edits):
+        with uk.patched(model, edits):
+            out = model.generate(**inputs, max_new_tokens=NEW, do_sample=False)
+        return tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+    def asked(*edits, **more):
+        model_name = "+".join([name, *edits])
+        return client.completions.create(model=model_name, prompt=PROMPT, max_tokens=NEW, temperature=0, **more)
+
+    edits = {id: uk.Edit.load(folder / f"{id}.safetensors") for id in "ab"}
+    texts = [expected([edits[id] for id in chosen]) for chosen in ("", "a", "b", "ab")]
+    assert len(set(texts)) == 4
+    for _ in range(2):
+        for chosen, text in zip(("", "a", "b", "ab"), texts, strict=True):
+            assert asked(*chosen).choices[0].text == text
+    streamed = "".join(part.choices[0].text for part in asked("a", stream=True))
+    assert streamed == texts[1]
+
+    with pytest.raises(openai.NotFoundError) as error:
+        asked("c")
+    assert "there is no edit 'c'" in error.value.response.text
+    loud(make_edit(model, "c", seed=5)).save(folder / "c.safetensors")
+    loud(make_edit(model, "a", seed=6)).save(folder / "a.safetensors")  # another one of this name
+    assert asked("c").choices[0].text == expected([uk.Edit.load(folder / "c.safetensors")])
+    assert asked("a").choices[0].text == expected([uk.Edit.load(folder / "a.safetensors")]) != texts[1]
+    (folder / "c.safetensors").unlink()
+    with pytest.raises(openai.NotFoundError):
+        asked("c")
+    assert asked().choices[0].text == texts[0]
