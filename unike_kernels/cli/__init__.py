@@ -48,10 +48,10 @@ def _parser() -> argparse.ArgumentParser:
     evaluation.add_argument(
         "--table",
         nargs="+",
-        choices=("1", "2", "3", "4", "4a", "4b", "4c", "5a", "search"),
+        choices=("1", "2", "3", "4", "4a", "4b", "4c", "5a", "search", "speed"),
         default=["1"],
         help="1: one step; 2: sequences of one task; 3: of both; 4: ablation; 4a to 5a: the figures; search: settings, "
-        "on validation requests (default: 1)",
+        "on validation requests; speed: of editing (default: 1)",
     )
     evaluation.add_argument("--systems", nargs="+", metavar="NAME", help="only these, such as FT MEND UniKE")
     evaluation.add_argument("--split", choices=("validation", "test"), default="test", help="(default: %(default)s)")

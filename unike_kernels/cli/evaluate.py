@@ -11,7 +11,7 @@ import torch
 from .. import __version__
 from ..artifacts import replacing, write_text
 from ..bench.optional import installed
-from ..evaluation import figures, tables
+from ..evaluation import figures, speed, tables
 from ..evaluation.editors import EDITORS, UniKE
 from ..evaluation.experiments import BACKBONES, perform, table
 from ..evaluation.metrics import PROTOCOLS
@@ -50,6 +50,9 @@ def run(
         if name == "5a":
             _spaces(out, requests, seed)
             continue
+        if name == "speed":
+            _speed(out, requests)
+            continue
         runs = [r for r in table(name) if systems is None or r.system in systems]
         if not runs:
             raise ValueError(f"systems: table {name} has no run of {' or '.join(systems or ())}")
@@ -77,6 +80,15 @@ def _spaces(out: Path, requests: int | None, seed: int) -> None:
         found, told = figures.spaces(backbone, limit=requests, seed=seed)
         _write(out / f"figure-5a-{backbone}.png", figures.visualized(found, told, seed))
         print(f"{told}\nwritten: figure-5a-{backbone}.png in {out}")
+
+
+def _speed(out: Path, requests: int | None) -> None:
+    """How long editing takes with the threads that torch has here."""
+    lines = [speed.editing_speed(backbone, requests or 24).markdown() for backbone in BACKBONES]
+    told = f"{_environment('validation', 0)} {torch.get_num_threads()} threads."
+    text = "\n".join(["# Speed of editing", "", told, "", speed.HEADER, *lines, ""])
+    write_text(out / "table-speed.md", text)
+    print(f"{text}\nwritten: table-speed.md in {out}")
 
 
 def _write(path: Path, content: bytes) -> None:
