@@ -122,4 +122,29 @@ def test_nobody_asks_nothing_is_kept(make_model):
     model = make_model("opt")
     with uk.patched(model):
         assert model._unike.context.now().explanation is None
-    assert uk.patching and logging.getLogger("unike_kernels").level == logging.NOTSET
+
+
+def test_changes_are_logged_for_those_who_listen(make_model, make_memory, make_edit, caplog, capfd):
+    model = make_model("llama")
+    memory, edit = make_memory(model), make_edit(model, "a")
+
+    def change():
+        with uk.patched(model, [edit], layers=[2, 3, 4, 5]):
+            uk.add_edit(model, make_edit(model, "b"))
+            uk.set_beta(model, "b", 0.5)
+            uk.remove_edit(model, "a")
+            uk.remove_edit(model, "b")
+            uk.swap_memory(model, memory, override=True)
+
+    change()
+    assert capfd.readouterr() == ("", "")
+    with caplog.at_level(logging.INFO, "unike_kernels"):
+        change()
+    told = [record.unike for record in caplog.records]
+    assert [(t["event"], t["edits"]) for t in told] == [
+        ("patch", 1), ("add_edit", 2), ("set_beta", 2), ("remove_edit", 1), ("remove_edit", 0), ("swap_memory", 0),
+        ("unpatch", 0),
+    ]  # fmt: skip
+    assert told[1]["edit"] == "b" and told[1]["layers"] == [2, 3, 4, 5] and told[2]["beta"] == 0.5
+    assert told[-2]["memory"] == memory.id
+    assert "event=set_beta" in caplog.text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
 import warnings
@@ -36,6 +37,8 @@ from .nn import (
 
 _ATTRIBUTE = "_unike"
 Running = Literal["keep", "switch"]
+_log = logging.getLogger("unike_kernels")
+
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -240,7 +243,15 @@ def patch(
         model.get_input_embeddings().register_forward_pre_hook(_Embed(context, image_token))  # type: ignore[operator]
     _publish(state)
     model.__dict__[_ATTRIBUTE] = state
+    _tell("patch", state)
     return _report(model, decoder, state)
+
+
+def _tell(event: str, state: _Patched, **more: Any) -> None:
+    """A record of level INFO for those who listen to the logger "unike_kernels"; its `unike` is a dict for machines."""
+    memory = state.memory
+    told = {"event": event, "edits": len(state.edits), "memory": memory.id if memory else None, **more}
+    _log.info("%s", " ".join(f"{k}={v}" for k, v in told.items()), extra={"unike": told})
 
 
 def _publish(state: _Patched, changed: Mapping[int, EditStore] | None = None) -> None:
@@ -271,7 +282,7 @@ def unpatch(model: M) -> M:
             if isinstance(hook, _Decode | _Embed):
                 del module._forward_pre_hooks[key]
                 module._forward_pre_hooks_with_kwargs.pop(key, None)
-    del model.__dict__[_ATTRIBUTE]
+    _tell("unpatch", model.__dict__.pop(_ATTRIBUTE))
     return model
 
 
@@ -306,6 +317,7 @@ def add_edit(model: nn.Module, edit: Edit, *, override: bool = False, running: R
             ffn = state.ffns[i]
             stores[i] = ffn.edits.with_edit(edit.id, layer.to(backbones.device_of(ffn.originals[0])))
         _install(state, {**state.edits, edit.id: edit}, stores, running)
+        _tell("add_edit", state, edit=edit.id, layers=sorted(edit.layers), nbytes=edit.nbytes)
 
 
 def remove_edit(model: nn.Module, id: str, *, running: Running = "keep") -> None:
@@ -319,6 +331,7 @@ def remove_edit(model: nn.Module, id: str, *, running: Running = "keep") -> None
         edit = _installed(state, id)
         stores = {i: state.ffns[i].edits.without(id) for i in edit.layers}
         _install(state, {name: e for name, e in state.edits.items() if name != id}, stores, running)
+        _tell("remove_edit", state, edit=id)
 
 
 def set_beta(model: nn.Module, id: str, beta: float, *, running: Running = "keep") -> None:
@@ -335,6 +348,7 @@ def set_beta(model: nn.Module, id: str, beta: float, *, running: Running = "keep
         layers = {i: replace(layer, beta=torch.full_like(layer.beta, beta)) for i, layer in edit.layers.items()}
         stores = {i: state.ffns[i].edits.with_beta(id, beta) for i in edit.layers}
         _install(state, {**state.edits, id: replace(edit, layers=layers)}, stores, running)
+        _tell("set_beta", state, edit=id, beta=beta)
 
 
 def swap_memory(
@@ -362,6 +376,7 @@ def swap_memory(
             attention.memory = tables[i]
         state.memory = memory
         _install(state, state.edits, {}, running)
+        _tell("swap_memory", state)
 
 
 def _check_running(running: str) -> None:
