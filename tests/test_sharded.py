@@ -51,6 +51,50 @@ def test_the_bits_of_one_index(sizes, tmp_path):
         assert failures.empty(), failures.get()
 
 
+def rank_of_a_parallel_ffn(rank, world, place, failures):
+    """Column- and row-parallel matrices, each rank's own neurons beside them, one sum."""
+    dist.init_process_group("gloo", init_method=f"file://{place}", rank=rank, world_size=world)
+    try:
+        generator = torch.Generator().manual_seed(0)
+        x, w_in, w_out = (torch.randn(*s, generator=generator, dtype=torch.float64) for s in ((4, D), (12, D), (D, 12)))
+        layer = uk.EditLayer(
+            *(torch.randn(*s, generator=generator, dtype=torch.float64) for s in ((5, D), (5,), (5, D), (D,))),
+            torch.tensor(0.3, dtype=torch.float64), torch.randn(5, D, generator=generator, dtype=torch.float64),
+            torch.randn(5, generator=generator, dtype=torch.float64),
+        )  # fmt: skip
+        edit = uk.Edit("a", {0: layer}, "silu", uk.Config(), {}, None)
+
+        def computed(edit, columns):
+            base = torch.nn.functional.silu(x @ w_in[columns].T) @ w_out[:, columns].T
+            store = uk.nn.EditStore()
+            store.set({"a": edit.layers[0]})
+            return uk.ops.patched_ffn(x, base, store.pool(), activation="silu")
+
+        columns = slice(12 * rank // world, 12 * (rank + 1) // world)
+        found = computed(edit.shard(rank, world), columns)
+        dist.all_reduce(found)
+        torch.testing.assert_close(found, computed(edit, slice(None)), atol=1e-12, rtol=1e-12)
+        sizes = [edit.shard(r, world).layers[0].keys.shape[0] for r in range(world)]
+        assert sum(sizes) == 5
+        assert edit.shard(0, 7).layers[0].keys.shape[0] == 0  # more ranks than neurons
+    except BaseException as error:
+        failures.put(f"rank {rank}: {type(error).__name__}: {error}")
+        raise
+    finally:
+        dist.destroy_process_group()
+
+
+def test_a_tensor_parallel_ffn_and_its_edit(tmp_path):
+    failures = mp.get_context("spawn").SimpleQueue()
+    try:
+        mp.spawn(rank_of_a_parallel_ffn, (3, tmp_path / "rendezvous", failures), nprocs=3)
+    finally:
+        assert failures.empty(), failures.get()
+    layer = uk.EditLayer(torch.zeros(2, D), torch.zeros(2), torch.zeros(2, D), torch.zeros(D), torch.tensor(0.0))
+    with pytest.raises(ValueError, match="rank: expected 0 to 1, got 2"):
+        uk.Edit("a", {0: layer}, "silu", uk.Config(), {}, None).shard(2, 2)
+
+
 def test_without_a_group():
     with pytest.raises(RuntimeError, match="ShardedIndex needs torch"):
         uk.ShardedIndex(uk.CosineIndex(torch.randn(3, 4)))

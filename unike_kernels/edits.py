@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -103,6 +103,24 @@ class Edit:
     @property
     def hidden_size(self) -> int:
         return int(next(iter(self.layers.values())).keys.shape[1])
+
+    def shard(self, rank: int, world_size: int) -> Edit:
+        """The neurons of one rank of a tensor-parallel FFN, whose partial outputs are summed over the ranks afterwards.
+
+        Each neuron is on one rank, so that the sum over the ranks is what the whole edit adds. A rank may get none.
+
+        Raises ValueError for a rank that is not in 0..world_size - 1.
+        """
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank: expected 0 to {world_size - 1}, got {rank}")
+
+        def part(layer: EditLayer) -> EditLayer:
+            n = layer.keys.shape[0]
+            mine = slice(n * rank // world_size, n * (rank + 1) // world_size)
+            whole = ("zeta", "beta")
+            return EditLayer(**{name: t if name in whole else t[mine] for name, t in layer.tensors().items()})
+
+        return replace(self, layers={i: part(layer) for i, layer in self.layers.items()})
 
     @property
     def nbytes(self) -> int:
