@@ -50,7 +50,7 @@ DEFAULTS: dict[str, Settings] = {
     "FT": {"lr": 1e-3, "stop_loss": 0.05},
     "KE": {"lr": 3e-3, "locality": 0.1},
     "T-Patcher": {"lr": 1e-2, "memory": 1.0},
-    "MEND": {"lr": 1e-3, "locality": 0.1},
+    "MEND": {"lr": 1e-3, "locality": 1.0},
     "IKE": {"k": 1},
     "SERAC": {"counterfactual_lr": 1e-3, "counterfactual_steps": 1000},
     "UniKE": _unike(patching=False, stop_preserve=1e-3),
