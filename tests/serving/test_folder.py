@@ -1,6 +1,10 @@
 """A folder of edits: what is there now, what somebody still holds, and what other processes can reach."""
 
 import gc
+import os
+import socket
+import subprocess
+import sys
 
 import pytest
 
@@ -39,6 +43,19 @@ def test_an_edit_comes_is_replaced_and_goes(tmp_path, edit):
     with pytest.raises(ValueError, match="there is no edit 'a'"):
         folder.get("a")
     assert folder.held(new.key) is new
+    assert EditFolder(tmp_path)._last == {}
+
+
+def test_what_did_not_change_is_not_loaded_again(tmp_path, edit, monkeypatch):
+    folder, loads, load = EditFolder(tmp_path), [], uk.Edit.load
+    monkeypatch.setattr(uk.Edit, "load", lambda path: (loads.append(path), load(path))[1])
+    put(tmp_path, edit("a"))
+    for _ in range(3):
+        folder.get("a")
+    assert len(loads) == 1
+    put(tmp_path, edit("a", seed=3))
+    folder.get("a")
+    assert len(loads) == 2
 
 
 def test_what_nobody_holds_is_gone_with_its_file(tmp_path, edit):
@@ -68,6 +85,20 @@ def test_another_process_reaches_what_is_retained(tmp_path, edit):
     assert [p for p in tmp_path.rglob("*") if p.is_file()] == []
     with pytest.raises(ValueError, match="replaced or revoked"):
         worker.held(key)
+
+
+def test_what_dead_processes_retained_is_swept(tmp_path, edit):
+    put(tmp_path, edit("a"))
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    host = socket.gethostname()
+    for name in (f"{host}-{dead.pid}", f"elsewhere-{dead.pid}", f"{host}-{os.getppid()}"):
+        (tmp_path / ".retained" / name).mkdir(parents=True)
+    folder = EditFolder(tmp_path)
+    version = folder.retain(folder.get("a").key)
+    names = {path.name for path in (tmp_path / ".retained").iterdir()}
+    assert names == {f"elsewhere-{dead.pid}", f"{host}-{os.getppid()}", f"{host}-{os.getpid()}"}
+    assert version.edit.id == "a"
 
 
 @pytest.mark.parametrize("id", ["../a", "", ".a", "a/b", 3, "a b"])

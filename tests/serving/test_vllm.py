@@ -5,9 +5,11 @@ Needs an environment with vLLM, in which these tests are run by tests/test_other
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import json
 import os
+import random
 import shutil
 import socket
 import subprocess
@@ -266,3 +268,87 @@ def test_over_http(tmp_path):
         server.terminate()
         server.wait(30)
         log.close()
+
+
+def resident_memory():
+    """Bytes of this process and of all that it started."""
+    found = subprocess.run(["ps", "-e", "-o", "pid=,ppid=,rss="], capture_output=True, text=True, check=True).stdout
+    rows = [tuple(map(int, line.split())) for line in found.splitlines()]
+    mine = {os.getpid()}
+    for _ in rows:
+        mine |= {pid for pid, parent, _ in rows if parent in mine}
+    return 1024 * sum(rss for pid, _, rss in rows if pid in mine)
+
+
+def test_a_soak(tmp_path):
+    """Edits come, are replaced and go, requests are cancelled; each that ends has the tokens of its own edits."""
+    count = int(os.environ.get("UNIKE_SOAK", "600"))
+    as_hugging_face_has_it("llama", tmp_path / "model")
+    folder = tmp_path / "edits"
+    folder.mkdir()
+    model, tokenizer = digits.load_model("llama"), digits.load_processor().tokenizer
+    rng = random.Random(0)
+    present = {}  # id -> the edit that is there now
+    prompts = [f"what is {a} plus {b} ?" for a in ("one", "two", "three") for b in ("two", "five")]
+    known = {}
+
+    def expected(prompt, edits):
+        key = prompt, tuple(edit.notes["version"] for edit in edits)
+        if key not in known:
+            inputs = tokenizer(prompt, return_tensors="pt")
+            settings = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "eos_token_id": None}
+            with uk.patched(model, edits):
+                known[key] = model.language_model.generate(**inputs, **settings)[0, -NEW:].tolist()
+        return known[key]
+
+    def change():
+        id = f"e{rng.randrange(12)}"
+        if id in present and rng.random() < 0.4:
+            del present[id]
+            (folder / f"{id}.safetensors").unlink()
+        else:
+            version = rng.randrange(10**6)
+            edit = random_edit(model, id, version, "silu")
+            present[id] = dataclasses.replace(edit, notes={"version": f"{id}-{version}"})
+            save(folder, present[id])
+
+    for _ in range(6):
+        change()
+    told = {"unike": {"edits": str(folder)}}
+    with engine(tmp_path / "model", enforce_eager=True, additional_config=told, enable_prefix_caching=True) as llm:
+        core, running, wanted = llm.llm_engine, {}, {}
+        asked = ended = cancelled = refused = 0
+        sizes = []
+        while asked < count or core.has_unfinished_requests():
+            while asked < count and len(running) < 24:
+                if rng.random() < 0.2:
+                    change()
+                ids = rng.sample(sorted(present), min(rng.randrange(3), len(present)))
+                name, prompt = f"r{asked}", rng.choice(prompts)
+                asked += 1
+                if rng.random() < 0.02:
+                    with pytest.raises(VLLMValidationError, match="there is no edit 'nobody'"):
+                        core.add_request(name, prompt, params([*ids, "nobody"]))
+                    refused += 1
+                    continue
+                core.add_request(name, prompt, params(ids))
+                running[name] = prompt
+                wanted[name] = expected(prompt, [present[id] for id in ids])
+            if running and rng.random() < 0.05:
+                name = rng.choice(sorted(running))
+                core.abort_request([name])
+                del running[name]
+                cancelled += 1
+            for out in core.step():
+                if out.finished and out.request_id in running:
+                    assert list(out.outputs[0].token_ids) == wanted[out.request_id], out.request_id
+                    del running[out.request_id]
+                    ended += 1
+            if asked in (count // 3, count) and len(sizes) < (1 if asked < count else 2):
+                sizes.append(resident_memory())
+        assert ended + cancelled + refused == count
+        assert ended > 0.8 * count and cancelled > 0 and refused > 0
+    kept = list((folder / ".retained").rglob("*.safetensors"))
+    assert kept == []
+    print(f"{count} requests: {ended} ended, {cancelled} cancelled, {refused} refused; {sizes} bytes")
+    assert sizes[1] < 1.15 * sizes[0] + 100e6

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shutil
+import socket
 import threading
 import weakref
 from collections.abc import Callable
@@ -53,31 +55,33 @@ class EditFolder:
         self._lock = threading.Lock()
 
     def get(self, id: str) -> Version:
-        """The version of an edit that is there now.
+        """The version of an edit that is there now; the next call need not load it again.
 
         Raises:
             ValueError: there is no edit of this id, or its file is not valid or does not fit; the message names it.
         """
+        before = self._last.pop(id, None)  # held until it is known whether it is still the current one
+        version = self._last[id] = self._current(id)
+        del before
+        return version
+
+    def _current(self, id: str) -> Version:
         if not isinstance(id, str) or not _NAME.fullmatch(id):
             raise ValueError(f"edit: expected an id of letters, digits, '_', '.' and '-', got {id!r:.80}")
         file = self._path / f"{id}.safetensors"
         try:
             state = file.stat()
+            key = f"{id}@{state.st_mtime_ns:x}-{state.st_size:x}-{state.st_ino:x}"
+            version = self._held.get(key)
+            if version is not None:
+                return version
+            edit = Edit.load(file)
         except FileNotFoundError:
-            self._last.pop(id, None)
             raise ValueError(f"edit: there is no edit {id!r}") from None
-        key = f"{id}@{state.st_mtime_ns:x}-{state.st_size:x}-{state.st_ino:x}"
-        version = self._held.get(key)
-        if version is None:
-            try:
-                edit = Edit.load(file)
-            except FileNotFoundError:
-                raise ValueError(f"edit: there is no edit {id!r}") from None
-            if edit.id != id:
-                raise ValueError(f"edit: {file.name} holds the edit {edit.id!r}; its name must be its id")
-            self._check(edit)
-            version = self._held[key] = Version(key, edit)
-        self._last[id] = version
+        if edit.id != id:
+            raise ValueError(f"edit: {file.name} holds the edit {edit.id!r}; its name must be its id")
+        self._check(edit)
+        version = self._held[key] = Version(key, edit)
         return version
 
     def held(self, key: str) -> Version:
@@ -89,10 +93,8 @@ class EditFolder:
         if version is not None:
             return version
         id = key.rpartition("@")[0]
-        try:
-            version = self.get(id)
-        except ValueError:
-            version = None
+        with contextlib.suppress(ValueError):
+            version = self._current(id)
         if version is None or version.key != key:
             retained = next(self._path.glob(f"{_RETAINED}/*/{key}.safetensors"), None)
             if retained is None:
@@ -103,12 +105,32 @@ class EditFolder:
     def retain(self, key: str) -> Version:
         """`held`, and its file stays within reach of other processes as long as the object that is returned lives."""
         version = self.held(key)
-        place = self._path / _RETAINED / str(os.getpid()) / f"{key}.safetensors"
+        own = self._path / _RETAINED / f"{socket.gethostname()}-{os.getpid()}"
+        place = own / f"{key}.safetensors"
         with self._lock:
+            if not own.exists():
+                self._sweep()
             if not place.exists():
                 version.edit.save(place)
                 weakref.finalize(version, _unlink, place)
         return version
+
+    def _sweep(self) -> None:
+        """Remove what processes of this machine left behind that are no more."""
+        for folder in (self._path / _RETAINED).glob(f"{socket.gethostname()}-*"):
+            pid = folder.name.rpartition("-")[2]
+            if pid.isdecimal() and not _lives(int(pid)):
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def _unlink(place: Path) -> None:
