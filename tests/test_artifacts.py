@@ -283,3 +283,17 @@ def test_digest_depends_on_names_dtypes_shapes_and_contents():
     assert len({artifacts.digest(tensors) for tensors in made}) == len(made)
     strided = torch.arange(12.0).view(2, 6).T[:, 0]
     assert artifacts.digest({"a": strided, "b": x}) == artifacts.digest({"b": x.clone(), "a": strided.clone()})
+
+
+def test_a_file_that_goes_while_it_is_read(tmp_path, monkeypatch):
+    """As when an edit is revoked at that moment."""
+    artifacts.save(tmp_path / "a", "edit", {}, {"t": torch.zeros(100)})
+    opened = artifacts.safe_open
+
+    def remove_and_open(name, **kwargs):
+        (tmp_path / "a").unlink()
+        return opened(name, **kwargs)
+
+    monkeypatch.setattr(artifacts, "safe_open", remove_and_open)
+    with pytest.raises(FileNotFoundError, match="it was removed while it was read"):
+        artifacts.load(tmp_path / "a", "edit")

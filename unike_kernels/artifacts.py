@@ -78,6 +78,10 @@ def load(
                 raise ArtifactError(f"{path}: expected version {VERSION}, got {metadata.get('version')!r}")
             wanted = file.keys() if only is None else only
             tensors = {name: file.get_tensor(name) for name in wanted}
+    except (RuntimeError, OSError) as error:
+        if path.is_file():
+            raise
+        raise FileNotFoundError(f"{path}: it was removed while it was read") from error
     except SafetensorError as error:
         raise ArtifactError(f"{path}: not a complete safetensors file: {error}") from error
     try:

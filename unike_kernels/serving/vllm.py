@@ -15,6 +15,8 @@ Start vLLM with `--additional-config '{"unike": {"edits": "FOLDER", "memory": "F
 from __future__ import annotations
 
 import functools
+import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 from weakref import WeakValueDictionary
@@ -27,10 +29,11 @@ from ..edits import Edit
 from ..errors import MismatchError, UnsupportedModelError
 from ..memory import MemoryBank
 from .flat import FlatModel, Share
-from .folder import EditFolder
+from .folder import EditFolder, Version
 
 KEY = "unike"  # in additional_config, and of what the front-end tells the worker about a request
 _LAYERS = 4
+_ON_ITS_WAY = 60.0  # seconds that a request may take from the front-end to the engine
 
 # --- the operators ----------------------------------------------------------------------------------------------------
 
@@ -144,6 +147,7 @@ class _Served:
             self._belongs(f"memory {self.memory.id}", self.memory)
         self.model: FlatModel | None = None
         self.folder = EditFolder(settings["edits"], self.check) if settings.get("edits") else None
+        self._admitted: deque[tuple[float, Version]] = deque()
 
     def _belongs(self, name: str, artifact: Edit | MemoryBank) -> None:
         made = artifact.base_model
@@ -172,7 +176,14 @@ class _Served:
             raise ValueError(f"unike_edit: expected the id of an edit or a list of distinct ones, got {asked!r:.80}")
         if ids and self.folder is None:
             raise ValueError("unike_edit: this server was started without a folder of edits")
-        keys = [self.folder.get(id).key for id in ids] if self.folder is not None else []
+        versions = [self.folder.get(id) for id in ids] if self.folder is not None else []
+        keys = [version.key for version in versions]
+        if self.folder is not None:
+            # Whatever becomes of the files until the engine's process has got hold of them.
+            now = time.monotonic()
+            self._admitted.extend((now, self.folder.retain(key)) for key in keys)
+            while self._admitted and self._admitted[0][0] < now - _ON_ITS_WAY:
+                self._admitted.popleft()
         if params is not None:
             params.extra_args = {**extra, KEY: {"edits": keys, "memory": memory}}
         marks = [*keys, *([] if memory or self.memory is None else ["no memory"])]
