@@ -348,8 +348,8 @@ def test_a_soak(tmp_path):
                 sizes.append(resident_memory())
         assert ended + cancelled + refused == count
         assert ended > 0.8 * count and cancelled > 0 and refused > 0
-    # This process, the front-end, keeps what it admitted in the last minute; the engine keeps nothing.
-    kept = {path.parent.name.rpartition("-")[2] for path in (folder / ".retained").rglob("*.safetensors")}
-    assert kept <= {str(os.getpid())}
+        # This process, the front-end, keeps what it admitted in the last minute; the engine what its last requests use.
+        kept = [path.parent.name.rpartition("-")[2] for path in (folder / ".retained").rglob("*.safetensors")]
+        assert len([pid for pid in kept if pid != str(os.getpid())]) <= 48
     print(f"{count} requests: {ended} ended, {cancelled} cancelled, {refused} refused; {sizes} bytes")
     assert sizes[1] < 1.15 * sizes[0] + 100e6
