@@ -191,6 +191,9 @@ class _Served:
             request.cache_salt = "|".join([request.cache_salt or "", KEY, *marks])
 
 
+_known: dict[int, tuple[Any, _Served]] = {}
+
+
 def _configured(vllm_config: Any) -> dict[str, Any] | None:
     settings = vllm_config.additional_config
     return settings.get(KEY) if isinstance(settings, dict) else None
@@ -203,10 +206,10 @@ def _served(vllm_config: Any) -> _Served | None:
         return None
     if vllm_config.use_v2_model_runner:
         raise ValueError("additional_config.unike: needs vLLM's first model runner; unset VLLM_USE_V2_MODEL_RUNNER")
-    found: _Served | None = getattr(vllm_config, "_unike", None)
-    if found is None:
-        found = vllm_config._unike = _Served(vllm_config, settings)
-    return found
+    # Beside the config and not on it: that one is pickled for other processes.
+    if id(vllm_config) not in _known:
+        _known[id(vllm_config)] = vllm_config, _Served(vllm_config, settings)
+    return _known[id(vllm_config)][1]
 
 
 # --- the places in vLLM -----------------------------------------------------------------------------------------------
