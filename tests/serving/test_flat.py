@@ -1,5 +1,6 @@
 """Steps of flat tokens, in which each request has its own edits: against each request alone."""
 
+import random
 from dataclasses import replace
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 
 import unike_kernels as uk
 from unike_kernels.edits import EditLayer
-from unike_kernels.serving import FlatModel, Share, Version
+from unike_kernels.serving import EditFolder, FlatModel, Share, Version
 
 D, LAYERS = 64, [2, 3]
 
@@ -122,6 +123,61 @@ def test_the_oldest_edits_that_nobody_needs_make_room(versions):
     assert set(model.bank) == {"a@1", "c@1", "d@1"}
     model.hold(versions["b"], needed=["a@1", "c@1", "d@1"])  # all are needed: more than usual stay
     assert set(model.bank) == {"a@1", "b@1", "c@1", "d@1"}
+
+
+def test_a_soak(make_model, make_edit, tmp_path):
+    """10,000 requests while edits come, are replaced and go: every row of every step, and nothing piles up."""
+    base, layer, rng = make_edit(make_model("llama"), "x", layers=[2]), 2, random.Random(0)
+    folder, model = EditFolder(tmp_path), FlatModel([2], D, "silu", resident=16)
+    g = torch.Generator().manual_seed(0)
+    numbers, present = iter(range(10**6)), set()
+
+    def change():
+        id = f"e{rng.randrange(12)}"
+        if id in present and rng.random() < 0.3:
+            present.remove(id)
+            (tmp_path / f"{id}.safetensors").unlink()
+            return
+        present.add(id)
+        new = replace(base.layers[2], keys=torch.randn(5, D, generator=g), values=torch.randn(5, D, generator=g))
+        edit = replace(base, id=id, layers={2: new}, notes={"number": str(next(numbers))})
+        edit.save(tmp_path / f"{id}.safetensors")
+
+    for _ in range(8):
+        change()
+    running, asked, ended, sizes = [], 0, 0, []
+    while asked < 10_000 or running:
+        while len(running) < 64 and asked < 10_000:
+            if rng.random() < 0.05:
+                change()
+            chosen = [folder.get(id) for id in rng.sample(sorted(present), min(rng.randrange(3), len(present)))]
+            running.append([chosen, rng.randrange(1, 4)])  # its versions, and the steps until it ends
+            asked += 1
+        rng.shuffle(running)
+        needed = [version.key for versions, _ in running for version in versions]
+        for versions, _ in running:
+            for version in versions:
+                model.hold(version, needed)
+        shares = [Share(rng.choice((1, 1, 1, 3)), tuple(v.key for v in versions)) for versions, _ in running]
+        total = sum(share.tokens for share in shares)
+        x, before = torch.randn(total, D, generator=g), torch.randn(total, D, generator=g)
+        model.begin(shares)
+        model.ffn(layer, x, out := before.clone())
+        start = 0
+        for (versions, _), share in zip(running, shares, strict=True):
+            part = slice(start, start + share.tokens)
+            expected = alone(x[part], before[part], [v.edit for v in versions], layer)
+            torch.testing.assert_close(out[part], expected, atol=1e-4, rtol=1e-4)
+            start += share.tokens
+        for request in running:
+            request[1] = 0 if rng.random() < 0.05 else request[1] - 1  # now and then one is cancelled
+        ended += sum(left == 0 for _, left in running)
+        running = [request for request in running if request[1]]
+        sizes.append(model.bank.nbytes)
+    assert ended == 10_000
+    assert len(model.bank) <= 64 * 2
+    assert max(sizes[len(sizes) // 2 :]) <= max(sizes[: len(sizes) // 2])
+    assert len(folder._held) <= 12 + 64 * 2
 
 
 @pytest.mark.parametrize(
