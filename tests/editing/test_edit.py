@@ -438,3 +438,24 @@ def test_what_cannot_be_trained_together(make_model, processor):
     for ids in (["a"], ["a", "a"]):
         with pytest.raises(ValueError, match="ids: expected 2 distinct ones"):
             train_edits(model, processor, REQUESTS[:2], ids=ids)
+
+
+def test_what_is_protected_stays_as_the_previous_edits_made_it(make_model, processor):
+    """The next edit, whose prompt is nearly the first one's, no longer answers for it."""
+    model = make_model("llama")
+    first = train(model, processor, id="first").edit
+    near = Sample("w1 w2 w4", "w20 w21")
+    training = EditTraining(neurons=4, lr=2e-2, steps=60, stop_loss=0.3)
+    apart = {}
+    with uk.patched(model, [first]), torch.no_grad():
+        batch = encode(processor, [REQUEST])
+        before = forward(model, batch.inputs).log_softmax(-1)
+    for protect in ((), (REQUEST,)):
+        result = train(model, processor, near, previous=[first], protect=protect, training=training)
+        with uk.patched(model, [first, result.edit]), torch.no_grad():
+            after = forward(model, batch.inputs).log_softmax(-1)
+        apart[protect] = float(F.kl_div(after, before, reduction="sum", log_target=True))
+        assert result.reached
+    assert apart[(REQUEST,)] < 0.2 * apart[()]
+    with pytest.raises(ValueError, match=r"samples\[0\]: .* the model's context"):
+        train(model, processor, protect=[Sample("w1 " * 500 + "w2", "w3")])

@@ -186,13 +186,19 @@ class _Targets:
 
 
 class _Preserve:
-    """Samples on which an edited model is held to what the unedited one says, over all their tokens."""
+    """Samples on which an edited model is held to what it said before, over all their tokens."""
 
-    def __init__(self, model: nn.Module, processor: Any, samples: Sequence[Sample], size: int) -> None:
-        groups = batches(samples, size)
-        self.batches = [encode(processor, [samples[i] for i in group], device_of(model)) for group in groups]
-        with torch.no_grad():
-            self.targets = [forward(model, b.inputs).float().log_softmax(-1) for b in self.batches]
+    def __init__(self) -> None:
+        self.batches: list[Batch] = []
+        self.targets: list[Tensor] = []
+
+    @torch.no_grad()
+    def add(self, model: nn.Module, processor: Any, samples: Sequence[Sample], size: int) -> None:
+        """Samples on which it is held to what the model says now."""
+        for group in batches(samples, size):
+            batch = encode(processor, [samples[i] for i in group], device_of(model))
+            self.batches.append(batch)
+            self.targets.append(self._logits(model, batch).float().log_softmax(-1))
 
     def _logits(self, model: nn.Module, batch: Batch) -> Tensor:
         with telling_prompts(model, batch):
@@ -243,6 +249,7 @@ def train_edit(
     id: str | None = None,
     previous: Sequence[Edit] = (),
     preserve: Sequence[Sample] = (),
+    protect: Sequence[Sample] = (),
     layers: Sequence[int] | None = None,
     config: Config | None = None,
     zeta: dict[int, Tensor] | None = None,
@@ -259,6 +266,7 @@ def train_edit(
         id: of the edit; None: a random one.
         previous: edits that are in force already (sequential editing); they are not retrained.
         preserve: samples on which the model shall not change; their mean FFN input also centres the new keys.
+        protect: samples on which the model with the previous edits shall not change, such as their requests.
         layers: None: the memory's, else the last four.
         config: None: the memory's, else the defaults.
         zeta: layer -> [d], instead of the memory's zeta' (for ablations).
@@ -273,7 +281,7 @@ def train_edit(
     """
     (result,) = train_edits(
         model, processor, [request], memory, ids=None if id is None else [id], previous=previous, preserve=preserve,
-        layers=layers, config=config, zeta=zeta, training=training, progress=progress,
+        protect=protect, layers=layers, config=config, zeta=zeta, training=training, progress=progress,
     )  # fmt: skip
     return result
 
@@ -287,6 +295,7 @@ def train_edits(
     ids: Sequence[str] | None = None,
     previous: Sequence[Edit] = (),
     preserve: Sequence[Sample] = (),
+    protect: Sequence[Sample] = (),
     layers: Sequence[int] | None = None,
     config: Config | None = None,
     zeta: dict[int, Tensor] | None = None,
@@ -330,7 +339,11 @@ def train_edits(
     start = {i: _zeta_prime(i, memory, zeta, decoder.hidden_size).to(device) for i in chosen}
     results: dict[int, EditResult] = {}
     with _frozen(model), tqdm(total=len(requests), desc="edit", disable=not progress, leave=False) as bar:
-        kept = _Preserve(model, processor, preserve, training.preserve_batch) if preserve else None
+        kept = _Preserve() if preserve or protect else None
+        if kept is not None:
+            kept.add(model, processor, preserve, training.preserve_batch)
+            with patched(model, previous, memory, layers=chosen, config=config):
+                kept.add(model, processor, protect, training.preserve_batch)
         for group in batches(requests, batch_size):
             with patched(model, previous, memory, layers=chosen, config=config):
                 ffns = {i: ffn for i, ffn in patched_ffns(model).items() if i in chosen}

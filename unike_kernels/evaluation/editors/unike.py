@@ -66,6 +66,7 @@ class UniKE(Editor):
         self.steer = steer
         self.intrinsic, self.latent = intrinsic, latent
         self._edits: list[Edit] = []
+        self._requests: list[Sample] = []  # of the edits in force: those to come shall not answer for them
         self._foreseen: dict[int, Edit] = {}
         self._preserve: Sequence[Sample] = ()
         self._memory: MemoryBank | None = None
@@ -117,6 +118,7 @@ class UniKE(Editor):
             self._edits.append(self._foreseen[id(request)])
         else:
             self._edits += self._trained([request])
+        self._requests.append(request)
 
     def _trained(self, requests: Sequence[Sample]) -> list[Edit]:
         """An edit for each, in addition to those in force."""
@@ -129,6 +131,7 @@ class UniKE(Editor):
             ids=[f"edit-{n}-{i}" for i in range(len(requests))],
             previous=self._edits,
             preserve=self._preserve,
+            protect=self._requests,
             config=self.config,
             zeta=self._zeta,
             training=replace(self.training, seed=self.seed + n),
@@ -138,6 +141,7 @@ class UniKE(Editor):
 
     def reset(self) -> None:
         self._edits.clear()
+        self._requests.clear()
 
     def in_force(self) -> AbstractContextManager[object]:
         """Within the block the model is the edited one."""
