@@ -180,12 +180,7 @@ class MemoryAttention(DropIn):
             per_token = ids.repeat_interleave(tokens, 0)
             if bounds is not None:  # a token that may not be shifted has an empty range
                 per_token = torch.where((bounds[:, :1] < bounds[:, 1:]), per_token, -1)
-            values = memory.keys if memory.values is None else memory.values
-            shifted, _ = latent_attention(
-                queries, inputs, memory.keys, values, per_token, memory.encoder,
-                scale=config.scale, alpha=_fixed_alpha(config, out), anchor=anchor,
-                convention=config.convention, norm=config.norm, projected=memory.projected,
-            )  # fmt: skip
+            shifted, _ = _attended(memory, config, queries, inputs, per_token, anchor)
         if explanation is not None:
             told = explanation.at(self.layer)
             told.memory_seconds = seconds_since(start)
@@ -212,12 +207,7 @@ class MemoryAttention(DropIn):
             unit = torch.nn.functional.normalize(flat.to(memory.index.dtype), dim=-1)
             scores = torch.einsum("md,mkd->mk", unit, memory.index[ids.clamp(min=0)])
             scores = scores.masked_fill(ids < 0, float("-inf"))
-        values = memory.keys if memory.values is None else memory.values
-        _, alpha = latent_attention(
-            queries, inputs, memory.keys, values, ids, memory.encoder,
-            scale=config.scale, alpha=_fixed_alpha(config, out), anchor=anchor,
-            convention=config.convention, norm=config.norm, projected=memory.projected,
-        )  # fmt: skip
+        _, alpha = _attended(memory, config, queries, inputs, ids, anchor)
         alpha = torch.where((ids >= 0).any(-1), alpha.detach().float(), 0.0)
         told.entries, told.scores = ids.view(*shape, -1).cpu(), scores.view(*shape, -1).cpu()
         told.alpha = alpha.view(shape).cpu()
@@ -288,15 +278,10 @@ def shift_tokens(
         bounds: int64 [M, 2], the entries that each token may retrieve; None: all.
         anchor: see `ops.latent_attention`.
     """
-    alpha = _fixed_alpha(config, inputs)
     if memory.approximate is not None and not torch.compiler.is_compiling():
         _, ids = memory.retrieve(hidden, config.k, bounds)
-        values = memory.keys if memory.values is None else memory.values
-        shifted, _ = latent_attention(
-            queries, inputs, memory.keys, values, ids, memory.encoder, scale=config.scale, alpha=alpha, anchor=anchor,
-            convention=config.convention, norm=config.norm, projected=memory.projected,
-        )  # fmt: skip
-        return shifted
+        return _attended(memory, config, queries, inputs, ids, anchor)[0]
+    alpha = _fixed_alpha(config, inputs)
     blend = blend_of(queries, config.scale, config.convention, config.norm)
     # Tracing sees the operator; otherwise the shortest way that computes the same.
     if not torch.compiler.is_compiling() and memory.plan().takes(hidden, queries, inputs):
@@ -307,6 +292,18 @@ def shift_tokens(
         memory.projected, memory.encoder, alpha, anchor, blend,
     )  # fmt: skip
     return shifted
+
+
+def _attended(
+    memory: MemoryTables, config: Config, queries: Tensor, inputs: Tensor, ids: Tensor, anchor: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The shifted output [M, d] and the gate [M] of tokens whose entries `ids` [M, k] are known."""
+    values = memory.keys if memory.values is None else memory.values
+    return latent_attention(
+        queries, inputs, memory.keys, values, ids, memory.encoder,
+        scale=config.scale, alpha=_fixed_alpha(config, inputs), anchor=anchor,
+        convention=config.convention, norm=config.norm, projected=memory.projected,
+    )  # fmt: skip
 
 
 def _fixed_alpha(config: Config, inputs: Tensor) -> Tensor | None:
