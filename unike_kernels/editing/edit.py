@@ -337,31 +337,32 @@ def train_edits(
     chosen = decoder.select(sorted(memory.layers) if layers is None and memory else layers)
     device = device_of(model)
     start = {i: _zeta_prime(i, memory, zeta, decoder.hidden_size).to(device) for i in chosen}
+    base = fingerprint(model)
     results: dict[int, EditResult] = {}
     with _frozen(model), tqdm(total=len(requests), desc="edit", disable=not progress, leave=False) as bar:
         kept = _Preserve() if preserve or protect else None
         if kept is not None:
             kept.add(model, processor, preserve, training.preserve_batch)
-            with patched(model, previous, memory, layers=chosen, config=config):
+        with patched(model, previous, memory, layers=chosen, config=config):
+            if kept is not None:
                 kept.add(model, processor, protect, training.preserve_batch)
-        for group in batches(requests, batch_size):
-            with patched(model, previous, memory, layers=chosen, config=config):
-                ffns = {i: ffn for i, ffn in patched_ffns(model).items() if i in chosen}
-                trainer = _Trainer(model, processor, ffns, kept, previous, training)
+            ffns = {i: ffn for i, ffn in patched_ffns(model).items() if i in chosen}
+            trainer = _Trainer(model, processor, ffns, kept, previous, training)
+            for group in batches(requests, batch_size):
                 trained = [_Training(names[i], requests[i]) for i in group]
                 trainer.begin(trained, start, config, memory)
                 trainer.run(trained, bar)
-            for i, each in zip(group, trained, strict=True):
-                edit = Edit(
-                    each.name,
-                    {layer: neurons.detached() for layer, neurons in each.neurons.layers().items()},
-                    decoder.layers[chosen[0]].activation,
-                    config,
-                    fingerprint(model),
-                    memory.id if memory else None,
-                    {"prompt": each.request.prompt, "answer": each.request.answer, "training": str(training)},
-                )
-                results[i] = EditResult(edit, tuple(each.losses), each.divergence, each.reached, each.stopped)
+                for i, each in zip(group, trained, strict=True):
+                    edit = Edit(
+                        each.name,
+                        {layer: neurons.detached() for layer, neurons in each.neurons.layers().items()},
+                        decoder.layers[chosen[0]].activation,
+                        config,
+                        base,
+                        memory.id if memory else None,
+                        {"prompt": each.request.prompt, "answer": each.request.answer, "training": str(training)},
+                    )
+                    results[i] = EditResult(edit, tuple(each.losses), each.divergence, each.reached, each.stopped)
     return [results[i] for i in range(len(requests))]
 
 
@@ -409,15 +410,17 @@ class _Trainer:
         self.device = device_of(model)
         self.in_force = {i: {e.id: e.layers[i].to(self.device) for e in previous if i in e.layers} for i in ffns}
         self.previous = [e.id for e in previous]
+        self.usual = kept.mean_inputs(model, ffns) if kept else None
 
     def begin(
         self, edits: Sequence[_Training], zeta: dict[int, Tensor], config: Config, memory: MemoryBank | None
     ) -> None:
         """Make the first neurons of each."""
+        self._install([])  # those of the edits before are still there
         targets = _Targets(self.processor, [e.request for e in edits], self.device)
         produced = _ffn_inputs(self.ffns, lambda: targets.losses(self.model))
         zeros = {i: torch.zeros_like(q[0]) for i, q in produced.items()}
-        usual = self.kept.mean_inputs(self.model, self.ffns) if self.kept else zeros
+        usual = self.usual or zeros
         for row, edit in enumerate(edits):
             wrong = {i: targets.producing(q, row) for i, q in produced.items()}
             layers = _initial_layers(wrong, usual, zeta, config.neurons == "gated", self.training)
