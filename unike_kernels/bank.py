@@ -88,6 +88,10 @@ class EditBank:
             self._stores[layer] = self._stores[layer].without(id)
         del self._edits[id]
 
+    def has_neurons(self, layer: int) -> bool:
+        """Whether an edit of the bank has any in this layer."""
+        return not self._stores[layer].empty
+
     def pool(self, layer: int, rows: Sequence[Sequence[str]]) -> EditPool:
         """A layer's neurons, and those that each row of a batch selects, as `ops.patched_ffn` takes them.
 

@@ -222,7 +222,7 @@ def patch(
 
     decoder = backbones.find_decoder(model)
     chosen = config or (memory.config if memory else None) or (edits[0].config if edits else None) or Config()
-    _check_belonging(model, decoder, list(edits), memory, chosen, override)
+    check_belonging(model, decoder, list(edits), memory, chosen, override)
     wanted = {i for edit in edits for i in edit.layers} | set(memory.layers if memory else ())
     explicit = decoder.select(layers) if layers is not None or not wanted else []
     indices = decoder.select(sorted(wanted | set(explicit)))
@@ -311,7 +311,7 @@ def add_edit(model: nn.Module, edit: Edit, *, override: bool = False, running: R
             raise PatchError(f"edit: {edit.id!r} is installed already; remove it first")
         if missing := sorted(set(edit.layers) - set(state.ffns)):
             raise PatchError(f"edit {edit.id!r}: its layers {missing} are not patched; patch(model, layers=...) them")
-        _check_belonging(model, state.decoder, [edit], state.memory, state.config, override)
+        check_belonging(model, state.decoder, [edit], state.memory, state.config, override)
         stores = {}
         for i, layer in edit.layers.items():
             ffn = state.ffns[i]
@@ -369,7 +369,7 @@ def swap_memory(
         if missing := sorted(set(layers) - set(state.attentions)):
             raise PatchError(f"memory: its layers {missing} are not patched; patch(model, layers=...) them")
         edits = list(state.edits.values())
-        _check_belonging(model, state.decoder, edits, memory, state.config, override)
+        check_belonging(model, state.decoder, edits, memory, state.config, override)
         tables = {i: _tables(memory, i, attention.originals[0]) for i, attention in state.attentions.items()}
         for i, attention in state.attentions.items():
             attention.__dict__["published"] = tables[i]  # first: until it is there, passes read the one that is
@@ -529,7 +529,7 @@ def _check_rows(edits: Sequence[Sequence[str]], state: _Patched) -> None:
             raise ValueError(f"edits[{r}]: expected distinct ids, got {list(row)}")
 
 
-def _check_belonging(
+def check_belonging(
     model: nn.Module,
     decoder: backbones.Decoder,
     edits: list[Edit],

@@ -23,6 +23,14 @@ def put(path, edit):
     edit.save(path / f"{edit.id}.safetensors")
 
 
+def put_in_place(path, edit):
+    """As cp does over a file that is there; gives the content."""
+    put(path / "..", edit)
+    content = (path / ".." / f"{edit.id}.safetensors").read_bytes()
+    (path / f"{edit.id}.safetensors").write_bytes(content)
+    return content
+
+
 def first_key(edit):
     return float(edit.layers[2].keys[0, 0])
 
@@ -72,15 +80,23 @@ def test_what_nobody_holds_is_gone_with_its_file(tmp_path, edit):
 def test_another_process_reaches_what_is_retained(tmp_path, edit):
     put(tmp_path, edit("a"))
     engine, worker = EditFolder(tmp_path), EditFolder(tmp_path)
-    version = engine.retain(engine.get("a").key)
-    (tmp_path / "a.safetensors").unlink()
-    reached = worker.held(version.key)
-    assert reached is not version
-    assert first_key(reached.edit) == first_key(version.edit)
-    key = version.key
-    engine.retain(key)
-    del version, reached
+    wanted = first_key(engine.get("a").edit)
+    key = engine.get("a").key
+    retained = engine.retain(key)
+    assert engine.retain(key) is retained
+    content = put_in_place(tmp_path, edit("a", seed=3))
+    assert worker.held(key) is not engine.held(key)
+    assert first_key(worker.held(key).edit) == wanted
     engine._last.clear()
+    gc.collect()
+    other = EditFolder(tmp_path)  # a third process, which has it from the first one's copy
+    again = other.retain(key)
+    del retained
+    gc.collect()
+    assert first_key(worker.held(key).edit) == wanted
+    assert (tmp_path / "a.safetensors").read_bytes() == content
+    (tmp_path / "a.safetensors").unlink()
+    del again
     gc.collect()
     assert [p for p in tmp_path.rglob("*") if p.is_file()] == []
     with pytest.raises(ValueError, match="replaced or revoked"):
@@ -95,10 +111,24 @@ def test_what_dead_processes_retained_is_swept(tmp_path, edit):
     for name in (f"{host}-{dead.pid}", f"elsewhere-{dead.pid}", f"{host}-{os.getppid()}"):
         (tmp_path / ".retained" / name).mkdir(parents=True)
     folder = EditFolder(tmp_path)
-    version = folder.retain(folder.get("a").key)
+    retained = folder.retain(folder.get("a").key)
     names = {path.name for path in (tmp_path / ".retained").iterdir()}
     assert names == {f"elsewhere-{dead.pid}", f"{host}-{os.getppid()}", f"{host}-{os.getpid()}"}
-    assert version.edit.id == "a"
+    del retained
+
+
+def test_a_version_whose_file_is_gone_can_be_retained_by_who_holds_it(tmp_path, edit):
+    put(tmp_path, edit("a"))
+    folder = EditFolder(tmp_path)
+    version = folder.get("a")
+    put(tmp_path, edit("a", seed=3))
+    retained = folder.retain(version.key)
+    assert first_key(EditFolder(tmp_path).held(version.key).edit) == first_key(version.edit)
+    key = folder.get("a").key
+    put(tmp_path, edit("a", seed=4))
+    with pytest.raises(ValueError, match="'a' was replaced or revoked"):
+        EditFolder(tmp_path).retain(key)
+    del retained
 
 
 @pytest.mark.parametrize("id", ["../a", "", ".a", "a/b", 3, "a b"])

@@ -3,6 +3,7 @@
 import dataclasses
 import socket
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -51,7 +52,7 @@ def test_names(make_model, make_edit, tmp_path):
 
 
 @pytest.fixture
-def server(make_model, make_edit, processor, tmp_path):
+def server(make_model, make_edit, processor, tmp_path, request):
     """(client, name of the model, the model, the edits' folder) of a server that runs."""
     model = make_model("llama")
     model.save_pretrained(tmp_path / "model")
@@ -63,7 +64,8 @@ def server(make_model, make_edit, processor, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    running = serve(folder, host="127.0.0.1", port=port, non_blocking=True, dtype="float32", device="cpu")
+    settings = {"non_blocking": True, "dtype": "float32", "device": "cpu", **getattr(request, "param", {})}
+    running = serve(folder, host="127.0.0.1", port=port, **settings)
     try:
         while not running.server.started:
             time.sleep(0.05)
@@ -107,3 +109,43 @@ def test_each_name_has_its_edits(server, make_edit, processor):
     with pytest.raises(openai.NotFoundError):
         asked("c")
     assert asked().choices[0].text == texts[0]
+
+
+@pytest.mark.parametrize("server", [{"continuous_batching": True}], indirect=True)
+def test_requests_with_different_edits_in_one_batch(server, processor):
+    """Continuous batching: all at once, plain and streamed; an unknown edit is an error of its request alone."""
+    client, name, model, folder = server
+    tokenizer = processor.tokenizer
+    inputs = tokenizer(PROMPT, return_tensors="pt")
+    edits = {id: uk.Edit.load(folder / f"{id}.safetensors") for id in "ab"}
+
+    def expected(chosen):
+        with uk.patched(model, [edits[id] for id in chosen]):
+            out = model.generate(**inputs, max_new_tokens=NEW, do_sample=False)
+        return tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+    def asked(chosen, **more):
+        model_name = "+".join([name, *chosen])
+        return client.completions.create(model=model_name, prompt=PROMPT, max_tokens=NEW, temperature=0, **more)
+
+    def streamed(chosen):
+        return "".join(part.choices[0].text for part in asked(chosen, stream=True))
+
+    sets = ["", "a", "b", "ab", "a", ""]
+    texts = {chosen: expected(chosen) for chosen in sets}
+    assert len(set(texts.values())) == 4
+    assert asked("").choices[0].text == texts[""]  # the server begins with a request without edits
+    with ThreadPoolExecutor(8) as clients:
+        for _ in range(3):
+            whole = [clients.submit(asked, chosen) for chosen in sets]
+            parts = [clients.submit(streamed, chosen) for chosen in sets]
+            nobody = clients.submit(asked, "ac")
+            assert [each.result().choices[0].text for each in whole] == [texts[chosen] for chosen in sets]
+            assert [each.result() for each in parts] == [texts[chosen] for chosen in sets]
+            with pytest.raises(openai.NotFoundError) as error:
+                nobody.result()
+            assert "there is no edit 'c'" in error.value.response.text
+    (folder / "a.safetensors").unlink()
+    with pytest.raises(openai.NotFoundError):
+        asked("a")
+    assert asked("b").choices[0].text == texts["b"]

@@ -184,6 +184,27 @@ def test_a_memory_for_those_that_do_not_decline_it(make_memory, tokens, tmp_path
             llm.generate(s.prompts()[:1], params(["x"]), use_tqdm=False)
 
 
+def test_requests_name_their_tenants(make_memory, tmp_path):
+    """One memory of two tenants, with prefixes in the cache; a request that names none has no memory."""
+    as_hugging_face_has_it("opt", tmp_path / "model")
+    s = Digits("opt")
+    one = make_memory(s.model, uk.Config(k=7, values="out", alpha=0.4))
+    flipped = {i: dataclasses.replace(m, index=-m.index, values=-m.values) for i, m in one.layers.items()}
+    memory = uk.MemoryBank.joined({"acme": one, "globex": uk.MemoryBank(flipped, one.config, one.base_model)})
+    memory.save(tmp_path / "memory.safetensors")
+    told = {"unike": {"memory": str(tmp_path / "memory.safetensors")}}
+    uses = ["acme", "globex", False, True, None, "acme", "globex", None, True]
+    with engine(tmp_path / "model", enforce_eager=True, additional_config=told, enable_prefix_caching=True) as llm:
+        expected = s.expected([], [[]] * len(uses), memory, [bool(use) if use is None else use for use in uses])
+        for other in ("acme", "globex", False, True):
+            assert expected != s.expected([], [[]] * len(uses), memory, [other] * len(uses))
+        given = [params(**({} if use is None else {"unike_memory": use})) for use in uses]
+        for _ in range(2):
+            assert said(llm.generate(s.prompts(), given, use_tqdm=False)) == expected
+        with pytest.raises(VLLMValidationError, match="unknown tenant 'initech'"):
+            llm.generate(s.prompts()[:1], params(unike_memory="initech"), use_tqdm=False)
+
+
 def test_a_language_model_compiled(tmp_path):
     """SmolLM2: gated FFNs, 30 layers, prompts of several lengths, long enough to be prefilled in chunks."""
     loaded, tokenizer = smollm2.load()

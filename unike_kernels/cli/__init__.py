@@ -68,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--memory", type=Path, help="a memory that edited models use")
     serve.add_argument("--host", default="localhost", help="(default: %(default)s)")
     serve.add_argument("--port", type=int, default=8000, help="(default: %(default)s)")
-    serve.add_argument("--continuous-batching", action="store_true", help="one set of edits at a time")
+    serve.add_argument("--continuous-batching", action="store_true", help="requests with all edits in one batch")
     commands.add_parser("tune", help="measure tile sizes of the Triton kernels on this GPU, and keep the fastest")
     info = commands.add_parser("info", help="versions, CPU and backends; or what would be patched in a model")
     info.add_argument("model", nargs="?", help="digits-opt, digits-llama, a folder, or a name on the Hugging Face hub")

@@ -64,14 +64,7 @@ class FlatModel:
         self.memory, self._resident = memory, resident
         self._tables: dict[int, MemoryTables] = {}
         if memory is not None:
-            config = memory.config
-            if memory.search is not None:
-                raise ValueError("memory: an engine of flat tokens retrieves exactly; expected search=None")
-            if config.needs_whole_prompts or config.tokens == "text" or config.values == "projected":
-                raise ValueError(
-                    "memory: an engine of flat tokens serves retrieval='token', alpha='token' or a number, "
-                    f"tokens='all' or 'answer' and values='out' or 'pre'; got {config}"
-                )
+            check_memory(memory)
             self._tables = {
                 i: MemoryTables(m.index, m.keys, m.values, m.encoder, memory.id).to(device)
                 for i, m in memory.layers.items()
@@ -137,6 +130,8 @@ class FlatModel:
 
     def ffn(self, layer: int, x: Tensor, out: Tensor) -> None:
         """Add the neurons of each request's edits to `out`, the FFN's output on `x`, in place. Both [T, d]."""
+        if not self.bank.has_neurons(layer):
+            return
         for part, rows in self._runs:
             out[part] = self.bank.apply(layer, x[part], out[part], rows)
 
@@ -147,6 +142,39 @@ class FlatModel:
             return
         h, o = hidden[: self._shifted], out[: self._shifted]
         o.copy_(shift_tokens(tables, self.memory.config, h, h.unsqueeze(1), o, self._bounds))
+
+
+def check_memory(memory: MemoryBank) -> None:
+    """Raises ValueError for a memory whose config needs more than flat tokens tell."""
+    config = memory.config
+    if memory.search is not None:
+        raise ValueError("memory: an engine of flat tokens retrieves exactly; expected search=None")
+    if config.needs_whole_prompts or config.tokens == "text" or config.values == "projected":
+        raise ValueError(
+            "memory: an engine of flat tokens serves retrieval='token', alpha='token' or a number, "
+            f"tokens='all' or 'answer' and values='out' or 'pre'; got {config}"
+        )
+
+
+def remembers(memory: MemoryBank | None, asked: bool | str | None) -> bool | str:
+    """What a request's `Share.memory` is.
+
+    Args:
+        memory: the server's.
+        asked: whether it shall shift the request, or the tenant whose entries alone shall; None: it does, unless it
+            has tenants.
+
+    Raises ValueError for an unknown tenant, a tenant where there is no memory, or another type.
+    """
+    if asked is None:
+        return memory is not None and not memory.tenants
+    if isinstance(asked, str):
+        if memory is None:
+            raise ValueError(f"unike_memory: there is no memory for the tenant {asked!r}")
+        memory.entries(asked)
+    elif asked not in (True, False):
+        raise ValueError(f"unike_memory: expected true, false or the name of a tenant, got {asked!r:.80}")
+    return asked if isinstance(asked, str) else bool(asked) and memory is not None
 
 
 def _runs(shares: Sequence[Share]) -> Iterator[tuple[slice, list[tuple[str, ...]]]]:

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import re
 import shutil
 import socket
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..artifacts import replacing
 from ..edits import Edit
 
 _NAME = re.compile(r"\w[\w.-]*")
 _RETAINED = ".retained"
+_count = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,10 @@ class Version:
 
     key: str
     edit: Edit
+
+
+class Retained:
+    """As long as it lives, a version's file is within reach of other processes."""
 
 
 class EditFolder:
@@ -52,6 +59,7 @@ class EditFolder:
             raise FileNotFoundError(f"edits: there is no folder {self._path}")
         self._held: weakref.WeakValueDictionary[str, Version] = weakref.WeakValueDictionary()
         self._last: dict[str, Version] = {}
+        self._retained: weakref.WeakValueDictionary[str, Retained] = weakref.WeakValueDictionary()
         self._lock = threading.Lock()
 
     def get(self, id: str) -> Version:
@@ -70,8 +78,7 @@ class EditFolder:
             raise ValueError(f"edit: expected an id of letters, digits, '_', '.' and '-', got {id!r:.80}")
         file = self._path / f"{id}.safetensors"
         try:
-            state = file.stat()
-            key = f"{id}@{state.st_mtime_ns:x}-{state.st_size:x}-{state.st_ino:x}"
+            key = _key(id, file.stat())
             version = self._held.get(key)
             if version is not None:
                 return version
@@ -96,24 +103,46 @@ class EditFolder:
         with contextlib.suppress(ValueError):
             version = self._current(id)
         if version is None or version.key != key:
-            retained = next(self._path.glob(f"{_RETAINED}/*/{key}.safetensors"), None)
+            retained = next(self._retained_files(key), None)
             if retained is None:
                 raise ValueError(f"edit: {id!r} was replaced or revoked before its request began")
             version = self._held[key] = Version(key, Edit.load(retained))
         return version
 
-    def retain(self, key: str) -> Version:
-        """`held`, and its file stays within reach of other processes as long as the object that is returned lives."""
-        version = self.held(key)
-        own = self._path / _RETAINED / f"{socket.gethostname()}-{os.getpid()}"
-        place = own / f"{key}.safetensors"
+    def retain(self, key: str) -> Retained:
+        """Keep the file of a version within reach of other processes, which have it by `held`.
+
+        Raises ValueError if there is none any more.
+        """
         with self._lock:
-            if not own.exists():
-                self._sweep()
-            if not place.exists():
-                version.edit.save(place)
-                weakref.finalize(version, _unlink, place)
-        return version
+            found = self._retained.get(key)
+            if found is None:
+                own = self._path / _RETAINED / f"{socket.gethostname()}-{os.getpid()}"
+                if not own.exists():
+                    self._sweep()
+                    own.mkdir(parents=True)
+                # Each its own name: the last one of this key may be about to be unlinked.
+                place = own / f"{key}~{next(_count)}.safetensors"
+                self._copy(key, place)
+                found = self._retained[key] = Retained()
+                weakref.finalize(found, _unlink, place)
+        return found
+
+    def _copy(self, key: str, place: Path) -> None:
+        """A version's file, from the folder, from those who retain it, or made anew from what this process holds."""
+        id = key.rpartition("@")[0]
+        current = self._path / f"{id}.safetensors"
+        for source in (current, *self._retained_files(key)):
+            with contextlib.suppress(FileNotFoundError), source.open("rb") as file:
+                content = file.read()
+                if source != current or _key(id, os.fstat(file.fileno())) == key:
+                    with replacing(place) as part:
+                        Path(part).write_bytes(content)
+                    return
+        self.held(key).edit.save(place)
+
+    def _retained_files(self, key: str) -> Iterator[Path]:
+        return self._path.glob(f"{_RETAINED}/*/{key}~*.safetensors")
 
     def _sweep(self) -> None:
         """Remove what processes of this machine left behind that are no more."""
@@ -121,6 +150,10 @@ class EditFolder:
             pid = folder.name.rpartition("-")[2]
             if pid.isdecimal() and not _lives(int(pid)):
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+def _key(id: str, state: os.stat_result) -> str:
+    return f"{id}@{state.st_mtime_ns:x}-{state.st_size:x}-{state.st_ino:x}"
 
 
 def _lives(pid: int) -> bool:

@@ -3,7 +3,7 @@
 Start vLLM with `--additional-config '{"unike": {"edits": "FOLDER", "memory": "FILE"}}'`; both are optional, and so is
 "layers", the decoder layers that edits may name (the last four). A request names its edits in
 `SamplingParams(extra_args={"unike_edit": "capital-of-peru"})`, several as a list, over HTTP in the field `vllm_xargs`;
-`"unike_memory": 0` declines the memory.
+`"unike_memory": 0` declines the memory, `"unike_memory": "acme"` lets a tenant's entries alone shift it.
 
 * In the front-end a request's edits are looked up. An unknown one is an error of that request alone. Versions of edits
   enter its cache salt, so that no two requests share a prefix whose keys and values an edit has changed.
@@ -28,8 +28,8 @@ from ..backbones import configured_activation
 from ..edits import Edit
 from ..errors import MismatchError, UnsupportedModelError
 from ..memory import MemoryBank
-from .flat import FlatModel, Share
-from .folder import EditFolder, Version
+from .flat import FlatModel, Share, remembers
+from .folder import EditFolder, Retained
 
 KEY = "unike"  # in additional_config, and of what the front-end tells the worker about a request
 _LAYERS = 4
@@ -147,7 +147,7 @@ class _Served:
             self._belongs(f"memory {self.memory.id}", self.memory)
         self.model: FlatModel | None = None
         self.folder = EditFolder(settings["edits"], self.check) if settings.get("edits") else None
-        self._admitted: deque[tuple[float, Version]] = deque()
+        self._admitted: deque[tuple[float, Retained]] = deque()
 
     def _belongs(self, name: str, artifact: Edit | MemoryBank) -> None:
         made = artifact.base_model
@@ -170,7 +170,7 @@ class _Served:
         """Look up what a request asks for, and note it in the request and in its cache salt."""
         params = request.sampling_params
         extra = (params.extra_args or {}) if params is not None else {}
-        asked, memory = extra.get("unike_edit", []), bool(extra.get("unike_memory", True))
+        asked, memory = extra.get("unike_edit", []), remembers(self.memory, extra.get("unike_memory"))
         ids = [asked] if isinstance(asked, str) else asked
         if not isinstance(ids, list) or len(set(map(str, ids))) != len(ids):
             raise ValueError(f"unike_edit: expected the id of an edit or a list of distinct ones, got {asked!r:.80}")
@@ -186,7 +186,7 @@ class _Served:
                 self._admitted.popleft()
         if params is not None:
             params.extra_args = {**extra, KEY: {"edits": keys, "memory": memory}}
-        marks = [*keys, *([] if memory or self.memory is None else ["no memory"])]
+        marks = [*keys, *([] if self.memory is None or memory is True else [f"memory {memory!r}"])]
         if marks:
             request.cache_salt = "|".join([request.cache_salt or "", KEY, *marks])
 
@@ -250,7 +250,7 @@ def _preprocess_add_request(original: Callable[..., Any], self: Any, request: An
     served = _served(self.vllm_config)
     if served is not None and made[0].sampling_params is not None:
         folder = served.folder
-        made[0].unike_versions = [folder.retain(key) for key in _told(made[0].sampling_params)["edits"] if folder]
+        made[0].unike_retained = [folder.retain(key) for key in _told(made[0].sampling_params)["edits"] if folder]
     return made
 
 
@@ -295,13 +295,14 @@ def _model_forward(original: Callable[..., Any], self: Any, *args: Any, **kwargs
 def _told(params: Any) -> dict[str, Any]:
     """What the front-end has noted of a request."""
     extra = params.extra_args if params is not None else None
-    told: dict[str, Any] = (extra or {}).get(KEY, {"edits": [], "memory": True})
+    told: dict[str, Any] = (extra or {}).get(KEY, {"edits": []})
     return told
 
 
 def _shares(runner: Any, served: _Served, flat: FlatModel) -> Sequence[Share]:
     """The requests of a step in their order, their edits made resident."""
     batch, starts, shares = runner.input_batch, runner.query_start_loc.np, []
+    usual = remembers(served.memory, None)  # of requests that sample nothing, and so can ask for nothing
     for row in range(batch.num_reqs):
         state = runner.requests[batch.req_ids[row]]
         told = _told(state.sampling_params)
@@ -311,7 +312,7 @@ def _shares(runner: Any, served: _Served, flat: FlatModel) -> Sequence[Share]:
             for key in keys:
                 flat.hold(served.folder.held(key), needed)
         before = state.num_prompt_tokens - 1 - int(batch.num_computed_tokens_cpu[row])
-        shares.append(Share(int(starts[row + 1] - starts[row]), keys, told["memory"], max(before, 0)))
+        shares.append(Share(int(starts[row + 1] - starts[row]), keys, told.get("memory", usual), max(before, 0)))
     return shares
 
 

@@ -1,0 +1,220 @@
+"""Edits for each request of transformers' continuous batching.
+
+A step there computes the tokens of all its requests behind one another, [1, T, d]. Hooks on the model's FFNs and
+attentions hand these to a `FlatModel`, which a manager tells before each step whose tokens they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from random import Random
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+from transformers import ContinuousBatchingConfig, GenerationConfig
+from transformers.generation.continuous_batching import ContinuousBatchingManager
+
+from .. import backbones
+from ..errors import PatchError
+from ..memory import MemoryBank
+from ..patching import check_belonging, is_patched
+from .flat import FlatModel, Share, remembers
+from .folder import EditFolder, Version
+
+_KEY = "unike"  # of what a request's state carries: it follows the request when it is forked or put off
+
+
+class _Asked(NamedTuple):
+    """What a request asked for. transformers copies what a state carries; versions are not to be copied."""
+
+    versions: tuple[Version, ...] = ()
+    memory: bool | str = False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Asked:
+        return self
+
+
+class EditingManager(ContinuousBatchingManager):
+    """transformers' manager, whose requests name their edits: `manager.add_request(ids, unike_edit="kea")`.
+
+    Args:
+        model: a PreTrainedModel as `patch` takes it, not patched. While the manager runs it is the manager's alone:
+            transformers' continuous batching does not leave passes of other threads as they are.
+        edits: a folder of edits, which may come, change and go; a request keeps the versions it began with.
+        memory: for the requests that do not decline it with unike_memory=False, or for the tenant that they name; None:
+            none.
+        generation_config: None: the model's.
+        continuous_batching_config: None: the defaults. It must not ask for CUDA graphs or compilation, which would keep
+            the edits of the step that they recorded, or for asynchronous batching.
+
+    Raises:
+        PatchError: the model is patched.
+        MismatchError: the memory is for another model.
+        UnsupportedModelError: as `patch`.
+        ValueError: as `FlatModel`; a config that asks for one of these.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        edits: EditFolder | None = None,
+        memory: MemoryBank | None = None,
+        *,
+        generation_config: GenerationConfig | None = None,
+        continuous_batching_config: ContinuousBatchingConfig | None = None,
+    ) -> None:
+        if is_patched(model):
+            raise PatchError(f"{type(model).__name__} is patched: unpatch it first; here each request brings its edits")
+        config = continuous_batching_config or ContinuousBatchingConfig()
+        compiled = config.varlen_compile_config or config.decode_compile_config
+        if any(config.cuda_graph_booleans) or compiled or config.use_async_batching:
+            raise ValueError(
+                "continuous_batching_config: expected no use_cuda_graph, use_async_batching or compile config: they "
+                "would keep the edits of the step that they recorded"
+            )
+        config.use_cuda_graph = config.use_async_batching = False
+        self._decoder = backbones.find_decoder(model)
+        self._folder, self._memory = edits, memory
+        if memory is not None:
+            check_belonging(model, self._decoder, [], memory, memory.config, override=False)
+        layers = self._decoder.layers
+        device = backbones.device_of(layers[0].module)
+        self._flat = FlatModel(
+            range(len(layers)), self._decoder.hidden_size, layers[-1].activation, memory, device=device
+        )
+        self._checked: set[str] = set()
+        super().__init__(model, generation_config or model.generation_config, config)
+        self.logit_processor.supported_keys[_KEY] = _Asked
+
+    def add_request(
+        self,
+        *args: Any,
+        unike_edit: str | Sequence[str] = (),
+        unike_memory: bool | str | None = None,
+        **kwargs: Any,
+    ) -> str | None:
+        """transformers' own, for a request with edits.
+
+        Args:
+            args, kwargs: transformers'.
+            unike_edit: the ids of its edits, or one.
+            unike_memory: whether the memory shifts it, or the tenant whose entries alone do; None: it does, unless the
+                memory has tenants.
+
+        Raises:
+            ValueError: no such edit or tenant, or one that does not fit this model.
+        """
+        ids = [unike_edit] if isinstance(unike_edit, str) else list(unike_edit)
+        if len(set(ids)) != len(ids):
+            raise ValueError(f"unike_edit: expected distinct ids, got {ids}")
+        if ids and self._folder is None:
+            raise ValueError("unike_edit: this manager was made without a folder of edits")
+        versions = tuple(self._folder.get(id) for id in ids) if self._folder is not None else ()
+        for version in versions:
+            self._check(version)
+        asked = _Asked(versions, remembers(self._memory, unike_memory))
+        kwargs[_KEY] = asked
+        return super().add_request(*args, **kwargs)
+
+    def _run_generation_loop(self) -> None:
+        hooks = [handle for layer in self._decoder.layers for handle in _hook(layer, self._flat)]
+        try:
+            super()._run_generation_loop()
+        finally:
+            for handle in hooks:
+                handle.remove()
+
+    def _check(self, version: Version) -> None:
+        if version.key not in self._checked:
+            edit = version.edit
+            config = self._memory.config if self._memory is not None else edit.config
+            check_belonging(self.model, self._decoder, [edit], self._memory, config, override=False)
+            self._flat.check(edit)
+            self._checked.add(version.key)
+
+    def _create_batch_processor(self) -> Any:
+        processor = super()._create_batch_processor()
+        _keep_apart(processor.cache, processor.scheduler)
+        return processor
+
+    def _generation_step(self) -> None:
+        processor: Any = self.batch_processor
+        requests = [(each.state, each.query_length) for each in processor.inputs_and_outputs.requests_in_batch]
+        versions = {version.key: version for state, _ in requests for version in _asked(state).versions}
+        for version in versions.values():
+            self._flat.hold(version, list(versions))
+        self._flat.begin([_share(state, tokens) for state, tokens in requests])
+        try:
+            super()._generation_step()
+        finally:
+            self._flat.end()
+
+
+def _asked(state: Any) -> _Asked:
+    """Of a request; of transformers' own, for warming up, nothing."""
+    asked: _Asked = state.logit_processor_kwargs.get(_KEY, _Asked())
+    return asked
+
+
+def _share(state: Any, tokens: int) -> Share:
+    """What a step computes for a request; its state says already how many tokens there are afterwards."""
+    asked = _asked(state)
+    prompt = state._true_initial_tokens or len(state.initial_tokens)
+    before = prompt - 1 - (state.position_offset - tokens)
+    return Share(tokens, tuple(version.key for version in asked.versions), asked.memory, max(before, 0))
+
+
+def _hook(layer: backbones.Layer, flat: FlatModel) -> list[Any]:
+    """Let a layer's FFN and attention pass to `flat` what they compute."""
+    given: list[Tensor] = []
+
+    def entered(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given[:] = [_flat(args[0] if args else kwargs["hidden_states"])]
+
+    def fed(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        flat.ffn(layer.index, given.pop(), _flat(output))
+
+    def attended(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        flat.attention(layer.index, _flat(args[0] if args else kwargs["hidden_states"]), _flat(output))
+
+    return [
+        layer.ffn[0].module.register_forward_pre_hook(entered, with_kwargs=True),
+        layer.ffn[-1].module.register_forward_hook(fed),
+        layer.attention.module.register_forward_hook(attended, with_kwargs=True),
+    ]
+
+
+def _flat(hidden: Any) -> Tensor:
+    """[1, T, d], perhaps the first of several outputs -> [T, d], the same memory."""
+    tensor: Tensor = hidden[0] if isinstance(hidden, tuple) else hidden
+    return tensor.detach().view(-1, tensor.shape[-1])
+
+
+def _keep_apart(cache: Any, scheduler: Any) -> None:
+    """Let no requests share the keys and values of a prefix that was computed with other edits, or another memory.
+
+    transformers finds blocks by a hash of their tokens: the tokens that it gets to see here are other ones for each.
+    """
+    search, mark = cache.search_prefix_match, cache.mark_complete_blocks
+
+    def search_prefix_match(request_id: str, prompt_ids: list[int]) -> int:
+        state = scheduler.waiting_requests.get(request_id) or scheduler.active_requests[request_id]
+        matched: int = search(request_id, _salted(prompt_ids, state))
+        return matched
+
+    def mark_complete_blocks(state: Any, complete_blocks: dict[str, int]) -> None:
+        tokens = _salted(state.initial_tokens + state.generated_tokens, state)
+        told = {"request_id": state.request_id, "status": state.status}
+        mark(SimpleNamespace(**told, initial_tokens=tokens, generated_tokens=[]), complete_blocks)
+
+    cache.search_prefix_match, cache.mark_complete_blocks = search_prefix_match, mark_complete_blocks
+
+
+def _salted(tokens: list[int], state: Any) -> list[int]:
+    """Numbers that no tokens are, others for each that was asked for; the tokens themselves for nothing."""
+    versions, memory = _asked(state)
+    if not versions and not memory:
+        return tokens
+    noise = Random(repr(([version.key for version in versions], memory)))
+    return [~(token ^ noise.getrandbits(31)) for token in tokens]
