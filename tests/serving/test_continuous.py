@@ -9,7 +9,6 @@ from transformers import CompileConfig, ContinuousBatchingConfig, GenerationConf
 import unike_kernels as uk
 
 continuous = pytest.importorskip("unike_kernels.serving.continuous", exc_type=ImportError)
-from unike_kernels.serving import EditFolder  # noqa: E402
 
 NEW = 8
 SETS = [[], ["a"], ["b"], ["a", "b"], ["b", "a"], ["a"], []]
@@ -94,7 +93,7 @@ def test_each_request_has_its_own_edits(model, edits, running, tmp_path):
     ids = prompts(len(SETS))
     wanted = [expected(model, edits, *each) for each in zip(ids, SETS, strict=True)]
     assert len({tuple(w) for w in wanted[:4]}) >= 3
-    manager = running(model, EditFolder(tmp_path))
+    manager = running(model, tmp_path)
     for _ in range(2):
         names = [manager.add_request(i, unike_edit=s) for i, s in zip(ids, SETS, strict=True)]
         found = collect(manager, len(SETS))
@@ -102,7 +101,7 @@ def test_each_request_has_its_own_edits(model, edits, running, tmp_path):
 
 
 def test_prefixes_are_shared_by_requests_of_the_same_edits(model, edits, running, tmp_path):
-    manager, ids = running(model, EditFolder(tmp_path)), prompts(1)[0]
+    manager, ids = running(model, tmp_path), prompts(1)[0]
     manager.add_request([5, 6, 7])
     collect(manager, 1)
     cache = manager.batch_processor.cache
@@ -115,7 +114,7 @@ def test_prefixes_are_shared_by_requests_of_the_same_edits(model, edits, running
 
 
 def test_a_request_keeps_the_version_it_began_with(model, edits, make_edit, running, tmp_path):
-    manager, ids = running(model, EditFolder(tmp_path)), prompts(1)[0]
+    manager, ids = running(model, tmp_path), prompts(1)[0]
     other = loud(make_edit(model, "a", seed=9))
     wanted = [expected(model, [edit], ids, ["a"]) for edit in (edits[0], other)]
     assert wanted[0] != wanted[1]
@@ -143,7 +142,7 @@ def test_a_memory_and_its_tenants(model, make_edit, make_memory, running, tokens
     given = list(zip(ids, SETS, [memory] * len(SETS), [bool(u) if u is None else u for u in uses], strict=True))
     wanted = [expected(model, edits, i, s, m, u) for i, s, m, u in given]
     assert expected(model, edits, ids[0], [], memory, "globex") != wanted[0]
-    manager = running(model, EditFolder(tmp_path), memory)
+    manager = running(model, tmp_path, memory)
     for _ in range(2):
         names = [manager.add_request(i, unike_edit=s, unike_memory=u) for i, s, u in zip(ids, SETS, uses, strict=True)]
         found = collect(manager, len(SETS))
@@ -157,7 +156,7 @@ def test_a_memory_and_its_tenants(model, make_edit, make_memory, running, tokens
 def test_several_answers_to_one_request(model, edits, running, tmp_path):
     """transformers forks a request for these; what was asked for goes with it."""
     ids = prompts(1)[0]
-    manager = running(model, EditFolder(tmp_path), generation=settings(num_return_sequences=3, do_sample=True, top_k=1))
+    manager = running(model, tmp_path, generation=settings(num_return_sequences=3, do_sample=True, top_k=1))
     manager.add_request(ids, unike_edit=["a", "b"])
     found = collect(manager, 3)
     assert list(found.values()) == [expected(model, edits, ids, ["a", "b"])] * 3
@@ -166,7 +165,7 @@ def test_several_answers_to_one_request(model, edits, running, tmp_path):
 def test_a_cache_that_is_too_small(model, edits, running, tmp_path):
     """Requests are put off and begun again with what they have said; they keep their edits."""
     ids = prompts(len(SETS))
-    manager = running(model, EditFolder(tmp_path), num_blocks=8, allow_block_sharing=False)
+    manager = running(model, tmp_path, num_blocks=8, allow_block_sharing=False)
     names = [manager.add_request(i, unike_edit=s) for i, s in zip(ids, SETS, strict=True)]
     found = collect(manager, len(SETS))
     wanted = [expected(model, edits, *each) for each in zip(ids, SETS, strict=True)]
@@ -176,7 +175,7 @@ def test_a_cache_that_is_too_small(model, edits, running, tmp_path):
 def test_a_stopped_manager_leaves_no_hooks(model, edits, running, tmp_path):
     hooks = lambda: sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())  # noqa: E731
     before = hooks()
-    manager = running(model, EditFolder(tmp_path))
+    manager = running(model, tmp_path)
     manager.add_request(prompts(1)[0], unike_edit="a")
     collect(manager, 1)
     assert hooks() > before
@@ -185,28 +184,29 @@ def test_a_stopped_manager_leaves_no_hooks(model, edits, running, tmp_path):
 
 
 def test_errors(model, edits, make_model, make_memory, tmp_path):
-    folder = EditFolder(tmp_path)
     with uk.patched(model, edits), pytest.raises(uk.PatchError, match="is patched: unpatch it first"):
-        continuous.EditingManager(model, folder)
+        continuous.EditingManager(model, tmp_path)
     for asked in ({"use_cuda_graph": True}, {"use_async_batching": True}, {"varlen_compile_config": CompileConfig()}):
         with pytest.raises(ValueError, match="expected no use_cuda_graph, use_async_batching or compile config"):
-            continuous.EditingManager(model, folder, continuous_batching_config=ContinuousBatchingConfig(**asked))
+            continuous.EditingManager(model, tmp_path, continuous_batching_config=ContinuousBatchingConfig(**asked))
     memory = make_memory(model, uk.Config(k=7, values="out", retrieval="sequence"))
     with pytest.raises(ValueError, match="an engine of flat tokens serves retrieval='token'"):
-        continuous.EditingManager(model, folder, memory)
+        continuous.EditingManager(model, tmp_path, memory)
     other = make_model("llama" if model.config.model_type == "opt" else "opt")
     with pytest.raises(uk.MismatchError, match="memory"):
-        continuous.EditingManager(other, folder, make_memory(model, uk.Config(k=7, values="out", alpha=0.4)))
+        continuous.EditingManager(other, tmp_path, make_memory(model, uk.Config(k=7, values="out", alpha=0.4)))
 
+    with pytest.raises(FileNotFoundError, match="edits: there is no folder"):
+        continuous.EditingManager(model, tmp_path / "none")
     manager = continuous.EditingManager(model, generation_config=settings())
     with pytest.raises(ValueError, match="made without a folder of edits"):
         manager.add_request([5, 6], unike_edit="a")
     with pytest.raises(ValueError, match="there is no memory for the tenant 'acme'"):
         manager.add_request([5, 6], unike_memory="acme")
-    manager = continuous.EditingManager(model, folder, generation_config=settings())
+    manager = continuous.EditingManager(model, tmp_path, generation_config=settings())
     with pytest.raises(ValueError, match="expected distinct ids"):
         manager.add_request([5, 6], unike_edit=["a", "a"])
-    manager = continuous.EditingManager(other, folder, generation_config=settings())
+    manager = continuous.EditingManager(other, tmp_path, generation_config=settings())
     with pytest.raises(uk.MismatchError, match="edit 'a'"):
         manager.add_request([5, 6], unike_edit="a")
     assert manager.input_queue.empty()

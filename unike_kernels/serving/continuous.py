@@ -6,6 +6,8 @@ attentions hand these to a `FlatModel`, which a manager tells before each step w
 
 from __future__ import annotations
 
+import copy
+import os
 from collections.abc import Sequence
 from random import Random
 from types import SimpleNamespace
@@ -16,6 +18,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.continuous_batching import ContinuousBatchingManager
 
 from .. import backbones
+from ..edits import Edit
 from ..errors import PatchError
 from ..memory import MemoryBank
 from ..patching import check_belonging, is_patched
@@ -41,7 +44,8 @@ class EditingManager(ContinuousBatchingManager):
     Args:
         model: a PreTrainedModel as `patch` takes it, not patched. While the manager runs it is the manager's alone:
             transformers' continuous batching does not leave passes of other threads as they are.
-        edits: a folder of edits, which may come, change and go; a request keeps the versions it began with.
+        edits: a folder of edits (see `EditFolder`), which may come, change and go; a request keeps the versions that it
+            began with. None: no edits.
         memory: for the requests that do not decline it with unike_memory=False, or for the tenant that they name; None:
             none.
         generation_config: None: the model's.
@@ -50,6 +54,7 @@ class EditingManager(ContinuousBatchingManager):
 
     Raises:
         PatchError: the model is patched.
+        FileNotFoundError: there is no such folder.
         MismatchError: the memory is for another model.
         UnsupportedModelError: as `patch`.
         ValueError: as `FlatModel`; a config that asks for one of these.
@@ -58,7 +63,7 @@ class EditingManager(ContinuousBatchingManager):
     def __init__(
         self,
         model: Any,
-        edits: EditFolder | None = None,
+        edits: str | os.PathLike[str] | None = None,
         memory: MemoryBank | None = None,
         *,
         generation_config: GenerationConfig | None = None,
@@ -66,7 +71,7 @@ class EditingManager(ContinuousBatchingManager):
     ) -> None:
         if is_patched(model):
             raise PatchError(f"{type(model).__name__} is patched: unpatch it first; here each request brings its edits")
-        config = continuous_batching_config or ContinuousBatchingConfig()
+        config = copy.copy(continuous_batching_config) or ContinuousBatchingConfig()
         compiled = config.varlen_compile_config or config.decode_compile_config
         if any(config.cuda_graph_booleans) or compiled or config.use_async_batching:
             raise ValueError(
@@ -75,7 +80,8 @@ class EditingManager(ContinuousBatchingManager):
             )
         config.use_cuda_graph = config.use_async_batching = False
         self._decoder = backbones.find_decoder(model)
-        self._folder, self._memory = edits, memory
+        self._folder = None if edits is None else EditFolder(edits, self._check)
+        self._memory = memory
         if memory is not None:
             check_belonging(model, self._decoder, [], memory, memory.config, override=False)
         layers = self._decoder.layers
@@ -83,7 +89,6 @@ class EditingManager(ContinuousBatchingManager):
         self._flat = FlatModel(
             range(len(layers)), self._decoder.hidden_size, layers[-1].activation, memory, device=device
         )
-        self._checked: set[str] = set()
         super().__init__(model, generation_config or model.generation_config, config)
         self.logit_processor.supported_keys[_KEY] = _Asked
 
@@ -111,10 +116,7 @@ class EditingManager(ContinuousBatchingManager):
         if ids and self._folder is None:
             raise ValueError("unike_edit: this manager was made without a folder of edits")
         versions = tuple(self._folder.get(id) for id in ids) if self._folder is not None else ()
-        for version in versions:
-            self._check(version)
-        asked = _Asked(versions, remembers(self._memory, unike_memory))
-        kwargs[_KEY] = asked
+        kwargs[_KEY] = _Asked(versions, remembers(self._memory, unike_memory))
         return super().add_request(*args, **kwargs)
 
     def _run_generation_loop(self) -> None:
@@ -125,13 +127,10 @@ class EditingManager(ContinuousBatchingManager):
             for handle in hooks:
                 handle.remove()
 
-    def _check(self, version: Version) -> None:
-        if version.key not in self._checked:
-            edit = version.edit
-            config = self._memory.config if self._memory is not None else edit.config
-            check_belonging(self.model, self._decoder, [edit], self._memory, config, override=False)
-            self._flat.check(edit)
-            self._checked.add(version.key)
+    def _check(self, edit: Edit) -> None:
+        config = self._memory.config if self._memory is not None else edit.config
+        check_belonging(self.model, self._decoder, [edit], self._memory, config, override=False)
+        self._flat.check(edit)
 
     def _create_batch_processor(self) -> Any:
         processor = super()._create_batch_processor()

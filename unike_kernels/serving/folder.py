@@ -54,9 +54,9 @@ class EditFolder:
     """
 
     def __init__(self, path: str | os.PathLike[str], check: Callable[[Edit], None] = lambda edit: None) -> None:
-        self._path, self._check = Path(path), check
-        if not self._path.is_dir():
-            raise FileNotFoundError(f"edits: there is no folder {self._path}")
+        self.path, self._check = Path(path), check
+        if not self.path.is_dir():
+            raise FileNotFoundError(f"edits: there is no folder {self.path}")
         self._held: weakref.WeakValueDictionary[str, Version] = weakref.WeakValueDictionary()
         self._last: dict[str, Version] = {}
         self._retained: weakref.WeakValueDictionary[str, Retained] = weakref.WeakValueDictionary()
@@ -76,7 +76,7 @@ class EditFolder:
     def _current(self, id: str) -> Version:
         if not isinstance(id, str) or not _NAME.fullmatch(id):
             raise ValueError(f"edit: expected an id of letters, digits, '_', '.' and '-', got {id!r:.80}")
-        file = self._path / f"{id}.safetensors"
+        file = self.path / f"{id}.safetensors"
         try:
             key = _key(id, file.stat())
             version = self._held.get(key)
@@ -117,7 +117,7 @@ class EditFolder:
         with self._lock:
             found = self._retained.get(key)
             if found is None:
-                own = self._path / _RETAINED / f"{socket.gethostname()}-{os.getpid()}"
+                own = self.path / _RETAINED / f"{socket.gethostname()}-{os.getpid()}"
                 if not own.exists():
                     self._sweep()
                     own.mkdir(parents=True)
@@ -131,7 +131,7 @@ class EditFolder:
     def _copy(self, key: str, place: Path) -> None:
         """A version's file, from the folder, from those who retain it, or made anew from what this process holds."""
         id = key.rpartition("@")[0]
-        current = self._path / f"{id}.safetensors"
+        current = self.path / f"{id}.safetensors"
         for source in (current, *self._retained_files(key)):
             with contextlib.suppress(FileNotFoundError), source.open("rb") as file:
                 content = file.read()
@@ -142,11 +142,11 @@ class EditFolder:
         self.held(key).edit.save(place)
 
     def _retained_files(self, key: str) -> Iterator[Path]:
-        return self._path.glob(f"{_RETAINED}/*/{key}~*.safetensors")
+        return self.path.glob(f"{_RETAINED}/*/{key}~*.safetensors")
 
     def _sweep(self) -> None:
         """Remove what processes of this machine left behind that are no more."""
-        for folder in (self._path / _RETAINED).glob(f"{socket.gethostname()}-*"):
+        for folder in (self.path / _RETAINED).glob(f"{socket.gethostname()}-*"):
             pid = folder.name.rpartition("-")[2]
             if pid.isdecimal() and not _lives(int(pid)):
                 shutil.rmtree(folder, ignore_errors=True)

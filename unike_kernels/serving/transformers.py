@@ -66,7 +66,7 @@ class EditedModels:
 
     def manager(self, model: Any, **settings: Any) -> Any:
         """Of continuous batching: its requests have the edits of the HTTP requests that they come from."""
-        return _Manager(model, self._folder, self._memory, **settings)
+        return _Manager(model, self._folder.path, self._memory, **settings)
 
 
 class _Manager(EditingManager):
