@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -129,6 +130,33 @@ def test_a_version_whose_file_is_gone_can_be_retained_by_who_holds_it(tmp_path, 
     with pytest.raises(ValueError, match="'a' was replaced or revoked"):
         EditFolder(tmp_path).retain(key)
     del retained
+
+
+def test_versions_are_retained_and_let_go_at_once(tmp_path, edit):
+    """By threads, while folders of dead processes are swept: nobody's file goes with another's."""
+    for id in "ab":
+        put(tmp_path, edit(id))
+    folder, others = EditFolder(tmp_path), tmp_path / ".retained"
+    keys = [folder.get(id).key for id in "ab"]
+    failed = []
+
+    def work(key):
+        try:
+            for _ in range(300):
+                retained = folder.retain(key)
+                assert any(folder._retained_files(key))
+                del retained
+        except BaseException as error:
+            failed.append(error)
+            raise
+
+    threads = [threading.Thread(target=work, args=(key,)) for key in keys]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        (others / "elsewhere-1").mkdir(parents=True, exist_ok=True)
+        (others / "elsewhere-1").rmdir()
+    assert failed == []
 
 
 @pytest.mark.parametrize("id", ["../a", "", ".a", "a/b", 3, "a b"])

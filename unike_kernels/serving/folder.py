@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import itertools
 import os
 import re
@@ -125,7 +126,7 @@ class EditFolder:
                 place = own / f"{key}~{next(_count)}.safetensors"
                 self._copy(key, place)
                 found = self._retained[key] = Retained()
-                weakref.finalize(found, _unlink, place)
+                weakref.finalize(found, place.unlink, missing_ok=True)
         return found
 
     def _copy(self, key: str, place: Path) -> None:
@@ -142,7 +143,9 @@ class EditFolder:
         self.held(key).edit.save(place)
 
     def _retained_files(self, key: str) -> Iterator[Path]:
-        return self.path.glob(f"{_RETAINED}/*/{key}~*.safetensors")
+        # Not Path.glob, which fails where a folder is swept meanwhile.
+        names = glob.iglob(f"{_RETAINED}/*/{key}~*.safetensors", root_dir=self.path)
+        return (self.path / name for name in names)
 
     def _sweep(self) -> None:
         """Remove what processes of this machine left behind that are no more."""
@@ -164,9 +167,3 @@ def _lives(pid: int) -> bool:
     except PermissionError:
         return True
     return True
-
-
-def _unlink(place: Path) -> None:
-    place.unlink(missing_ok=True)
-    with contextlib.suppress(OSError):
-        place.parent.rmdir()
