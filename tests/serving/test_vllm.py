@@ -304,7 +304,7 @@ def resident_memory():
 
 def test_a_soak(tmp_path):
     """Edits come, are replaced and go, requests are cancelled; each that ends has the tokens of its own edits."""
-    count = int(os.environ.get("UNIKE_SOAK", "600"))
+    count = int(os.environ.get("UNIKE_SOAK", "2000"))
     as_hugging_face_has_it("llama", tmp_path / "model")
     folder = tmp_path / "edits"
     folder.mkdir()
