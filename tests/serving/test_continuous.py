@@ -162,13 +162,17 @@ def test_several_answers_to_one_request(model, edits, running, tmp_path):
     assert list(found.values()) == [expected(model, edits, ids, ["a", "b"])] * 3
 
 
-def test_a_cache_that_is_too_small(model, edits, running, tmp_path):
-    """Requests are put off and begun again with what they have said; they keep their edits."""
-    ids = prompts(len(SETS))
-    manager = running(model, tmp_path, num_blocks=8, allow_block_sharing=False)
+def test_a_cache_that_is_too_small(model, make_edit, make_memory, running, tmp_path):
+    """Requests are put off and begun again with what they have said; their edits and where answers begin stay."""
+    memory = make_memory(model, uk.Config(k=7, values="out", alpha=0.4, tokens="answer"))
+    edits = [loud(make_edit(model, name, memory, seed=seed)) for seed, name in enumerate("ab")]
+    for edit in edits:
+        edit.save(tmp_path / f"{edit.id}.safetensors")
+    ids = prompts(len(SETS), length=30)
+    wanted = [expected(model, edits, *each, memory) for each in zip(ids, SETS, strict=True)]
+    manager = running(model, tmp_path, memory, num_blocks=8, allow_block_sharing=False)
     names = [manager.add_request(i, unike_edit=s) for i, s in zip(ids, SETS, strict=True)]
     found = collect(manager, len(SETS))
-    wanted = [expected(model, edits, *each) for each in zip(ids, SETS, strict=True)]
     assert [found[name] for name in names] == wanted
 
 
