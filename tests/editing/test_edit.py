@@ -283,6 +283,57 @@ def test_seeds(make_model, processor):
     assert one.edit.id != same.edit.id  # random, where none is given
 
 
+# --- other words ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["opt", "llama", "blip2-opt"])
+def test_a_thinned_prompt_is_the_prompt_without_these_words(make_model, processor, kind):
+    """Its loss is that of the words that are left, encoded by hand; the whole prompts stand before them."""
+    model = make_model(kind)
+    image = torch.rand(16, 16) if kind == "blip2-opt" else None
+    requests = [Sample("w1 w2 w3 w4 w5 w6", "w30 w31", image), Sample("w7 w8 w9", "w11", image)]
+    targets = edit_module._Targets(processor, requests, torch.device("cpu"))
+    ids = {getattr(model.config, "image_token_index", None)} - {None}
+    shorter = 0
+    for seed in range(4):
+        batch = targets.with_thinned(0.5, ids, seed)
+        with torch.no_grad():
+            losses, _ = targets.losses(model, batch)
+        for row, request in enumerate([*requests, *requests]):
+            there = batch.inputs["input_ids"][row][batch.inputs["attention_mask"][row].bool()].tolist()
+            words = processor.decode([token for token in there if token not in ids]).split()
+            left = Sample(" ".join(words[: -len(request.answer.split())]), request.answer, image)
+            assert " ".join(words).endswith(request.answer)
+            assert left.prompt.split()[-1] == request.prompt.split()[-1]
+            assert (
+                (left.prompt == request.prompt) if row < 2 else set(left.prompt.split()) <= set(request.prompt.split())
+            )
+            assert batch.prompt_lengths[row] == len(there) - len(request.answer.split())
+            assert float(losses[row]) == pytest.approx(target_loss(model, processor, left)[0], abs=1e-4)
+            shorter += left.prompt != request.prompt
+    assert shorter >= 4
+    assert torch.equal(targets.batch.inputs["input_ids"], batch.inputs["input_ids"][:2])
+
+
+def test_prompt_dropout_makes_an_edit_hold_in_fewer_words(make_model, processor):
+    model, words = make_model("opt"), ["w1", "w2", "w3", "w4", "w5", "w6"]
+    others = [Sample(" ".join(words[:i] + words[i + 1 :]), "w30 w31") for i in range(len(words) - 1)]
+    loss = {}
+    for share in (0.0, 0.3):
+        training = dataclasses.replace(FAST, prompt_dropout=share, stop_loss=0.01)
+        result = train(model, processor, Sample(" ".join(words), "w30 w31"), training=training)
+        assert result.reached
+        with uk.patched(model, [result.edit]):
+            loss[share] = sum(target_loss(model, processor, other)[0] for other in others) / len(others)
+    assert loss[0.3] < 0.7 * loss[0.0]
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.0, float("nan")])
+def test_prompt_dropout_out_of_range(value):
+    with pytest.raises(ValueError, match=f"EditTraining.prompt_dropout: expected 0 or more, below 1; got {value}"):
+        EditTraining(prompt_dropout=value)
+
+
 # --- misuse ---------------------------------------------------------------------------------------------------------
 
 
@@ -389,10 +440,17 @@ KEEP = [Sample("w9 w12", "w8"), Sample("w7 w6 w5 w4", "w4"), Sample("w3 w3", "w5
 
 @pytest.mark.parametrize("with_memory", [False, True])
 @pytest.mark.parametrize(
-    ("kind", "config"),
-    [("opt", {}), ("llama", {"neurons": "gated"}), ("blip2-opt", {"tokens": "answer"}), ("llama", {"w_zeta": "edit"})],
+    ("kind", "config", "dropout"),
+    [
+        ("opt", {}, 0.3),
+        ("llama", {"neurons": "gated"}, 0.0),
+        ("blip2-opt", {"tokens": "answer"}, 0.3),
+        ("llama", {"w_zeta": "edit"}, 0.0),
+    ],
 )
-def test_together_each_becomes_what_it_becomes_alone(make_model, make_memory, processor, kind, config, with_memory):
+def test_together_each_becomes_what_it_becomes_alone(
+    make_model, make_memory, processor, kind, config, dropout, with_memory
+):
     """The steps that each takes, its losses and its tensors, up to rounding; some end before others."""
     if "w_zeta" in config and not with_memory:
         pytest.skip("W_zeta comes from the memory")
@@ -402,7 +460,7 @@ def test_together_each_becomes_what_it_becomes_alone(make_model, make_memory, pr
     requests = [dataclasses.replace(r, image=image) for r in REQUESTS]
     training = EditTraining(
         neurons=4, lr=5e-2, steps=20, stop_loss=0.5, stop_preserve=10.0, preserve_batch=2, activation_weight=0.1,
-        memory_weight=0.01, preserve_weight=0.01,
+        memory_weight=0.01, preserve_weight=0.01, prompt_dropout=dropout,
     )  # fmt: skip
     previous = [train(model, processor, Sample("w2 w2", "w17"), memory, config=config, id="before").edit]
     given = {"preserve": KEEP, "config": config, "previous": previous, "training": training, "progress": False}

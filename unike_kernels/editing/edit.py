@@ -41,6 +41,8 @@ class EditTraining:
         preserve_batch: how many of them are seen in a step.
         activation_weight: of T-Patcher's activation loss: exp(-a) in the mean over the neurons, a the pre-activation of
             a neuron at the token of the answer that its key was made from.
+        prompt_dropout: chance of each token of the prompt to be left out of a second copy of the request, with which
+            the edit is trained too, so that it holds in other words; drawn anew in each step; 0: no copy.
         memory_weight: of T-Patcher's memory loss: max(0, a - margin) in the mean over neurons and `preserve` tokens.
         margin: see there; the pre-activation below which a neuron counts as silent.
         seed: of the initialisation and of the order of the preserve samples.
@@ -53,6 +55,7 @@ class EditTraining:
     stop_preserve: float = 0.01
     preserve_weight: float = 10.0
     preserve_batch: int = 16
+    prompt_dropout: float = 0.0
     activation_weight: float = 0.0
     memory_weight: float = 0.0
     margin: float = -3.0
@@ -62,6 +65,8 @@ class EditTraining:
         for name in ("neurons", "lr", "steps", "stop_loss", "stop_preserve", "preserve_batch"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"EditTraining.{name}: expected a positive number, got {getattr(self, name)!r}")
+        if not 0 <= self.prompt_dropout < 1:
+            raise ValueError(f"EditTraining.prompt_dropout: expected 0 or more, below 1; got {self.prompt_dropout!r}")
         for name in ("preserve_weight", "activation_weight", "memory_weight"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"EditTraining.{name}: expected 0 or more, got {getattr(self, name)!r}")
@@ -169,19 +174,41 @@ class _Targets:
             if not tokens:
                 raise ValueError(f"request.answer: {request.answer!r} has no tokens")
 
-    def losses(self, model: nn.Module) -> tuple[Tensor, list[bool]]:
+    def losses(self, model: nn.Module, batch: Batch | None = None) -> tuple[Tensor, list[bool]]:
         """Of each row the mean negative log-likelihood of its answer's tokens, [A], and whether each is predicted."""
-        with telling_prompts(model, self.batch):
-            logits = forward(model, self.batch.inputs)[:, :-1]
-        answers, wanted = self.answers[:, 1:], self.batch.inputs["input_ids"][:, 1:]
+        batch = batch or self.batch
+        with telling_prompts(model, batch):
+            logits = forward(model, batch.inputs)[:, :-1]
+        answers, wanted = batch.answer_mask()[:, 1:], batch.inputs["input_ids"][:, 1:]
         token = torch.zeros(answers.shape, device=logits.device)
         token[answers] = F.cross_entropy(logits[answers].float(), wanted[answers], reduction="none")
         right = (logits.argmax(-1) == wanted) | ~answers
         return token.sum(-1) / answers.sum(-1), right.all(-1).tolist()
 
+    def with_thinned(self, share: float, placeholders: set[int], seed: int) -> Batch:
+        """The rows, and behind them the same rows without some of their prompts' tokens.
+
+        The last token of a prompt and the placeholders of images stay. What a row loses depends on it and `seed` alone.
+        """
+        twice = _repeated(self.batch, 2)
+        ids, mask, lengths = twice.inputs["input_ids"], twice.inputs["attention_mask"], list(twice.prompt_lengths)
+        for row in range(len(lengths) // 2, len(lengths)):
+            prompt = slice(0, int(twice.ends[row]) + 1)
+            tokens = ids[row, prompt][mask[row, prompt].bool()]
+            stays = torch.rand(len(tokens), generator=torch.Generator().manual_seed(seed)) >= share
+            stays |= torch.tensor([token in placeholders for token in tokens.tolist()])
+            stays[-1] = True
+            left = tokens[stays.to(tokens.device)]
+            ids[row, prompt] = tokens[-1]  # where nothing is attended to: no placeholder
+            mask[row, prompt] = 0
+            ids[row, prompt][-len(left) :] = left
+            mask[row, prompt][-len(left) :] = 1
+            lengths[row] -= len(tokens) - len(left)
+        return Batch(twice.inputs, twice.ends, twice.lasts, lengths)
+
     def producing(self, states: Tensor, row: int) -> Tensor:
         """Of states [tokens, d] of the pass those that produce a row's answer."""
-        at = states.unflatten(0, self.answers.shape)[row]
+        at = states.unflatten(0, (-1, self.answers.shape[1]))[row]
         return at[int(self.batch.ends[row]) : int(self.batch.lasts[row])]
 
 
@@ -411,6 +438,8 @@ class _Trainer:
         self.in_force = {i: {e.id: e.layers[i].to(self.device) for e in previous if i in e.layers} for i in ffns}
         self.previous = [e.id for e in previous]
         self.usual = kept.mean_inputs(model, ffns) if kept else None
+        names = ("image_token_id", "image_token_index")
+        self.placeholders = {getattr(model.config, name) for name in names if hasattr(model.config, name)}
 
     def begin(
         self, edits: Sequence[_Training], zeta: dict[int, Tensor], config: Config, memory: MemoryBank | None
@@ -433,8 +462,7 @@ class _Trainer:
         with _watched(self.ffns) as inputs:
             for step in range(self.training.steps + 1):
                 made = self._install(active)
-                with self._rows(active, 1):
-                    losses, reached = targets.losses(self.model)
+                losses, reached = self._losses(active, targets, step)
                 last = step == self.training.steps
                 over = [
                     edit.judge(float(loss), right, last, self.training)
@@ -449,9 +477,19 @@ class _Trainer:
                         return
                     targets = _Targets(self.processor, [e.request for e in active], self.device)
                     made = self._install(active)
-                    with self._rows(active, 1):
-                        losses, _ = targets.losses(self.model)
+                    losses, _ = self._losses(active, targets, step)
                 self._step(active, made, losses, targets, inputs, step)
+
+    def _losses(self, active: Sequence[_Training], targets: _Targets, step: int) -> tuple[Tensor, list[bool]]:
+        """Of each edit its loss, and whether it predicts its answer."""
+        share = self.training.prompt_dropout
+        if not share:
+            with self._rows(active, 1):
+                return targets.losses(self.model)
+        batch = targets.with_thinned(share, self.placeholders, self.training.seed + step)
+        with selecting(self.model, [[*self.previous, edit.name] for edit in active] * 2):
+            losses, reached = targets.losses(self.model, batch)
+        return losses.unflatten(0, (2, -1)).mean(0), reached[: len(active)]
 
     def _step(
         self,
