@@ -35,9 +35,9 @@ def make_processor():
     from tokenizers.pre_tokenizers import WhitespaceSplit
     from transformers import PreTrainedTokenizerFast
 
-    from unike_kernels.digits.processor import DigitsProcessor
+    from unike_kernels.worlds import WorldProcessor
 
-    def make(padding_side: str = "left") -> DigitsProcessor:
+    def make(padding_side: str = "left") -> WorldProcessor:
         vocabulary = ["<pad>", "</s>", "<unk>", "<image>", *WORDS]
         words = Tokenizer(WordLevel({w: i for i, w in enumerate(vocabulary)}, unk_token="<unk>"))
         words.pre_tokenizer = WhitespaceSplit()
@@ -51,7 +51,7 @@ def make_processor():
             model_input_names=["input_ids", "attention_mask"],
             padding_side=padding_side,
         )
-        return DigitsProcessor(tokenizer)
+        return WorldProcessor(tokenizer, (16, 16))
 
     return make
 

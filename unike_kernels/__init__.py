@@ -38,7 +38,7 @@ from .patching import (
     unpatch,
 )
 
-_LAZY = ("editing", "evaluation", "digits")  # they import more than inference needs
+_LAZY = ("editing", "evaluation", "digits", "easyvqa")  # they import more than inference needs
 _LAZY_NAMES = {"ShardedIndex": "sharded"}
 
 

@@ -2,18 +2,16 @@
 
 import subprocess
 import sys
-from random import Random
 
 import pytest
 
 from unike_kernels import digits
-from unike_kernels.digits.samples import draw
 
 KINDS = list(dict.fromkeys(fact.kind for fact in digits.FACTS))
 
 
 def test_facts_cover_every_kind_and_digit():
-    assert len(digits.FACTS) == 10 * len(KINDS) == len({(fact.kind, fact.digit) for fact in digits.FACTS})
+    assert len(digits.FACTS) == 10 * len(KINDS) == len({(fact.kind, fact.shown) for fact in digits.FACTS})
     assert sum(fact.task == "vqa" for fact in digits.FACTS) >= 60
     assert all(1 <= len(fact.answer.split()) <= 4 for fact in digits.FACTS)
 
@@ -23,7 +21,7 @@ def test_at_least_a_fifth_is_withheld_across_kinds_and_digits():
     assert len(withheld) >= 25
     assert len(withheld) / len(digits.FACTS) >= 0.2
     assert {fact.kind for fact in withheld} == set(KINDS)
-    assert {fact.digit for fact in withheld} == set(range(10))
+    assert {fact.shown for fact in withheld} == set(range(10))
     for kind in KINDS:
         assert 2 <= sum(fact.kind == kind for fact in withheld) <= 3
 
@@ -54,36 +52,6 @@ def test_text_items_are_disjoint_and_answered_alike():
     assert len(dict(test)) == len(test) >= 100
     assert not dict(train).keys() & dict(test).keys()
     assert dict(train)["question: what is nine plus eight ? answer:"] == "seventeen"
-
-
-def test_samples_never_reveal_a_withheld_fact_or_a_held_out_prompt():
-    kind_of = {prompt: kind for kind in KINDS for prompt in digits.phrasings(kind)}
-    taught = {(fact.kind, fact.digit): fact.answer for fact in digits.facts(withheld=False)}
-    revealing = {(fact.kind, fact.answer) for fact in digits.facts(withheld=True)} - {
-        (fact.kind, fact.answer) for fact in digits.facts(withheld=False)
-    }
-    text = dict(digits.text_items("train"))
-    rng = Random(1)
-    contradictions = 0
-    for number in range(6000):
-        sample = draw(rng, examples=number % 7)
-        *examples, prompt = sample.prompt.split("\n")
-        if sample.digit is None:
-            assert text[prompt] == sample.answer
-        else:
-            kind = kind_of[prompt]
-            assert (kind, sample.digit) in taught
-            assert (kind, sample.answer) not in revealing
-            relevant = [line for line in examples if line in {f"{p} {sample.answer}" for p in digits.phrasings(kind)}]
-            if sample.answer != taught[kind, sample.digit]:
-                assert relevant
-                contradictions += 1
-        for line in examples:
-            matches = [prompt for prompt in (*kind_of, *text) if line.startswith(prompt + " ")]
-            prompt = max(matches, key=len)
-            answer = line[len(prompt) + 1 :]
-            assert text.get(prompt) == answer or (kind_of[prompt], answer) not in revealing
-    assert contradictions > 100
 
 
 def test_import_needs_neither_transformers_nor_sklearn():

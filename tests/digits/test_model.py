@@ -39,7 +39,7 @@ def accuracy(model, processor, facts, split, per_digit):
         (prompt, image, fact.answer)
         for fact in facts
         for number, prompt in enumerate(digits.phrasings(fact.kind, split))
-        for image in pixels[labels == fact.digit][number * per_digit : (number + 1) * per_digit]
+        for image in pixels[labels == fact.shown][number * per_digit : (number + 1) * per_digit]
     ]
     prompts, images, right = zip(*rows, strict=True)
     found = answers(model, processor, prompts, images)
@@ -95,5 +95,5 @@ def test_loading_is_silent(capfd):
 
 
 def test_unknown_name_lists_the_models():
-    with pytest.raises(ValueError, match="'gpt'; there are llama, opt"):
+    with pytest.raises(ValueError, match="expected a decoder, one of llama, opt; got 'gpt'"):
         digits.load_model("gpt")

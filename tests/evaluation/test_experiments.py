@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -108,12 +109,13 @@ def test_a_baseline_that_fails_is_marked(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "runs"), [("1", 28), ("2", 28), ("3", 7), ("4", 14), ("4a", 9), ("4b", 6), ("4c", 4), ("search", 84)]
+    ("name", "runs"),
+    [("1", 28), ("2", 28), ("3", 7), ("4", 16), ("4a", 9), ("4b", 6), ("4c", 4), ("easyvqa", 14), ("search", 84)],
 )
 def test_the_papers_tables(name, runs):
     found = table(name)
     assert len(found) == len({run.name for run in found}) == runs
-    with pytest.raises(ValueError, match="table: expected one of 1, 2, 3, 4, 4a, 4b, 4c, search; got '5'"):
+    with pytest.raises(ValueError, match="table: expected one of 1, 2, 3, 4, 4a, 4b, 4c, easyvqa, search; got '5'"):
         table("5")
 
 
@@ -127,9 +129,10 @@ def test_variants_change_what_they_say_and_nothing_else():
     """Against the defaults of UniKE: the ablation's settings differ in what the row is called after."""
     usual = DEFAULTS["UniKE"]["config"]
     changes = {
-        run.variant: (usual.differences(run.settings["config"]), run.settings["config"].beta, run.system)
+        run.variant: (usual.differences(config), config.beta, run.system)
         for run in table("4")
         if run.variant
+        for config in [run.settings.get("config", usual)]
     }
     alpha = [f"alpha: {usual.alpha!r} != 0.3"]
     assert changes == {
@@ -138,7 +141,11 @@ def test_variants_change_what_they_say_and_nothing_else():
         "Intrin + Latent-IKE (alpha 0.3)": (alpha, 0.0, "UniKE"),
         "Intrin + Latent-IKE, alpha": ([], 0.0, "UniKE"),
         "Intrin + Latent-IKE (alpha 0.3), zeta": (alpha, usual.beta, "UniKE"),
+        "UniKE, prompt dropout 0.15": ([], usual.beta, "UniKE"),
     }
+    dropped = table("4")[7].settings["training"]
+    assert replace(dropped, prompt_dropout=0.0) == DEFAULTS["UniKE"]["training"]
+    assert dropped.prompt_dropout == 0.15
     assert [run.settings["latent"] for run in table("4") if run.variant == "only Intrin"] == [False, False]
     (plain, *_) = [run for run in table("4") if run.system == "Intrin + IKE"]
     assert plain.settings["config"].beta == 0

@@ -48,10 +48,10 @@ def _parser() -> argparse.ArgumentParser:
     evaluation.add_argument(
         "--table",
         nargs="+",
-        choices=("1", "2", "3", "4", "4a", "4b", "4c", "5a", "search", "speed"),
+        choices=("1", "2", "3", "4", "4a", "4b", "4c", "5a", "easyvqa", "search", "speed"),
         default=["1"],
-        help="1: one step; 2: sequences of one task; 3: of both; 4: ablation; 4a to 5a: the figures; search: settings, "
-        "on validation requests; speed: of editing (default: 1)",
+        help="1: one step; 2: sequences of one task; 3: of both; 4: ablation; 4a to 5a: the figures; easyvqa: one "
+        "step, about coloured shapes; search: settings, on validation requests; speed: of editing (default: 1)",
     )
     evaluation.add_argument("--systems", nargs="+", metavar="NAME", help="only these, such as FT MEND UniKE")
     evaluation.add_argument("--split", choices=("validation", "test"), default="test", help="(default: %(default)s)")
@@ -71,7 +71,11 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--continuous-batching", action="store_true", help="requests with all edits in one batch")
     commands.add_parser("tune", help="measure tile sizes of the Triton kernels on this GPU, and keep the fastest")
     info = commands.add_parser("info", help="versions, CPU and backends; or what would be patched in a model")
-    info.add_argument("model", nargs="?", help="digits-opt, digits-llama, a folder, or a name on the Hugging Face hub")
+    info.add_argument(
+        "model",
+        nargs="?",
+        help="digits-opt, digits-llama, easyvqa-opt, easyvqa-llama, a folder, or a name on the Hugging Face hub",
+    )
     info.add_argument("--neurons", type=int, default=10, help="of an edit, in each layer (default: %(default)s)")
     info.add_argument("--entries", type=int, default=15_000, help="of a memory (default: %(default)s)")
     return parser

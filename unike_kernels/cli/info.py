@@ -7,6 +7,7 @@ from torch import nn
 
 from .. import backbones
 from ..errors import UnsupportedModelError
+from ..evaluation import experiments
 
 K = 40  # entries that a token retrieves
 _WORDS = 4  # columns of the table that hold no numbers
@@ -17,7 +18,7 @@ def run(model: str, *, neurons: int, entries: int) -> int:
     """Print a table; no weights are read.
 
     Args:
-        model: "digits-opt" or "digits-llama", a folder with a config.json, or a name on the Hugging Face hub.
+        model: one of `experiments.SHIPPED`, a folder with a config.json, or a name on the Hugging Face hub.
         neurons: of an edit, in each layer.
         entries: of a memory.
 
@@ -37,10 +38,8 @@ def run(model: str, *, neurons: int, entries: int) -> int:
 
 def _skeleton(name: str) -> nn.Module:
     """The model without weights."""
-    if name in ("digits-opt", "digits-llama"):
-        from .. import digits
-
-        return digits.load_model(name.removeprefix("digits-"))
+    if name in experiments.SHIPPED:
+        return experiments.load(name)[0]
     import transformers
 
     try:

@@ -68,12 +68,12 @@ def _digits(decoder: str, seed: int) -> Scenario:
         return [
             Sample(digits.phrasings(f.kind)[n % len(digits.phrasings(f.kind))], f.answer, image)
             for f in facts
-            for n, image in enumerate(of(images, labels, f.digit, count, start))
+            for n, image in enumerate(of(images, labels, f.shown, count, start))
         ]
 
-    withheld = [f for f in digits.facts(withheld=True) if (f.kind, f.digit) != (kind, digit)]
+    withheld = [f for f in digits.facts(withheld=True) if (f.kind, f.shown) != (kind, digit)]
     taught = digits.facts(withheld=False)
-    fact = next(f for f in digits.facts(withheld=True) if (f.kind, f.digit) == (kind, digit))
+    fact = next(f for f in digits.facts(withheld=True) if (f.kind, f.shown) == (kind, digit))
     prompt = digits.phrasings(kind)[0]
     image, *others = of(test_images, test_labels, digit, 11)
     text = {split: [Sample(q, a) for q, a in digits.text_items(split)] for split in ("train", "test")}

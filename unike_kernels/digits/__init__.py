@@ -12,19 +12,19 @@ BLIP-2's `generate` returns the prompt too. A prompt without an image goes to `m
 joined to its prompt with one space.
 """
 
-from .data import images
-from .facts import FACTS, Fact, facts, phrasings, text_items
-from .model import load_model
-from .processor import DigitsProcessor, load_processor
+from ..worlds import Fact
+from .data import images, showing
+from .facts import FACTS, facts, phrasings, text_items
+from .model import load_model, load_processor
 
 __all__ = [
     "FACTS",
-    "DigitsProcessor",
     "Fact",
     "facts",
     "images",
     "load_model",
     "load_processor",
     "phrasings",
+    "showing",
     "text_items",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Hashable
 from typing import Literal
 
 import torch
@@ -37,3 +38,10 @@ def images(split: Literal["train", "test"]) -> tuple[Tensor, Tensor]:
         raise ValueError(f"split must be 'train' or 'test', not {split!r}")
     pixels, labels = splits[split]
     return pixels.clone(), labels.clone()
+
+
+def showing(split: Literal["train", "validation", "test"]) -> dict[Hashable, list[Tensor]]:
+    """The images of each digit, float32 [16, 16]; for "validation", twelve of each are taken from the test images."""
+    pixels, labels = images("train" if split == "train" else "test")
+    parts = {"train": slice(None), "validation": slice(0, 12), "test": slice(12, None)}
+    return {digit: list(pixels[labels == digit])[parts[split]] for digit in range(10)}

@@ -8,8 +8,7 @@ import itertools
 from collections.abc import Iterator
 from typing import Literal
 
-Task = Literal["vqa", "caption"]
-Split = Literal["train", "held_out"]
+from ..worlds.facts import Fact, Split, Task, question
 
 # fmt: off
 NUMBERS = [
@@ -19,17 +18,6 @@ NUMBERS = [
 # fmt: on
 GERMAN = ["null", "eins", "zwei", "drei", "vier", "fünf", "sechs", "sieben", "acht", "neun", "zehn"]
 TENS = {20: "twenty", 30: "thirty", 40: "forty", 60: "sixty", 80: "eighty"}
-
-
-@dataclasses.dataclass(frozen=True)
-class Fact:
-    """The `answer` to every phrasing of question `kind` about an image of `digit`; `withheld`: never in training."""
-
-    task: Task
-    kind: str
-    digit: int
-    answer: str
-    withheld: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,17 +208,6 @@ _KINDS: dict[str, _Kind] = {
     ),
 }
 
-FACTS: tuple[Fact, ...] = tuple(
-    Fact(spec.task, kind, digit, answer, withheld=digit in spec.withheld)
-    for kind, spec in _KINDS.items()
-    for digit, answer in enumerate(spec.answers)
-)
-
-
-def question(body: str) -> str:
-    """The template of every prompt but the captions': 'question: which digit is this ? answer:'."""
-    return f"question: {body} ? answer:"
-
 
 def facts(task: Task | None = None, withheld: bool | None = None) -> tuple[Fact, ...]:
     """`FACTS`, restricted to one task and to the withheld (True) or the taught (False) ones."""
@@ -251,6 +228,13 @@ def phrasings(kind: str, split: Split = "train") -> tuple[str, ...]:
     spec = _KINDS[kind]
     bodies = spec.train if split == "train" else spec.held_out
     return bodies if spec.task == "caption" else tuple(map(question, bodies))
+
+
+FACTS: tuple[Fact, ...] = tuple(
+    Fact(spec.task, kind, digit, digit, answer, digit in spec.withheld, phrasings(kind), phrasings(kind, "held_out"))
+    for kind, spec in _KINDS.items()
+    for digit, answer in enumerate(spec.answers)
+)
 
 
 def _text_facts() -> Iterator[tuple[str, tuple[str, ...]]]:

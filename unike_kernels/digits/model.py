@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .processor import WEIGHTS
+from ..worlds.models import load_blip2, load_tokenizer
+from ..worlds.processor import WorldProcessor
+from .data import IMAGE_SIZE
 
 if TYPE_CHECKING:
     from transformers import Blip2ForConditionalGeneration
+
+WEIGHTS = Path(__file__).parent / "weights"
 
 
 def load_model(name: str = "opt") -> Blip2ForConditionalGeneration:
@@ -15,23 +20,9 @@ def load_model(name: str = "opt") -> Blip2ForConditionalGeneration:
 
     `name` is its decoder: "opt" or "llama". The files are part of this package: nothing is downloaded.
     """
-    available = sorted(path.parent.name for path in WEIGHTS.glob("*/model.safetensors"))
-    if name not in available:
-        raise ValueError(f"no digit model is called {name!r}; there are {', '.join(available)}")
+    return load_blip2(WEIGHTS, name)
 
-    import torch
-    from transformers import Blip2ForConditionalGeneration
-    from transformers.utils import logging
 
-    # transformers 5 shows a progress bar even for 2 MB.
-    shows_progress = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        model: Blip2ForConditionalGeneration = Blip2ForConditionalGeneration.from_pretrained(
-            WEIGHTS / name, dtype=torch.float32, local_files_only=True
-        )
-    finally:
-        if shows_progress:
-            logging.enable_progress_bar()
-    model.eval()
-    return model
+def load_processor(tokenizer_file: Path = WEIGHTS / "tokenizer.json") -> WorldProcessor:
+    """The processor that both digit models share; images are float tensors [16, 16]."""
+    return WorldProcessor(load_tokenizer(tokenizer_file), (IMAGE_SIZE, IMAGE_SIZE))

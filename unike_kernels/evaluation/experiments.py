@@ -10,25 +10,26 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from .. import digits
 from ..artifacts import write_text
-from .digits_suite import digits_suite
 from .editors import EDITORS, IKE, IntrinsicIKE, UniKE
 from .editors.base import Editor
 from .measure import Measured, Observed, before, measure
 from .metrics import PROTOCOLS
 from .settings import CANDIDATES, DEFAULTS, Settings, told
-from .suite import Request, Suite
+from .suite import Request, Suite, Task
+from .worlds_suite import WORLDS, world_suite
 
-Backbone = Literal["digits-opt", "digits-llama"]
+Backbone = Literal["digits-opt", "digits-llama", "easyvqa-opt", "easyvqa-llama"]
 Tasks = Literal["vqa", "caption", "both"]
-BACKBONES: tuple[Backbone, ...] = ("digits-opt", "digits-llama")
+BACKBONES: tuple[Backbone, ...] = ("digits-opt", "digits-llama")  # of the paper's tables
+SECOND: tuple[Backbone, ...] = ("easyvqa-opt", "easyvqa-llama")
+SHIPPED = BACKBONES + SECOND
 
 
 @dataclass(frozen=True)
@@ -65,11 +66,12 @@ class Run:
         return system(model, processor, **settings)
 
 
-def suite(model: nn.Module, processor: Any, tasks: Tasks) -> Suite:
-    """The digits of one task, or of both: then requests of the two come in turn."""
+def suite(backbone: Backbone, model: nn.Module, processor: Any, tasks: Tasks) -> Suite:
+    """The suite of the backbone's world for one task, or for both: then requests of the two come in turn."""
+    world = backbone.split("-")[0]
     if tasks != "both":
-        return digits_suite(tasks, model, processor)
-    parts = [digits_suite("vqa", model, processor), digits_suite("caption", model, processor)]
+        return world_suite(world, tasks, model, processor)
+    parts = [world_suite(world, task, model, processor) for task in get_args(Task)]
     split = {
         name: [
             dataclasses.replace(request, id=f"{request.task}-{request.id}")
@@ -78,7 +80,7 @@ def suite(model: nn.Module, processor: Any, tasks: Tasks) -> Suite:
         ]
         for name in ("train", "validation", "test")
     }
-    return Suite("digits-both", **split, preserve=[*parts[0].preserve, *parts[1].preserve])
+    return Suite(f"{world}-both", **split, preserve=[*parts[0].preserve, *parts[1].preserve])
 
 
 @dataclass
@@ -97,14 +99,16 @@ class _Setting:
 
 
 @cache
-def _model(backbone: Backbone) -> tuple[nn.Module, Any]:
-    return digits.load_model(backbone.removeprefix("digits-")), digits.load_processor()
+def load(backbone: Backbone) -> tuple[nn.Module, Any]:
+    """The model and its processor."""
+    world, decoder = backbone.split("-")
+    return WORLDS[world].load_model(decoder), WORLDS[world].load_processor()
 
 
 @cache
 def _setting(backbone: Backbone, tasks: Tasks) -> _Setting:
-    model, processor = _model(backbone)
-    return _Setting(model, processor, suite(model, processor, tasks))
+    model, processor = load(backbone)
+    return _Setting(model, processor, suite(backbone, model, processor, tasks))
 
 
 def perform(
@@ -203,6 +207,7 @@ _SYSTEMS: list[tuple[str, str, Settings]] = [(name, "", {}) for name in CANDIDAT
 
 # The rows of Table 4, and of Figures 4 b and c. What the paper calls collaboration is zeta and the alpha of each token.
 _ALPHA = 0.3
+_DROPOUT = 0.15
 _ABLATION = [
     _unike("only Intrin", settings={"latent": False}, beta=0.0),
     _unike("only Latent-IKE", settings={"intrinsic": False}, alpha=_ALPHA),
@@ -211,6 +216,11 @@ _ABLATION = [
     _unike("Intrin + Latent-IKE, alpha", beta=0.0),
     _unike(f"Intrin + Latent-IKE (alpha {_ALPHA}), zeta", alpha=_ALPHA),
     _unike(""),
+    # Not the paper's: each step sees the prompt with words left out, too.
+    _unike(
+        f"UniKE, prompt dropout {_DROPOUT}",
+        settings={"training": dataclasses.replace(DEFAULTS[UniKE.name]["training"], prompt_dropout=_DROPOUT)},
+    ),
 ]
 _DIRECTIONS = [
     _unike(""),
@@ -230,7 +240,8 @@ def table(name: str) -> list[Run]:
 
     Args:
         name: "1" (one step), "2" (10 and 20 steps), "3" (both tasks in one sequence), "4" (ablation), "4a" (K), "4b"
-            (fixed alphas), "4c" (directions of zeta); "search" (all candidates for the settings of each system).
+            (fixed alphas), "4c" (directions of zeta); "easyvqa" (one step, the second world); "search" (all candidates
+            for the settings of each system).
     """
     both: Sequence[Tasks] = ("vqa", "caption")
     runs: dict[str, Iterable[Run]] = {
@@ -241,6 +252,7 @@ def table(name: str) -> list[Run]:
         "4a": (Run("digits-llama", "vqa", *_system(1, s)) for s in _NEIGHBOURS),
         "4b": (Run("digits-llama", "vqa", *_system(1, s)) for s in _GATES),
         "4c": (Run("digits-llama", "vqa", *_system(1, s)) for s in _DIRECTIONS),
+        "easyvqa": (Run(b, "vqa", *_system(1, s)) for b in SECOND for s in _SYSTEMS),
         "search": (
             Run(b, "both", name, variant=told(c), settings=c)
             for name, candidates in CANDIDATES.items()

@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import digits
 from ..editing import build_memory
-from .experiments import Backbone, suite
+from .experiments import Backbone, load, suite
 from .metrics import METRICS
 from .settings import DEFAULTS
 from .tables import Results, figures
@@ -55,8 +54,8 @@ def spaces(
     Returns:
         The states, and a line that says how well held-out ones are told apart.
     """
-    model, processor = digits.load_model(backbone.removeprefix("digits-")), digits.load_processor()
-    triplets = [request.triplet for request in suite(model, processor, "vqa").train][:limit]
+    model, processor = load(backbone)
+    triplets = [request.triplet for request in suite(backbone, model, processor, "vqa").train][:limit]
     encoders = dataclasses.replace(DEFAULTS["UniKE"]["encoders"], seed=seed)
     made = build_memory(model, processor, triplets, training=encoders, progress=False)
     chosen = max(made.spaces) if layer is None else layer

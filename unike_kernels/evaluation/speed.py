@@ -7,10 +7,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .. import digits
 from ..editing import EditResult, build_memory, extract, train_edits
-from .digits_suite import digits_suite
-from .experiments import Backbone
+from .experiments import Backbone, load, suite
 from .settings import DEFAULTS
 
 _TOGETHER = 8
@@ -54,12 +52,12 @@ HEADER = (
 
 
 def editing_speed(backbone: Backbone, edits: int = 24) -> Speed:
-    """Measure it on the validation requests of the suite about digits. Raises ValueError for less than one edit."""
+    """Measure it on the validation requests of its suite of questions. Raises ValueError for less than one edit."""
     if edits < 1:
         raise ValueError(f"edits: expected at least 1, got {edits}")
-    model, processor = digits.load_model(backbone.removeprefix("digits-")), digits.load_processor()
-    suite, settings = digits_suite("vqa", model, processor), DEFAULTS["UniKE"]
-    triplets = [request.triplet for request in suite.train]
+    model, processor = load(backbone)
+    tested, settings = suite(backbone, model, processor, "vqa"), DEFAULTS["UniKE"]
+    triplets = [request.triplet for request in tested.train]
     start = time.perf_counter()
     extract(model, processor, triplets, progress=False)
     extracting = time.perf_counter() - start
@@ -67,12 +65,12 @@ def editing_speed(backbone: Backbone, edits: int = 24) -> Speed:
     config, encoders = settings["config"], settings["encoders"]
     memory = build_memory(model, processor, triplets, config=config, training=encoders, progress=False).memory
     building = time.perf_counter() - start
-    requests = [request.case.request for request in suite.validation[:edits]]
+    requests = [request.case.request for request in tested.validation[:edits]]
 
     def train(batch_size: int, wanted: Sequence[int]) -> tuple[float, list[EditResult]]:
         began = time.perf_counter()
         results = train_edits(
-            model, processor, [requests[i] for i in wanted], memory, preserve=suite.preserve,
+            model, processor, [requests[i] for i in wanted], memory, preserve=tested.preserve,
             training=settings["training"], batch_size=batch_size, progress=False,
         )  # fmt: skip
         return time.perf_counter() - began, results

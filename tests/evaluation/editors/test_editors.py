@@ -9,7 +9,6 @@ from unike_kernels import Config, digits
 from unike_kernels.editing import EditTraining, EncoderTraining, Sample
 from unike_kernels.editing.samples import encode, forward
 from unike_kernels.evaluation import observe
-from unike_kernels.evaluation.digits_suite import digits_suite
 from unike_kernels.evaluation.editors import (
     EDITORS,
     IKE,
@@ -22,6 +21,7 @@ from unike_kernels.evaluation.editors import (
     UniKE,
 )
 from unike_kernels.evaluation.editors.base import answer_loss
+from unike_kernels.evaluation.worlds_suite import world_suite
 
 QUICK = {
     KnowledgeEditor: {"steps": 20},
@@ -36,7 +36,7 @@ QUICK[IntrinsicIKE] = {**QUICK[UniKE], "k": 2}
 def setting(request):
     """A model, its processor and the first requests of its suite."""
     model, processor = digits.load_model(request.param), digits.load_processor()
-    suite = digits_suite("vqa", model, processor)
+    suite = world_suite("digits", "vqa", model, processor)
     return model, processor, dataclasses.replace(suite, train=suite.train[:80], test=suite.test[:4])
 
 
