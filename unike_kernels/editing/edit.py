@@ -55,7 +55,7 @@ class EditTraining:
     stop_preserve: float = 0.01
     preserve_weight: float = 10.0
     preserve_batch: int = 16
-    prompt_dropout: float = 0.0
+    prompt_dropout: float = 0.3
     activation_weight: float = 0.0
     memory_weight: float = 0.0
     margin: float = -3.0
@@ -192,19 +192,21 @@ class _Targets:
         """
         twice = _repeated(self.batch, 2)
         ids, mask, lengths = twice.inputs["input_ids"], twice.inputs["attention_mask"], list(twice.prompt_lengths)
+        order = torch.arange(ids.shape[1], device=ids.device).repeat(len(ids), 1)
         for row in range(len(lengths) // 2, len(lengths)):
             prompt = slice(0, int(twice.ends[row]) + 1)
-            tokens = ids[row, prompt][mask[row, prompt].bool()]
-            stays = torch.rand(len(tokens), generator=torch.Generator().manual_seed(seed)) >= share
-            stays |= torch.tensor([token in placeholders for token in tokens.tolist()])
-            stays[-1] = True
-            left = tokens[stays.to(tokens.device)]
-            ids[row, prompt] = tokens[-1]  # where nothing is attended to: no placeholder
-            mask[row, prompt] = 0
-            ids[row, prompt][-len(left) :] = left
-            mask[row, prompt][-len(left) :] = 1
-            lengths[row] -= len(tokens) - len(left)
-        return Batch(twice.inputs, twice.ends, twice.lasts, lengths)
+            seen = mask[row, prompt].bool()
+            kept = seen.clone()
+            drawn = torch.rand(int(seen.sum()), generator=torch.Generator().manual_seed(seed))
+            kept[seen] = (drawn >= share).to(ids.device)
+            kept |= torch.tensor([token in placeholders for token in ids[row, prompt].tolist()], device=ids.device)
+            kept[-1] = True
+            # What is left out goes to the front, where nothing is attended to.
+            order[row, prompt] = torch.cat([(~kept).nonzero().flatten(), kept.nonzero().flatten()])
+            mask[row, prompt] = kept.to(mask.dtype)
+            lengths[row] -= int(seen.sum() - kept.sum())
+        of_tokens = {name: t.gather(1, order) for name, t in twice.inputs.items() if t.shape == ids.shape}
+        return Batch({**twice.inputs, **of_tokens}, twice.ends, twice.lasts, lengths)
 
     def producing(self, states: Tensor, row: int) -> Tensor:
         """Of states [tokens, d] of the pass those that produce a row's answer."""

@@ -192,22 +192,26 @@ def _append(file: Path, measured: Measured) -> None:
         stream.write(json.dumps(dataclasses.asdict(measured)) + "\n")
 
 
+# As the paper trains an edit: each step sees the whole prompt.
+_WHOLE = dataclasses.replace(DEFAULTS[UniKE.name]["training"], prompt_dropout=0.0)
+
+
 def _unike(variant: str, *, settings: Settings | None = None, **config: Any) -> tuple[str, str, Settings]:
-    """A variant of UniKE: other arguments, and changes of its configuration."""
+    """A variant of UniKE without prompt dropout: other arguments, and changes of its configuration."""
     changed = {"config": dataclasses.replace(DEFAULTS[UniKE.name]["config"], **config)} if config else {}
-    return UniKE.name, variant, {**(settings or {}), **changed}
+    return UniKE.name, variant, {"training": _WHOLE, **(settings or {}), **changed}
 
 
 def _with_ike(variant: str, k: int) -> tuple[str, str, Settings]:
     config = dataclasses.replace(DEFAULTS[UniKE.name]["config"], beta=0.0)
-    return IntrinsicIKE.name, variant, {**DEFAULTS[UniKE.name], "config": config, "k": k}
+    return IntrinsicIKE.name, variant, {**DEFAULTS[UniKE.name], "training": _WHOLE, "config": config, "k": k}
 
 
-_SYSTEMS: list[tuple[str, str, Settings]] = [(name, "", {}) for name in CANDIDATES]
+_AS_IN_PAPER = _unike("UniKE, without prompt dropout")
+_SYSTEMS: list[tuple[str, str, Settings]] = [*((name, "", {}) for name in CANDIDATES), _AS_IN_PAPER]
 
 # The rows of Table 4, and of Figures 4 b and c. What the paper calls collaboration is zeta and the alpha of each token.
 _ALPHA = 0.3
-_DROPOUT = 0.15
 _ABLATION = [
     _unike("only Intrin", settings={"latent": False}, beta=0.0),
     _unike("only Latent-IKE", settings={"intrinsic": False}, alpha=_ALPHA),
@@ -215,20 +219,16 @@ _ABLATION = [
     _unike(f"Intrin + Latent-IKE (alpha {_ALPHA})", alpha=_ALPHA, beta=0.0),
     _unike("Intrin + Latent-IKE, alpha", beta=0.0),
     _unike(f"Intrin + Latent-IKE (alpha {_ALPHA}), zeta", alpha=_ALPHA),
-    _unike(""),
-    # Not the paper's: each step sees the prompt with words left out, too.
-    _unike(
-        f"UniKE, prompt dropout {_DROPOUT}",
-        settings={"training": dataclasses.replace(DEFAULTS[UniKE.name]["training"], prompt_dropout=_DROPOUT)},
-    ),
+    _AS_IN_PAPER,
+    (UniKE.name, "", {}),
 ]
 _DIRECTIONS = [
-    _unike(""),
+    _AS_IN_PAPER,
     _unike("without zeta", beta=0.0),
     _unike("random zeta", settings={"steer": "random"}),
     _unike("semantic zeta", settings={"steer": "semantic"}),
 ]
-_GATES = [*(_unike(f"alpha {a}", alpha=a) for a in (0.1, 0.2, 0.3, 0.4, 0.5)), _unike("")]
+_GATES = [*(_unike(f"alpha {a}", alpha=a) for a in (0.1, 0.2, 0.3, 0.4, 0.5)), _AS_IN_PAPER]
 _NEIGHBOURS = [
     *(_unike(f"K {k}", k=k, alpha=_ALPHA, beta=0.0) for k in (1, 5, 10, 20, 40)),
     *(_with_ike(f"K {k}", k) for k in (1, 4, 8, 16)),

@@ -17,13 +17,13 @@ from ..editing import EditTraining, EncoderTraining
 Settings = Mapping[str, Any]
 
 
-def _unike(*, tokens: str = "answer", patching: bool = True, **training: Any) -> Settings:
+def _unike(*, patching: bool = True, prompt_dropout: float = 0.0, **training: Any) -> Settings:
     """patching: with T-Patcher's activation and memory losses."""
     weights: dict[str, Any] = {"activation_weight": 0.1, "memory_weight": 1.0} if patching else {}
     return {
         "encoders": EncoderTraining(lr=1e-3),
-        "config": Config(tokens=tokens),
-        "training": replace(EditTraining(), **weights, **training),
+        "config": Config(tokens="answer"),
+        "training": replace(EditTraining(), prompt_dropout=prompt_dropout, **weights, **training),
     }
 
 
@@ -37,7 +37,7 @@ CANDIDATES: dict[str, Sequence[Settings]] = {
         {"counterfactual_lr": lr, "counterfactual_steps": steps} for lr in (1e-4, 3e-4, 1e-3) for steps in (300, 1000)
     ],
     "UniKE": [
-        _unike(tokens="all", patching=False),
+        _unike(patching=False, stop_preserve=1e-3, prompt_dropout=0.3),
         _unike(patching=False),
         _unike(lr=3e-3),
         _unike(patching=False, stop_preserve=1e-3),
@@ -53,7 +53,7 @@ DEFAULTS: dict[str, Settings] = {
     "MEND": {"lr": 1e-3, "locality": 1.0},
     "IKE": {"k": 1},
     "SERAC": {"counterfactual_lr": 1e-3, "counterfactual_steps": 1000},
-    "UniKE": _unike(patching=False, stop_preserve=1e-3),
+    "UniKE": _unike(patching=False, stop_preserve=1e-3, prompt_dropout=0.3),
 }
 
 
