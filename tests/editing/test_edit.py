@@ -16,7 +16,7 @@ from unike_kernels.patching import patched_ffns
 edit_module = sys.modules["unike_kernels.editing.edit"]
 
 REQUEST = Sample("w1 w2 w3", "w30 w31")
-FAST = EditTraining(neurons=4, lr=5e-2, steps=60, prompt_dropout=0.0)
+FAST = EditTraining(neurons=4, lr=5e-2, steps=60)
 BRIEF = EditTraining(neurons=3, lr=1e-2, steps=5)
 PRE = {"k": 7, "values": "pre"}
 

@@ -17,13 +17,13 @@ from ..editing import EditTraining, EncoderTraining
 Settings = Mapping[str, Any]
 
 
-def _unike(*, patching: bool = True, prompt_dropout: float = 0.0, **training: Any) -> Settings:
+def _unike(*, patching: bool = True, **training: Any) -> Settings:
     """patching: with T-Patcher's activation and memory losses."""
     weights: dict[str, Any] = {"activation_weight": 0.1, "memory_weight": 1.0} if patching else {}
     return {
         "encoders": EncoderTraining(lr=1e-3),
         "config": Config(tokens="answer"),
-        "training": replace(EditTraining(), prompt_dropout=prompt_dropout, **weights, **training),
+        "training": replace(EditTraining(), **weights, **training),
     }
 
 
