@@ -296,7 +296,7 @@ def test_a_thinned_prompt_is_the_prompt_without_these_words(make_model, processo
     ids = {getattr(model.config, "image_token_index", None)} - {None}
     shorter = 0
     for seed in range(4):
-        batch = targets.with_thinned(0.5, ids, seed)
+        batch = edit_module._thinned(edit_module._repeated(targets.batch, 2), {2: seed, 3: seed}, 0.5, ids)
         with torch.no_grad():
             losses, _ = targets.losses(model, batch)
         for row, request in enumerate([*requests, *requests]):
@@ -517,3 +517,32 @@ def test_what_is_protected_stays_as_the_previous_edits_made_it(make_model, proce
     assert apart[(REQUEST,)] < 0.2 * apart[()]
     with pytest.raises(ValueError, match=r"samples\[0\]: .* the model's context"):
         train(model, processor, protect=[Sample("w1 " * 500 + "w2", "w3")])
+
+
+def test_what_is_protected_stays_in_fewer_words_too(make_model, processor, monkeypatch):
+    """Where the next edit is trained on prompts with words left out, which come near to what is protected."""
+    model, kept = make_model("llama"), Sample("w1 w2 w3 w5 w6 w7", "w30 w31")
+    first = train(model, processor, kept, id="first").edit
+    near = Sample("w1 w2 w4 w5 w6 w7", "w20 w21")
+    copies = edit_module._thinned(encode(processor, [kept] * 2), {0: 1, 1: 2}, 0.4, set())
+    shown = zip(copies.inputs["input_ids"], copies.inputs["attention_mask"].bool(), strict=True)
+    fewer = [Sample(processor.decode(ids[mask]).removesuffix(" w30 w31"), "w30 w31") for ids, mask in shown]
+    assert len({kept.prompt, *(sample.prompt for sample in fewer)}) == 3
+    apart = {}
+    for count in (0, 2):
+        monkeypatch.setattr(edit_module, "_THINNED", count)
+        training = EditTraining(neurons=4, lr=2e-2, steps=60, stop_loss=0.3, prompt_dropout=0.4)
+        second = train(model, processor, near, previous=[first], protect=[kept], training=training).edit
+        apart[count] = sum(between(model, processor, sample, [first], [first, second]) for sample in fewer)
+    assert apart[2] < 0.6 * apart[0]
+
+
+@torch.no_grad()
+def between(model, processor, sample, some, more):
+    """The divergence on a sample of the model with more edits from it with some."""
+    inputs = encode(processor, [sample]).inputs
+    with uk.patched(model, some):
+        before = forward(model, inputs).log_softmax(-1)
+    with uk.patched(model, more):
+        after = forward(model, inputs).log_softmax(-1)
+    return float(F.kl_div(after, before, reduction="sum", log_target=True))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +25,8 @@ from ..nn import PatchedFFN
 from ..patching import is_patched, patched, patched_ffns, selecting
 from .samples import Batch, Sample, batches, encode, evaluating, forward, telling_prompts
 
+_THINNED = 2  # copies of each protected sample, where an edit is trained on such
+
 
 @dataclass(frozen=True)
 class EditTraining:
@@ -42,8 +44,9 @@ class EditTraining:
         activation_weight: of T-Patcher's activation loss: exp(-a) in the mean over the neurons, a the pre-activation of
             a neuron at the token of the answer that its key was made from.
         prompt_dropout: chance of each token of the prompt to be left out of a second copy of the request, with which
-            the edit is trained too, so that it holds in other words; drawn anew in each step; 0: no copy. It suits
-            questions about an image, 0.3 say; of a prompt whose subject is a word of it, that word is left out too.
+            the edit is trained too, so that it holds in other words; drawn anew in each step; 0: no copy. Samples to
+            protect get such copies, too. It suits questions about an image, 0.3 say; where the subject is in the
+            prompt's words, these are left out as well.
         memory_weight: of T-Patcher's memory loss: max(0, a - margin) in the mean over neurons and `preserve` tokens.
         margin: see there; the pre-activation below which a neuron counts as silent.
         seed: of the initialisation and of the order of the preserve samples.
@@ -186,33 +189,40 @@ class _Targets:
         right = (logits.argmax(-1) == wanted) | ~answers
         return token.sum(-1) / answers.sum(-1), right.all(-1).tolist()
 
-    def with_thinned(self, share: float, placeholders: set[int], seed: int) -> Batch:
-        """The rows, and behind them the same rows without some of their prompts' tokens.
-
-        The last token of a prompt and the placeholders of images stay. What a row loses depends on it and `seed` alone.
-        """
-        twice = _repeated(self.batch, 2)
-        ids, mask, lengths = twice.inputs["input_ids"], twice.inputs["attention_mask"], list(twice.prompt_lengths)
-        order = torch.arange(ids.shape[1], device=ids.device).repeat(len(ids), 1)
-        for row in range(len(lengths) // 2, len(lengths)):
-            prompt = slice(0, int(twice.ends[row]) + 1)
-            seen = mask[row, prompt].bool()
-            kept = seen.clone()
-            drawn = torch.rand(int(seen.sum()), generator=torch.Generator().manual_seed(seed))
-            kept[seen] = (drawn >= share).to(ids.device)
-            kept |= torch.tensor([token in placeholders for token in ids[row, prompt].tolist()], device=ids.device)
-            kept[-1] = True
-            # What is left out goes to the front, where nothing is attended to.
-            order[row, prompt] = torch.cat([(~kept).nonzero().flatten(), kept.nonzero().flatten()])
-            mask[row, prompt] = kept.to(mask.dtype)
-            lengths[row] -= int(seen.sum() - kept.sum())
-        of_tokens = {name: t.gather(1, order) for name, t in twice.inputs.items() if t.shape == ids.shape}
-        return Batch({**twice.inputs, **of_tokens}, twice.ends, twice.lasts, lengths)
-
     def producing(self, states: Tensor, row: int) -> Tensor:
         """Of states [tokens, d] of the pass those that produce a row's answer."""
         at = states.unflatten(0, (-1, self.answers.shape[1]))[row]
         return at[int(self.batch.ends[row]) : int(self.batch.lasts[row])]
+
+
+def _thinned(batch: Batch, seeds: Mapping[int, int], share: float, placeholders: set[int]) -> Batch:
+    """The batch, in some rows without a share of the prompt's tokens.
+
+    The last token of a prompt and the placeholders of images stay. What a row loses depends on it and its seed alone.
+    """
+    ids, mask, lengths = batch.inputs["input_ids"], batch.inputs["attention_mask"].clone(), list(batch.prompt_lengths)
+    order = torch.arange(ids.shape[1], device=ids.device).repeat(len(ids), 1)
+    for row, seed in seeds.items():
+        prompt = slice(0, int(batch.ends[row]) + 1)
+        seen = mask[row, prompt].bool()
+        kept = seen.clone()
+        drawn = torch.rand(int(seen.sum()), generator=torch.Generator().manual_seed(seed))
+        kept[seen] = (drawn >= share).to(ids.device)
+        kept |= seen & torch.tensor([token in placeholders for token in ids[row, prompt].tolist()], device=ids.device)
+        kept[-1] = True
+        # What is left out goes to the front, where nothing is attended to.
+        order[row, prompt] = torch.cat([(~kept).nonzero().flatten(), kept.nonzero().flatten()])
+        mask[row, prompt] = kept.to(mask.dtype)
+        lengths[row] -= int(seen.sum() - kept.sum())
+    inputs = {**batch.inputs, "attention_mask": mask}
+    of_tokens = {name: t.gather(1, order) for name, t in inputs.items() if t.shape == ids.shape}
+    return Batch({**inputs, **of_tokens}, batch.ends, batch.lasts, lengths)
+
+
+def _placeholders(model: nn.Module) -> set[int]:
+    """The ids of tokens that stand for an image."""
+    names = ("image_token_id", "image_token_index")
+    return {getattr(model.config, name) for name in names if hasattr(model.config, name)}
 
 
 class _Preserve:
@@ -223,10 +233,15 @@ class _Preserve:
         self.targets: list[Tensor] = []
 
     @torch.no_grad()
-    def add(self, model: nn.Module, processor: Any, samples: Sequence[Sample], size: int) -> None:
-        """Samples on which it is held to what the model says now."""
-        for group in batches(samples, size):
-            batch = encode(processor, [samples[i] for i in group], device_of(model))
+    def add(
+        self, model: nn.Module, processor: Any, samples: Sequence[Sample], training: EditTraining, share: float = 0.0
+    ) -> None:
+        """Samples on which it is held to what the model says now; with a share, also to what it says without words."""
+        every = [*samples] * (1 + _THINNED if share else 1)
+        for group in batches(every, training.preserve_batch):
+            batch = encode(processor, [every[i] for i in group], device_of(model))
+            seeds = {row: training.seed + i for row, i in enumerate(group) if i >= len(samples)}
+            batch = _thinned(batch, seeds, share, _placeholders(model))
             self.batches.append(batch)
             self.targets.append(self._logits(model, batch).float().log_softmax(-1))
 
@@ -372,10 +387,10 @@ def train_edits(
     with _frozen(model), tqdm(total=len(requests), desc="edit", disable=not progress, leave=False) as bar:
         kept = _Preserve() if preserve or protect else None
         if kept is not None:
-            kept.add(model, processor, preserve, training.preserve_batch)
+            kept.add(model, processor, preserve, training)
         with patched(model, previous, memory, layers=chosen, config=config):
             if kept is not None:
-                kept.add(model, processor, protect, training.preserve_batch)
+                kept.add(model, processor, protect, training, training.prompt_dropout)
             ffns = {i: ffn for i, ffn in patched_ffns(model).items() if i in chosen}
             trainer = _Trainer(model, processor, ffns, kept, previous, training)
             for group in batches(requests, batch_size):
@@ -441,8 +456,6 @@ class _Trainer:
         self.in_force = {i: {e.id: e.layers[i].to(self.device) for e in previous if i in e.layers} for i in ffns}
         self.previous = [e.id for e in previous]
         self.usual = kept.mean_inputs(model, ffns) if kept else None
-        names = ("image_token_id", "image_token_index")
-        self.placeholders = {getattr(model.config, name) for name in names if hasattr(model.config, name)}
 
     def begin(
         self, edits: Sequence[_Training], zeta: dict[int, Tensor], config: Config, memory: MemoryBank | None
@@ -489,7 +502,8 @@ class _Trainer:
         if not share:
             with self._rows(active, 1):
                 return targets.losses(self.model)
-        batch = targets.with_thinned(share, self.placeholders, self.training.seed + step)
+        seeds = dict.fromkeys(range(len(active), 2 * len(active)), self.training.seed + step)
+        batch = _thinned(_repeated(targets.batch, 2), seeds, share, _placeholders(self.model))
         with selecting(self.model, [[*self.previous, edit.name] for edit in active] * 2):
             losses, reached = targets.losses(self.model, batch)
         return losses.unflatten(0, (2, -1)).mean(0), reached[: len(active)]
