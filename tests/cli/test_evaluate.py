@@ -59,7 +59,7 @@ def test_a_smoke_run(tmp_path):
     options = ["--split", "validation", "--out", str(tmp_path)]
     assert main(["eval", "--table", "3", "--requests", "10", *options]) == 0
     assert main(["eval", "--table", "4", "--requests", "2", *options]) == 0
-    for name, runs in (("3", 7), ("4", 14)):
+    for name, runs in (("3", 8), ("4", 16)):
         for protocol in ("mmedit", "unike", "exact"):
             rows = list(csv.DictReader((tmp_path / f"table-{name}-{protocol}.csv").open()))
             assert len(rows) == runs
