@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +23,18 @@ from ..fingerprint import fingerprint
 from ..memory import MemoryBank
 from ..nn import PatchedFFN
 from ..patching import is_patched, patched, patched_ffns, selecting
-from .samples import Batch, Sample, batches, encode, evaluating, forward, telling_prompts
+from .samples import (
+    Batch,
+    Sample,
+    batches,
+    encode,
+    evaluating,
+    forward,
+    placeholders,
+    repeated,
+    telling_prompts,
+    thinned,
+)
 
 _THINNED = 2  # copies of each protected sample, where an edit is trained on such
 
@@ -195,36 +206,6 @@ class _Targets:
         return at[int(self.batch.ends[row]) : int(self.batch.lasts[row])]
 
 
-def _thinned(batch: Batch, seeds: Mapping[int, int], share: float, placeholders: set[int]) -> Batch:
-    """The batch, in some rows without a share of the prompt's tokens.
-
-    The last token of a prompt and the placeholders of images stay. What a row loses depends on it and its seed alone.
-    """
-    ids, mask, lengths = batch.inputs["input_ids"], batch.inputs["attention_mask"].clone(), list(batch.prompt_lengths)
-    order = torch.arange(ids.shape[1], device=ids.device).repeat(len(ids), 1)
-    for row, seed in seeds.items():
-        prompt = slice(0, int(batch.ends[row]) + 1)
-        seen = mask[row, prompt].bool()
-        kept = seen.clone()
-        drawn = torch.rand(int(seen.sum()), generator=torch.Generator().manual_seed(seed))
-        kept[seen] = (drawn >= share).to(ids.device)
-        kept |= seen & torch.tensor([token in placeholders for token in ids[row, prompt].tolist()], device=ids.device)
-        kept[-1] = True
-        # What is left out goes to the front, where nothing is attended to.
-        order[row, prompt] = torch.cat([(~kept).nonzero().flatten(), kept.nonzero().flatten()])
-        mask[row, prompt] = kept.to(mask.dtype)
-        lengths[row] -= int(seen.sum() - kept.sum())
-    inputs = {**batch.inputs, "attention_mask": mask}
-    of_tokens = {name: t.gather(1, order) for name, t in inputs.items() if t.shape == ids.shape}
-    return Batch({**inputs, **of_tokens}, batch.ends, batch.lasts, lengths)
-
-
-def _placeholders(model: nn.Module) -> set[int]:
-    """The ids of tokens that stand for an image."""
-    names = ("image_token_id", "image_token_index")
-    return {getattr(model.config, name) for name in names if hasattr(model.config, name)}
-
-
 class _Preserve:
     """Samples on which an edited model is held to what it said before, over all their tokens."""
 
@@ -241,7 +222,7 @@ class _Preserve:
         for group in batches(every, training.preserve_batch):
             batch = encode(processor, [every[i] for i in group], device_of(model))
             seeds = {row: training.seed + i for row, i in enumerate(group) if i >= len(samples)}
-            batch = _thinned(batch, seeds, share, _placeholders(model))
+            batch = thinned(batch, seeds, share, placeholders(model))
             self.batches.append(batch)
             self.targets.append(self._logits(model, batch).float().log_softmax(-1))
 
@@ -266,7 +247,7 @@ class _Preserve:
     def losses(self, model: nn.Module, step: int, edits: int) -> Tensor:
         """The divergence of each of so many edited models, [A]; the model computes theirs behind one another."""
         batch, target = self.batches[step % len(self.batches)], self.targets[step % len(self.batches)]
-        found = self._logits(model, _repeated(batch, edits)).float().log_softmax(-1).unflatten(0, (edits, -1))
+        found = self._logits(model, repeated(batch, edits)).float().log_softmax(-1).unflatten(0, (edits, -1))
         mask = batch.inputs["attention_mask"].bool()
         apart = F.kl_div(found[:, mask], target[mask].expand(edits, -1, -1), reduction="none", log_target=True)
         return apart.sum(-1).mean(-1)
@@ -276,13 +257,6 @@ class _Preserve:
         mask = self.batches[step % len(self.batches)].inputs["attention_mask"].bool().flatten()
         own = {i: q.unflatten(0, (n, -1))[at][mask] for i, q in inputs.items()}
         return torch.cat([a.flatten() for a in _pre_activations(layers, own)])
-
-
-def _repeated(batch: Batch, times: int) -> Batch:
-    if times == 1:
-        return batch
-    inputs = {name: t.repeat(times, *[1] * (t.dim() - 1)) for name, t in batch.inputs.items()}
-    return Batch(inputs, batch.ends.repeat(times), batch.lasts.repeat(times), batch.prompt_lengths * times)
 
 
 def train_edit(
@@ -499,14 +473,12 @@ class _Trainer:
     def _losses(self, active: Sequence[_Training], targets: _Targets, step: int) -> tuple[Tensor, list[bool]]:
         """Of each edit its loss, and whether it predicts its answer."""
         share = self.training.prompt_dropout
-        if not share:
-            with self._rows(active, 1):
-                return targets.losses(self.model)
-        seeds = dict.fromkeys(range(len(active), 2 * len(active)), self.training.seed + step)
-        batch = _thinned(_repeated(targets.batch, 2), seeds, share, _placeholders(self.model))
-        with selecting(self.model, [[*self.previous, edit.name] for edit in active] * 2):
+        copies = 2 if share else 1
+        seeds = dict.fromkeys(range(len(active), copies * len(active)), self.training.seed + step)
+        batch = thinned(repeated(targets.batch, copies), seeds, share, placeholders(self.model))
+        with self._rows([*active] * copies, 1):
             losses, reached = targets.losses(self.model, batch)
-        return losses.unflatten(0, (2, -1)).mean(0), reached[: len(active)]
+        return losses.unflatten(0, (copies, -1)).mean(0), reached[: len(active)]
 
     def _step(
         self,

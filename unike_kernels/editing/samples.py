@@ -140,6 +140,49 @@ def telling_prompts(model: nn.Module, batch: Batch) -> AbstractContextManager[No
     return rows(model, prompt_lengths=batch.prompt_lengths) if is_patched(model) else nullcontext()
 
 
+def repeated(batch: Batch, times: int) -> Batch:
+    """The rows so many times behind one another."""
+    if times == 1:
+        return batch
+    inputs = {name: t.repeat(times, *[1] * (t.dim() - 1)) for name, t in batch.inputs.items()}
+    return Batch(inputs, batch.ends.repeat(times), batch.lasts.repeat(times), batch.prompt_lengths * times)
+
+
+def thinned(batch: Batch, seeds: Mapping[int, int], share: float, kept_ids: set[int]) -> Batch:
+    """The batch, in some rows without a share of the prompt's tokens.
+
+    Args:
+        seeds: row -> seed; what a row loses depends on it and its seed alone.
+        share: chance of each token to be left out; the last one of a prompt stays.
+        kept_ids: of tokens that stay too, such as `placeholders`.
+    """
+    if not seeds:
+        return batch
+    ids, mask, lengths = batch.inputs["input_ids"], batch.inputs["attention_mask"].clone(), list(batch.prompt_lengths)
+    order = torch.arange(ids.shape[1], device=ids.device).repeat(len(ids), 1)
+    for row, seed in seeds.items():
+        prompt = slice(0, int(batch.ends[row]) + 1)
+        seen = mask[row, prompt].bool()
+        kept = seen.clone()
+        drawn = torch.rand(int(seen.sum()), generator=torch.Generator().manual_seed(seed))
+        kept[seen] = (drawn >= share).to(ids.device)
+        kept |= seen & torch.tensor([token in kept_ids for token in ids[row, prompt].tolist()], device=ids.device)
+        kept[-1] = True
+        # What is left out goes to the front, where nothing is attended to.
+        order[row, prompt] = torch.cat([(~kept).nonzero().flatten(), kept.nonzero().flatten()])
+        mask[row, prompt] = kept.to(mask.dtype)
+        lengths[row] -= int(seen.sum() - kept.sum())
+    inputs = {**batch.inputs, "attention_mask": mask}
+    of_tokens = {name: t.gather(1, order) for name, t in inputs.items() if t.shape == ids.shape}
+    return Batch({**inputs, **of_tokens}, batch.ends, batch.lasts, lengths)
+
+
+def placeholders(model: nn.Module) -> set[int]:
+    """The ids of tokens that stand for an image."""
+    names = ("image_token_id", "image_token_index")
+    return {getattr(model.config, name) for name in names if hasattr(model.config, name)}
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Within the block the model is in eval mode; then each module has its own mode back."""

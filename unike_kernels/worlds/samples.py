@@ -28,11 +28,10 @@ class Samples:
         self._by_kind = {kind: [f for f in taught if f.kind == kind] for kind in dict.fromkeys(f.kind for f in taught)}
         # The answers to a question are drawn about as often as each other, and so are the kinds of questions.
         answered = Counter((f.kind, f.subject, f.answer) for f in taught)
-        even = {
-            kind: [f for f in facts for _ in range(most // answered[f.kind, f.subject, f.answer])]
-            for kind, facts in self._by_kind.items()
-            for most in [max(answered[f.kind, f.subject, f.answer] for f in facts)]
-        }
+        even = {}
+        for kind, facts in self._by_kind.items():
+            counts = [answered[f.kind, f.subject, f.answer] for f in facts]
+            even[kind] = [f for f, count in zip(facts, counts, strict=True) for _ in range(max(counts) // count)]
         most = max(map(len, even.values()))
         self.taught = [fact for facts in even.values() for fact in facts * (most // len(facts))]
         # What an example may claim: any answer of any kind, except those that only a withheld fact of this kind has.
