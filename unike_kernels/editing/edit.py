@@ -6,7 +6,7 @@ import math
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from ..fingerprint import fingerprint
 from ..memory import MemoryBank
 from ..nn import PatchedFFN
 from ..patching import is_patched, patched, patched_ffns, selecting
+from .replay import Recording, Replay
 from .samples import (
     Batch,
     Sample,
@@ -34,6 +35,7 @@ from .samples import (
     repeated,
     telling_prompts,
     thinned,
+    with_thinned,
 )
 
 _THINNED = 2  # copies of each protected sample, where an edit is trained on such
@@ -185,6 +187,7 @@ class _Targets:
     def __init__(self, processor: Any, requests: Sequence[Sample], device: torch.device) -> None:
         self.batch = encode(processor, requests, device)
         self.answers = self.batch.answer_mask()
+        self.recording = Recording()
         for request, tokens in zip(requests, self.answers.sum(-1).tolist(), strict=True):
             if not tokens:
                 raise ValueError(f"request.answer: {request.answer!r} has no tokens")
@@ -212,6 +215,7 @@ class _Preserve:
     def __init__(self) -> None:
         self.batches: list[Batch] = []
         self.targets: list[Tensor] = []
+        self._recordings: dict[tuple[int, int], Recording] = {}
 
     @torch.no_grad()
     def add(
@@ -244,10 +248,14 @@ class _Preserve:
         """Samples that a step looks at."""
         return len(self.batches[step % len(self.batches)].ends)
 
-    def losses(self, model: nn.Module, step: int, edits: int) -> Tensor:
+    def losses(self, model: nn.Module, step: int, edits: int, replay: Replay) -> Tensor:
         """The divergence of each of so many edited models, [A]; the model computes theirs behind one another."""
-        batch, target = self.batches[step % len(self.batches)], self.targets[step % len(self.batches)]
-        found = self._logits(model, repeated(batch, edits)).float().log_softmax(-1).unflatten(0, (edits, -1))
+        at = step % len(self.batches)
+        batch, target = self.batches[at], self.targets[at]
+        self._recordings = {key: kept for key, kept in self._recordings.items() if key[1] == edits}
+        with replay.of(self._recordings.setdefault((at, edits), Recording())):
+            logits = self._logits(model, repeated(batch, edits))
+        found = logits.float().log_softmax(-1).unflatten(0, (edits, -1))
         mask = batch.inputs["attention_mask"].bool()
         apart = F.kl_div(found[:, mask], target[mask].expand(edits, -1, -1), reduction="none", log_target=True)
         return apart.sum(-1).mean(-1)
@@ -430,6 +438,7 @@ class _Trainer:
         self.in_force = {i: {e.id: e.layers[i].to(self.device) for e in previous if i in e.layers} for i in ffns}
         self.previous = [e.id for e in previous]
         self.usual = kept.mean_inputs(model, ffns) if kept else None
+        self.replay = Replay(model, [layer.module for layer in find_decoder(model).layers], min(ffns))
 
     def begin(
         self, edits: Sequence[_Training], zeta: dict[int, Tensor], config: Config, memory: MemoryBank | None
@@ -449,7 +458,7 @@ class _Trainer:
 
     def run(self, edits: Sequence[_Training], bar: Any) -> None:
         active, targets = list(edits), _Targets(self.processor, [e.request for e in edits], self.device)
-        with _watched(self.ffns) as inputs:
+        with _watched(self.ffns) as inputs, self.replay.on():
             for step in range(self.training.steps + 1):
                 made = self._install(active)
                 losses, reached = self._losses(active, targets, step)
@@ -472,11 +481,11 @@ class _Trainer:
 
     def _losses(self, active: Sequence[_Training], targets: _Targets, step: int) -> tuple[Tensor, list[bool]]:
         """Of each edit its loss, and whether it predicts its answer."""
-        share = self.training.prompt_dropout
-        copies = 2 if share else 1
-        seeds = dict.fromkeys(range(len(active), copies * len(active)), self.training.seed + step)
-        batch = thinned(repeated(targets.batch, copies), seeds, share, placeholders(self.model))
-        with self._rows([*active] * copies, 1):
+        batch = with_thinned(self.model, targets.batch, self.training.prompt_dropout, self.training.seed + step)
+        copies = len(batch.ends) // len(active)
+        # What prompt dropout leaves out is another thing in each step.
+        same = self.replay.of(targets.recording) if batch is targets.batch else nullcontext()
+        with self._rows([*active] * copies, 1), same:
             losses, reached = targets.losses(self.model, batch)
         return losses.unflatten(0, (copies, -1)).mean(0), reached[: len(active)]
 
@@ -496,7 +505,7 @@ class _Trainer:
                 total = total + training.activation_weight * _activation_loss(layers, at_target)
         if self.kept:
             with self._rows(active, self.kept.size(step)):
-                apart = self.kept.losses(self.model, step, len(active))
+                apart = self.kept.losses(self.model, step, len(active), self.replay)
             total = total + training.preserve_weight * apart.sum()
             for at, (edit, layers, divergence) in enumerate(zip(active, made, apart.detach().tolist(), strict=True)):
                 edit.divergences.append(divergence)

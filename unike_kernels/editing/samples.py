@@ -177,6 +177,13 @@ def thinned(batch: Batch, seeds: Mapping[int, int], share: float, kept_ids: set[
     return Batch({**inputs, **of_tokens}, batch.ends, batch.lasts, lengths)
 
 
+def with_thinned(model: nn.Module, batch: Batch, share: float, seed: int) -> Batch:
+    """With a share: the batch, and behind it a copy without such a share of the prompts' tokens (prompt dropout)."""
+    rows, copies = len(batch.ends), 2 if share else 1
+    seeds = dict.fromkeys(range(rows, copies * rows), seed)
+    return thinned(repeated(batch, copies), seeds, share, placeholders(model))
+
+
 def placeholders(model: nn.Module) -> set[int]:
     """The ids of tokens that stand for an image."""
     names = ("image_token_id", "image_token_index")

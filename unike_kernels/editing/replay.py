@@ -1,0 +1,134 @@
+"""What lies below the edited layers computes the same in every step of training: once for each batch, then replayed.
+
+A pass runs as usual, embeddings, masks and positions included; only the modules that it calls before the first edited
+layer (an image tower, the embedding, the layers below) return what they returned in the batch's first pass. So a
+replayed pass is the whole pass bit for bit, whatever the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+_BUDGET = 1 << 30  # bytes that recordings may take together; a batch beyond it runs whole
+
+
+class Recording:
+    """Of one batch: what the modules below returned in its first pass.
+
+    Attributes:
+        beside: those that are no layers, in the order of their calls, each with its output.
+        states: the output of the last layer below.
+        complete: whether there was such a pass.
+    """
+
+    def __init__(self) -> None:
+        self.beside: list[tuple[nn.Module, Any]] = []
+        self.states: Any = None
+        self.complete = False
+
+    @property
+    def size(self) -> int:
+        """Bytes that it keeps."""
+        kept = [t for t in tree_leaves([self.states, [out for _, out in self.beside]]) if isinstance(t, Tensor)]
+        return sum({t.data_ptr(): t.untyped_storage().nbytes() for t in kept}.values())
+
+
+class Replay:
+    """Replays what is below a layer, within `on`; there, nothing below may change or need a gradient.
+
+    Args:
+        model: in eval mode.
+        layers: of its decoder, in order.
+        first: index of the lowest one that runs in each pass.
+    """
+
+    def __init__(self, model: nn.Module, layers: Sequence[nn.Module], first: int) -> None:
+        # One that stands below and above too is not below, nor is what comes after it.
+        first = min(i for i, layer in enumerate(layers) if layer in layers[first:])
+        self._below, self._entry = layers[:first], layers[first]
+        path = [m for m in model.modules() if m is not self._entry and any(c is self._entry for c in m.modules())]
+        inside = {*path, *layers}
+        self._beside = list(dict.fromkeys(c for parent in path for c in parent.children() if c not in inside))
+        self._recordings: WeakSet[Recording] = WeakSet()
+        self._recording: Recording | None = None  # of the pass that runs below the entry; None: it runs whole
+        self._played = 0  # of its calls beside the layers
+
+    @contextmanager
+    def on(self) -> Iterator[None]:
+        """Within the block passes can be replayed; see `of`."""
+        replaced = [*self._beside, *self._below]
+        own = [module.__dict__.get("forward") for module in replaced]
+        handle = self._entry.register_forward_pre_hook(lambda *_: self._stop())
+        try:
+            for module in replaced:
+                module.forward = self._replaying(module, module.forward)
+            yield
+        finally:
+            handle.remove()
+            for module, forward in zip(replaced, own, strict=True):
+                module.__dict__.pop("forward", None)
+                if forward is not None:
+                    module.forward = forward
+
+    @contextmanager
+    def of(self, recording: Recording) -> Iterator[None]:
+        """The one pass within the block is recorded, or replayed; it is always of the same batch."""
+        if not recording.complete and sum(r.size for r in self._recordings) >= _BUDGET:
+            yield
+            return
+        self._recording, self._played = recording, 0
+        self._recordings.add(recording)
+        try:
+            yield
+        finally:
+            if not recording.complete:  # stopped before the entry: it must not be taken for a whole one
+                recording.beside.clear()
+            self._recording = None
+
+    def _stop(self) -> None:
+        """From here on the pass runs as usual."""
+        if self._recording is not None:
+            self._recording.complete = True
+        self._recording = None
+
+    def _replaying(self, module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+        layer = any(module is each for each in self._below)
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            recording = self._recording
+            if recording is None:
+                return forward(*args, **kwargs)
+            if recording.complete:
+                return self._play(recording, module, layer)
+            self._recording = None  # what this module calls is a part of it
+            with torch.no_grad():
+                out = forward(*args, **kwargs)
+            self._recording = recording
+            if layer:
+                recording.states = _copied(out)
+            else:
+                recording.beside.append((module, out))
+            return out
+
+        return run
+
+    def _play(self, recording: Recording, module: nn.Module, layer: bool) -> Any:
+        if layer:  # each hands on what the last one returned
+            return _copied(recording.states)
+        recorded, out = recording.beside[self._played]
+        if recorded is not module:
+            raise RuntimeError(f"replay: expected a call of {type(recorded).__name__}, got {type(module).__name__}")
+        self._played += 1
+        return out
+
+
+def _copied(states: Any) -> Any:
+    """As the next layer may write to them."""
+    return tree_map_only(Tensor, Tensor.clone, states)
