@@ -17,11 +17,14 @@ def test_a_table_of_one_system(tmp_path, capsys):
     assert "validation requests, seed 0" in text
     for protocol in ("mmedit", "unike"):
         part = text.split(f"## Protocol {protocol}\n")[1].split("##")[0]
-        assert [line.split(" | ")[0].strip("| ") for line in part.splitlines()[3:7]] == [
-            *["digits-opt"] * 2,
-            *["digits-llama"] * 2,
+        assert [line.split(" | ")[0].strip("| ") for line in part.splitlines()[3:11]] == [
+            *["digits-opt"] * 4,
+            *["digits-llama"] * 4,
         ]
-        assert (tmp_path / f"table-1-{protocol}.csv").read_text().count("\n") == 5
+        systems = [
+            row["variant"] or row["system"] for row in csv.DictReader((tmp_path / f"table-1-{protocol}.csv").open())
+        ]
+        assert systems == ["FT", "FT, with prompt dropout"] * 4
     assert "written: table-1.md" in capsys.readouterr().out
 
 
@@ -59,7 +62,7 @@ def test_a_smoke_run(tmp_path):
     options = ["--split", "validation", "--out", str(tmp_path)]
     assert main(["eval", "--table", "3", "--requests", "10", *options]) == 0
     assert main(["eval", "--table", "4", "--requests", "2", *options]) == 0
-    for name, runs in (("3", 8), ("4", 16)):
+    for name, runs in (("3", 10), ("4", 16)):
         for protocol in ("mmedit", "unike", "exact"):
             rows = list(csv.DictReader((tmp_path / f"table-{name}-{protocol}.csv").open()))
             assert len(rows) == runs

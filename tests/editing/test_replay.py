@@ -181,3 +181,39 @@ def test_budget(make_model, monkeypatch):
         assert not run(second)
         del first
         assert run(second)
+
+
+def test_layers_that_write_in_place_and_modules_that_call_each_other():
+    class Layer(nn.Linear):
+        def forward(self, h):
+            h += super().forward(h)
+            return h
+
+    class Tower(nn.Module):
+        def __init__(self, embedding):
+            super().__init__()
+            self.call = embedding.__call__  # the embedding is no child of it
+
+        def forward(self, ids):
+            return self.call(ids) * 2
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding = nn.Embedding(9, 8)
+            self.tower = Tower(self.embedding)
+            self.layers = nn.ModuleList(Layer(8, 8) for _ in range(3))
+
+        def forward(self, ids):
+            h = self.tower(ids) + self.embedding(ids)
+            for layer in self.layers:
+                h = layer(h)
+            return h
+
+    model, ids = Model(), torch.arange(9)
+    below, recording = Replay(model, list(model.layers), 1), Recording()
+    with below.on(), torch.no_grad():
+        whole = model(ids)
+        for _ in range(3):
+            with below.of(recording):
+                assert torch.equal(model(ids), whole)

@@ -110,7 +110,7 @@ def test_a_baseline_that_fails_is_marked(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "runs"),
-    [("1", 32), ("2", 32), ("3", 8), ("4", 16), ("4a", 9), ("4b", 6), ("4c", 4), ("easyvqa", 16), ("search", 84)],
+    [("1", 40), ("2", 40), ("3", 10), ("4", 16), ("4a", 9), ("4b", 6), ("4c", 4), ("easyvqa", 20), ("search", 84)],
 )
 def test_the_papers_tables(name, runs):
     found = table(name)
@@ -151,6 +151,15 @@ def test_variants_change_what_they_say_and_nothing_else():
     assert [run.settings["latent"] for run in table("4") if run.variant == "only Intrin"] == [False, False]
     (plain, *_) = [run for run in table("4") if run.system == "Intrin + IKE"]
     assert plain.settings["config"].beta == 0
+
+
+def test_prompt_dropout_changes_nothing_else():
+    """Of the systems that train each edit, there is a row with it and one without."""
+    found = {run.variant or run.system: run for run in table("easyvqa") if run.backbone == "easyvqa-opt"}
+    for name in ("FT", "T-Patcher"):
+        assert found[f"{name}, with prompt dropout"].settings == {"prompt_dropout": 0.15}
+        assert found[name].settings == {}
+        assert "prompt_dropout" not in DEFAULTS[name]
 
 
 def test_the_seed_reaches_the_system():

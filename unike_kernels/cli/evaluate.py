@@ -16,6 +16,8 @@ from ..evaluation.editors import EDITORS, UniKE
 from ..evaluation.experiments import BACKBONES, perform, table
 from ..evaluation.metrics import PROTOCOLS
 
+_PERCENTAGES = "Percentages with 95% confidence intervals over requests."
+
 
 def run(
     out: Path,
@@ -60,7 +62,7 @@ def run(
         for number, each in enumerate(runs, 1):
             print(f"[table {name}: {number}/{len(runs)}] {each.name}", flush=True)
             found.append((each, perform(each, out, split=split, limit=requests, seed=seed)))
-        text = f"# Table {name}\n\n{_environment(split, seed)}\n"
+        text = f"# Table {name}\n\n{_environment(split, seed)}. {_PERCENTAGES}\n"
         if name == "search":
             text += f"\n{tables.choice(found)}"
         for protocol in PROTOCOLS:
@@ -85,7 +87,7 @@ def _spaces(out: Path, requests: int | None, seed: int) -> None:
 def _speed(out: Path, requests: int | None) -> None:
     """How long editing takes with the threads that torch has here."""
     lines = [speed.editing_speed(backbone, requests or 24).markdown() for backbone in BACKBONES]
-    told = f"{_environment('validation', 0)} {torch.get_num_threads()} threads."
+    told = f"{_environment('validation', 0)}, {torch.get_num_threads()} threads."
     text = "\n".join(["# Speed of editing", "", told, "", speed.HEADER, *lines, ""])
     write_text(out / "table-speed.md", text)
     print(f"{text}\nwritten: table-speed.md in {out}")
@@ -99,5 +101,5 @@ def _write(path: Path, content: bytes) -> None:
 def _environment(split: str, seed: int) -> str:
     return (
         f"{split} requests, seed {seed}; unike-kernels {__version__}, torch {torch.__version__}, Python "
-        f"{platform.python_version()}, {platform.machine()}. Percentages with 95% confidence intervals over requests."
+        f"{platform.python_version()}, {platform.machine()}"
     )

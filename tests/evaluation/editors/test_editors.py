@@ -210,3 +210,37 @@ def test_directions_that_steer(setting):
             assert float(torch.cosine_similarity(found[other][layer], right, dim=0)) < 0.95
     with pytest.raises(ValueError, match="steer: expected one of truth, random, semantic; got 'north'"):
         UniKE(model, processor, steer="north")
+
+
+@pytest.mark.parametrize("system", [FineTune, TPatcher])
+def test_prompt_dropout(system, setting, monkeypatch):
+    """Each step sees the request as it is, and once more without some of its prompt's words, others in each step."""
+    model, processor, suite = setting
+    request = suite.test[0].case.request
+    (whole,) = encode(processor, [request]).inputs["input_ids"].tolist()
+    steps = []
+
+    def watched(model, batch):
+        rows = zip(batch.inputs["input_ids"], batch.inputs["attention_mask"].bool(), strict=True)
+        steps.append([ids[mask].tolist() for ids, mask in rows])
+        return answer_loss(model, batch)
+
+    monkeypatch.setattr(f"{system.__module__}.answer_loss", watched)
+    drawn = {}
+    for share, seed in ((0.0, 0), (0.4, 0), (0.4, 1)):
+        editor = system(model, processor, steps=5, stop_loss=1e-9, prompt_dropout=share, seed=seed)
+        editor.fit(suite)
+        steps.clear()
+        editor.edit(request)
+        editor.reset()
+        assert [rows[0] for rows in steps] == [whole] * 5
+        drawn[share, seed] = [rows[1:] for rows in steps]
+    assert drawn[0.0, 0] == [[]] * 5
+    for copies in (drawn[0.4, 0], drawn[0.4, 1]):
+        assert len({tuple(copy) for (copy,) in copies}) > 1
+        for (copy,) in copies:
+            left = iter(whole)
+            assert all(token in left for token in copy)  # in their order
+            assert copy[-2:] == whole[-2:]
+    assert drawn[0.4, 0] != drawn[0.4, 1]
+    assert min(len(copy) for (copy,) in drawn[0.4, 0]) < len(whole)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...backbones import find_decoder
 from ...config import Config
-from ...editing.samples import Batch, Sample, batches, evaluating, forward
+from ...editing.samples import Batch, Sample, batches, evaluating, forward, with_thinned
 from ...edits import Edit, fresh_layer
 from ...fingerprint import fingerprint
 from ...patching import patched, patched_ffns
@@ -33,6 +33,8 @@ class TPatcher(Editor):
         memory: weight of max(0, activation - margin) on remembered inputs, of the kind of the paper's l_m1.
         margin: see `memory`.
         remembered: questions whose inputs are kept.
+        prompt_dropout: see `EditTraining`; 0: as in the paper, on the whole prompt.
+        seed: of what is left out.
     """
 
     name = "T-Patcher"
@@ -49,10 +51,13 @@ class TPatcher(Editor):
         memory: float = 1.0,
         margin: float = -3.0,
         remembered: int = 64,
+        prompt_dropout: float = 0.0,
+        seed: int = 0,
     ) -> None:
         super().__init__(model, processor)
         self.lr, self.steps, self.stop_loss = lr, steps, stop_loss
         self.activation, self.memory, self.margin, self.remembered = activation, memory, margin, remembered
+        self.prompt_dropout, self.seed = prompt_dropout, seed
         decoder = find_decoder(model)
         self._layer, self._activation = len(decoder.layers) - 1, decoder.layers[-1].activation
         self._kept = torch.empty(0, decoder.hidden_size)
@@ -79,9 +84,10 @@ class TPatcher(Editor):
             patches = fresh_layer(keys, torch.zeros(len(keys)), torch.zeros_like(keys[0]), gated=False)
             trained = [t.requires_grad_() for t in (patches.keys, patches.key_bias, patches.values)]
             optimizer = torch.optim.Adam(trained, self.lr)
-            for _ in range(self.steps):
+            for step in range(self.steps):
                 store.set(in_force | {name: patches})
-                loss = answer_loss(self.model, batch)
+                seen = with_thinned(self.model, batch, self.prompt_dropout, self.seed + step)
+                loss = answer_loss(self.model, seen)
                 if float(loss.detach()) < self.stop_loss:
                     break
                 at_edit = at_answer @ patches.keys.T + patches.key_bias
