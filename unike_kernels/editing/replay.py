@@ -122,11 +122,10 @@ class Replay:
     def _play(self, recording: Recording, module: nn.Module, layer: bool) -> Any:
         if layer:  # each hands on what the last one returned
             return _copied(recording.states)
-        recorded, out = recording.beside[self._played]
-        if recorded is not module:
-            raise RuntimeError(f"replay: expected a call of {type(recorded).__name__}, got {type(module).__name__}")
-        self._played += 1
-        return out
+        played, self._played = self._played, self._played + 1
+        if played == len(recording.beside) or recording.beside[played][0] is not module:
+            raise RuntimeError(f"replay: call {played} of {type(module).__name__} is none of the recorded pass")
+        return recording.beside[played][1]
 
 
 def _copied(states: Any) -> Any:
