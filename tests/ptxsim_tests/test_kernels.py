@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import time
+import cProfile
+import pstats
 
 import numpy as np
 import pytest
@@ -105,13 +106,12 @@ def ffn_launch():
 def test_speed_and_traffic_of_a_fused_ffn(on_gpu):
     with on_gpu() as session:
         ffn_launch()  # compiles
-        times = []
-        for _ in range(3):
-            start = time.process_time()
+        with cProfile.Profile() as profile:
             ffn_launch()
-            times.append(time.process_time() - start)
-    assert min(times) < 0.5
     launch = session.launches[-1]
+    # An instruction of a warp is some calls of numpy, not some for each of its 32 lanes: 18.5 calls of any function.
+    # Seconds would tell how fast the machine is.
+    assert pstats.Stats(profile).total_calls < 24 * sum(launch.instructions.values())
     # 16 x 256, 256 x 512 and 512 x 256 numbers of 2 bytes, 16 to a sector
     assert {name: traffic.unique_sectors for name, traffic in launch.loads.items()} == {
         "x": 256,
