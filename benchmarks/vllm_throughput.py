@@ -20,13 +20,13 @@ os.environ.update(VLLM_CPU_KVCACHE_SPACE="1", HF_HUB_OFFLINE="1")
 os.environ["VLLM_CPU_OMP_THREADS_BIND"] = f"0-{len(os.sched_getaffinity(0)) - 1}"
 
 import torch
+from unike_bench.harness.roofline import Bound
+from unike_eval.models import smollm2
 
 import unike_kernels as uk
-from unike_kernels.bench.bounds import Bound
-from unike_kernels.edits import EditLayer
-from unike_kernels.evaluation import smollm2
-from unike_kernels.fingerprint import fingerprint
-from unike_kernels.memory import MemoryBank, MemoryLayer
+from unike_kernels.artifacts.edit import EditLayer
+from unike_kernels.artifacts.fingerprint import fingerprint
+from unike_kernels.artifacts.memory import MemoryBank, MemoryLayer
 from unike_kernels.ops import SemanticEncoder
 from unike_kernels.serving import FlatModel, Share
 

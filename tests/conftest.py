@@ -11,7 +11,7 @@ import torch
 from hypothesis import settings
 
 import unike_kernels as uk
-from unike_kernels.fingerprint import fingerprint
+from unike_kernels.artifacts.fingerprint import fingerprint
 
 pytest_plugins = ["ptxsim.plugin"]
 
@@ -34,8 +34,7 @@ def make_processor():
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import WhitespaceSplit
     from transformers import PreTrainedTokenizerFast
-
-    from unike_kernels.worlds import WorldProcessor
+    from unike_eval.toy import WorldProcessor
 
     def make(padding_side: str = "left") -> WorldProcessor:
         vocabulary = ["<pad>", "</s>", "<unk>", "<image>", *WORDS]

@@ -14,15 +14,11 @@ from typing import Any
 
 from . import nn, ops
 from ._version import __version__
-from .approximate import Approximate, ApproximateIndex
-from .bank import EditBank
+from .artifacts.edit import Edit, EditLayer
+from .artifacts.memory import MemoryBank, MemoryLayer
 from .config import Config
-from .edits import Edit, EditLayer
 from .environment import show_config
 from .errors import ArtifactError, BackendUnavailableError, MismatchError, PatchError, UnsupportedModelError
-from .folding import fold
-from .index import CosineIndex
-from .memory import MemoryBank, MemoryLayer
 from .ops import backend
 from .patching import (
     PatchReport,
@@ -37,6 +33,10 @@ from .patching import (
     swap_memory,
     unpatch,
 )
+from .patching.fold import fold
+from .retrieval.approximate import Approximate, ApproximateIndex
+from .retrieval.exact import CosineIndex
+from .serving.bank import EditBank
 
 _LAZY = ("editing", "evaluation", "digits", "easyvqa")  # they import more than inference needs
 _LAZY_NAMES = {"ShardedIndex": "sharded"}

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _pages
+from .ops import _pages
 
 try:
     import unike_kernels._C as _C

@@ -9,8 +9,8 @@ from hooks_reference import hooked
 
 import unike_kernels as uk
 from unike_kernels import backbones
-from unike_kernels.edits import fresh_layer
-from unike_kernels.fingerprint import fingerprint
+from unike_kernels.artifacts.edit import fresh_layer
+from unike_kernels.artifacts.fingerprint import fingerprint
 from unike_kernels.ops.patched_ffn.reference import activate
 
 LAYERS = (1, 2, 3)

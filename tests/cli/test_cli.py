@@ -5,10 +5,10 @@ import subprocess
 import sys
 
 import pytest
+from unike_eval.models import smollm2
 
 import unike_kernels as uk
 from unike_kernels.cli import main
-from unike_kernels.evaluation import smollm2
 
 
 def test_info(capsys):

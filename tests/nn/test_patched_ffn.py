@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from unike_kernels import ops
+from unike_kernels.artifacts.edit import EditLayer
 from unike_kernels.backbones import find_decoder
-from unike_kernels.edits import EditLayer
 from unike_kernels.nn import EditStore, PassThrough, PatchedFFN, patched_ffn
-from unike_kernels.nn.patched_ffn import csr
+from unike_kernels.nn.edit_store import csr
 
 D = 4
 

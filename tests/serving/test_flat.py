@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import unike_kernels as uk
-from unike_kernels.edits import EditLayer
+from unike_kernels.artifacts.edit import EditLayer
 from unike_kernels.serving import EditFolder, FlatModel, Share, Version
 
 D, LAYERS = 64, [2, 3]

@@ -28,15 +28,15 @@ vllm = pytest.importorskip("vllm")
 
 from PIL import Image  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
+from unike_eval.models import smollm2  # noqa: E402
+from unike_eval.toy import digits  # noqa: E402
+from unike_eval.toy.digits.model import WEIGHTS  # noqa: E402
+from unike_eval.toy.processor import NUM_IMAGE_TOKENS  # noqa: E402
 from vllm.exceptions import VLLMValidationError  # noqa: E402
 
 import unike_kernels as uk  # noqa: E402
-from unike_kernels import digits  # noqa: E402
-from unike_kernels.digits.model import WEIGHTS  # noqa: E402
-from unike_kernels.edits import EditLayer  # noqa: E402
-from unike_kernels.evaluation import smollm2  # noqa: E402
-from unike_kernels.fingerprint import fingerprint  # noqa: E402
-from unike_kernels.worlds.processor import NUM_IMAGE_TOKENS  # noqa: E402
+from unike_kernels.artifacts.edit import EditLayer  # noqa: E402
+from unike_kernels.artifacts.fingerprint import fingerprint  # noqa: E402
 
 PROMPT = "question: which digit is shown ? answer:"
 SETS = [[], ["a"], ["b"], ["a", "b"], ["c"], [], ["b", "a"], ["a"], ["c", "b"]]

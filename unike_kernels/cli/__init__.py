@@ -29,21 +29,21 @@ def _parser() -> argparse.ArgumentParser:
         "--seed", type=int, default=0, help="of the memory's encoders and the edit (default: %(default)s)"
     )
     demo.add_argument("--reload", action="store_true", help="load the artifacts of an earlier run and show the answers")
-    bench = commands.add_parser("bench", help="measure the kernels against others and against this machine's bounds")
-    bench.add_argument(
+    command = commands.add_parser("bench", help="measure the kernels against others and against this machine's bounds")
+    command.add_argument(
         "--select",
         choices=("quick", "full"),
         default="quick",
         help="the rows that matter, some minutes, or all, most of an hour (default: %(default)s)",
     )
-    bench.add_argument("--only", choices=("retrieval", "attention", "ffn", "decode"), help="of the selection, this")
-    bench.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: %(default)s)")
-    bench.add_argument("--growth", action="store_true", help="also retrieval from 15,000 to a million keys")
-    bench.add_argument(
+    command.add_argument("--only", choices=("retrieval", "attention", "ffn", "decode"), help="of the selection, this")
+    command.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: %(default)s)")
+    command.add_argument("--growth", action="store_true", help="also retrieval from 15,000 to a million keys")
+    command.add_argument(
         "--out", type=Path, default=Path("unike-bench"), help="folder for the reports (default: %(default)s)"
     )
-    bench.add_argument("--compare", type=Path, metavar="JSON", help="bench.json of an earlier run")
-    bench.add_argument("--rounds", type=int, help="of each case, at least 3 (default: what fits into some seconds)")
+    command.add_argument("--compare", type=Path, metavar="JSON", help="bench.json of an earlier run")
+    command.add_argument("--rounds", type=int, help="of each case, at least 3 (default: what fits into some seconds)")
     evaluation = commands.add_parser("eval", help="the paper's tables: editing systems on real images, measured")
     evaluation.add_argument(
         "--table",
@@ -70,14 +70,14 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--port", type=int, default=8000, help="(default: %(default)s)")
     serve.add_argument("--continuous-batching", action="store_true", help="requests with all edits in one batch")
     commands.add_parser("tune", help="measure tile sizes of the Triton kernels on this GPU, and keep the fastest")
-    info = commands.add_parser("info", help="versions, CPU and backends; or what would be patched in a model")
-    info.add_argument(
+    inspect = commands.add_parser("info", help="versions, CPU and backends; or what would be patched in a model")
+    inspect.add_argument(
         "model",
         nargs="?",
         help="digits-opt, digits-llama, easyvqa-opt, easyvqa-llama, a folder, or a name on the Hugging Face hub",
     )
-    info.add_argument("--neurons", type=int, default=10, help="of an edit, in each layer (default: %(default)s)")
-    info.add_argument("--entries", type=int, default=15_000, help="of a memory (default: %(default)s)")
+    inspect.add_argument("--neurons", type=int, default=10, help="of an edit, in each layer (default: %(default)s)")
+    inspect.add_argument("--entries", type=int, default=15_000, help="of a memory (default: %(default)s)")
     return parser
 
 
@@ -91,29 +91,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     try:
         if args.command == "bench":
-            from . import bench
+            from unike_bench import command
 
             selection = {"select": args.select, "only": args.only, "growth": args.growth}
-            return bench.run(args.out, **selection, device=args.device, compare=args.compare, rounds=args.rounds)
+            return command.run(args.out, **selection, device=args.device, compare=args.compare, rounds=args.rounds)
         if args.command == "eval":
-            from . import evaluate
+            from unike_eval import evaluate
 
             chosen = {"names": args.table, "systems": args.systems, "split": args.split, "requests": args.requests}
             return evaluate.run(args.out, **chosen, seed=args.seed)
         if args.command == "info":
-            from . import info
+            from . import inspect
 
-            return info.run(args.model, neurons=args.neurons, entries=args.entries)
+            return inspect.run(args.model, neurons=args.neurons, entries=args.entries)
         if args.command == "serve":
             from ..serving.transformers import serve
 
             serve(args.edits, args.memory, host=args.host, port=args.port, continuous_batching=args.continuous_batching)
             return 0
         if args.command == "tune":
-            from . import tune
+            from unike_bench import tune_command
 
-            return tune.run()
-        from . import demo
+            return tune_command.run()
+        from unike_eval import demo
 
         return demo.run(args.model, args.out, seed=args.seed, reload=args.reload)
     except (ImportError, FileNotFoundError, ValueError, BackendUnavailableError, UnsupportedModelError) as error:

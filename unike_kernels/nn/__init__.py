@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from ._drop_in import original, residual_of, residual_position
 from .context import Context, ModelContext, PromptState, Version
+from .dense import Dense
+from .edit_store import EditStore
 from .explanation import Explanation, Told
 from .memory_attention import MemoryAttention, MemoryTables, shift_tokens
-from .patched_ffn import Dense, EditStore, PassThrough, PatchedFFN
+from .patched_ffn import PassThrough, PatchedFFN
 
 __all__ = [
     "Context",

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..approximate import ApproximateIndex
 from ..config import Config
 from ..ops import PackedKeys, SemanticEncoder, cosine_topk, latent_attention, normalize_rows, pack_keys, project_values
 from ..ops.latent_attention import blend_of
 from ..ops.memory_attention import Plan, attend
+from ..retrieval.approximate import ApproximateIndex
 from ._drop_in import DropIn, Tables, residual_of, residual_position
 from .context import Context
 from .explanation import Told, seconds_since

@@ -18,9 +18,9 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.continuous_batching import ContinuousBatchingManager
 
 from .. import backbones
-from ..edits import Edit
+from ..artifacts.edit import Edit
+from ..artifacts.memory import MemoryBank
 from ..errors import PatchError
-from ..memory import MemoryBank
 from ..patching import check_belonging, is_patched
 from .flat import FlatModel, Share, remembers
 from .folder import EditFolder, Version

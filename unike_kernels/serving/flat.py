@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..bank import EditBank
-from ..edits import Edit
+from ..artifacts.edit import Edit
+from ..artifacts.memory import MemoryBank
 from ..errors import MismatchError
-from ..memory import MemoryBank
 from ..nn import MemoryTables, shift_tokens
+from .bank import EditBank
 from .folder import Version
 
 

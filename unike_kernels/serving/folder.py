@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..artifacts import replacing
-from ..edits import Edit
+from ..artifacts.edit import Edit
+from ..artifacts.files import replacing
 
 _NAME = re.compile(r"\w[\w.-]*")
 _RETAINED = ".retained"

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from ..memory import MemoryBank
+from ..artifacts.memory import MemoryBank
 from ..patching import patch
 from .continuous import EditingManager
 from .flat import check_memory

@@ -24,10 +24,10 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
+from ..artifacts.edit import Edit
+from ..artifacts.memory import MemoryBank
 from ..backbones import configured_activation
-from ..edits import Edit
 from ..errors import MismatchError, UnsupportedModelError
-from ..memory import MemoryBank
 from .flat import FlatModel, Share, remembers
 from .folder import EditFolder, Retained
 

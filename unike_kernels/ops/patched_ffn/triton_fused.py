@@ -29,17 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._tiles import tile_sizes
-from .._triton import (
-    EVERYBODY,
-    Workspace,
-    activate,
-    dot,
-    last_contiguous,
-    meet,
-    multiprocessors,
-    options,
-    workspace_of,
-)
+from .._triton import EVERYBODY, Workspace, activate, dot, last_contiguous, meet, multiprocessors, options, workspace_of
 from .reference import EditPool, FFNWeights, ffn
 from .triton import add_extra_neurons
 

@@ -1,0 +1,34 @@
+"""`unike tune`: measures tile sizes on this GPU and keeps the fastest."""
+
+from __future__ import annotations
+
+import json
+
+from unike_kernels.artifacts.files import write_text
+from unike_kernels.errors import BackendUnavailableError
+from unike_kernels.ops import _backend, _tiles
+
+from .report.tables import duration
+from .tune import TUNABLES, merged, tune
+
+
+def run() -> int:
+    """Tune all kernels and write the cache.
+
+    Returns:
+        The exit status.
+
+    Raises:
+        BackendUnavailableError: there is no GPU, or no Triton.
+    """
+    if reason := _backend.triton_missing():
+        raise BackendUnavailableError(reason)
+    found = []
+    for each in tune(TUNABLES):
+        sizes = ", ".join(f"{name} {value}" for name, value in each.sizes._asdict().items())
+        print(f"{each.op}: {duration(each.before)} -> {duration(each.after)} with {sizes}", flush=True)
+        found.append(each)
+    write_text(_tiles.path(), json.dumps(merged(found, _tiles.device_name()), indent=1))
+    _tiles.forget()
+    print(f"written: {_tiles.path()}")
+    return 0

@@ -1,0 +1,101 @@
+"""`unike demo`: a model with a mistake, its memory, one edit, what it changes and what it costs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from unike_kernels.artifacts.edit import Edit
+from unike_kernels.artifacts.memory import MemoryBank
+from unike_kernels.patching import patched
+from unike_kernels.training import Sample, build_memory, train_edit
+from unike_kernels.training.samples import encode
+
+from . import PROTOCOLS, answers, measure_latency, observe_case, score
+from .scenarios import Scenario, load
+
+_SHOWN = {
+    "reliability": "the edit",
+    "t_generality": "the same question in other words",
+    "m_generality": "other images of the same thing",
+    "t_locality": "unrelated text",
+    "m_locality": "unrelated images and questions",
+}
+_EXAMPLES = 3  # shown of each group
+
+
+def run(name: str, out: Path, *, seed: int = 0, reload: bool = False) -> int:
+    """Run the demo, or with `reload` only show the answers of the artifacts in `out`. Returns the exit status."""
+    scenario = load(name, seed)
+    edit_file, memory_file = out / f"{name}-edit.safetensors", out / f"{name}-memory.safetensors"
+    if reload:
+        with patched(scenario.model, [Edit.load(edit_file)], MemoryBank.load(memory_file)):
+            print(json.dumps(_answers(scenario)))
+        return 0
+
+    started = time.monotonic()
+    print(f"== {name}: {scenario.case.request.prompt!r} should be answered {scenario.case.request.answer!r}")
+    triplets = scenario.triplets()
+    print(f"memory of {len(triplets)} answers that the model gets wrong (of {len(scenario.knowledge)} questions asked)")
+    before = _answers(scenario), observe_case(scenario.model, scenario.processor, scenario.case)
+
+    made = build_memory(scenario.model, scenario.processor, triplets, training=scenario.encoders)
+    print(made)
+    result = train_edit(
+        scenario.model,
+        scenario.processor,
+        scenario.request(),
+        made.memory,
+        id="demo",
+        preserve=scenario.preserve,
+        training=scenario.training,
+    )
+    print(
+        f"edit: {result.stopped} after {result.steps - 1} steps, target loss {result.losses[0]:.3f} -> "
+        f"{result.losses[-1]:.3f}, divergence elsewhere {result.divergence:.3f} nats a token"
+    )
+    result.edit.save(edit_file)
+    made.memory.save(memory_file)
+    for file in (edit_file, memory_file):
+        print(f"saved {file} ({file.stat().st_size:,} bytes)")
+
+    with patched(scenario.model, [result.edit], made.memory) as report:
+        print(f"\n{report}\n")
+        after = _answers(scenario), observe_case(scenario.model, scenario.processor, scenario.case)
+    _print_answers(scenario, before[0], after[0])
+    for protocol in PROTOCOLS:
+        values = score(before[1], after[1], protocol)
+        print(f"{protocol:7s} " + "  ".join(f"{metric} {value:.1%}" for metric, value in values.items()))
+
+    request = encode(scenario.processor, [Sample(scenario.case.request.prompt, "", scenario.case.request.image)])
+    print(f"\n{measure_latency(scenario.model, request.inputs, [result.edit], made.memory)}\n")
+
+    command = [sys.executable, "-m", "unike_kernels", "demo", "--reload", "--model", name, "--out", str(out)]
+    fresh = subprocess.run(command, capture_output=True, text=True)
+    same = fresh.returncode == 0 and json.loads(fresh.stdout.splitlines()[-1]) == after[0]
+    print(f"loaded in a fresh process: {'the same answers' if same else 'OTHER ANSWERS ' + fresh.stderr[-2000:]}")
+    reached = score(before[1], after[1], "unike")["reliability"] == 1.0
+    print(f"done in {time.monotonic() - started:.0f} s; the edit {'holds' if reached else 'FAILED'}")
+    return 0 if same and reached else 1
+
+
+def _answers(scenario: Scenario) -> dict[str, list[str]]:
+    """Metric -> answers to its first examples."""
+    return {
+        metric: answers(scenario.model, scenario.processor, samples[:_EXAMPLES])
+        for metric, samples in scenario.case.groups().items()
+        if samples
+    }
+
+
+def _print_answers(scenario: Scenario, before: dict[str, list[str]], after: dict[str, list[str]]) -> None:
+    for metric, samples in scenario.case.groups().items():
+        if not samples:
+            continue
+        print(f"{_SHOWN[metric]}:")
+        for sample, old, new in zip(samples, before[metric], after[metric], strict=False):
+            old, new = (" ".join(text.split()) for text in (old, new))
+            print(f"  {sample.prompt:50.50s}  {old:24.24s} -> {new:.24s}")

@@ -1,0 +1,96 @@
+"""What every editing system can do."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from unike_kernels.backbones import device_of, find_decoder
+from unike_kernels.training.samples import Batch, Sample, encode, forward
+
+from ..metrics import Observation, observe
+from ..suite import Suite
+
+
+class Editor(ABC):
+    """An editing system on a model.
+
+    Args:
+        model: a Hugging Face model, not patched; it is as it was after `reset`.
+        processor: its processor or tokenizer.
+    """
+
+    name: ClassVar[str]
+
+    def __init__(self, model: nn.Module, processor: Any) -> None:
+        self.model, self.processor = model, processor
+
+    def fit(self, suite: Suite) -> None:  # noqa: B027 (some systems learn nothing)
+        """Learn what the system needs to know before it edits, from suite.train and suite.preserve."""
+
+    def foresee(self, requests: Sequence[Sample]) -> None:  # noqa: B027 (most systems gain nothing by it)
+        """Prepare for edits that will be made of these requests, each without the others: several may be faster."""
+
+    @abstractmethod
+    def edit(self, request: Sample) -> None:
+        """Make the edit, in addition to those in force."""
+
+    @abstractmethod
+    def reset(self) -> None:
+        """Take all edits back: the model computes what it computed before them, bit for bit."""
+
+    def observe(self, samples: Sequence[Sample]) -> list[Observation]:
+        """What the edited model says; see `metrics.observe`."""
+        return observe(self.model, self.processor, samples)
+
+    def encode(self, samples: Sequence[Sample]) -> Batch:
+        """As tokens, where the model is."""
+        return encode(self.processor, samples, device_of(self.model))
+
+
+def answer_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """Mean negative log-likelihood of the answers' tokens."""
+    answer = batch.answer_mask()[:, 1:]
+    predicted = forward(model, batch.inputs)[:, :-1][answer]
+    return F.cross_entropy(predicted.float(), batch.inputs["input_ids"][:, 1:][answer])
+
+
+def last_ffn(model: nn.Module) -> list[nn.Parameter]:
+    """The weights and biases of the last layer's FFN, which the baselines change."""
+    return [p for p in find_decoder(model).layers[-1].weights() if isinstance(p, nn.Parameter)]
+
+
+@contextmanager
+def only(model: nn.Module, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Within the block gradients go to these parameters of the model and to no others."""
+    asked = {p: p.requires_grad for p in model.parameters()}
+    for p in asked:
+        p.requires_grad_(False)
+    for p in parameters:
+        p.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for p, wanted in asked.items():
+            p.requires_grad_(wanted)
+            p.grad = None
+
+
+class WeightEditor(Editor):
+    """A system that writes to the last layer's FFN."""
+
+    def __init__(self, model: nn.Module, processor: Any) -> None:
+        super().__init__(model, processor)
+        self.parameters = last_ffn(model)
+        self._before = [p.detach().clone() for p in self.parameters]
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        for p, before in zip(self.parameters, self._before, strict=True):
+            p.copy_(before)

@@ -1,0 +1,153 @@
+"""UniKE: this library's own edits, with a memory of the training requests."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import Any, Literal
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from unike_kernels.artifacts.edit import Edit
+from unike_kernels.artifacts.memory import MemoryBank
+from unike_kernels.config import Config
+from unike_kernels.patching import patched
+from unike_kernels.training import EditTraining, EncoderTraining, build_memory, train_edits
+from unike_kernels.training.build_memory import MemoryResult
+from unike_kernels.training.samples import Sample
+
+from ..metrics import Observation
+from ..suite import Suite
+from .base import Editor
+
+STEERING = ("truth", "random", "semantic")
+
+_MADE: WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], MemoryResult]] = WeakKeyDictionary()
+
+
+class UniKE(Editor):
+    """Extra neurons, a memory, and zeta' (paper, section 3).
+
+    Args:
+        config: the semantics.
+        encoders, training: how the memory's encoders and an edit are trained.
+        intrinsic: train neurons for each edit; False: the memory alone.
+        latent: shift the attention by the memory; False: neurons alone, zeta' as ever.
+        steer: zeta' from the truthfulness space, "truth"; or as long, but a direction at random, "random", or that from
+            wrong to right answers in the semantic space, "semantic".
+        seed: of the encoders, the edits and a direction at random.
+    """
+
+    name = "UniKE"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        processor: Any,
+        *,
+        config: Config | None = None,
+        encoders: EncoderTraining | None = None,
+        training: EditTraining | None = None,
+        intrinsic: bool = True,
+        latent: bool = True,
+        steer: Literal["truth", "random", "semantic"] = "truth",
+        seed: int = 0,
+    ) -> None:
+        super().__init__(model, processor)
+        self.config, self.seed = config or Config(), seed
+        self.encoders = replace(encoders or EncoderTraining(), seed=seed)
+        self.training = training or EditTraining()
+        if steer not in STEERING:
+            raise ValueError(f"steer: expected one of {', '.join(STEERING)}; got {steer!r}")
+        if steer == "semantic" and self.config.values == "projected":
+            raise ValueError("steer: 'semantic' needs the states at \"pre\" or \"out\", not config.values='projected'")
+        self.steer = steer
+        self.intrinsic, self.latent = intrinsic, latent
+        self._edits: list[Edit] = []
+        self._requests: list[Sample] = []  # of the edits in force: those to come shall not answer for them
+        self._foreseen: dict[int, Edit] = {}
+        self._preserve: Sequence[Sample] = ()
+        self._memory: MemoryBank | None = None
+        self._zeta: dict[int, Tensor] | None = None
+
+    def fit(self, suite: Suite) -> None:
+        made = self._made(suite)
+        self._preserve = suite.preserve
+        self._memory = replace(made.memory, config=self.config) if self.latent else None
+        self._zeta = None if self.latent and self.steer == "truth" else self._directions(made)
+
+    def _made(self, suite: Suite) -> MemoryResult:
+        """The memory of a suite's training requests: variants that differ in other things share it."""
+        known = _MADE.setdefault(self.model, {})
+        key = suite.name, tuple(r.id for r in suite.train), self.encoders, self.config.values
+        if key not in known:
+            triplets = [r.triplet for r in suite.train]
+            known[key] = build_memory(
+                self.model, self.processor, triplets, config=self.config, training=self.encoders, progress=False
+            )
+        return known[key]
+
+    @torch.no_grad()
+    def _directions(self, made: MemoryResult) -> dict[int, Tensor]:
+        """Of each layer, [d]."""
+        found = {}
+        for i, space in made.spaces.items():
+            right = direction = space.zeta_prime
+            if self.steer == "random":
+                direction = torch.randn(right.shape, generator=torch.Generator().manual_seed(self.seed + i))
+            elif self.steer == "semantic":
+                hidden = made.hidden[i]
+                # Of the states that Enc_sem was trained on.
+                at_pre = self.config.values == "pre"
+                pos, neg = (hidden.pos_pre, hidden.neg_pre) if at_pre else (hidden.pos_out, hidden.neg_out)
+                direction = space.semantic(pos).mean(0) - space.semantic(neg).mean(0)
+            found[i] = direction * (right.norm() / direction.norm().clamp(min=1e-12))
+        return found
+
+    def foresee(self, requests: Sequence[Sample]) -> None:
+        if self.intrinsic:
+            made = self._trained(requests)
+            self._foreseen = {id(request): edit for request, edit in zip(requests, made, strict=True)}
+
+    def edit(self, request: Sample) -> None:
+        if not self.intrinsic:
+            return
+        if id(request) in self._foreseen and not self._edits:
+            self._edits.append(self._foreseen[id(request)])
+        else:
+            self._edits += self._trained([request])
+        self._requests.append(request)
+
+    def _trained(self, requests: Sequence[Sample]) -> list[Edit]:
+        """An edit for each, in addition to those in force."""
+        n = len(self._edits)
+        results = train_edits(
+            self.model,
+            self.processor,
+            requests,
+            self._memory,
+            ids=[f"edit-{n}-{i}" for i in range(len(requests))],
+            previous=self._edits,
+            preserve=self._preserve,
+            protect=self._requests,
+            config=self.config,
+            zeta=self._zeta,
+            training=replace(self.training, seed=self.seed + n),
+            progress=False,
+        )
+        return [result.edit for result in results]
+
+    def reset(self) -> None:
+        self._edits.clear()
+        self._requests.clear()
+
+    def in_force(self) -> AbstractContextManager[object]:
+        """Within the block the model is the edited one."""
+        return patched(self.model, self._edits, self._memory, config=self.config)
+
+    def observe(self, samples: Sequence[Sample]) -> list[Observation]:
+        with self.in_force():
+            return super().observe(samples)

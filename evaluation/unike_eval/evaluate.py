@@ -1,0 +1,106 @@
+"""`unike eval`: the paper's tables on the built-in suite."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+from typing import Literal
+
+import torch
+from unike_bench.harness.optional import installed
+
+from unike_kernels import __version__
+from unike_kernels.artifacts.files import replacing, write_text
+
+from . import figures, speed, tables
+from .editors import EDITORS, UniKE
+from .experiments import BACKBONES, perform, table
+from .metrics import PROTOCOLS
+
+_PERCENTAGES = "Percentages with 95% confidence intervals over requests."
+
+
+def run(
+    out: Path,
+    *,
+    names: list[str],
+    systems: list[str] | None = None,
+    split: Literal["validation", "test"] = "test",
+    requests: int | None = None,
+    seed: int = 0,
+) -> int:
+    """Perform the runs of these tables that are not yet in `out`, and write each as Markdown and CSV.
+
+    Args:
+        out: a folder, made if need be. What an interrupted run has measured is kept there, and not measured again.
+        names, split, requests, seed: see `experiments.table` and `experiments.perform`; "5a" is Figure 5a.
+        systems: only these; None: all.
+
+    Returns:
+        The exit status.
+
+    Raises:
+        ValueError: an unknown table or system, no requests; or `out` holds results of other settings.
+    """
+    unknown = [name for name in systems or () if name not in EDITORS]
+    if unknown:
+        raise ValueError(f"systems: expected some of {', '.join(EDITORS)}; got {unknown[0]!r}")
+    if "search" in names and split != "validation":
+        raise ValueError("split: settings are searched for on validation requests alone; say --split validation")
+    if requests is not None and requests < 1:
+        raise ValueError(f"requests: expected a positive number, got {requests}")
+    for name in names:
+        if name == "5a":
+            _spaces(out, requests, seed)
+            continue
+        if name == "speed":
+            _speed(out, requests)
+            continue
+        runs = [r for r in table(name) if systems is None or r.system in systems]
+        if not runs:
+            raise ValueError(f"systems: table {name} has no run of {' or '.join(systems or ())}")
+        found = []
+        for number, each in enumerate(runs, 1):
+            print(f"[table {name}: {number}/{len(runs)}] {each.name}", flush=True)
+            found.append((each, perform(each, out, split=split, limit=requests, seed=seed)))
+        text = f"# Table {name}\n\n{_environment(split, seed)}. {_PERCENTAGES}\n"
+        if name == "search":
+            text += f"\n{tables.choice(found)}"
+        for protocol in PROTOCOLS:
+            text += f"\n## Protocol {protocol}\n\n{tables.markdown(found, protocol)}"
+            write_text(out / f"table-{name}-{protocol}.csv", tables.as_csv(found, protocol))
+        write_text(out / f"table-{name}.md", text)
+        if name in ("4a", "4b", "4c") and installed("matplotlib"):
+            of_unike = [(run, rows) for run, rows in found if run.system == UniKE.name]
+            _write(out / f"figure-{name}.png", figures.sweep(of_unike, "unike"))
+        print(f"\n{text}\nwritten: table-{name}.md and .csv in {out}")
+    return 0
+
+
+def _spaces(out: Path, requests: int | None, seed: int) -> None:
+    """Figure 5a of each backbone, of its training requests."""
+    for backbone in BACKBONES:
+        found, told = figures.spaces(backbone, limit=requests, seed=seed)
+        _write(out / f"figure-5a-{backbone}.png", figures.visualized(found, told, seed))
+        print(f"{told}\nwritten: figure-5a-{backbone}.png in {out}")
+
+
+def _speed(out: Path, requests: int | None) -> None:
+    """How long editing takes with the threads that torch has here."""
+    lines = [speed.editing_speed(backbone, requests or 24).markdown() for backbone in BACKBONES]
+    told = f"{_environment('validation', 0)}, {torch.get_num_threads()} threads."
+    text = "\n".join(["# Speed of editing", "", told, "", speed.HEADER, *lines, ""])
+    write_text(out / "table-speed.md", text)
+    print(f"{text}\nwritten: table-speed.md in {out}")
+
+
+def _write(path: Path, content: bytes) -> None:
+    with replacing(path) as name:
+        Path(name).write_bytes(content)
+
+
+def _environment(split: str, seed: int) -> str:
+    return (
+        f"{split} requests, seed {seed}; unike-kernels {__version__}, torch {torch.__version__}, Python "
+        f"{platform.python_version()}, {platform.machine()}"
+    )

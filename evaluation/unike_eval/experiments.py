@@ -1,0 +1,275 @@
+"""The runs behind the paper's tables: a system on a suite, kept request by request, so that a run can be resumed."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from unike_kernels.artifacts.files import write_text
+
+from .builtin_suite import WORLDS, world_suite
+from .editors import EDITORS, IKE, FineTune, IntrinsicIKE, TPatcher, UniKE
+from .editors.base import Editor
+from .measure import Measured, Observed, before, measure
+from .metrics import PROTOCOLS
+from .settings import CANDIDATES, DEFAULTS, Settings, told
+from .suite import Request, Suite, Task
+
+Backbone = Literal["digits-opt", "digits-llama", "easyvqa-opt", "easyvqa-llama"]
+Tasks = Literal["vqa", "caption", "both"]
+BACKBONES: tuple[Backbone, ...] = ("digits-opt", "digits-llama")  # of the paper's tables
+SECOND: tuple[Backbone, ...] = ("easyvqa-opt", "easyvqa-llama")
+SHIPPED = BACKBONES + SECOND
+
+
+@dataclass(frozen=True)
+class Run:
+    """A system on a suite.
+
+    Attributes:
+        backbone: which model.
+        tasks: "vqa", "caption" or "both", which come in turn.
+        system: a name in `editors.EDITORS`.
+        steps: edits in force when their requests are measured.
+        variant: what the table calls a changed system, "" for the usual one.
+        settings: what is changed: keyword arguments of the system.
+    """
+
+    backbone: Backbone
+    tasks: Tasks
+    system: str
+    steps: int = 1
+    variant: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """Of the run's file."""
+        parts = (self.backbone, self.tasks, f"{self.steps}-step", self.system, self.variant)
+        return "_".join("".join(c if c.isalnum() or c in "-." else "-" for c in part) for part in parts if part)
+
+    def editor(self, model: nn.Module, processor: Any, seed: int = 0) -> Editor:
+        """The system, not fitted."""
+        system, settings = EDITORS[self.system], {**DEFAULTS.get(self.system, {}), **self.settings}
+        if "seed" in inspect.signature(system).parameters:
+            settings["seed"] = seed
+        return system(model, processor, **settings)
+
+
+def suite(backbone: Backbone, model: nn.Module, processor: Any, tasks: Tasks) -> Suite:
+    """The suite of the backbone's world for one task, or for both: then requests of the two come in turn."""
+    world = backbone.split("-")[0]
+    if tasks != "both":
+        return world_suite(world, tasks, model, processor)
+    parts = [world_suite(world, task, model, processor) for task in get_args(Task)]
+    split = {
+        name: [
+            dataclasses.replace(request, id=f"{request.task}-{request.id}")
+            for pair in zip(*(getattr(part, name) for part in parts), strict=False)
+            for request in pair
+        ]
+        for name in ("train", "validation", "test")
+    }
+    return Suite(f"{world}-both", **split, preserve=[*parts[0].preserve, *parts[1].preserve])
+
+
+@dataclass
+class _Setting:
+    """A model with the requests to it, and what it says to them before any edit: shared by the runs of a process."""
+
+    model: nn.Module
+    processor: Any
+    suite: Suite
+    unedited: dict[str, Observed] = field(default_factory=dict)
+
+    def before(self, requests: Sequence[Request]) -> Mapping[str, Observed]:
+        unknown = [r for r in requests if r.id not in self.unedited]
+        self.unedited |= before(self.model, self.processor, unknown)
+        return self.unedited
+
+
+@cache
+def load(backbone: Backbone) -> tuple[nn.Module, Any]:
+    """The model and its processor."""
+    world, decoder = backbone.split("-")
+    return WORLDS[world].load_model(decoder), WORLDS[world].load_processor()
+
+
+@cache
+def _setting(backbone: Backbone, tasks: Tasks) -> _Setting:
+    model, processor = load(backbone)
+    return _Setting(model, processor, suite(backbone, model, processor, tasks))
+
+
+def perform(
+    run: Run, out: Path, *, split: Literal["validation", "test"] = "test", limit: int | None = None, seed: int = 0
+) -> list[Measured]:
+    """Measure what of a run is not yet in `out`, and return all of it.
+
+    Args:
+        run: what to measure.
+        out: a folder; each run has a file there, a request a line.
+        split: whose requests.
+        limit: at most so many of them, the first ones; None: all.
+        seed: of everything that is random.
+
+    Raises:
+        ValueError: the file is of other settings, or is not one of this function's; fewer requests than a sequence has.
+    """
+    setting = _setting(run.backbone, run.tasks)
+    wanted = list(getattr(setting.suite, split))[:limit]
+    if len(wanted) < run.steps:
+        raise ValueError(f"requests: expected at least {run.steps} for a sequence of {run.name}, got {len(wanted)}")
+    wanted = wanted[: len(wanted) // run.steps * run.steps]
+    file = out / split / f"{run.name}.jsonl"
+    done = _load(file, run, seed)
+    # Sequences are begun anew: what was edited before is not kept.
+    start = len([r for r in wanted if r.id in done]) // run.steps * run.steps
+    left = wanted[start:]
+    if left:
+        editor = run.editor(setting.model, setting.processor, seed)
+        _sow(seed)
+        editor.fit(setting.suite)
+        unedited = setting.before(left)
+        _sow(seed)
+        out_of = tqdm(
+            measure(editor, left, unedited, steps=run.steps), run.name, len(wanted), initial=start, leave=False
+        )
+        for measured in out_of:
+            if measured.id not in done:
+                _append(file, measured)
+                done[measured.id] = measured
+    return [done[r.id] for r in wanted]
+
+
+def _sow(seed: int) -> None:
+    random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def _header(run: Run, seed: int) -> dict[str, str]:
+    settings = {**DEFAULTS.get(run.system, {}), **run.settings}
+    return {
+        "run": run.name,
+        "seed": str(seed),
+        "settings": repr(sorted(settings.items())),
+        "protocols": " ".join(PROTOCOLS),
+    }
+
+
+def _load(file: Path, run: Run, seed: int) -> dict[str, Measured]:
+    """What is there of the run; a new file gets its first line. A line that was cut off is dropped."""
+    header = _header(run, seed)
+    if not file.exists():
+        write_text(file, json.dumps(header) + "\n")
+        return {}
+    text = file.read_text(encoding="utf-8")
+    whole = text[: text.rfind("\n") + 1]
+    try:
+        first, *lines = [json.loads(line) for line in whole.splitlines()]
+        found = {line["id"]: Measured(line["id"], line["scores"], line["seconds"]) for line in lines}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file}: not a file of results: {error}") from error
+    if first != header:
+        raise ValueError(f"{file}: holds results of {first}, not of {header}; give another folder")
+    if whole != text:
+        write_text(file, whole)
+    return found
+
+
+def _append(file: Path, measured: Measured) -> None:
+    with open(file, "a", encoding="utf-8") as stream:
+        stream.write(json.dumps(dataclasses.asdict(measured)) + "\n")
+
+
+# As the paper trains an edit: each step sees the whole prompt.
+_WHOLE = dataclasses.replace(DEFAULTS[UniKE.name]["training"], prompt_dropout=0.0)
+
+
+def _unike(variant: str, *, settings: Settings | None = None, **config: Any) -> tuple[str, str, Settings]:
+    """A variant of UniKE without prompt dropout: other arguments, and changes of its configuration."""
+    changed = {"config": dataclasses.replace(DEFAULTS[UniKE.name]["config"], **config)} if config else {}
+    return UniKE.name, variant, {"training": _WHOLE, **(settings or {}), **changed}
+
+
+def _with_ike(variant: str, k: int) -> tuple[str, str, Settings]:
+    config = dataclasses.replace(DEFAULTS[UniKE.name]["config"], beta=0.0)
+    return IntrinsicIKE.name, variant, {**DEFAULTS[UniKE.name], "training": _WHOLE, "config": config, "k": k}
+
+
+_AS_IN_PAPER = _unike("UniKE, without prompt dropout")
+# The share of 0.15, 0.3 and 0.5 that suits them best on validation requests of both worlds (docs/evaluation.md).
+_WITH_DROPOUT = [
+    (name, f"{name}, with prompt dropout", {"prompt_dropout": 0.15}) for name in (FineTune.name, TPatcher.name)
+]
+_SYSTEMS: list[tuple[str, str, Settings]] = [*((name, "", {}) for name in CANDIDATES), _AS_IN_PAPER, *_WITH_DROPOUT]
+
+# The rows of Table 4, and of Figures 4 b and c. What the paper calls collaboration is zeta and the alpha of each token.
+_ALPHA = 0.3
+_ABLATION = [
+    _unike("only Intrin", settings={"latent": False}, beta=0.0),
+    _unike("only Latent-IKE", settings={"intrinsic": False}, alpha=_ALPHA),
+    _with_ike("", DEFAULTS[IKE.name]["k"]),
+    _unike(f"Intrin + Latent-IKE (alpha {_ALPHA})", alpha=_ALPHA, beta=0.0),
+    _unike("Intrin + Latent-IKE, alpha", beta=0.0),
+    _unike(f"Intrin + Latent-IKE (alpha {_ALPHA}), zeta", alpha=_ALPHA),
+    _AS_IN_PAPER,
+    (UniKE.name, "", {}),
+]
+_DIRECTIONS = [
+    _AS_IN_PAPER,
+    _unike("without zeta", beta=0.0),
+    _unike("random zeta", settings={"steer": "random"}),
+    _unike("semantic zeta", settings={"steer": "semantic"}),
+]
+_GATES = [*(_unike(f"alpha {a}", alpha=a) for a in (0.1, 0.2, 0.3, 0.4, 0.5)), _AS_IN_PAPER]
+_NEIGHBOURS = [
+    *(_unike(f"K {k}", k=k, alpha=_ALPHA, beta=0.0) for k in (1, 5, 10, 20, 40)),
+    *(_with_ike(f"K {k}", k) for k in (1, 4, 8, 16)),
+]
+
+
+def table(name: str) -> list[Run]:
+    """The runs of a table or a figure of the paper.
+
+    Args:
+        name: "1" (one step), "2" (10 and 20 steps), "3" (both tasks in one sequence), "4" (ablation), "4a" (K), "4b"
+            (fixed alphas), "4c" (directions of zeta); "easyvqa" (one step, the second world); "search" (all candidates
+            for the settings of each system).
+    """
+    both: Sequence[Tasks] = ("vqa", "caption")
+    runs: dict[str, Iterable[Run]] = {
+        "1": (Run(b, t, *_system(1, s)) for b in BACKBONES for t in both for s in _SYSTEMS),
+        "2": (Run("digits-llama", t, *_system(n, s)) for n in (10, 20) for t in both for s in _SYSTEMS),
+        "3": (Run("digits-llama", "both", *_system(10, s)) for s in _SYSTEMS),
+        "4": (Run("digits-llama", t, *_system(1, s)) for t in both for s in _ABLATION),
+        "4a": (Run("digits-llama", "vqa", *_system(1, s)) for s in _NEIGHBOURS),
+        "4b": (Run("digits-llama", "vqa", *_system(1, s)) for s in _GATES),
+        "4c": (Run("digits-llama", "vqa", *_system(1, s)) for s in _DIRECTIONS),
+        "easyvqa": (Run(b, "vqa", *_system(1, s)) for b in SECOND for s in _SYSTEMS),
+        "search": (
+            Run(b, "both", name, variant=told(c), settings=c)
+            for name, candidates in CANDIDATES.items()
+            for c in candidates
+            for b in BACKBONES
+        ),
+    }
+    if name not in runs:
+        raise ValueError(f"table: expected one of {', '.join(runs)}; got {name!r}")
+    return list(runs[name])
+
+
+def _system(steps: int, system: tuple[str, str, Settings]) -> tuple[str, int, str, Settings]:
+    name, variant, settings = system
+    return name, steps, variant, settings

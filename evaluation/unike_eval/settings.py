@@ -1,0 +1,70 @@
+"""The settings of each system on the built-in suite, and the search that they come from.
+
+Each system has six candidates. They are measured on validation requests of both tasks and both backbones (`unike eval
+--table search`); the one with the highest mean over backbones, metrics and the protocols "unike" and "mmedit" is the
+default here. UniKE's prompt dropout became a candidate after a first search (docs/evaluation.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from unike_kernels.config import Config
+from unike_kernels.training import EditTraining, EncoderTraining
+
+Settings = Mapping[str, Any]
+
+
+def _unike(*, patching: bool = True, **training: Any) -> Settings:
+    """patching: with T-Patcher's activation and memory losses."""
+    weights: dict[str, Any] = {"activation_weight": 0.1, "memory_weight": 1.0} if patching else {}
+    return {
+        "encoders": EncoderTraining(lr=1e-3),
+        "config": Config(tokens="answer"),
+        "training": replace(EditTraining(), **weights, **training),
+    }
+
+
+CANDIDATES: dict[str, Sequence[Settings]] = {
+    "FT": [{"lr": lr, "stop_loss": loss} for lr in (1e-3, 3e-3, 1e-2) for loss in (0.05, 0.2)],
+    "KE": [{"lr": lr, "locality": weight} for lr in (1e-3, 3e-3, 1e-2) for weight in (1.0, 0.1)],
+    "T-Patcher": [{"lr": lr, "memory": weight} for lr in (3e-3, 1e-2, 3e-2) for weight in (1.0, 0.1)],
+    "MEND": [{"lr": lr, "locality": weight} for lr in (3e-4, 1e-3, 3e-3) for weight in (1.0, 0.1)],
+    "IKE": [{"k": k} for k in (1, 2, 4, 8, 16, 32)],
+    "SERAC": [
+        {"counterfactual_lr": lr, "counterfactual_steps": steps} for lr in (1e-4, 3e-4, 1e-3) for steps in (300, 1000)
+    ],
+    "UniKE": [
+        _unike(patching=False, stop_preserve=1e-3, prompt_dropout=0.3),
+        _unike(patching=False),
+        _unike(lr=3e-3),
+        _unike(patching=False, stop_preserve=1e-3),
+        _unike(stop_preserve=1e-3),
+        _unike(lr=3e-3, stop_preserve=1e-3),
+    ],
+}
+
+DEFAULTS: dict[str, Settings] = {
+    "FT": {"lr": 1e-3, "stop_loss": 0.05},
+    "KE": {"lr": 1e-2, "locality": 0.1},
+    "T-Patcher": {"lr": 1e-2, "memory": 1.0},
+    "MEND": {"lr": 1e-3, "locality": 1.0},
+    "IKE": {"k": 1},
+    "SERAC": {"counterfactual_lr": 1e-3, "counterfactual_steps": 1000},
+    "UniKE": _unike(patching=False, stop_preserve=1e-3, prompt_dropout=0.3),
+}
+
+
+def told(settings: Settings) -> str:
+    """Settings in words; of a group, what is not the library's own default."""
+    words = []
+    for name, value in settings.items():
+        if isinstance(value, Config | EditTraining | EncoderTraining):
+            usual = type(value)()
+            changed = {f: v for f, v in vars(value).items() if v != getattr(usual, f)}
+            words.append(" ".join([name, *(f"{f} {v}" for f, v in changed.items())]) if changed else f"{name} as usual")
+        else:
+            words.append(f"{name} {value}")
+    return ", ".join(words)

@@ -1,0 +1,61 @@
+"""What editing systems are compared on: requests to learn from, to choose settings on, and to be measured on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from unike_kernels.training.samples import Sample, Triplet
+
+from .metrics import Case
+
+Task = Literal["vqa", "caption"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """An edit to be made.
+
+    Attributes:
+        id: of the request in its suite.
+        task: "vqa" or "caption".
+        case: the edit, and what is measured around it.
+        wrong: what the model says instead.
+    """
+
+    id: str
+    task: Task
+    case: Case
+    wrong: str
+
+    @property
+    def triplet(self) -> Triplet:
+        """The request as a piece of in-context knowledge."""
+        sample = self.case.request
+        return Triplet(sample.prompt, sample.answer, self.wrong, sample.image)
+
+
+@dataclass(frozen=True)
+class Suite:
+    """The requests of one task, split; no two splits share a request, a rephrasing, an image or a withheld fact.
+
+    Attributes:
+        name: of the suite and the task.
+        train: for the memory, the encoders, hypernetworks and classifiers.
+        validation: for choosing settings.
+        test: for the figures that are reported.
+        preserve: questions that the model answers, on which training may hold it; none of them is measured.
+    """
+
+    name: str
+    train: Sequence[Request]
+    validation: Sequence[Request]
+    test: Sequence[Request]
+    preserve: Sequence[Sample]
+
+    def __post_init__(self) -> None:
+        ids = [r.id for split in (self.train, self.validation, self.test) for r in split]
+        twice = sorted({i for i in ids if ids.count(i) > 1}) if len(set(ids)) < len(ids) else []
+        if twice:
+            raise ValueError(f"{self.name}: request ids must be unique, these are not: {', '.join(twice[:5])}")

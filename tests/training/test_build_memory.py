@@ -1,0 +1,93 @@
+"""From triplets to a memory: each variant's tables hold what was extracted."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import unike_kernels as uk
+from unike_kernels.backbones import find_decoder
+from unike_kernels.training import EncoderTraining, Triplet, build_memory, extract
+
+TRIPLETS = [Triplet(f"w{i} w{i + 9}", f"w{i + 18}", f"w{i + 1} w{i + 5}") for i in range(12)]
+SHORT = EncoderTraining(lr=1e-3, steps=60)
+
+
+def build(model, processor, triplets=TRIPLETS, **kwargs):
+    return build_memory(model, processor, triplets, training=SHORT, progress=False, **kwargs)
+
+
+@pytest.mark.parametrize("values", ["pre", "out", "projected"])
+@pytest.mark.parametrize("kind", ["opt", "llama"])
+def test_tables(make_model, processor, kind, values, tmp_path):
+    model = make_model(kind)
+    result = build(model, processor, config=uk.Config(k=5, values=values), layers=[1, 4])
+    hidden = extract(model, processor, TRIPLETS, layers=[1, 4], progress=False)
+    assert list(result.memory.layers) == [1, 4]
+    for i, m in result.memory.layers.items():
+        h = hidden[i]
+        assert torch.equal(m.index, h.sem_pre)
+        attention = find_decoder(model).layers[i].module.self_attn
+        with torch.no_grad():
+            if values == "pre":
+                assert m.values is None
+                assert torch.equal(m.keys[:, 0], h.pos_pre)
+                assert result.memory.config.scale is None
+            elif values == "out":
+                assert torch.equal(m.keys[:, 0], h.pos_pre)
+                assert torch.equal(m.values[:, 0], h.pos_out)
+            else:
+                keys = attention.k_proj(h.pos_pre).view(12, -1, 16)
+                torch.testing.assert_close(m.keys, keys.repeat_interleave(4 // keys.shape[1], 1))
+                assert m.values.shape == (12, 4, 64)
+                assert result.memory.config.scale == 1 / math.sqrt(16)
+        # Whatever the values, zeta' steers the FFN, whose input is of the kind of the attention's input.
+        assert F.cosine_similarity(m.zeta_prime, (h.pos_pre - h.neg_pre).mean(0), dim=0) > 0.9
+        torch.testing.assert_close(m.zeta_prime, result.spaces[i].w_zeta @ m.zeta)
+    result.memory.save(tmp_path / "m")
+    assert uk.MemoryBank.load(tmp_path / "m").id == result.memory.id
+    uk.patch(model, memory=result.memory)
+
+
+def test_a_scale_that_is_given_is_kept(make_model, processor):
+    result = build(make_model("opt"), processor, config=uk.Config(values="projected", scale=2.0), layers=[5])
+    assert result.memory.config.scale == 2.0
+
+
+def test_of_images_and_text(make_model, processor):
+    triplets = [Triplet(t.prompt, t.positive, t.negative, torch.rand(16, 16)) for t in TRIPLETS[:6]] + TRIPLETS[6:]
+    result = build(make_model("blip2-llama"), processor, triplets)
+    assert len(result.memory) == 12
+    assert result.memory.layers[2].index.unique(dim=0).shape[0] == 12
+
+
+def test_what_it_says(make_model, processor):
+    result = build(make_model("opt"), processor, layers=[3])
+    lines = str(result).splitlines()
+    assert lines[0] == f"memory {result.memory.id}: 12 entries, layers [3]"
+    assert lines[1].startswith("  layer 3: held-out truthfulness ")
+    assert result.memory.notes["triplets"] == "12"
+    assert "steps=60" in result.memory.notes["training"]
+
+
+def test_the_same_seed_makes_the_same_memory(make_model, processor):
+    ids = [build(make_model("opt"), processor, layers=[3]).memory.id for _ in range(2)]
+    other = build_memory(
+        make_model("opt"), processor, TRIPLETS, layers=[3], training=EncoderTraining(steps=60, seed=1), progress=False
+    )
+    assert ids[0] == ids[1] != other.memory.id
+
+
+@pytest.mark.parametrize(
+    ("triplets", "layers", "message"),
+    [
+        ([], None, "triplets: expected at least 2, got 0"),
+        (TRIPLETS[:3], None, "triplets: expected at least 4"),
+        (TRIPLETS, [9], "layers: expected indices in 0..5"),
+        ([Triplet("w1", "w2", "w3", torch.rand(8, 8))] * 4, None, r"shape \(16, 16\), not \(8, 8\)"),
+    ],
+)
+def test_what_is_refused(make_model, processor, triplets, layers, message):
+    with pytest.raises(ValueError, match=message):
+        build(make_model("opt"), processor, triplets, layers=layers)

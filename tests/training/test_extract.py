@@ -1,0 +1,171 @@
+"""The extracted states against hooks on one unpadded sequence at a time."""
+
+import sys
+
+import pytest
+import torch
+
+import unike_kernels as uk
+from unike_kernels.backbones import find_decoder
+from unike_kernels.errors import ArtifactError
+from unike_kernels.training import Triplet, extract
+from unike_kernels.training.extract import Hidden
+
+extract_module = sys.modules["unike_kernels.training.extract"]
+
+IMAGES = torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(3))
+TRIPLETS = [
+    Triplet("w1 w2 w3", "w4", "w5 w6"),
+    Triplet("w7 w8", "w9 w10 w11", "w12", IMAGES[0]),
+    Triplet("w13", "w14", "w15"),
+    Triplet("w16 w17 w18 w19", "w20", "w21", IMAGES[1]),
+    Triplet("w22", "w23 w24", "w25", IMAGES[2]),
+]
+
+
+@torch.no_grad()
+def states_alone(model, processor, triplet, answer, layer):
+    """Input and output of the layer's attention at the prompt's and at the sequence's last token, [2 x 2 x d]."""
+    inputs = dict(processor([f"{triplet.prompt} {answer}"], None if triplet.image is None else triplet.image[None]))
+    at = [inputs["input_ids"].shape[1] - len(answer.split()) - 1, -1]
+    where = find_decoder(model).layers[layer]
+    seen = {}
+
+    def look(module, args, kwargs, output):
+        seen["pre"], seen["out"] = kwargs["hidden_states"], output[0]
+
+    handle = where.attention.module.register_forward_hook(look, with_kwargs=True)
+    target = model.language_model if triplet.image is None and hasattr(model, "language_model") else model
+    target(**inputs)
+    handle.remove()
+    return {site: seen[site][0, at] for site in ("pre", "out")}
+
+
+@pytest.mark.parametrize("padding_side", ["left", "right"])
+@pytest.mark.parametrize("kind", ["opt", "llama", "blip2-opt", "blip2-llama"])
+def test_states_are_those_of_each_sequence_alone(make_model, make_processor, kind, padding_side):
+    model, processor = make_model(kind), make_processor(padding_side)
+    triplets = TRIPLETS if kind.startswith("blip2") else [Triplet(t.prompt, t.positive, t.negative) for t in TRIPLETS]
+    found = extract(model, processor, triplets, layers=[5, 1], batch_size=2, progress=False)
+    assert list(found) == [1, 5]
+    for layer, hidden in found.items():
+        for row, t in enumerate(triplets):
+            for answer, last in ((t.positive, "pos"), (t.negative, "neg")):
+                alone = states_alone(model, processor, t, answer, layer)
+                for site in ("pre", "out"):
+                    # Another batch size and padding: float32 rounding through up to six layers.
+                    close = {"atol": 2e-5, "rtol": 1e-5}
+                    torch.testing.assert_close(getattr(hidden, f"{last}_{site}")[row], alone[site][1], **close)
+                    torch.testing.assert_close(getattr(hidden, f"sem_{site}")[row], alone[site][0], **close)
+        assert {getattr(hidden, name).shape for name in Hidden.__dataclass_fields__} == {(5, 64)}
+
+
+def test_the_model_is_left_as_it_was(make_model, processor):
+    model = make_model("opt").train()
+    extract(model, processor, TRIPLETS[:1] * 2, layers=[0], progress=False)
+    assert all(m.training for m in model.modules())
+    with pytest.raises(ValueError, match="16, 16"):
+        extract(model, processor, [*TRIPLETS[:2], Triplet("w1", "w2", "w3", torch.rand(4, 4))], progress=False)
+    assert all(m.training for m in model.modules())
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_half_precision_comes_out_as_float32(make_model, processor):
+    found = extract(make_model("opt", dtype=torch.bfloat16), processor, TRIPLETS[:1] * 2, progress=False)
+    assert list(found) == [2, 3, 4, 5]
+    assert found[2].sem_pre.dtype == torch.float32
+
+
+def test_what_is_refused(make_model, processor):
+    model = make_model("opt")
+    for triplets in ([], TRIPLETS[:1]):
+        with pytest.raises(ValueError, match=f"triplets: expected at least 2, got {len(triplets)}"):
+            extract(model, processor, triplets)
+    with pytest.raises(ValueError, match=r"triplets\[1\]: the positive and the negative answer are both 'w2'"):
+        extract(model, processor, [TRIPLETS[0], Triplet("w1", "w2", "w2")])
+    with pytest.raises(ValueError, match=r"layers: expected indices in 0..5, got \[6\]"):
+        extract(model, processor, TRIPLETS[:1] * 2, layers=[6])
+    with uk.patched(model), pytest.raises(uk.PatchError, match="extract: the model is patched"):
+        extract(model, processor, TRIPLETS[:1] * 2)
+
+
+# --- a store --------------------------------------------------------------------------------------------------------
+
+LONG = [Triplet(f"w{i % 30} w2", f"w{i % 29}", f"w{i % 29 + 1}") for i in range(11)]
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """The sizes of the batches that go through the model, in parts of four triplets."""
+    sizes = []
+    monkeypatch.setattr(extract_module, "_PART", 4)
+    original = extract_module.forward
+    monkeypatch.setattr(
+        extract_module, "forward", lambda m, inputs: (sizes.append(len(inputs["input_ids"])), original(m, inputs))[1]
+    )
+    return sizes
+
+
+def same_states(one, two):
+    assert list(one) == list(two)
+    assert all(
+        torch.equal(getattr(one[i], name), getattr(two[i], name)) for i in one for name in Hidden.__dataclass_fields__
+    )
+
+
+def test_a_store_holds_the_same_states(make_model, processor, tmp_path, passes):
+    model = make_model("opt")
+    kept = extract(model, processor, LONG, layers=[1, 5], batch_size=4, progress=False)
+    assert passes == [4, 4, 4, 4, 3, 3]  # positive and negative answers, of each part
+    stored = extract(model, processor, LONG, layers=[1, 5], batch_size=4, store=tmp_path / "s", progress=False)
+    same_states(kept, stored)
+    assert len(stored) == 2
+    with pytest.raises(KeyError):
+        stored[0]
+    passes.clear()
+    same_states(kept, extract(model, processor, LONG, layers=[1, 5], store=tmp_path / "s", progress=False))
+    assert passes == []
+
+
+def test_an_interrupted_extraction_goes_on(make_model, processor, tmp_path, passes):
+    """A mistake in the second part: the first is kept; with the mistake corrected only the rest is run."""
+    model = make_model("opt")
+    broken = [*LONG[:5], Triplet("w1", "w2", "w2"), *LONG[6:]]
+    with pytest.raises(ValueError, match=r"triplets\[5\]: the positive and the negative answer are both 'w2'"):
+        extract(model, processor, broken, layers=[1], batch_size=4, store=tmp_path, progress=False)
+    passes.clear()
+    found = extract(model, processor, LONG, layers=[1], batch_size=4, store=tmp_path, progress=False)
+    assert passes == [4, 4, 3, 3]
+    same_states(found, extract(model, processor, LONG, layers=[1], batch_size=4, progress=False))
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"layers": [2]}, "layers"),
+        ({"triplets": [Triplet("w1 w3", "w2", "w4"), *LONG[1:]]}, "triplets"),
+        ({"model": "llama"}, "model"),
+    ],
+)
+def test_a_store_of_something_else_is_refused(make_model, processor, tmp_path, change, told):
+    extract(make_model("opt"), processor, LONG, layers=[1], store=tmp_path, progress=False)
+    wanted = {"triplets": LONG, "layers": [1]} | {k: v for k, v in change.items() if k != "model"}
+    with pytest.raises(ArtifactError, match=f"states-0000000.safetensors: its {told} are others; give another store"):
+        extract(make_model(change.get("model", "opt")), processor, **wanted, store=tmp_path, progress=False)
+
+
+def test_a_store_that_is_damaged_is_refused(make_model, processor, tmp_path):
+    extract(make_model("opt"), processor, LONG, layers=[1], store=tmp_path, progress=False)
+    file = tmp_path / "states-0000000.safetensors"
+    file.write_bytes(file.read_bytes()[:-10])
+    with pytest.raises(ArtifactError, match="not a complete safetensors file"):
+        extract(make_model("opt"), processor, LONG, layers=[1], store=tmp_path, progress=False)
+
+
+def test_a_lazy_sequence_is_looked_at_some_at_a_time(make_model, processor, passes):
+    class Lazy(list):
+        def __iter__(self):
+            raise AssertionError("all at once")
+
+    found = extract(make_model("opt"), processor, Lazy(LONG), layers=[1], progress=False)
+    assert found[1].sem_pre.shape == (11, 64)

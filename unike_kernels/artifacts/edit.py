@@ -1,0 +1,201 @@
+"""An edit: extra key-value neurons for the FFNs of a few layers (paper, Eq. 3 and 6), as a value and as a file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import Config
+from ..errors import ArtifactError
+from ..ops import ACTIVATIONS
+from . import files
+from .fingerprint import validate as validate_fingerprint
+
+
+@dataclass(frozen=True)
+class EditLayer:
+    """The neurons of one layer.
+
+    Attributes:
+        keys: [n, d], W_K^extra, a neuron a row.
+        key_bias: [n], b_K^extra.
+        values: [n, d], W_V^extra.
+        zeta: [d], zeta'.
+        beta: [], the scalar of beta * zeta'.
+        up, up_bias: [n, d] and [n], the second factor of gated neurons; None for plain ones.
+    """
+
+    keys: Tensor
+    key_bias: Tensor
+    values: Tensor
+    zeta: Tensor
+    beta: Tensor
+    up: Tensor | None = None
+    up_bias: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.keys.dim() != 2:
+            raise ValueError(f"EditLayer.keys: expected shape [n, d], got {list(self.keys.shape)}")
+        n, d = self.keys.shape
+        expected = {"key_bias": (n,), "values": (n, d), "zeta": (d,), "beta": ()}
+        if (self.up is None) != (self.up_bias is None):
+            raise ValueError("EditLayer: gated neurons need both up and up_bias")
+        if self.up is not None:
+            expected |= {"up": (n, d), "up_bias": (n,)}
+        for name, shape in expected.items():
+            t = getattr(self, name)
+            if tuple(t.shape) != shape:
+                raise ValueError(f"EditLayer.{name}: expected shape {list(shape)}, got {list(t.shape)}")
+            if t.dtype != self.keys.dtype or not t.is_floating_point():
+                raise TypeError(f"EditLayer.{name}: expected {self.keys.dtype} as keys, got {t.dtype}")
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Name -> tensor, without the absent ones."""
+        return {name: t for name, t in vars(self).items() if t is not None}
+
+    def to(self, device: torch.device | str) -> EditLayer:
+        """On another device."""
+        return EditLayer(**{name: t.to(device) for name, t in self.tensors().items()})
+
+    def detached(self) -> EditLayer:
+        """The same numbers on the CPU, without their history."""
+        return EditLayer(**{name: t.detach().cpu().clone() for name, t in self.tensors().items()})
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One edit, ready to patch in.
+
+    Attributes:
+        id: its name, unique among the edits of a model.
+        layers: decoder layer index -> neurons.
+        activation: of the FFNs that it was made for.
+        config: the semantics under which it was trained.
+        base_model: fingerprint of the model, see `unike_kernels.artifacts.files.fingerprint`.
+        memory_id: `MemoryBank.id` of the memory that it was trained with; None: without one.
+        notes: free text for people, such as the prompt and the target.
+    """
+
+    id: str
+    layers: Mapping[int, EditLayer]
+    activation: str
+    config: Config
+    base_model: dict[str, Any]
+    memory_id: str | None
+    notes: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.id, str) or not self.id:
+            raise ValueError(f"Edit.id: expected a non-empty string, got {self.id!r}")
+        if not self.layers:
+            raise ValueError("Edit.layers: expected at least one layer, got none")
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"Edit.activation: expected one of {', '.join(ACTIVATIONS)}; got {self.activation!r}")
+        widths = {layer.keys.shape[1] for layer in self.layers.values()}
+        if len(widths) != 1:
+            raise ValueError(f"Edit.layers: expected one hidden size, got {sorted(widths)}")
+
+    @property
+    def hidden_size(self) -> int:
+        return int(next(iter(self.layers.values())).keys.shape[1])
+
+    def shard(self, rank: int, world_size: int) -> Edit:
+        """The neurons of one rank of a tensor-parallel FFN, whose partial outputs are summed over the ranks afterwards.
+
+        Each neuron is on one rank, so that the sum over the ranks is what the whole edit adds. A rank may get none.
+
+        Raises ValueError for a rank that is not in 0..world_size - 1.
+        """
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank: expected 0 to {world_size - 1}, got {rank}")
+
+        def part(layer: EditLayer) -> EditLayer:
+            n = layer.keys.shape[0]
+            mine = slice(n * rank // world_size, n * (rank + 1) // world_size)
+            whole = ("zeta", "beta")
+            return EditLayer(**{name: t if name in whole else t[mine] for name, t in layer.tensors().items()})
+
+        return replace(self, layers={i: part(layer) for i, layer in self.layers.items()})
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(t.nbytes for layer in self.layers.values() for t in layer.tensors().values())
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a safetensors file, atomically. Raises ArtifactError for a tensor that is not finite."""
+        tensors: dict[str, Tensor] = {}
+        for index, layer in self.layers.items():
+            for name, t in layer.tensors().items():
+                if not t.isfinite().all():
+                    raise ArtifactError(f"edit {self.id!r}: layer {index}: {name} holds NaN or infinity")
+                tensors[f"layers.{index}.{name}"] = t
+        header = {
+            "id": self.id,
+            "layers": sorted(self.layers),
+            "hidden_size": self.hidden_size,
+            "activation": self.activation,
+            "config": self.config.to_dict(),
+            "base_model": self.base_model,
+            "memory_id": self.memory_id,
+            "notes": self.notes,
+        }
+        files.save(path, "edit", header, tensors)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Edit:
+        """Read and validate a file that `save` wrote.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ArtifactError: truncated, of another format or version, or any field or tensor missing, wrong or left over.
+        """
+        reader = files.Reader(path, *files.load(path, "edit"))
+        d = reader.field("hidden_size", int)
+        layers = {}
+        for index in reader.layers():
+            prefix = f"layers.{index}."
+            keys = reader.tensor(prefix + "keys", (None, d))
+            n = keys.shape[0]
+            gated = reader.has(prefix + "up")
+            layers[index] = reader.build(
+                EditLayer,
+                keys=keys,
+                key_bias=reader.tensor(prefix + "key_bias", (n,)),
+                values=reader.tensor(prefix + "values", (n, d)),
+                zeta=reader.tensor(prefix + "zeta", (d,)),
+                beta=reader.tensor(prefix + "beta", ()),
+                up=reader.tensor(prefix + "up", (n, d)) if gated else None,
+                up_bias=reader.tensor(prefix + "up_bias", (n,)) if gated else None,
+            )
+        notes = reader.field("notes", dict)
+        edit: Edit = reader.build(
+            cls,
+            id=reader.field("id", str),
+            layers=layers,
+            activation=reader.field("activation", str),
+            config=reader.build(Config.from_dict, reader.field("config", dict)),
+            base_model=reader.build(validate_fingerprint, reader.field("base_model", dict)),
+            memory_id=reader.field("memory_id", (str, type(None))),
+            notes={str(k): str(v) for k, v in notes.items()},
+        )
+        reader.done()
+        return edit
+
+
+def fresh_layer(keys: Tensor, key_bias: Tensor, zeta: Tensor, *, gated: bool) -> EditLayer:
+    """Neurons that do nothing yet: W_V = 0 and beta = 0. keys [n, d], key_bias [n], zeta [d]."""
+    return EditLayer(
+        keys=keys,
+        key_bias=key_bias,
+        values=torch.zeros_like(keys),
+        zeta=zeta,
+        beta=torch.zeros((), dtype=keys.dtype, device=keys.device),
+        up=torch.zeros_like(keys) if gated else None,
+        up_bias=torch.ones_like(key_bias) if gated else None,
+    )

@@ -1,0 +1,268 @@
+"""The memory of in-context knowledge (paper, section 3.2): h_sem and h_pos per layer, as a value and as a file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import Config
+from ..errors import ArtifactError, MismatchError
+from ..ops import SemanticEncoder
+from ..retrieval.approximate import Approximate
+from . import files
+from .fingerprint import validate as validate_fingerprint
+
+
+@dataclass(frozen=True)
+class MemoryLayer:
+    """The memory of one layer: N entries of hidden size d.
+
+    Attributes:
+        index: [N, d], h_sem at the attention's input; what retrieval compares with.
+        keys: [N, H, c], what the latent attention attends to (one head of width d unless the values are projected).
+        values: [N, H, d], what it returns; None: the same tensor as `keys`.
+        encoder: Enc_sem.
+        zeta: [t], the editing direction in truthfulness space.
+        zeta_prime: [d], W_zeta zeta.
+    """
+
+    index: Tensor
+    keys: Tensor
+    values: Tensor | None
+    encoder: SemanticEncoder
+    zeta: Tensor
+    zeta_prime: Tensor
+
+    def __post_init__(self) -> None:
+        if self.index.dim() != 2 or self.keys.dim() != 3:
+            raise ValueError(
+                f"MemoryLayer: expected index [N, d] and keys [N, H, c], got {list(self.index.shape)} and "
+                f"{list(self.keys.shape)}"
+            )
+        n, d = self.index.shape
+        heads, width = self.keys.shape[1:]
+        if self.keys.shape[0] != n:
+            raise ValueError(f"MemoryLayer.keys: expected {n} entries as index, got {self.keys.shape[0]}")
+        if self.values is None and (heads, width) != (1, d):
+            raise ValueError(f"MemoryLayer.values: keys of shape {list(self.keys.shape)} cannot serve as values")
+        r = self.encoder.w1.shape[0]
+        expected = {"w1": (r, d), "b1": (r,), "w2": (d, r), "b2": (d,)}
+        found = {**self.encoder._asdict(), "zeta_prime": self.zeta_prime}
+        expected["zeta_prime"] = (d,)
+        if self.values is not None:
+            found["values"], expected["values"] = self.values, (n, heads, d)
+        for name, shape in expected.items():
+            if tuple(found[name].shape) != shape:
+                raise ValueError(f"MemoryLayer.{name}: expected shape {list(shape)}, got {list(found[name].shape)}")
+        for name, t in self.tensors().items():
+            if not t.is_floating_point():
+                raise TypeError(f"MemoryLayer.{name}: expected a floating dtype, got {t.dtype}")
+            finite = t.isfinite()
+            bad = (~(finite.flatten(1).all(-1) if t.dim() > 1 else finite)).nonzero()
+            if len(bad):
+                raise ValueError(f"MemoryLayer.{name}: row {int(bad[0])} holds NaN or infinity")
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Name -> tensor; `values` only where it is a table of its own."""
+        named = {"index": self.index, "keys": self.keys, "zeta": self.zeta, "zeta_prime": self.zeta_prime}
+        if self.values is not None:
+            named["values"] = self.values
+        return named | {f"encoder.{name}": t for name, t in self.encoder._asdict().items()}
+
+
+@dataclass(frozen=True)
+class MemoryBank:
+    """The memory of a model: the same N entries at every edited layer.
+
+    Attributes:
+        layers: decoder layer index -> tables.
+        config: the semantics under which it was built.
+        base_model: fingerprint of the model that it was extracted from.
+        notes: how it was made, for people.
+        id: a hash of the contents; an `Edit` records it.
+        tenants: name -> entries that belong to it alone; see `joined`.
+        parts: tenant -> id of the memory that it came from.
+        search: how entries are retrieved where that need not be exact; None: exactly. A setting of this object, not of
+            the file.
+    """
+
+    layers: Mapping[int, MemoryLayer]
+    config: Config
+    base_model: dict[str, Any]
+    notes: dict[str, str] = field(default_factory=dict)
+    id: str = ""
+    tenants: Mapping[str, range] = field(default_factory=dict)
+    parts: Mapping[str, str] = field(default_factory=dict)
+    search: Approximate | None = None
+
+    def __post_init__(self) -> None:
+        if not self.layers:
+            raise ValueError("MemoryBank.layers: expected at least one layer, got none")
+        sizes = {tuple(layer.index.shape) for layer in self.layers.values()}
+        if len(sizes) != 1:
+            raise ValueError(f"MemoryBank.layers: expected the same [N, d] in every layer, got {sorted(sizes)}")
+        for i, layer in self.layers.items():
+            if (layer.values is None) != (self.config.values == "pre"):
+                raise ValueError(
+                    f"MemoryBank.layers: with Config(values={self.config.values!r}) layer {i} should "
+                    f"{'take its keys as values' if layer.values is not None else 'have values of its own'}"
+                )
+        if not self.id:
+            object.__setattr__(self, "id", files.digest(self._tensors()))
+
+        if set(self.tenants) != set(self.parts):
+            raise ValueError(
+                f"MemoryBank.tenants: expected those of parts, {sorted(self.parts)}, got {sorted(self.tenants)}"
+            )
+        for name, entries in self.tenants.items():
+            if self.search is not None:
+                raise ValueError("MemoryBank.search: expected None with tenants, whose entries are found exactly")
+            if not 0 <= entries.start <= entries.stop <= len(self) or entries.step != 1:
+                raise ValueError(f"MemoryBank.tenants: {name!r} has {entries}, the memory {len(self)} entries")
+
+    def __len__(self) -> int:
+        return int(next(iter(self.layers.values())).index.shape[0])
+
+    @classmethod
+    def joined(cls, banks: Mapping[str, MemoryBank]) -> MemoryBank:
+        """The memories of several tenants as one, in which a row names whose entries it uses.
+
+        `uk.rows(model, memory=["acme", "globex", False])`: a row retrieves from the entries of its tenant alone, and no
+        other tenant's entries change a bit of it. Edits that were trained with one of the memories fit the joined one.
+
+        Raises:
+            ValueError: no memories.
+            MismatchError: they differ in config, layers, base model, Enc_sem or zeta'.
+        """
+        if not banks:
+            raise ValueError("banks: expected at least one memory, got none")
+        (name, first), *rest = banks.items()
+        for other, bank in rest:
+            if differing := _differences(first, bank):
+                raise MismatchError(f"banks: {name!r} and {other!r} differ in {' and '.join(differing)}")
+        layers = {i: _concatenated([bank.layers[i] for bank in banks.values()]) for i in first.layers}
+        tenants, start = {}, 0
+        for tenant, bank in banks.items():
+            tenants[tenant] = range(start, start + len(bank))
+            start += len(bank)
+        parts = {tenant: bank.id for tenant, bank in banks.items()}
+        return cls(layers, first.config, first.base_model, {"joined": ", ".join(banks)}, tenants=tenants, parts=parts)
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """Of this memory and of those that it was joined from: an edit that was trained with one of them fits."""
+        return (self.id, *self.parts.values())
+
+    def entries(self, tenant: str) -> range:
+        """Raises ValueError for an unknown tenant."""
+        if tenant not in self.tenants:
+            raise ValueError(f"memory: unknown tenant {tenant!r}; the memory has {sorted(self.tenants)}")
+        return self.tenants[tenant]
+
+    @property
+    def hidden_size(self) -> int:
+        return int(next(iter(self.layers.values())).index.shape[1])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors as stored. Patched in, the index is kept once more as normalised float32 rows."""
+        return sum(t.nbytes for t in self._tensors().values())
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {f"layers.{i}.{name}": t for i, layer in self.layers.items() for name, t in layer.tensors().items()}
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a safetensors file, atomically."""
+        header = {
+            "id": self.id,
+            "layers": sorted(self.layers),
+            "entries": len(self),
+            "hidden_size": self.hidden_size,
+            "config": self.config.to_dict(),
+            "base_model": self.base_model,
+            "notes": self.notes,
+            "tenants": {name: [r.start, r.stop, self.parts[name]] for name, r in self.tenants.items()},
+        }
+        files.save(path, "memory", header, self._tensors())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> MemoryBank:
+        """Read and validate a file that `save` wrote; the contents are hashed and compared with the id.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ArtifactError: truncated, of another format or version, or any field or tensor missing, wrong or left over.
+        """
+        reader = files.Reader(path, *files.load(path, "memory"))
+        n, d = reader.field("entries", int), reader.field("hidden_size", int)
+        layers = {}
+        for index in reader.layers():
+            prefix = f"layers.{index}."
+            keys = reader.tensor(prefix + "keys", (n, None, None))
+            w1 = reader.tensor(prefix + "encoder.w1", (None, d))
+            shapes = {"b1": (w1.shape[0],), "w2": (d, w1.shape[0]), "b2": (d,)}
+            rest = {name: reader.tensor(f"{prefix}encoder.{name}", shape) for name, shape in shapes.items()}
+            own_values = reader.has(prefix + "values")
+            layers[index] = reader.build(
+                MemoryLayer,
+                index=reader.tensor(prefix + "index", (n, d)),
+                keys=keys,
+                values=reader.tensor(prefix + "values", (n, keys.shape[1], d)) if own_values else None,
+                encoder=SemanticEncoder(w1, **rest),
+                zeta=reader.tensor(prefix + "zeta", (None,)),
+                zeta_prime=reader.tensor(prefix + "zeta_prime", (d,)),
+            )
+        notes = reader.field("notes", dict)
+        tenants = reader.field("tenants", dict)
+        for name, told in tenants.items():
+            kinds = [type(part) for part in told] if isinstance(told, list) else []
+            if kinds != [int, int, str]:
+                raise reader.fail(f"header field 'tenants': expected start, stop and id of {name!r}, got {told!r:.80}")
+        stated = reader.field("id", str)
+        bank: MemoryBank = reader.build(
+            cls,
+            layers=layers,
+            config=reader.build(Config.from_dict, reader.field("config", dict)),
+            base_model=reader.build(validate_fingerprint, reader.field("base_model", dict)),
+            notes={str(k): str(v) for k, v in notes.items()},
+            tenants={name: range(start, stop) for name, (start, stop, _) in tenants.items()},
+            parts={name: id for name, (_, _, id) in tenants.items()},
+        )
+        reader.done()
+        if bank.id != stated:
+            raise ArtifactError(f"{path}: its contents have the id {bank.id}, the header says {stated!r:.80}")
+        return bank
+
+
+def _differences(one: MemoryBank, other: MemoryBank) -> list[str]:
+    """In what the two differ that a joined memory has once."""
+    found = []
+    if one.config != other.config:
+        found.append("config")
+    if one.base_model != other.base_model:
+        found.append("base model")
+    if one.layers.keys() != other.layers.keys():
+        return [*found, "layers"]
+    for i, a in one.layers.items():
+        b = other.layers[i]
+        pairs = [*zip(a.encoder, b.encoder, strict=True), (a.zeta, b.zeta), (a.zeta_prime, b.zeta_prime)]
+        if any(x.shape != y.shape or not torch.equal(x, y) for x, y in pairs):
+            return [*found, "Enc_sem or zeta'"]
+    return found
+
+
+def _concatenated(layers: Sequence[MemoryLayer]) -> MemoryLayer:
+    first, tables = layers[0], [layer.values for layer in layers if layer.values is not None]
+    return MemoryLayer(
+        torch.cat([layer.index for layer in layers]),
+        torch.cat([layer.keys for layer in layers]),
+        torch.cat(tables) if tables else None,
+        first.encoder,
+        first.zeta,
+        first.zeta_prime,
+    )

@@ -1,0 +1,94 @@
+"""`unike info MODEL`: what `patch` would find in a model, and what edits and a memory would cost there."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from unike_eval import experiments
+
+from .. import backbones
+from ..errors import UnsupportedModelError
+
+K = 40  # entries that a token retrieves
+_WORDS = 4  # columns of the table that hold no numbers
+_SCAN = 64  # bytes to which the codes of an int8 scan are padded; 16 more bound their errors
+
+
+def run(model: str, *, neurons: int, entries: int) -> int:
+    """Print a table; no weights are read.
+
+    Args:
+        model: one of `experiments.SHIPPED`, a folder with a config.json, or a name on the Hugging Face hub.
+        neurons: of an edit, in each layer.
+        entries: of a memory.
+
+    Returns:
+        The exit status.
+
+    Raises:
+        FileNotFoundError: there is no such model.
+        UnsupportedModelError: the structure of the model is not known.
+        ValueError: a negative number.
+    """
+    if neurons < 0 or entries < 0:
+        raise ValueError(f"neurons, entries: expected numbers that are not negative, got {neurons} and {entries}")
+    print(describe(_skeleton(model), neurons, entries))
+    return 0
+
+
+def _skeleton(name: str) -> nn.Module:
+    """The model without weights."""
+    if name in experiments.SHIPPED:
+        return experiments.load(name)[0]
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(name)
+    except OSError as error:
+        raise FileNotFoundError(
+            f"{name}: neither a folder with a config.json nor a model of the hub: {error}"
+        ) from error
+    kinds = [getattr(transformers, kind, None) for kind in config.architectures or ()]
+    with torch.device("meta"):
+        if kinds and kinds[0] is not None:
+            return kinds[0](config)
+        return transformers.AutoModelForCausalLM.from_config(config)
+
+
+def describe(model: nn.Module, neurons: int, entries: int) -> str:
+    """The table."""
+    decoder = backbones.find_decoder(model)
+    usual, d = decoder.select(None), decoder.hidden_size
+    r, rows = d // 8, min(K, entries)
+    edit = neurons * (2 * d + 1) + d + 1  # float32 numbers in a layer
+    memory = entries * (-(-d // _SCAN) * _SCAN + 16) + 4 * (rows * (2 * d + r) + r * d + d)  # bytes read for a token
+    head = ("layer", "attention", "FFN", "activation", "own, MB", "edit, KB", "added", "memory, MB", "added")
+    cells = [head]
+    for layer in decoder.layers:
+        own = sum(p.numel() * p.element_size() for p in layer.module.parameters())
+        ffn = " + ".join(site.name for site in layer.ffn)
+        kind = f" ({type(layer.ffn[0].module).__name__})" if len(layer.ffn) == 1 else ""
+        cells.append((
+            f"{'*' if layer.index in usual else ' '} {layer.index}", type(layer.attention.module).__name__, ffn + kind,
+            _activation(layer), f"{own / 1e6:.1f}", f"{4 * edit / 1e3:.1f}", f"{4 * edit / own:.2%}",
+            f"{memory / 1e6:.1f}", f"{memory / own:.1%}",
+        ))  # fmt: skip
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    aligned = [str.ljust if i < _WORDS else str.rjust for i in range(len(head))]
+    table = ["  ".join(a(cell, w) for a, cell, w in zip(aligned, row, widths, strict=True)) for row in cells]
+    where = decoder.path or "the model itself"
+    return "\n".join([
+        f"{type(model).__name__}: decoder {where}, {len(decoder.layers)} layers, d = {d}",
+        f"An edit of {neurons} neurons a layer, a memory of {entries:,} entries with k = {K} and r = {r}.",
+        "Added: bytes read for one token beside those that the layer reads itself. *: patched by default.",
+        *table,
+        f"In {len(usual)} layers: {len(usual) * edit:,} parameters of an edit, and "
+        f"{len(usual) * entries * d * 8 / 1e6:,.0f} MB for index and keys of the memory.",
+    ])  # fmt: skip
+
+
+def _activation(layer: backbones.Layer) -> str:
+    try:
+        return layer.activation
+    except UnsupportedModelError:
+        return "unknown"

@@ -1,0 +1,226 @@
+"""The extra neurons of a layer's edits, changed in place without copying what stays."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ops import EditPool
+from ..ops.patched_ffn import Plan
+from ._drop_in import Tables
+
+
+class EditStore(Tables):
+    """The extra neurons of all edits of one layer as a ragged pool, and the rows' selection of edits.
+
+    `set` makes it anew. `with_edit`, `without` and `with_beta` give another store and leave this one as it is, though
+    the two share tensors: neurons are only ever appended, behind those that an earlier store knows of, and room for
+    them doubles when it is used up. So a change costs what it changes, and shapes stay what they are.
+    """
+
+    keys: Tensor
+    key_bias: Tensor
+    up: Tensor | None
+    up_bias: Tensor | None
+    values: Tensor
+    zeta: Tensor
+    beta: Tensor
+    indptr: Tensor
+    row_indptr: Tensor
+    row_edits: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ids: list[str] = []
+        self.empty = True  # what compiled code looks at, so that it need not know the ids
+        for name in _TABLES:
+            self.table(name, None)
+        self.selection: tuple[Tensor, Tensor] | None = None
+        self.position: dict[str, int] = {}  # in the pool
+        self.used = 0, 0  # neurons and edits of the pool, removed ones too
+        self.direct = False  # set by hand: then it counts, whatever version a pass has
+        self._views: dict[Any, tuple[EditPool, Plan]] = {}
+
+    def set(self, edits: Mapping[str, Any]) -> None:
+        """Replace all edits, given as id -> `EditLayer`.
+
+        Tensors are concatenated, so gradients reach those that ask for them.
+        """
+        self.direct = True
+        self._views = {}
+        self.ids, self.empty = list(edits), not edits
+        self.position = {name: i for i, name in enumerate(edits)}
+        layers = list(edits.values())
+        if not layers:
+            for name in self._buffers:
+                self._buffers[name] = None
+            self.used = 0, 0
+            return
+        gated = any(layer.up is not None for layer in layers)
+        device = layers[0].keys.device
+        self.keys = torch.cat([layer.keys for layer in layers])
+        self.key_bias = torch.cat([layer.key_bias for layer in layers])
+        self.values = torch.cat([layer.values for layer in layers])
+        # A plain neuron among gated ones has the factor q 0 + 1.
+        self.up = torch.cat([_or(layer.up, torch.zeros_like(layer.keys)) for layer in layers]) if gated else None
+        self.up_bias = (
+            torch.cat([_or(layer.up_bias, torch.ones_like(layer.key_bias)) for layer in layers]) if gated else None
+        )
+        self.zeta = torch.stack([layer.zeta for layer in layers])
+        self.beta = torch.stack([layer.beta for layer in layers])
+        sizes = torch.tensor([0, *(layer.keys.shape[0] for layer in layers)])
+        self.indptr = sizes.cumsum(0).to(device)
+        self.row_indptr, self.row_edits = csr([range(len(layers))], device)
+        self.used = self.keys.shape[0], len(layers)
+
+    def with_edit(self, name: str, layer: Any) -> EditStore:
+        """A store that has this edit too, behind the others."""
+        new = self.copied()
+        if not self.ids or (layer.up is not None and self.up is None) or layer.keys.dtype != self.keys.dtype:
+            new.set({**{each: self.layer(each) for each in self.ids}, name: layer})
+            return new
+        neurons, edits = self.used
+        n = layer.keys.shape[0]
+        new._reserve(neurons + n, edits + 1)
+        rows = slice(neurons, neurons + n)
+        new.keys[rows], new.key_bias[rows], new.values[rows] = layer.keys, layer.key_bias, layer.values
+        if new.up is not None and new.up_bias is not None:
+            new.up[rows] = 0.0 if layer.up is None else layer.up
+            new.up_bias[rows] = 1.0 if layer.up_bias is None else layer.up_bias
+        new.zeta[edits], new.beta[edits] = layer.zeta, layer.beta
+        new.indptr = new.indptr.clone()  # whoever reads the other one at this moment sees it whole
+        new.indptr[edits + 1 :] = neurons + n
+        new.used = neurons + n, edits + 1
+        new._name({**self.position, name: edits})
+        return new
+
+    def without(self, name: str) -> EditStore:
+        """A store without this edit. Where most of the pool is of removed edits, the others move together."""
+        new = self.copied()
+        left = {each: at for each, at in self.position.items() if each != name}
+        if 2 * len(left) < self.used[1]:
+            new.set({each: self.layer(each) for each in left})
+        else:
+            new._name(left)
+        return new
+
+    def with_beta(self, name: str, beta: float) -> EditStore:
+        """A store in which this edit has another beta."""
+        new = self.copied()
+        new.beta = self.beta.clone()
+        new.beta[self.position[name]] = beta
+        return new
+
+    def layer(self, name: str) -> Any:
+        """The edit's tensors, as `EditLayer` has them: views of the pool."""
+        at = self.position[name]
+        rows = slice(int(self.indptr[at]), int(self.indptr[at + 1]))
+        tables = {t: None if getattr(self, t) is None else getattr(self, t)[rows] for t in _PER_NEURON}
+        return SimpleNamespace(**tables, zeta=self.zeta[at], beta=self.beta[at])
+
+    def become(self, other: EditStore) -> None:
+        """Hold what `other` holds, in the same object."""
+        self.ids, self.empty, self.direct = other.ids, other.empty, False
+        self.position, self.used = other.position, other.used
+        self._views = {}
+        self.__dict__["_buffers"] = dict(other._buffers)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self.direct = True  # versions know nothing of another device
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_views": {}}
+
+    def copied(self) -> EditStore:
+        """Another store of the same tensors, which stays as it is when this one changes."""
+        new = EditStore.__new__(EditStore)
+        new.__dict__.update(self.__dict__, _buffers=dict(self._buffers), _views={}, _plan=None)
+        new.__dict__.update(direct=False, selection=None)
+        return new
+
+    def spare(self) -> None:
+        """Make room for edits to come, so that no shape changes with the next ones."""
+        if self.ids:
+            neurons, edits = self.used
+            self._reserve(max(2 * neurons, _ROOM), max(2 * edits, _ROOM))
+            self._name(self.position)
+
+    def _reserve(self, neurons: int, edits: int) -> None:
+        """Room for so many, in new tensors if there is none."""
+        if neurons > self.keys.shape[0]:
+            for name in _PER_NEURON:
+                if (t := getattr(self, name)) is not None:
+                    setattr(self, name, _longer(t, max(neurons, 2 * t.shape[0])))
+        if edits > self.beta.shape[0]:
+            room = max(edits, 2 * self.beta.shape[0])
+            self.zeta, self.beta = _longer(self.zeta, room), _longer(self.beta, room)
+            self.indptr = torch.cat([self.indptr, self.indptr[-1:].expand(room + 1 - self.indptr.shape[0])])
+
+    def _name(self, position: dict[str, int]) -> None:
+        """Let these be the edits, in this order, for every row."""
+        self.ids, self.empty, self.position = list(position), not position, position
+        room = self.beta.shape[0]
+        listed = torch.tensor([*position.values(), *[0] * (room - len(position))], dtype=torch.int64)
+        self.row_edits = listed.to(self.keys.device)
+        self.row_indptr = torch.tensor([0, len(position)], dtype=torch.int64, device=self.keys.device)
+
+    def select(self, rows: Sequence[Sequence[str]] | None) -> None:
+        """Give each row of the batch its own edits, by id, ids of other layers ignored; None: every row uses all."""
+        self.selection = None if rows is None or not self.ids else self._csr(rows)
+
+    def _csr(self, rows: Sequence[Sequence[str]]) -> tuple[Tensor, Tensor]:
+        return csr([[self.position[i] for i in row if i in self.position] for row in rows], self.indptr.device)
+
+    def pool(self, rows: tuple[tuple[str, ...], ...] | None = None) -> EditPool:
+        """The neurons, and the edits that each row selects: by `select`, or these."""
+        row_indptr, row_edits = self.selection or (self.row_indptr, self.row_edits)
+        if rows is not None:
+            row_indptr, row_edits = self._csr(rows)
+        return EditPool(
+            self.keys, self.key_bias, self.up, self.up_bias, self.values, self.zeta, self.beta, self.indptr,
+            row_indptr, row_edits,
+        )  # fmt: skip
+
+    def view(self, activation: str, rows: tuple[tuple[str, ...], ...] | None) -> tuple[EditPool, Plan]:
+        """The pool for these rows, and as the operator takes it for each token; kept until the store changes."""
+        if self._plan is None:  # an attribute has changed
+            self._views, self._plan = {}, True
+        if rows not in self._views:
+            if len(self._views) >= _VIEWS:
+                self._views.clear()
+            pool = self.pool(rows)
+            self._views[rows] = pool, Plan(pool, activation)
+        return self._views[rows]
+
+
+_PER_NEURON = ("keys", "key_bias", "up", "up_bias", "values")
+
+
+_TABLES = (*_PER_NEURON, "zeta", "beta", "indptr", "row_indptr", "row_edits")
+
+
+_ROOM = 32  # neurons, and edits, that there is room for at least
+
+
+_VIEWS = 64  # selections of rows that are kept
+
+
+def _longer(t: Tensor, length: int) -> Tensor:
+    """With zeros behind. [n, ...] -> [length, ...]."""
+    return torch.cat([t, t.new_zeros(length - t.shape[0], *t.shape[1:])])
+
+
+def _or(t: Tensor | None, default: Tensor) -> Tensor:
+    return default if t is None else t
+
+
+def csr(rows: Sequence[Sequence[int]], device: torch.device | str) -> tuple[Tensor, Tensor]:
+    """(indptr int64 [R + 1], indices int64 [S]) of a list of lists."""
+    lengths = torch.tensor([0, *(len(row) for row in rows)], dtype=torch.int64)
+    flat = torch.tensor([i for row in rows for i in row], dtype=torch.int64)
+    return lengths.cumsum(0).to(device), flat.to(device)

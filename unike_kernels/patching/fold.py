@@ -1,0 +1,169 @@
+"""`fold`: the neurons of edits as part of a plain model, which any engine loads that loads the base model."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import backbones
+from ..artifacts.edit import Edit, EditLayer
+from ..errors import MismatchError, PatchError, UnsupportedModelError
+from ..nn import Dense
+from . import is_patched
+
+_SIZES = ("ffn_dim", "intermediate_size", "n_inner", "ffn_hidden_size", "d_ff")  # what configs call the FFN's width
+_BIASES = ("mlp_bias",)  # and the switch of its biases, where there is one
+
+
+@torch.no_grad()
+def fold(model: nn.Module, edits: Edit | Sequence[Edit]) -> nn.Module:
+    """A new model with a wider FFN that computes what `patch(model, edits)` does without a memory (Eq. 3 and 6).
+
+    The width of a model's FFNs is one number, so every layer grows by as many neurons as the layer with the most extra
+    ones has; the others get neurons that do nothing. beta * zeta' is added to the values, once and for all.
+    `save_pretrained` of the result gives a plain checkpoint.
+
+    Args:
+        model: a Hugging Face model whose decoder has plain or gated FFNs of plain weights; not patched. It is left as
+            it is.
+        edits: one edit, or several in their order; without memories.
+
+    Returns:
+        A model of the same class, on the same device and of the same dtype, which the edits are cast to.
+
+    Raises:
+        PatchError: the model is patched.
+        UnsupportedModelError: an FFN is not dense, its width is not in the config, or the edits need biases that this
+            architecture does not have.
+        MismatchError: an edit is for another hidden size or activation, for layers that are not there, or relies on a
+            memory, which a plain checkpoint cannot have.
+    """
+    if is_patched(model):
+        raise PatchError(f"{type(model).__name__} is patched: unpatch it first")
+    chosen = [edits] if isinstance(edits, Edit) else list(edits)
+    decoder = backbones.find_decoder(model)
+    for edit in chosen:
+        _check(edit, decoder)
+    extra = [[e.layers[layer.index] for e in chosen if layer.index in e.layers] for layer in decoder.layers]
+    more = max((sum(len(e.key_bias) for e in layers) for layers in extra), default=0)
+    dense = [_dense(layer) for layer in decoder.layers]
+    width = dense[0].weights().w_in.shape[0]
+    config = _widened(model, width, width + more, any(_needs_biases(e) for layers in extra for e in layers))
+    with torch.device("meta"):
+        new = type(model)(config)
+    names = {id(module): name for name, module in model.named_modules()}
+    state = dict(model.state_dict())
+    for layers, reading in zip(extra, dense, strict=True):
+        state.update(_grown(reading, layers, more, names))
+    wanted = set(new.state_dict())
+    if missing := sorted(name for name in state if name not in wanted):
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: the edits need biases in its FFN, which this architecture does not have "
+            f"(no {missing[0]}); only neurons without biases can be folded into it"
+        )
+    new.load_state_dict(state, strict=False, assign=True)
+    for name, buffer in model.named_buffers():  # what is in no state_dict
+        holder, _, own = name.rpartition(".")
+        new.get_submodule(holder)._buffers[own] = buffer.clone()
+    for name, module in model.named_modules():  # tables of positions that are no buffers
+        tables = {key: t.clone() for key, t in vars(module).items() if isinstance(t, Tensor)}
+        vars(new.get_submodule(name)).update(tables)
+    for name, parameter in list(new.named_parameters()):
+        if parameter.is_meta and name.endswith(".bias"):  # of FFNs without new neurons, which have biases now
+            holder, _, own = name.rpartition(".")
+            like = new.get_parameter(f"{holder}.weight")
+            new.get_submodule(holder)._parameters[own] = nn.Parameter(like.new_zeros(parameter.shape))
+    tie: Any = getattr(new, "tie_weights", None)
+    if tie is not None:
+        tie()
+    if left := [name for name, t in new.state_dict().items() if t.is_meta]:
+        raise UnsupportedModelError(f"{type(model).__name__}: nothing was found for {left}")
+    return new.train(model.training)
+
+
+def _check(edit: Edit, decoder: backbones.Decoder) -> None:
+    if edit.memory_id is not None:
+        raise MismatchError(
+            f"edit {edit.id!r}: it was trained with the memory {edit.memory_id}, which cannot be folded"
+        )
+    if edit.hidden_size != decoder.hidden_size:
+        raise MismatchError(
+            f"edit {edit.id!r}: its hidden size is {edit.hidden_size}, the model's {decoder.hidden_size}"
+        )
+    if beyond := [i for i in edit.layers if i >= len(decoder.layers)]:
+        raise MismatchError(f"edit {edit.id!r}: it names the layers {beyond}, the model has {len(decoder.layers)}")
+    for i in edit.layers:
+        if decoder.layers[i].activation != edit.activation:
+            raise MismatchError(
+                f"edit {edit.id!r}: it is for {edit.activation} FFNs, layer {i}'s is {decoder.layers[i].activation}"
+            )
+
+
+def _dense(layer: backbones.Layer) -> Dense:
+    layer.weights()  # says what is wrong
+    assert layer.dense is not None
+    return layer.dense
+
+
+def _needs_biases(layer: EditLayer) -> bool:
+    """Whether the neurons have biases; plain neurons of a gated FFN have the factor q 0 + 1."""
+    return bool(layer.key_bias.any()) or layer.up is None or bool(layer.up_bias is not None and layer.up_bias.any())
+
+
+def _widened(model: nn.Module, width: int, new: int, biases: bool) -> Any:
+    """The model's config with FFNs of the new width, and with biases where they are needed and can be had."""
+    config = copy.deepcopy(model.config)
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(f"{type(model).__name__}: its encoder's FFNs have the same width in the config")
+    text: Any = config.get_text_config(decoder=True)  # type: ignore[union-attr,operator]
+    known = [name for name in _SIZES if hasattr(text, name) and getattr(text, name) in (width, None)]
+    if not known:
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: looked for the FFN's width {width} in its config as one of {', '.join(_SIZES)}; "
+            f"found { {name: getattr(text, name) for name in _SIZES if hasattr(text, name)} }"
+        )
+    setattr(text, known[0], new)
+    for name in _BIASES:
+        if biases and hasattr(text, name):
+            setattr(text, name, True)
+    return config
+
+
+def _grown(reading: Dense, layers: Sequence[EditLayer], more: int, names: dict[int, str]) -> dict[str, Tensor]:
+    """The matrices of an FFN with these neurons and as many idle ones as are left of `more`, by their names."""
+    weights = reading.weights()
+    like, (d, f) = weights.w_in, weights.w_out.shape
+    gated = weights.w_up is not None
+
+    def stack(parts: list[Tensor], shape: tuple[int, ...]) -> Tensor:
+        idle = torch.zeros(more - sum(len(p) for p in parts), *shape)
+        return torch.cat([*(p.detach().cpu().float() for p in parts), idle]).to(like)
+
+    keys, key_bias = stack([e.keys for e in layers], (d,)), stack([e.key_bias for e in layers], ())
+    values = stack([e.values + e.beta * e.zeta for e in layers], (d,))
+    up = stack([torch.zeros_like(e.keys) if e.up is None else e.up for e in layers], (d,))
+    up_bias = stack([torch.ones_like(e.key_bias) if e.up_bias is None else e.up_bias for e in layers], ())
+
+    def bias(base: Tensor | None, own: Tensor) -> Tensor | None:
+        if base is None and not own.any():
+            return None
+        return torch.cat([like.new_zeros(f) if base is None else base, own])
+
+    inwards = [(torch.cat([weights.w_in, keys]), bias(weights.b_in, key_bias))]
+    if gated and weights.w_up is not None:
+        factor = (torch.cat([weights.w_up, up]), bias(weights.b_up, up_bias))
+        if any(b is not None for _, b in (inwards[0], factor)):  # one switch for all of them
+            inwards = [(w, like.new_zeros(f + more) if b is None else b) for w, b in inwards]
+            factor = (factor[0], like.new_zeros(f + more) if factor[1] is None else factor[1])
+        inwards.append(factor)
+    elif any(e.up is not None for e in layers):
+        raise UnsupportedModelError("gated neurons cannot be folded into an FFN that has no gate")
+    outward = torch.cat([weights.w_out, values.T], 1)
+    out_bias = weights.b_out
+    if gated and out_bias is None and inwards[0][1] is not None:
+        out_bias = like.new_zeros(d)
+    return reading.named([*inwards, (outward, out_bias)], names)

@@ -1,0 +1,135 @@
+"""Changes of a patched model in place, while it is used."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from .. import backbones
+from ..artifacts.edit import Edit
+from ..artifacts.memory import MemoryBank
+from ..errors import PatchError
+from ..nn import (
+    EditStore,
+)
+from .compatibility import check_belonging
+from .install import _publish, _tables
+from .session import Running, _Patched, _require, _tell
+
+
+def add_edit(model: nn.Module, edit: Edit, *, override: bool = False, running: Running = "keep") -> None:
+    """Add an edit to a patched model, in place, behind its other edits.
+
+    A pass computes with what was installed when it began, in every layer. A generation that is running keeps that, as
+    its key-value cache does, unless `running` is "switch": then its next pass computes with what is new.
+
+    Args:
+        model: a patched model; the edit's layers must be among those that were patched.
+        edit: with an id that is not there yet.
+        override: see `patch`.
+        running: "keep" or "switch".
+
+    Raises:
+        PatchError: the model is not patched, at other layers, or has an edit of this id.
+        MismatchError: see `patch`.
+    """
+    state = _require(model)
+    _check_running(running)
+    if not isinstance(edit, Edit):
+        raise TypeError(f"edit: expected an Edit, got {type(edit).__name__}")
+    with state.lock:
+        if edit.id in state.edits:
+            raise PatchError(f"edit: {edit.id!r} is installed already; remove it first")
+        if missing := sorted(set(edit.layers) - set(state.ffns)):
+            raise PatchError(f"edit {edit.id!r}: its layers {missing} are not patched; patch(model, layers=...) them")
+        check_belonging(model, state.decoder, [edit], state.memory, state.config, override)
+        stores = {}
+        for i, layer in edit.layers.items():
+            ffn = state.ffns[i]
+            stores[i] = ffn.edits.with_edit(edit.id, layer.to(backbones.device_of(ffn.originals[0])))
+        _install(state, {**state.edits, edit.id: edit}, stores, running)
+        _tell("add_edit", state, edit=edit.id, layers=sorted(edit.layers), nbytes=edit.nbytes)
+
+
+def remove_edit(model: nn.Module, id: str, *, running: Running = "keep") -> None:
+    """Take an edit out of a patched model, in place. For `running` see `add_edit`.
+
+    Raises PatchError if the model is not patched or has no edit of this id.
+    """
+    state = _require(model)
+    _check_running(running)
+    with state.lock:
+        edit = _installed(state, id)
+        stores = {i: state.ffns[i].edits.without(id) for i in edit.layers}
+        _install(state, {name: e for name, e in state.edits.items() if name != id}, stores, running)
+        _tell("remove_edit", state, edit=id)
+
+
+def set_beta(model: nn.Module, id: str, beta: float, *, running: Running = "keep") -> None:
+    """Give an installed edit another beta in all its layers: how strongly zeta' steers its values (Eq. 6).
+
+    Raises PatchError if the model is not patched or has no edit of this id, ValueError for a beta that is not finite.
+    """
+    state = _require(model)
+    _check_running(running)
+    if not math.isfinite(beta):
+        raise ValueError(f"beta: expected a finite number, got {beta!r}")
+    with state.lock:
+        edit = _installed(state, id)
+        layers = {i: replace(layer, beta=torch.full_like(layer.beta, beta)) for i, layer in edit.layers.items()}
+        stores = {i: state.ffns[i].edits.with_beta(id, beta) for i in edit.layers}
+        _install(state, {**state.edits, id: replace(edit, layers=layers)}, stores, running)
+        _tell("set_beta", state, edit=id, beta=beta)
+
+
+def swap_memory(
+    model: nn.Module, memory: MemoryBank | None, *, override: bool = False, running: Running = "keep"
+) -> None:
+    """Give a patched model another memory, or none. For `running` see `add_edit`, for `override` see `patch`.
+
+    Raises:
+        PatchError: the model is not patched, or not at the memory's layers.
+        MismatchError: the memory is for another model or config, or an installed edit was trained with another one.
+    """
+    state = _require(model)
+    _check_running(running)
+    if memory is not None and not isinstance(memory, MemoryBank):
+        raise TypeError(f"memory: expected a MemoryBank or None, got {type(memory).__name__}")
+    with state.lock:
+        layers = memory.layers if memory else {}
+        if missing := sorted(set(layers) - set(state.attentions)):
+            raise PatchError(f"memory: its layers {missing} are not patched; patch(model, layers=...) them")
+        edits = list(state.edits.values())
+        check_belonging(model, state.decoder, edits, memory, state.config, override)
+        tables = {i: _tables(memory, i, attention.originals[0]) for i, attention in state.attentions.items()}
+        for i, attention in state.attentions.items():
+            attention.__dict__["published"] = tables[i]  # first: until it is there, passes read the one that is
+            attention.memory = tables[i]
+        state.memory = memory
+        _install(state, state.edits, {}, running)
+        _tell("swap_memory", state)
+
+
+def _check_running(running: str) -> None:
+    if running not in ("keep", "switch"):
+        raise ValueError(f"running: expected 'keep' or 'switch', got {running!r}")
+
+
+def _installed(state: _Patched, id: str) -> Edit:
+    if id not in state.edits:
+        raise PatchError(f"id: {id!r} is no edit of the model; it has {sorted(state.edits)}")
+    return state.edits[id]
+
+
+def _install(state: _Patched, edits: dict[str, Edit], stores: Mapping[int, EditStore], running: Running) -> None:
+    """Publish these edits and stores at once."""
+    for i, store in stores.items():
+        state.ffns[i].edits.become(store)
+    state.edits = edits
+    _publish(state, None if any(ffn.edits.direct for ffn in state.ffns.values()) else stores)
+    if running == "switch":
+        state.context.forget_running()

@@ -1,0 +1,234 @@
+"""`patch` and its inverse: install edits and a memory in a model, in place, and take them out again bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from torch import nn
+
+from .. import backbones
+from ..artifacts.edit import Edit
+from ..artifacts.memory import MemoryBank
+from ..config import Config
+from ..errors import PatchError
+from ..nn import (
+    EditStore,
+    MemoryAttention,
+    MemoryTables,
+    ModelContext,
+    PassThrough,
+    PatchedFFN,
+    Version,
+    original,
+)
+from ..retrieval.approximate import ApproximateIndex
+from .compatibility import check_belonging
+from .session import _ATTRIBUTE, _Decode, _Embed, _Patched, _require, _state, _tell
+
+M = TypeVar("M", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class PatchReport:
+    """What `patch` did; prints as a table.
+
+    Attributes:
+        model: class name.
+        decoder: path of the decoder in the model.
+        layers: (index, FFN child, attention child, extra neurons, memory entries) of each patched layer.
+        edits: ids.
+        memory: id of the memory, or None.
+        nbytes: bytes of the edits and of the memory's tables.
+    """
+
+    model: str
+    decoder: str
+    layers: tuple[tuple[int, str, str, int, int], ...]
+    edits: tuple[str, ...]
+    memory: str | None
+    nbytes: int
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.model}: patched {len(self.layers)} layers of {self.decoder or 'the model'}",
+            f"  edits: {', '.join(self.edits) or 'none'}; memory: {self.memory or 'none'}; {self.nbytes:,} bytes",
+            "  layer  FFN                       attention       neurons  entries",
+        ]
+        lines += [f"  {i:5d}  {ffn:24s}  {attn:14s}  {n:7d}  {m:7d}" for i, ffn, attn, n, m in self.layers]
+        return "\n".join(lines)
+
+
+def is_patched(model: nn.Module) -> bool:
+    """Whether `patch` is in force on this model."""
+    return _state(model) is not None
+
+
+def patched_ffns(model: nn.Module) -> dict[int, PatchedFFN]:
+    """The patched FFN of each patched layer. Raises PatchError if the model is not patched."""
+    return dict(_require(model).ffns)
+
+
+def patch(
+    model: nn.Module,
+    edits: Sequence[Edit] = (),
+    memory: MemoryBank | None = None,
+    *,
+    layers: Sequence[int] | None = None,
+    config: Config | None = None,
+    replace: bool = False,
+    override: bool = False,
+) -> PatchReport:
+    """Install the fused modules in a Hugging Face model, in place, with these edits and this memory.
+
+    Without edits and memory the model's output does not change by a bit. If anything is wrong, the model is left as
+    it was.
+
+    Args:
+        model: a PreTrainedModel whose decoder has attention and an FFN in each layer, alone or in a multimodal model.
+        edits: each adds its neurons to the layers that it names; ids must be distinct.
+        memory: shifts the attention output of the layers that it names.
+        layers: patched too, though no edit or memory names them; None: where nothing names any, the last four.
+        config: the semantics; None: the memory's, else the edits', else the defaults.
+        replace: patch anew a model that is patched already, instead of an error.
+        override: accept edits and memories that were not made for each other, this config or this model.
+
+    Returns:
+        A report that prints as a table.
+
+    Raises:
+        PatchError: the model is patched already; two edits have one id.
+        MismatchError: an edit, the memory, the config and the model do not belong together.
+        UnsupportedModelError: the structure of the model is not known.
+        ValueError: an unknown layer.
+    """
+    if _state(model) is not None and not replace:
+        raise PatchError(f"{type(model).__name__} is patched already: unpatch it first, or pass replace=True")
+    if _state(model) is None and any(original(m) is not m for m in model.modules()):
+        raise PatchError(f"a part of {type(model).__name__} was patched on its own: unpatch that model object first")
+    for edit in edits:
+        if not isinstance(edit, Edit):
+            raise TypeError(f"edits: expected a sequence of Edit, got {type(edit).__name__}")
+    if memory is not None and not isinstance(memory, MemoryBank):
+        raise TypeError(f"memory: expected a MemoryBank, got {type(memory).__name__}")
+    named = {edit.id: edit for edit in edits}
+    if len(named) != len(edits):
+        raise PatchError(f"edits: expected distinct ids, got {[edit.id for edit in edits]}")
+
+    decoder = backbones.find_decoder(model)
+    chosen = config or (memory.config if memory else None) or (edits[0].config if edits else None) or Config()
+    check_belonging(model, decoder, list(edits), memory, chosen, override)
+    wanted = {i for edit in edits for i in edit.layers} | set(memory.layers if memory else ())
+    explicit = decoder.select(layers) if layers is not None or not wanted else []
+    indices = decoder.select(sorted(wanted | set(explicit)))
+
+    # Everything that can fail is built first; the model is touched only after that.
+    context = ModelContext()
+    plan = [_build(decoder.layers[i], named, memory, chosen, context) for i in indices]
+    image_token = backbones.image_token_id(model) if memory is not None and chosen.tokens == "text" else None
+    if _state(model) is not None:
+        unpatch(model)
+    state = _Patched(context, decoder, chosen, named, memory, {}, {})
+    for i, (replacements, ffn, attention) in zip(indices, plan, strict=True):
+        for site, module in replacements:
+            site.put(module)
+        state.ffns[i], state.attentions[i] = ffn, attention
+    decoder.module.register_forward_pre_hook(_Decode(context, image_token), with_kwargs=True)
+    if image_token is not None:
+        model.get_input_embeddings().register_forward_pre_hook(_Embed(context, image_token))  # type: ignore[operator]
+    _publish(state)
+    model.__dict__[_ATTRIBUTE] = state
+    _tell("patch", state)
+    return _report(model, decoder, state)
+
+
+def _publish(state: _Patched, changed: Mapping[int, EditStore] | None = None) -> None:
+    """Let new passes compute with what is installed now; `changed`: the only stores that are not published yet."""
+    before = state.context.current
+    if before is None or changed is None:
+        edits = {i: ffn.edits.copied() for i, ffn in state.ffns.items()}
+        for ffn in state.ffns.values():
+            ffn.edits.direct = False
+    else:
+        edits = {**before.edits, **changed}
+    for attention in state.attentions.values():
+        attention.__dict__["published"] = attention.memory
+    state.context.current = Version(edits, {i: a.memory for i, a in state.attentions.items()})
+
+
+def unpatch(model: M) -> M:
+    """Put the original module objects back; the model computes what it computed before `patch`, bit for bit.
+
+    Raises PatchError if the model is not patched. Returns the model.
+    """
+    _require(model)
+    for module in list(model.modules()):
+        for name, child in module._modules.items():
+            if child is not None:
+                module._modules[name] = original(child)
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if isinstance(hook, _Decode | _Embed):
+                del module._forward_pre_hooks[key]
+                module._forward_pre_hooks_with_kwargs.pop(key, None)
+    _tell("unpatch", model.__dict__.pop(_ATTRIBUTE))
+    return model
+
+
+@contextmanager
+def patched(model: nn.Module, *args: Any, **kwargs: Any) -> Iterator[PatchReport]:
+    """`patch(model, ...)` for the length of a `with` block."""
+    report = patch(model, *args, **kwargs)
+    try:
+        yield report
+    finally:
+        unpatch(model)
+
+
+def _build(
+    layer: backbones.Layer, edits: dict[str, Edit], memory: MemoryBank | None, config: Config, context: ModelContext
+) -> tuple[list[tuple[backbones.Site, nn.Module]], PatchedFFN, MemoryAttention]:
+    """What will stand where in one layer; nothing of the model is touched."""
+    *ffn_parts, base_attention = [site.module for site in (*layer.ffn, layer.attention)]
+    ffn = PatchedFFN.from_module(
+        *ffn_parts, activation=layer.activation, dense=layer.dense, context=context, layer=layer.index
+    )
+    own = {name: edit.layers[layer.index] for name, edit in edits.items() if layer.index in edit.layers}
+    ffn.edits.set({name: e.to(backbones.device_of(ffn_parts[0])) for name, e in own.items()})
+    if not any(t.requires_grad for e in own.values() for t in e.tensors().values()):
+        ffn.edits.spare()
+    attention = MemoryAttention.from_module(
+        base_attention,
+        config,
+        context=context,
+        layer=layer.index,
+        project=backbones.project_queries if config.values == "projected" else None,
+    )
+    attention.memory = _tables(memory, layer.index, base_attention)
+    through = [PassThrough.from_module(part) for part in ffn_parts[1:]]
+    return list(zip((layer.attention, *layer.ffn), (attention, ffn, *through), strict=True)), ffn, attention
+
+
+def _tables(memory: MemoryBank | None, layer: int, attention: nn.Module) -> MemoryTables | None:
+    """What a memory holds for a layer, where its attention computes."""
+    if memory is None or layer not in memory.layers:
+        return None
+    m = memory.layers[layer]
+    device = backbones.device_of(attention)
+    found = None if memory.search is None else ApproximateIndex(m.index.to(device), memory.search)
+    return MemoryTables(m.index, m.keys, m.values, m.encoder, memory.id, found).to(device)
+
+
+def _report(model: nn.Module, decoder: backbones.Decoder, state: _Patched) -> PatchReport:
+    rows = []
+    nbytes = sum(edit.nbytes for edit in state.edits.values())
+    for i, ffn in sorted(state.ffns.items()):
+        tables = state.attentions[i].memory
+        neurons = ffn.edits.used[0]
+        entries = 0 if tables is None else tables.index.shape[0]
+        names = decoder.layers[i]
+        rows.append((i, " + ".join(site.name for site in names.ffn), names.attention.name, neurons, entries))
+        nbytes += sum(b.nbytes for b in (tables.buffers() if tables else ()))
+    memory = state.memory.id if state.memory else None
+    return PatchReport(type(model).__name__, decoder.path, tuple(rows), tuple(state.edits), memory, nbytes)

@@ -1,0 +1,147 @@
+"""`EditBank`: the edits of many requests at once, for engines that call the operators themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from ..artifacts.edit import Edit
+from ..errors import MismatchError, PatchError
+from ..nn import EditStore
+from ..ops import ACTIVATIONS, EditPool, patched_ffn
+
+
+class EditBank:
+    """Edits by id, in one ragged pool for each layer; a batch's rows choose theirs.
+
+    An edit is added in the time that copying it takes, and removed or replaced without touching the others. Tensors of
+    a pool are kept until there is no room left; then they are copied into larger ones, and where most of a pool belongs
+    to edits that were removed, the others move together. A pool is what the bank holds when it is asked for, and later
+    changes leave it as it is: a batch at work goes on with its own.
+
+    Args:
+        layers: decoder layers that edits may have neurons in.
+        hidden_size: d.
+        activation: of the FFNs; see `ops.patched_ffn`.
+        device: where the pools are.
+
+    Raises:
+        ValueError: no layers, a width below 1, an unknown activation.
+    """
+
+    def __init__(
+        self, layers: Sequence[int], hidden_size: int, activation: str, *, device: torch.device | str = "cpu"
+    ) -> None:
+        if not layers or len(set(layers)) != len(layers):
+            raise ValueError(f"layers: expected distinct layers, at least one, got {list(layers)}")
+        if hidden_size < 1:
+            raise ValueError(f"hidden_size: expected at least 1, got {hidden_size}")
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}; got {activation!r}")
+        self.hidden_size, self.activation, self.device = hidden_size, activation, torch.device(device)
+        self._stores = {layer: EditStore() for layer in layers}
+        self._edits: dict[str, Edit] = {}
+
+    def __len__(self) -> int:
+        return len(self._edits)
+
+    def __contains__(self, id: object) -> bool:
+        return id in self._edits
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._edits)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the pools, room for edits to come and what removed ones left included."""
+        return sum(t.nbytes for store in self._stores.values() for t in store.buffers())
+
+    @property
+    def layers(self) -> list[int]:
+        """Those that edits may have neurons in."""
+        return sorted(self._stores)
+
+    def add(self, edit: Edit) -> None:
+        """Hold an edit.
+
+        Raises:
+            PatchError: there is an edit of this id.
+            MismatchError: another hidden size or activation, or layers that the bank does not have.
+        """
+        if edit.id in self._edits:
+            raise PatchError(f"edit: {edit.id!r} is in the bank already; replace it, or remove it first")
+        self.check(edit)
+        self._set(edit)
+
+    def replace(self, edit: Edit) -> None:
+        """Hold an edit in the place of the one of its id. Raises as `add` does, PatchError if there is none."""
+        self._require(edit.id)
+        self.check(edit)
+        self.remove(edit.id)
+        self._set(edit)
+
+    def remove(self, id: str) -> None:
+        """Let an edit go. Raises PatchError if there is none of this id."""
+        for layer in self._require(id).layers:
+            self._stores[layer] = self._stores[layer].without(id)
+        del self._edits[id]
+
+    def has_neurons(self, layer: int) -> bool:
+        """Whether an edit of the bank has any in this layer."""
+        return not self._stores[layer].empty
+
+    def pool(self, layer: int, rows: Sequence[Sequence[str]]) -> EditPool:
+        """A layer's neurons, and those that each row of a batch selects, as `ops.patched_ffn` takes them.
+
+        Args:
+            layer: one of the bank's.
+            rows: for each row the ids of its edits in their order, [] for none.
+
+        Raises:
+            ValueError: another layer, or no rows.
+            PatchError: an unknown id; the message names the row.
+        """
+        if layer not in self._stores:
+            raise ValueError(f"layer: expected one of {sorted(self._stores)}, got {layer}")
+        if not rows:
+            raise ValueError("rows: expected at least one row")
+        for r, row in enumerate(rows):
+            if unknown := [id for id in row if id not in self._edits]:
+                raise PatchError(f"rows[{r}]: unknown edit ids {unknown}")
+        store = self._stores[layer]
+        if store.empty:
+            return self._nothing(len(rows))
+        return store.pool(tuple(map(tuple, rows)))
+
+    def apply(self, layer: int, x: Tensor, base: Tensor, rows: Sequence[Sequence[str]]) -> Tensor:
+        """base + the neurons of each row's edits on x (Eq. 3 and 6): [..., d], the tokens of the rows in equal runs."""
+        return patched_ffn(x, base, self.pool(layer, rows), activation=self.activation)
+
+    def _require(self, id: str) -> Edit:
+        if id not in self._edits:
+            raise PatchError(f"id: {id!r} is no edit of the bank")
+        return self._edits[id]
+
+    def check(self, edit: Edit) -> None:
+        """Raises MismatchError for another hidden size or activation, or layers that the bank does not have."""
+        if edit.hidden_size != self.hidden_size:
+            raise MismatchError(
+                f"edit {edit.id!r}: its hidden size is {edit.hidden_size}, the bank's {self.hidden_size}"
+            )
+        if edit.activation != self.activation:
+            raise MismatchError(f"edit {edit.id!r}: it is for {edit.activation} FFNs, the bank's are {self.activation}")
+        if missing := sorted(set(edit.layers) - set(self._stores)):
+            raise MismatchError(f"edit {edit.id!r}: the bank has no layers {missing}, it has {sorted(self._stores)}")
+
+    def _set(self, edit: Edit) -> None:
+        for layer, neurons in edit.layers.items():
+            self._stores[layer] = self._stores[layer].with_edit(edit.id, neurons.to(self.device))
+        self._edits[edit.id] = edit
+
+    def _nothing(self, rows: int) -> EditPool:
+        d, device = self.hidden_size, self.device
+        none, wide = torch.zeros(0, device=device), torch.zeros(0, d, device=device)
+        starts = torch.zeros(rows + 1, dtype=torch.int64, device=device)
+        return EditPool(wide, none, None, None, wide, wide, none, starts[:1], starts, starts[:0])

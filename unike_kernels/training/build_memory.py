@@ -1,0 +1,102 @@
+"""From triplets to a memory: extract, disentangle, assemble."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..artifacts.fingerprint import fingerprint
+from ..artifacts.memory import MemoryBank, MemoryLayer
+from ..backbones import Decoder, find_decoder, project_memory, score_scale
+from ..config import Config
+from .encoders import Disentangled, EncoderTraining, disentangle
+from .extract import Hidden, extract
+from .samples import Triplet
+
+
+@dataclass(frozen=True)
+class MemoryResult:
+    """A memory and how it came about.
+
+    Attributes:
+        memory: ready to patch in or save.
+        hidden: layer -> extracted states.
+        spaces: layer -> encoders, zeta, W_zeta and their held-out accuracies.
+    """
+
+    memory: MemoryBank
+    hidden: Mapping[int, Hidden]
+    spaces: dict[int, Disentangled]
+
+    def __str__(self) -> str:
+        lines = [f"memory {self.memory.id}: {len(self.memory)} entries, layers {sorted(self.spaces)}"]
+        lines += [
+            f"  layer {i}: held-out truthfulness {s.truth_accuracy:.0%}, held-out semantics {s.semantic_accuracy:.0%}"
+            for i, s in sorted(self.spaces.items())
+        ]
+        return "\n".join(lines)
+
+
+@torch.no_grad()
+def _tables(decoder: Decoder, layer: int, hidden: Hidden, values: str) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """keys [N, H, c], values [N, H, d] or None for the same, and what Enc_sem sees of h_pos and of h_neg [N, d]."""
+    if values == "pre":
+        return hidden.pos_pre.unsqueeze(1), None, hidden.pos_pre, hidden.neg_pre
+    if values == "out":
+        return hidden.pos_pre.unsqueeze(1), hidden.pos_out.unsqueeze(1), hidden.pos_out, hidden.neg_out
+    attention = decoder.layers[layer].attention.module
+    parameter = next(attention.parameters())
+    keys, table = (t.float().cpu() for t in project_memory(attention, hidden.pos_pre.to(parameter)))
+    _, negative = project_memory(attention, hidden.neg_pre.to(parameter))
+    return keys, table, table.sum(1), negative.float().cpu().sum(1)
+
+
+def build_memory(
+    model: nn.Module,
+    processor: Any,
+    triplets: Sequence[Triplet],
+    *,
+    config: Config | None = None,
+    layers: Sequence[int] | None = None,
+    training: EncoderTraining | None = None,
+    batch_size: int = 32,
+    store: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+) -> MemoryResult:
+    """Make the memory of `triplets` for a model (paper, section 3.3 and Appendix C).
+
+    Args:
+        model: a Hugging Face model, not patched.
+        processor: its processor or tokenizer.
+        triplets: knowledge that the model gets wrong.
+        config: the semantics; with values="projected" and no scale, the scale of the model's own attention is set.
+        layers: None: the last four.
+        training: of the encoders.
+        batch_size: triplets per forward pass of the extraction.
+        store: a folder for the extracted states, as for `extract`: for thousands of triplets of a large model.
+        progress: show progress bars.
+
+    Raises:
+        ValueError: too few triplets, an unknown layer.
+        PatchError: the model is patched.
+    """
+    config = config or Config()
+    decoder = find_decoder(model)
+    if config.values == "projected" and config.scale is None:
+        config = Config(**{**config.to_dict(), "scale": score_scale(decoder.layers[0].attention.module)})
+    hidden = extract(model, processor, triplets, layers=layers, batch_size=batch_size, store=store, progress=progress)
+    tables, spaces = {}, {}
+    for i, h in hidden.items():
+        keys, values, pos, neg = _tables(decoder, i, h, config.values)
+        # zeta' steers the FFN, whose input is of the kind of "pre": truthfulness is told there, whatever the values.
+        truth = h.pos_pre, h.neg_pre
+        space = disentangle(h.sem_out, pos, neg, training, truth_states=truth, progress=progress)
+        spaces[i] = space
+        tables[i] = MemoryLayer(h.sem_pre, keys, values, space.semantic_weights(), space.zeta, space.zeta_prime)
+    notes = {"triplets": str(len(triplets)), "training": str(training or EncoderTraining())}
+    return MemoryResult(MemoryBank(tables, config, fingerprint(model), notes), hidden, spaces)

@@ -1,0 +1,195 @@
+"""Extracting h_sem, h_pos and h_neg of in-context knowledge (paper, section 3.3)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from ..artifacts import files
+from ..artifacts.fingerprint import fingerprint
+from ..backbones import device_of, find_decoder
+from ..errors import ArtifactError, PatchError
+from ..nn import residual_of, residual_position
+from ..patching import is_patched
+from .samples import Sample, Triplet, batches, encode, evaluating, forward
+
+_PART = 1024  # triplets whose states are written together
+
+
+@dataclass(frozen=True)
+class Hidden:
+    """Hidden states of N triplets at one layer's attention module: its input ("pre") and its output ("out").
+
+    All are float32 [N, d] on the CPU. sem: the last token of the question; pos and neg: the last token of the question
+    with the true and with the wrong answer.
+    """
+
+    sem_pre: Tensor
+    sem_out: Tensor
+    pos_pre: Tensor
+    pos_out: Tensor
+    neg_pre: Tensor
+    neg_out: Tensor
+
+
+@contextmanager
+def _record(modules: dict[int, nn.Module]) -> Iterator[dict[tuple[int, str], Tensor]]:
+    """Within the block, each pass leaves the input and the output of each module in the dictionary."""
+    store: dict[tuple[int, str], Tensor] = {}
+
+    def hook(index: int) -> Any:
+        def after(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+            store[index, "pre"] = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+            out = output[0] if isinstance(output, tuple) else output
+            residual = residual_of(residual_position(module), args, kwargs)
+            store[index, "out"] = out if residual is None else out - residual
+
+        return after
+
+    handles = [m.register_forward_hook(hook(i), with_kwargs=True) for i, m in modules.items()]
+    try:
+        yield store
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def extract(
+    model: nn.Module,
+    processor: Any,
+    triplets: Sequence[Triplet],
+    *,
+    layers: Sequence[int] | None = None,
+    batch_size: int = 32,
+    store: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+) -> Mapping[int, Hidden]:
+    """Run the positive and the negative knowledge through the unpatched model and keep the states that matter.
+
+    Args:
+        model: a Hugging Face model, not patched.
+        processor: its processor or tokenizer.
+        triplets: at least two (one has no negatives to be told from). They are looked at some at a time, so that a lazy
+            sequence need not hold all images.
+        layers: decoder layers; None: the last four.
+        batch_size: triplets per forward pass.
+        store: a folder for the states. They are written there in parts as they are made, so that memory holds one layer
+            at most, and an extraction that was interrupted goes on after its last part. None: all stay in memory.
+        progress: show a progress bar.
+
+    Returns:
+        Layer index -> `Hidden`, rows in the order of `triplets`; with a store, read from there when asked for.
+
+    Raises:
+        ValueError: too few triplets, a positive answer that equals the negative one, or a sample that is longer than
+            the model's context. Parts before it stay in the store.
+        PatchError: the model is patched; its states would be shifted ones.
+        ArtifactError: the store holds a part of other triplets, layers or of another model, or a damaged one. Images
+            are not compared.
+    """
+    if len(triplets) < 2:
+        raise ValueError(f"triplets: expected at least 2, got {len(triplets)}")
+    if is_patched(model):
+        raise PatchError("extract: the model is patched; unpatch it first")
+    chosen = find_decoder(model).select(layers)
+    starts = range(0, len(triplets), _PART)
+    parts: list[dict[int, Hidden]] = []
+    with tqdm(total=len(triplets), desc="extract", disable=not progress) as bar:
+        for start in starts:
+            part = [triplets[i] for i in range(start, min(start + _PART, len(triplets)))]
+            header = _header(model, chosen, start, part)
+            file = None if store is None else Path(store) / f"states-{start:07d}.safetensors"
+            if file is None or not file.exists():
+                found = _extract(model, processor, part, chosen, batch_size, start)
+                if file is None:
+                    parts.append(found)
+                else:
+                    tensors = {f"{i}.{name}": t for i, h in found.items() for name, t in vars(h).items()}
+                    files.save(file, "states", header, tensors)
+            elif (have := files.load(file, "states", only=())[0]) != header:
+                other = [name for name in header if have.get(name) != header[name]]
+                raise ArtifactError(f"{file}: its {' and '.join(other)} are others; give another store")
+            bar.update(len(part))
+    if store is None:
+        return {i: _joined([part[i] for part in parts]) for i in chosen}
+    return _Stored([Path(store) / f"states-{start:07d}.safetensors" for start in starts], chosen)
+
+
+def _header(model: nn.Module, layers: Sequence[int], start: int, part: Sequence[Triplet]) -> dict[str, Any]:
+    """What the states of these triplets depend on, but for the images."""
+    told = json.dumps([[t.prompt, t.positive, t.negative, t.image is not None] for t in part])
+    digest = hashlib.sha256(told.encode()).hexdigest()
+    return {"model": fingerprint(model), "layers": list(layers), "triplets": digest, "start": start}
+
+
+def _joined(parts: Sequence[Hidden]) -> Hidden:
+    return Hidden(**{name: torch.cat([getattr(p, name) for p in parts]) for name in Hidden.__dataclass_fields__})
+
+
+class _Stored(Mapping[int, Hidden]):
+    """The states in these files; a layer is read when it is asked for."""
+
+    def __init__(self, files: Sequence[Path], layers: Sequence[int]) -> None:
+        self._files, self._layers = files, layers
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._layers)
+
+    def __getitem__(self, layer: int) -> Hidden:
+        if layer not in self._layers:
+            raise KeyError(layer)
+        wanted = {f"{layer}.{name}" for name in Hidden.__dataclass_fields__}
+        parts = [files.load(file, "states", wanted)[1] for file in self._files]
+        return _joined([Hidden(**{name.partition(".")[2]: t for name, t in part.items()}) for part in parts])
+
+
+@torch.no_grad()
+def _extract(
+    model: nn.Module, processor: Any, triplets: Sequence[Triplet], layers: Sequence[int], batch_size: int, start: int
+) -> dict[int, Hidden]:
+    """The states of a part of the triplets, of which the first is number `start`."""
+    for i, t in enumerate(triplets, start):
+        if t.positive == t.negative:
+            raise ValueError(f"triplets[{i}]: the positive and the negative answer are both {t.positive!r}")
+    decoder = find_decoder(model)
+    attention = {i: decoder.layers[i].attention.module for i in layers}
+    device = device_of(model)
+    found: dict[tuple[int, str], list[Tensor]] = {
+        (i, f"{state}_{site}"): [torch.empty(0)] * len(triplets)
+        for i in layers
+        for state in ("sem", "pos", "neg")
+        for site in ("pre", "out")
+    }
+    plan = batches([Sample(t.prompt, "", t.image) for t in triplets], batch_size)
+    with evaluating(model), _record(attention) as store:
+        for indices in plan:
+            for state in ("pos", "neg"):
+                answers = [triplets[i].positive if state == "pos" else triplets[i].negative for i in indices]
+                samples = [
+                    Sample(triplets[i].prompt, a, triplets[i].image) for i, a in zip(indices, answers, strict=True)
+                ]
+                batch = encode(processor, samples, device)
+                forward(model, batch.inputs)
+                rows = torch.arange(len(indices), device=device)
+                for (layer, site), states in store.items():
+                    wanted = {f"{state}_{site}": batch.lasts}
+                    if state == "pos":
+                        wanted[f"sem_{site}"] = batch.ends
+                    for name, at in wanted.items():
+                        for i, row in zip(indices, states[rows, at].float().cpu(), strict=True):
+                            found[layer, name][i] = row
+    names = list(Hidden.__dataclass_fields__)
+    return {i: Hidden(**{name: torch.stack(found[i, name]) for name in names}) for i in layers}

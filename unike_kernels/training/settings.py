@@ -1,0 +1,79 @@
+"""How an edit is trained, and what came of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..artifacts.edit import Edit
+
+
+@dataclass(frozen=True)
+class EditTraining:
+    """How an edit is trained.
+
+    Attributes:
+        neurons: per layer (the paper's 10).
+        lr: of Adam.
+        steps: at most.
+        stop_loss: stop when every target token is predicted and the target's loss is below this ...
+        stop_preserve: ... and the divergence on the `preserve` samples was below this, in nats a token, in the mean of
+            the last pass over them.
+        preserve_weight: of the divergence from the unedited model on the `preserve` samples.
+        preserve_batch: how many of them are seen in a step.
+        activation_weight: of T-Patcher's activation loss: exp(-a) in the mean over the neurons, a the pre-activation of
+            a neuron at the token of the answer that its key was made from.
+        prompt_dropout: chance of each token of the prompt to be left out of a second copy of the request, with which
+            the edit is trained too, so that it holds in other words; drawn anew in each step; 0: no copy. Samples to
+            protect get such copies, too. It suits questions about an image, 0.3 say; where the subject is in the
+            prompt's words, these are left out as well.
+        memory_weight: of T-Patcher's memory loss: max(0, a - margin) in the mean over neurons and `preserve` tokens.
+        margin: see there; the pre-activation below which a neuron counts as silent.
+        seed: of the initialisation and of the order of the preserve samples.
+    """
+
+    neurons: int = 10
+    lr: float = 1e-2
+    steps: int = 100
+    stop_loss: float = 0.05
+    stop_preserve: float = 0.01
+    preserve_weight: float = 10.0
+    preserve_batch: int = 16
+    prompt_dropout: float = 0.0
+    activation_weight: float = 0.0
+    memory_weight: float = 0.0
+    margin: float = -3.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("neurons", "lr", "steps", "stop_loss", "stop_preserve", "preserve_batch"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"EditTraining.{name}: expected a positive number, got {getattr(self, name)!r}")
+        if not 0 <= self.prompt_dropout < 1:
+            raise ValueError(f"EditTraining.prompt_dropout: expected 0 or more, below 1; got {self.prompt_dropout!r}")
+        for name in ("preserve_weight", "activation_weight", "memory_weight"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"EditTraining.{name}: expected 0 or more, got {getattr(self, name)!r}")
+
+
+@dataclass(frozen=True)
+class EditResult:
+    """An edit and how its training went.
+
+    Attributes:
+        edit: ready to patch in or save.
+        losses: loss of the target at each step, before the step.
+        divergence: from the unedited model on the `preserve` samples at the end, in nats a token; 0 without samples.
+        reached: whether the edited model predicts every target token.
+        stopped: why training ended: "target met" (and the preserve samples kept), "step limit, target met" or
+            "step limit, target not met".
+    """
+
+    edit: Edit
+    losses: tuple[float, ...]
+    divergence: float
+    reached: bool
+    stopped: str
+
+    @property
+    def steps(self) -> int:
+        return len(self.losses)

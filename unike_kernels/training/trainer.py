@@ -1,0 +1,368 @@
+"""Making one edit: extra neurons, trained on the target's tokens, model frozen, memory active (paper, section 3.3)."""
+
+from __future__ import annotations
+
+import math
+import uuid
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from ..artifacts.edit import Edit, EditLayer, fresh_layer
+from ..artifacts.fingerprint import fingerprint
+from ..artifacts.memory import MemoryBank
+from ..backbones import device_of, find_decoder
+from ..config import Config
+from ..errors import PatchError
+from ..nn import PatchedFFN
+from ..patching import is_patched, patched, patched_ffns, selecting
+from .activation_cache import Replay
+from .objectives import _activation_loss, _ffn_inputs, _Preserve, _Targets, _watched
+from .samples import (
+    Sample,
+    batches,
+    evaluating,
+    with_thinned,
+)
+from .settings import EditResult, EditTraining
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Within the block the model is in eval mode and its parameters ask for no gradient."""
+    asked = [p for p in model.parameters() if p.requires_grad]
+    for p in asked:
+        p.requires_grad_(False)
+    try:
+        with evaluating(model):
+            yield
+    finally:
+        for p in asked:
+            p.requires_grad_(True)
+
+
+def _initial_layers(
+    wrong: dict[int, Tensor], usual: dict[int, Tensor], zeta: dict[int, Tensor], gated: bool, training: EditTraining
+) -> dict[int, EditLayer]:
+    """Keys as in T-Patcher: with pre-activation 1 where the target is to be produced; 0 at the usual FFN input.
+
+    K = (q - m) / |q - m|^2 and b = -K m, q the inputs at the target positions [P, d], m the mean usual input [d].
+    """
+    generator = torch.Generator().manual_seed(training.seed)
+    layers = {}
+    for i, q in wrong.items():
+        away = (q - usual[i])[torch.arange(training.neurons) % len(q)].float()
+        noise = torch.randn(away.shape, generator=generator).to(away.device)
+        away = away + 0.1 * noise * away.norm(dim=-1, keepdim=True) / away.shape[-1] ** 0.5
+        keys = away / (away * away).sum(-1, keepdim=True).clamp(min=1e-12)
+        layers[i] = fresh_layer(keys, -(keys @ usual[i].float()), zeta[i], gated=gated)
+    return layers
+
+
+def train_edit(
+    model: nn.Module,
+    processor: Any,
+    request: Sample,
+    memory: MemoryBank | None = None,
+    *,
+    id: str | None = None,
+    previous: Sequence[Edit] = (),
+    preserve: Sequence[Sample] = (),
+    protect: Sequence[Sample] = (),
+    layers: Sequence[int] | None = None,
+    config: Config | None = None,
+    zeta: dict[int, Tensor] | None = None,
+    training: EditTraining | None = None,
+    progress: bool = True,
+) -> EditResult:
+    """Train extra neurons that make `model` answer `request.answer`; the model itself is untouched.
+
+    Args:
+        model: a Hugging Face model, not patched.
+        processor: its processor or tokenizer.
+        request: the answer is what the model shall say from now on.
+        memory: active during training exactly as at inference, and the source of zeta'; None: without either.
+        id: of the edit; None: a random one.
+        previous: edits that are in force already (sequential editing); they are not retrained.
+        preserve: samples on which the model shall not change; their mean FFN input also centres the new keys.
+        protect: samples on which the model with the previous edits shall not change, such as their requests.
+        layers: None: the memory's, else the last four.
+        config: None: the memory's, else the defaults.
+        zeta: layer -> [d], instead of the memory's zeta' (for ablations).
+        training: see `EditTraining`.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: an empty answer, an unknown layer, config.w_zeta="edit" without a memory, a sample that is longer
+            than the model's context.
+        PatchError: the model is patched; a previous edit has this id.
+        MismatchError: the memory or a previous edit does not belong to this model.
+    """
+    (result,) = train_edits(
+        model, processor, [request], memory, ids=None if id is None else [id], previous=previous, preserve=preserve,
+        protect=protect, layers=layers, config=config, zeta=zeta, training=training, progress=progress,
+    )  # fmt: skip
+    return result
+
+
+def train_edits(
+    model: nn.Module,
+    processor: Any,
+    requests: Sequence[Sample],
+    memory: MemoryBank | None = None,
+    *,
+    ids: Sequence[str] | None = None,
+    previous: Sequence[Edit] = (),
+    preserve: Sequence[Sample] = (),
+    protect: Sequence[Sample] = (),
+    layers: Sequence[int] | None = None,
+    config: Config | None = None,
+    zeta: dict[int, Tensor] | None = None,
+    training: EditTraining | None = None,
+    batch_size: int = 8,
+    progress: bool = True,
+) -> list[EditResult]:
+    """`train_edit` for requests that know nothing of each other, several in one pass: each row has its own neurons.
+
+    Each edit becomes what `train_edit` makes of its request alone, up to rounding.
+
+    Args:
+        requests: one or more; see `train_edit` for the other arguments.
+        ids: of the edits; None: random ones.
+        batch_size: edits that are trained together; a step sees `training.preserve_batch` samples for each.
+
+    Raises:
+        ValueError: as `train_edit` does; no requests, or ids that are not as many or not distinct.
+    """
+    if is_patched(model):
+        raise PatchError(
+            "train_edit: the model is patched; unpatch it first, and pass the edits in force as `previous`"
+        )
+    if not requests:
+        raise ValueError("requests: expected at least one, got none")
+    if not all(request.answer for request in requests):
+        raise ValueError("request.answer: expected a non-empty string")
+    names = [uuid.uuid4().hex[:12] for _ in requests] if ids is None else list(ids)
+    if len(names) != len(requests) or len(set(names)) != len(names):
+        raise ValueError(f"ids: expected {len(requests)} distinct ones, got {names}")
+    for name in names:
+        if name in [e.id for e in previous]:
+            raise PatchError(f"id: {name!r} is already the id of a previous edit")
+    training = training or EditTraining()
+    config = config or (memory.config if memory else Config())
+    if config.w_zeta == "edit" and memory is None:
+        raise ValueError("config.w_zeta: 'edit' needs a memory, which holds zeta")
+    decoder = find_decoder(model)
+    chosen = decoder.select(sorted(memory.layers) if layers is None and memory else layers)
+    device = device_of(model)
+    start = {i: _zeta_prime(i, memory, zeta, decoder.hidden_size).to(device) for i in chosen}
+    base = fingerprint(model)
+    results: dict[int, EditResult] = {}
+    with _frozen(model), tqdm(total=len(requests), desc="edit", disable=not progress, leave=False) as bar:
+        kept = _Preserve() if preserve or protect else None
+        if kept is not None:
+            kept.add(model, processor, preserve, training)
+        with patched(model, previous, memory, layers=chosen, config=config):
+            if kept is not None:
+                kept.add(model, processor, protect, training, training.prompt_dropout)
+            ffns = {i: ffn for i, ffn in patched_ffns(model).items() if i in chosen}
+            trainer = _Trainer(model, processor, ffns, kept, previous, training)
+            for group in batches(requests, batch_size):
+                trained = [_Training(names[i], requests[i]) for i in group]
+                trainer.begin(trained, start, config, memory)
+                trainer.run(trained, bar)
+                for i, each in zip(group, trained, strict=True):
+                    edit = Edit(
+                        each.name,
+                        {layer: neurons.detached() for layer, neurons in each.neurons.layers().items()},
+                        decoder.layers[chosen[0]].activation,
+                        config,
+                        base,
+                        memory.id if memory else None,
+                        {"prompt": each.request.prompt, "answer": each.request.answer, "training": str(training)},
+                    )
+                    results[i] = EditResult(edit, tuple(each.losses), each.divergence, each.reached, each.stopped)
+    return [results[i] for i in range(len(requests))]
+
+
+class _Training:
+    """One edit while it is trained."""
+
+    neurons: _Neurons
+    optimizer: torch.optim.Optimizer
+
+    def __init__(self, name: str, request: Sample) -> None:
+        self.name, self.request = name, request
+        self.losses: list[float] = []
+        self.divergences: deque[float] = deque([0.0])
+        self.reached, self.stopped = False, ""
+
+    @property
+    def divergence(self) -> float:
+        return sum(self.divergences) / len(self.divergences)
+
+    def judge(self, loss: float, reached: bool, last: bool, training: EditTraining) -> bool:
+        """Note how far it is before a step; whether that was the end."""
+        self.losses.append(loss)
+        self.reached = reached
+        met = reached and loss < training.stop_loss
+        if met and self.divergence < training.stop_preserve and not last:
+            self.stopped = "target met"
+        elif last:
+            self.stopped = f"step limit, target {'met' if met else 'not met'}"
+        return bool(self.stopped)
+
+
+class _Trainer:
+    """Trains edits in a patched model, each on rows of its own."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        processor: Any,
+        ffns: dict[int, PatchedFFN],
+        kept: _Preserve | None,
+        previous: Sequence[Edit],
+        training: EditTraining,
+    ) -> None:
+        self.model, self.processor, self.ffns, self.kept, self.training = model, processor, ffns, kept, training
+        self.device = device_of(model)
+        self.in_force = {i: {e.id: e.layers[i].to(self.device) for e in previous if i in e.layers} for i in ffns}
+        self.previous = [e.id for e in previous]
+        self.usual = kept.mean_inputs(model, ffns) if kept else None
+        self.replay = Replay(model, [layer.module for layer in find_decoder(model).layers], min(ffns))
+
+    def begin(
+        self, edits: Sequence[_Training], zeta: dict[int, Tensor], config: Config, memory: MemoryBank | None
+    ) -> None:
+        """Make the first neurons of each."""
+        self._install([])  # those of the edits before are still there
+        targets = _Targets(self.processor, [e.request for e in edits], self.device)
+        produced = _ffn_inputs(self.ffns, lambda: targets.losses(self.model))
+        zeros = {i: torch.zeros_like(q[0]) for i, q in produced.items()}
+        usual = self.usual or zeros
+        for row, edit in enumerate(edits):
+            wrong = {i: targets.producing(q, row) for i, q in produced.items()}
+            layers = _initial_layers(wrong, usual, zeta, config.neurons == "gated", self.training)
+            edit.neurons = _Neurons(layers, config, memory)
+            edit.optimizer = torch.optim.Adam(edit.neurons.parameters, lr=self.training.lr)
+            edit.divergences = deque([math.inf] * len(self.kept.batches) if self.kept else [0.0])
+
+    def run(self, edits: Sequence[_Training], bar: Any) -> None:
+        active, targets = list(edits), _Targets(self.processor, [e.request for e in edits], self.device)
+        with _watched(self.ffns) as inputs, self.replay.on():
+            for step in range(self.training.steps + 1):
+                made = self._install(active)
+                losses, reached = self._losses(active, targets, step)
+                last = step == self.training.steps
+                over = [
+                    edit.judge(float(loss), right, last, self.training)
+                    for edit, loss, right in zip(active, losses.detach(), reached, strict=True)
+                ]
+                bar.set_postfix(loss=f"{float(losses.detach().mean()):.3f}", active=len(active) - sum(over))
+                bar.update(sum(over))
+                if any(over):
+                    # The others go on without these: a pass costs as much as its rows.
+                    active = [edit for edit, ended in zip(active, over, strict=True) if not ended]
+                    if not active:
+                        return
+                    targets = _Targets(self.processor, [e.request for e in active], self.device)
+                    made = self._install(active)
+                    losses, _ = self._losses(active, targets, step)
+                self._step(active, made, losses, targets, inputs, step)
+
+    def _losses(self, active: Sequence[_Training], targets: _Targets, step: int) -> tuple[Tensor, list[bool]]:
+        """Of each edit its loss, and whether it predicts its answer."""
+        batch = with_thinned(self.model, targets.batch, self.training.prompt_dropout, self.training.seed + step)
+        copies = len(batch.ends) // len(active)
+        # What prompt dropout leaves out is another thing in each step.
+        same = self.replay.of(targets.recording) if batch is targets.batch else nullcontext()
+        with self._rows([*active] * copies, 1), same:
+            losses, reached = targets.losses(self.model, batch)
+        return losses.unflatten(0, (copies, -1)).mean(0), reached[: len(active)]
+
+    def _step(
+        self,
+        active: Sequence[_Training],
+        made: Sequence[dict[int, EditLayer]],
+        losses: Tensor,
+        targets: _Targets,
+        inputs: dict[int, Tensor],
+        step: int,
+    ) -> None:
+        training, total = self.training, losses.sum()
+        if training.activation_weight:
+            for row, layers in enumerate(made):
+                at_target = {i: targets.producing(q, row) for i, q in inputs.items()}
+                total = total + training.activation_weight * _activation_loss(layers, at_target)
+        if self.kept:
+            with self._rows(active, self.kept.size(step)):
+                apart = self.kept.losses(self.model, step, len(active), self.replay)
+            total = total + training.preserve_weight * apart.sum()
+            for at, (edit, layers, divergence) in enumerate(zip(active, made, apart.detach().tolist(), strict=True)):
+                edit.divergences.append(divergence)
+                edit.divergences.popleft()
+                if training.memory_weight:
+                    activity = self.kept.activity(layers, inputs, step, at, len(active))
+                    total = total + training.memory_weight * F.relu(activity - training.margin).mean()
+        for edit in active:
+            edit.optimizer.zero_grad()
+        total.backward()
+        for edit in active:
+            edit.optimizer.step()
+
+    def _install(self, active: Sequence[_Training]) -> list[dict[int, EditLayer]]:
+        made = [edit.neurons.layers() for edit in active]
+        for i, ffn in self.ffns.items():
+            ffn.edits.set(
+                {**self.in_force[i], **{edit.name: layers[i] for edit, layers in zip(active, made, strict=True)}}
+            )
+        return made
+
+    def _rows(self, active: Sequence[_Training], each: int) -> AbstractContextManager[None]:
+        """Within the block each edit has so many rows behind one another."""
+        return selecting(self.model, [[*self.previous, edit.name] for edit in active for _ in range(each)])
+
+
+class _Neurons:
+    """The tensors that an edit trains, and the layers that they make up."""
+
+    def __init__(self, start: dict[int, EditLayer], config: Config, memory: MemoryBank | None) -> None:
+        trained = ("keys", "key_bias", "values", "up", "up_bias")
+        self._leaves = {
+            i: {name: t.clone().requires_grad_(name in trained) for name, t in layer.tensors().items()}
+            for i, layer in start.items()
+        }
+        self._zeta: dict[int, Tensor] = {}
+        for i, leaves in self._leaves.items():
+            leaves["beta"] = torch.full_like(leaves["beta"], config.beta)
+            if config.w_zeta == "edit" and memory is not None and i in memory.layers:
+                # W_zeta begins where W_zeta zeta = zeta' and is trained with the edit, as in the authors' code.
+                self._zeta[i] = memory.layers[i].zeta.to(leaves["zeta"])
+                size = (self._zeta[i] @ self._zeta[i]).clamp(min=1e-12)
+                leaves["w_zeta"] = torch.outer(leaves["zeta"], self._zeta[i] / size).requires_grad_()
+        self.parameters = [t for leaves in self._leaves.values() for t in leaves.values() if t.requires_grad]
+
+    def layers(self) -> dict[int, EditLayer]:
+        made = {}
+        for i, leaves in self._leaves.items():
+            tensors = dict(leaves)
+            w = tensors.pop("w_zeta", None)
+            if w is not None:
+                tensors["zeta"] = w @ self._zeta[i]
+            made[i] = EditLayer(**tensors)
+        return made
+
+
+def _zeta_prime(layer: int, memory: MemoryBank | None, given: dict[int, Tensor] | None, d: int) -> Tensor:
+    if given is not None:
+        if layer not in given:
+            raise ValueError(f"zeta: expected one for each layer that is edited, got none for layer {layer}")
+        return given[layer].float()
+    return memory.layers[layer].zeta_prime.float() if memory and layer in memory.layers else torch.zeros(d)
