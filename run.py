@@ -22,7 +22,14 @@ VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
 STAMP = VENV / "installed.sha256"
 TORCH = "torch==2.13.0"
-BUILD_FILES = ("pyproject.toml", "setup.py", "constraints.txt", "unike_kernels/_version.py")
+BUILD_FILES = (
+    "pyproject.toml",
+    "setup.py",
+    "constraints.txt",
+    "unike_kernels/_version.py",
+    "evaluation/pyproject.toml",
+    "benchmarks/pyproject.toml",
+)
 BUILD_FOLDERS = ("csrc", "python/src")
 
 
@@ -65,6 +72,7 @@ def install() -> None:
     index = os.environ.get("TORCH_INDEX_URL")
     pip(f"installing {TORCH}", *(["--index-url", index] if index else []), TORCH)
     pip("building and installing unike_kernels", "--editable", f"{ROOT}[dev]")
+    pip("installing unike_eval and unike_bench", "--editable", ROOT / "evaluation", "--editable", ROOT / "benchmarks")
     STAMP.write_text(current)
 
 
@@ -101,7 +109,7 @@ def main() -> int:
         "demo": ["unike_kernels", "demo"],
         # One process a core; a run of a single file starts faster with `-n 0`.
         "test": ["pytest", "-n", "auto", "--maxprocesses", "8", "--dist", "worksteal"],
-        "bench": ["pytest", "benchmarks", "--benchmark-only", "--benchmark-columns=median,iqr,rounds"],
+        "bench": ["pytest", "benchmarks/test_latency.py", "--benchmark-only", "--benchmark-columns=median,iqr,rounds"],
     }
     folder = None if command == "demo" else ROOT
     environment = os.environ | ({"OMP_NUM_THREADS": "1"} if command == "test" else {})

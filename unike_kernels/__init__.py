@@ -14,9 +14,8 @@ from typing import Any
 
 from . import nn, ops
 from ._version import __version__
-from .artifacts.edit import Edit, EditLayer
-from .artifacts.memory import MemoryBank, MemoryLayer
-from .config import Config
+from .artifacts import Edit, EditLayer, MemoryBank, MemoryLayer
+from .config import Approximate, Config
 from .environment import show_config
 from .errors import ArtifactError, BackendUnavailableError, MismatchError, PatchError, UnsupportedModelError
 from .ops import backend
@@ -24,6 +23,7 @@ from .patching import (
     PatchReport,
     add_edit,
     explain,
+    fold,
     is_patched,
     patch,
     patched,
@@ -33,20 +33,26 @@ from .patching import (
     swap_memory,
     unpatch,
 )
-from .patching.fold import fold
-from .retrieval.approximate import Approximate, ApproximateIndex
-from .retrieval.exact import CosineIndex
-from .serving.bank import EditBank
+from .retrieval import ApproximateIndex, CosineIndex
+from .serving import EditBank
 
-_LAZY = ("editing", "evaluation", "digits", "easyvqa")  # they import more than inference needs
-_LAZY_NAMES = {"ShardedIndex": "sharded"}
+# What inference does not need is imported when it is asked for.
+_LAZY: dict[str, str] = {"training": ".training", "editing": ".training", "ShardedIndex": ".retrieval.sharded"}
+_UNIKE_EVAL = {"evaluation": "unike_eval", "digits": "unike_eval.toy.digits", "easyvqa": "unike_eval.toy.shapes"}
 
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
-        return importlib.import_module(f".{name}", __name__)
-    if name in _LAZY_NAMES:
-        return getattr(importlib.import_module(f".{_LAZY_NAMES[name]}", __name__), name)
+        module = importlib.import_module(_LAZY[name], __name__)
+        return getattr(module, name, module)
+    if name in _UNIKE_EVAL:
+        try:
+            return importlib.import_module(_UNIKE_EVAL[name])
+        except ModuleNotFoundError as error:
+            if error.name != "unike_eval":
+                raise
+            message = f"unike_kernels.{name} is part of the package unike-eval: pip install unike-eval"
+            raise ImportError(message) from error
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 _CHOICES = {
     "retrieval": ("token", "sequence"),
@@ -104,3 +104,30 @@ class Config:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+@dataclass(frozen=True)
+class Approximate:
+    """How an approximate index is built and searched. What torch.compile traces retrieves exactly all the same.
+
+    Attributes:
+        kind: "ivf": keys in lists around centres, of which the nearest are searched; "hnsw": a graph of neighbours.
+        lists: of "ivf"; None: four times the root of the number of keys.
+        probes: of "ivf", lists that a query searches.
+        links: of "hnsw", neighbours of a key.
+        breadth: of "hnsw", candidates that a query keeps while it searches.
+    """
+
+    kind: Literal["ivf", "hnsw"] = "ivf"
+    lists: int | None = None
+    probes: int = 32
+    links: int = 32
+    breadth: int = 128
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("ivf", "hnsw"):
+            raise ValueError(f"Approximate.kind: expected 'ivf' or 'hnsw', got {self.kind!r}")
+        for name in ("lists", "probes", "links", "breadth"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"Approximate.{name}: expected at least 1, got {value!r}")

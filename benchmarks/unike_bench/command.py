@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import time
 from pathlib import Path
@@ -21,8 +22,36 @@ from .report.report import Report
 from .report.stamp import stamp
 from .report.tables import comparison, duration
 
+HELP = "measure the kernels against others and against this machine's bounds"
 
-def run(
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What the command takes."""
+    parser.add_argument(
+        "--select",
+        choices=("quick", "full"),
+        default="quick",
+        help="the rows that matter, some minutes, or all, most of an hour (default: %(default)s)",
+    )
+    parser.add_argument("--only", choices=("retrieval", "attention", "ffn", "decode"), help="of the selection, this")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: %(default)s)")
+    parser.add_argument("--growth", action="store_true", help="also retrieval from 15,000 to a million keys")
+    parser.add_argument(
+        "--out", type=Path, default=Path("unike-bench"), help="folder for the reports (default: %(default)s)"
+    )
+    parser.add_argument("--compare", type=Path, metavar="JSON", help="bench.json of an earlier run")
+    parser.add_argument("--rounds", type=int, help="of each case, at least 3 (default: what fits into some seconds)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """See `measure_all`."""
+    return measure_all(
+        args.out, select=args.select, only=args.only, growth=args.growth, device=args.device, compare=args.compare,
+        rounds=args.rounds,
+    )  # fmt: skip
+
+
+def measure_all(
     out: Path,
     *,
     select: str = "quick",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 
 from unike_kernels.artifacts.files import write_text
@@ -11,12 +12,15 @@ from unike_kernels.ops import _backend, _tiles
 from .report.tables import duration
 from .tune import TUNABLES, merged, tune
 
+HELP = "measure tile sizes of the Triton kernels on this GPU, and keep the fastest"
 
-def run() -> int:
-    """Tune all kernels and write the cache.
 
-    Returns:
-        The exit status.
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """It takes nothing."""
+
+
+def run(args: argparse.Namespace) -> int:
+    """Tune all kernels and write the cache; returns the exit status.
 
     Raises:
         BackendUnavailableError: there is no GPU, or no Triton.

@@ -1,6 +1,6 @@
-"""Trains the models of digits and coloured shapes that ship with unike_kernels, and measures them.
+"""Trains the models of digits and coloured shapes that ship with unike_eval, and measures them.
 
-    python scripts/train_models.py [--world digits|easyvqa] [--decoder opt|llama|both] [--seed 0]
+    python evaluation/scripts/train_models.py [--world digits|easyvqa] [--decoder opt|llama|both] [--seed 0]
 
 Runs on one thread, 11 to 14 minutes of processor time for each decoder. The same seed, torch version and processor
 give the same weights. The settings were chosen by looking at the accuracies on the test images, which are therefore
@@ -36,8 +36,6 @@ from unike_eval.builtin_suite import WORLDS
 from unike_eval.toy import Fact, World, WorldProcessor
 from unike_eval.toy.processor import IMAGE_TOKEN, NUM_IMAGE_TOKENS
 from unike_eval.toy.samples import Sample, Samples
-
-import unike_kernels
 
 WIDTH = 64
 POSITIONS = 768
@@ -330,7 +328,7 @@ def main(arguments: list[str] | None = None, output: Path | None = None, steps: 
 
     torch.set_num_threads(1)
     world = WORLDS[options.world]
-    output = output or Path(unike_kernels.__file__).parent / options.world / "weights"
+    output = output or Path(world.__file__).parent / "weights"
     train_tokenizer(world, output / "tokenizer.json")
     processor = world.load_processor(output / "tokenizer.json")
     for decoder in ("opt", "llama") if options.decoder == "both" else (options.decoder,):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -27,7 +28,34 @@ _SHOWN = {
 _EXAMPLES = 3  # shown of each group
 
 
-def run(name: str, out: Path, *, seed: int = 0, reload: bool = False) -> int:
+HELP = "edit a small real model from end to end"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What the command takes."""
+    parser.add_argument(
+        "--model",
+        choices=("digits-opt", "digits-llama", "smollm2"),
+        default="digits-opt",
+        help="BLIP-2 on handwritten digits with an OPT or a LLaMA decoder, or SmolLM2-135M (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("unike-demo"), help="folder for the artifacts (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the memory's encoders and the edit (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--reload", action="store_true", help="load the artifacts of an earlier run and show the answers"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """See `show`."""
+    return show(args.model, args.out, seed=args.seed, reload=args.reload)
+
+
+def show(name: str, out: Path, *, seed: int = 0, reload: bool = False) -> int:
     """Run the demo, or with `reload` only show the answers of the artifacts in `out`. Returns the exit status."""
     scenario = load(name, seed)
     edit_file, memory_file = out / f"{name}-edit.safetensors", out / f"{name}-memory.safetensors"

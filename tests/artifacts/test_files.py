@@ -17,7 +17,7 @@ from unike_kernels.artifacts import files
 
 
 @pytest.fixture
-def files(tmp_path, make_model, make_memory, make_edit):
+def saved(tmp_path, make_model, make_memory, make_edit):
     """kind -> (path of a valid file, its class)."""
     model = make_model("llama")
     memory = make_memory(model, uk.Config(k=7, values="out"))
@@ -49,8 +49,8 @@ BOTH = ("memory", "edit")
 
 @pytest.mark.parametrize("kind", BOTH)
 @pytest.mark.parametrize("keep", [0, 4, 8, 100, -1, -5000])
-def test_truncated(files, kind, keep):
-    path, cls = files[kind]
+def test_truncated(saved, kind, keep):
+    path, cls = saved[kind]
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(uk.ArtifactError, match=f"{path.name}: not a complete safetensors file"):
         cls.load(path)
@@ -79,9 +79,9 @@ def test_a_damaged_file_is_an_artifact_error_or_still_valid(tmp_path_factory, da
 
 
 @pytest.mark.parametrize("kind", BOTH)
-def test_the_other_kind_another_version_no_header(files, kind):
-    path, cls = files[kind]
-    other = files["edit" if kind == "memory" else "memory"][0]
+def test_the_other_kind_another_version_no_header(saved, kind):
+    path, cls = saved[kind]
+    other = saved["edit" if kind == "memory" else "memory"][0]
     with pytest.raises(uk.ArtifactError, match=f"{other.name}: expected the format unike.{kind}, got 'unike."):
         cls.load(other)
     for metadata, message in (
@@ -121,8 +121,8 @@ def test_the_other_kind_another_version_no_header(files, kind):
         ({"surplus": 1}, "unexpected header fields: surplus"),
     ],
 )
-def test_a_header_that_lies(files, kind, header, message):
-    path, cls = files[kind]
+def test_a_header_that_lies(saved, kind, header, message):
+    path, cls = saved[kind]
     rewrite(path, header=header)
     with pytest.raises(uk.ArtifactError, match=f"{path.name}: .*{message}"):
         cls.load(path)
@@ -139,8 +139,8 @@ def test_a_header_that_lies(files, kind, header, message):
         ("edit", {"memory_id": 3}, "'memory_id': expected str or NoneType, got 3"),
     ],
 )
-def test_a_header_that_lies_about_its_own_kind(files, kind, header, message):
-    path, cls = files[kind]
+def test_a_header_that_lies_about_its_own_kind(saved, kind, header, message):
+    path, cls = saved[kind]
     rewrite(path, header=header)
     with pytest.raises(uk.ArtifactError, match=f"{path.name}: .*{message}"):
         cls.load(path)
@@ -160,8 +160,8 @@ NAN = torch.full((64,), float("nan"))
         ("other", torch.zeros(1), "unexpected tensors: other"),
     ],
 )
-def test_tensors_that_do_not_fit(files, kind, name, tensor, message):
-    path, cls = files[kind]
+def test_tensors_that_do_not_fit(saved, kind, name, tensor, message):
+    path, cls = saved[kind]
     rewrite(path, tensors={name: tensor})
     with pytest.raises(uk.ArtifactError, match=f"{path.name}: .*{message}"):
         cls.load(path)
@@ -180,15 +180,15 @@ def test_tensors_that_do_not_fit(files, kind, name, tensor, message):
         ("edit", "layers.3.zeta", torch.zeros(64, dtype=torch.float16), "EditLayer.zeta: expected torch.float32"),
     ],
 )
-def test_tensors_that_do_not_fit_one_kind(files, kind, name, tensor, message):
-    path, cls = files[kind]
+def test_tensors_that_do_not_fit_one_kind(saved, kind, name, tensor, message):
+    path, cls = saved[kind]
     rewrite(path, tensors={name: tensor})
     with pytest.raises(uk.ArtifactError, match=f"{path.name}: .*({message})"):
         cls.load(path)
 
 
-def test_changed_contents_are_found_by_the_memorys_id(files):
-    path, cls = files["memory"]
+def test_changed_contents_are_found_by_the_memorys_id(saved):
+    path, cls = saved["memory"]
     index = cls.load(path).layers[3].index.clone()
     index[17, 5] += 1e-6
     rewrite(path, tensors={"layers.3.index": index})
@@ -197,8 +197,8 @@ def test_changed_contents_are_found_by_the_memorys_id(files):
 
 
 @pytest.mark.parametrize("kind", BOTH)
-def test_no_such_file(files, tmp_path, kind):
-    _, cls = files[kind]
+def test_no_such_file(saved, tmp_path, kind):
+    _, cls = saved[kind]
     for path in (tmp_path / "missing.safetensors", tmp_path):
         with pytest.raises(FileNotFoundError, match=path.name):
             cls.load(path)
@@ -215,8 +215,8 @@ class Trap:
 
 
 @pytest.mark.parametrize("kind", BOTH)
-def test_a_pickle_is_refused_unread(files, tmp_path, kind):
-    _, cls = files[kind]
+def test_a_pickle_is_refused_unread(saved, tmp_path, kind):
+    _, cls = saved[kind]
     trap, sprung = tmp_path / "trap.safetensors", tmp_path / "sprung"
     trap.write_bytes(pickle.dumps(Trap(str(sprung))))
     with pytest.raises(uk.ArtifactError, match="not a complete safetensors file"):
@@ -228,8 +228,8 @@ def test_a_pickle_is_refused_unread(files, tmp_path, kind):
 
 
 @pytest.mark.parametrize("step", ["save_file", "replace"])
-def test_a_save_that_fails_leaves_the_old_file_and_nothing_else(files, monkeypatch, step):
-    path, cls = files["edit"]
+def test_a_save_that_fails_leaves_the_old_file_and_nothing_else(saved, monkeypatch, step):
+    path, cls = saved["edit"]
     before, around = path.read_bytes(), sorted(os.listdir(path.parent))
     edit = cls.load(path)
 
@@ -246,9 +246,9 @@ def test_a_save_that_fails_leaves_the_old_file_and_nothing_else(files, monkeypat
     assert sorted(os.listdir(path.parent)) == around
 
 
-def test_the_file_appears_whole_and_in_one_step(files, monkeypatch, tmp_path):
+def test_the_file_appears_whole_and_in_one_step(saved, monkeypatch, tmp_path):
     """While it is written, the target is not there; then it is, readable for those whom the umask lets."""
-    edit = uk.Edit.load(files["edit"][0])
+    edit = uk.Edit.load(saved["edit"][0])
     target = tmp_path / "new" / "edit.safetensors"
     seen = []
     write = files.save_file

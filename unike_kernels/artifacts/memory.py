@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import Config
+from ..config import Approximate, Config
 from ..errors import ArtifactError, MismatchError
 from ..ops import SemanticEncoder
-from ..retrieval.approximate import Approximate
 from . import files
 from .fingerprint import validate as validate_fingerprint
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
+from importlib import metadata
+
 import torch
 from torch import nn
-from unike_eval import experiments
 
 from .. import backbones
+from ..environment import show_config
 from ..errors import UnsupportedModelError
 
 K = 40  # entries that a token retrieves
@@ -14,32 +17,45 @@ _WORDS = 4  # columns of the table that hold no numbers
 _SCAN = 64  # bytes to which the codes of an int8 scan are padded; 16 more bound their errors
 
 
-def run(model: str, *, neurons: int, entries: int) -> int:
-    """Print a table; no weights are read.
+HELP = "versions, CPU and backends; or what would be patched in a model"
 
-    Args:
-        model: one of `experiments.SHIPPED`, a folder with a config.json, or a name on the Hugging Face hub.
-        neurons: of an edit, in each layer.
-        entries: of a memory.
 
-    Returns:
-        The exit status.
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What the command takes."""
+    parser.add_argument(
+        "model",
+        nargs="?",
+        help="a folder, a name on the Hugging Face hub, or a model that a package brings (unike-eval: digits-opt, "
+        "digits-llama, easyvqa-opt, easyvqa-llama)",
+    )
+    parser.add_argument("--neurons", type=int, default=10, help="of an edit, in each layer (default: %(default)s)")
+    parser.add_argument("--entries", type=int, default=15_000, help="of a memory (default: %(default)s)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the versions, or the table of a model; no weights are read.
 
     Raises:
         FileNotFoundError: there is no such model.
         UnsupportedModelError: the structure of the model is not known.
         ValueError: a negative number.
     """
-    if neurons < 0 or entries < 0:
-        raise ValueError(f"neurons, entries: expected numbers that are not negative, got {neurons} and {entries}")
-    print(describe(_skeleton(model), neurons, entries))
+    if args.model is None:
+        print(show_config())
+        return 0
+    if args.neurons < 0 or args.entries < 0:
+        raise ValueError(
+            f"neurons, entries: expected numbers that are not negative, got {args.neurons} and {args.entries}"
+        )
+    print(describe(_skeleton(args.model), args.neurons, args.entries))
     return 0
 
 
 def _skeleton(name: str) -> nn.Module:
     """The model without weights."""
-    if name in experiments.SHIPPED:
-        return experiments.load(name)[0]
+    for brought in metadata.entry_points(group="unike.models", name=name):
+        model: nn.Module = brought.load()(name)[0]
+        return model
     import transformers
 
     try:

@@ -13,7 +13,7 @@ from .. import backbones
 from ..artifacts.edit import Edit, EditLayer
 from ..errors import MismatchError, PatchError, UnsupportedModelError
 from ..nn import Dense
-from . import is_patched
+from .install import is_patched
 
 _SIZES = ("ffn_dim", "intermediate_size", "n_inner", "ffn_hidden_size", "d_ff")  # what configs call the FFN's width
 _BIASES = ("mlp_bias",)  # and the switch of its biases, where there is one

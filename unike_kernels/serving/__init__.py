@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from .bank import EditBank
 from .flat import FlatModel, Share
 from .folder import EditFolder, Version
 
-__all__ = ["EditFolder", "FlatModel", "Share", "Version"]
+__all__ = ["EditBank", "EditFolder", "FlatModel", "Share", "Version"]

@@ -1,0 +1,1 @@
+"""How it is measured: interleaved, checked first, beside the roofline."""

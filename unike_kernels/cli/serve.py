@@ -1,0 +1,25 @@
+"""`unike serve`: transformers' server, in which 'name+edit' is a model with an edit."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+HELP = "transformers' server, in which 'name+edit' is a model with an edit"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What the command takes."""
+    parser.add_argument("--edits", type=Path, required=True, help="folder of edits, <id>.safetensors")
+    parser.add_argument("--memory", type=Path, help="a memory that edited models use")
+    parser.add_argument("--host", default="localhost", help="(default: %(default)s)")
+    parser.add_argument("--port", type=int, default=8000, help="(default: %(default)s)")
+    parser.add_argument("--continuous-batching", action="store_true", help="requests with all edits in one batch")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serve until interrupted."""
+    from ..serving.transformers import serve
+
+    serve(args.edits, args.memory, host=args.host, port=args.port, continuous_batching=args.continuous_batching)
+    return 0

@@ -1,0 +1,27 @@
+"""Installing edits and a memory in a model, changing them while it is used, and taking them out again bit for bit."""
+
+from __future__ import annotations
+
+from .compatibility import check_belonging
+from .fold import fold
+from .hot_swap import add_edit, remove_edit, set_beta, swap_memory
+from .install import PatchReport, is_patched, patch, patched, patched_ffns, unpatch
+from .selection import explain, rows, selecting
+
+__all__ = [
+    "PatchReport",
+    "add_edit",
+    "check_belonging",
+    "explain",
+    "fold",
+    "is_patched",
+    "patch",
+    "patched",
+    "patched_ffns",
+    "remove_edit",
+    "rows",
+    "selecting",
+    "set_beta",
+    "swap_memory",
+    "unpatch",
+]
