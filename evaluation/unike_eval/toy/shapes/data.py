@@ -23,7 +23,7 @@ def _split(split: str) -> tuple[Tensor, Tensor]:
         import numpy as np
         from PIL import Image
     except ImportError as error:
-        raise ImportError("the images of easy-VQA need a package: pip install unike-kernels[easyvqa]") from error
+        raise ImportError("the images of easy-VQA need a package: pip install easy-vqa pillow") from error
 
     read = {
         "train": (easy_vqa.get_train_questions, easy_vqa.get_train_image_paths),
