@@ -1,8 +1,7 @@
-"""The quick cases of `unike bench` under pytest-benchmark: a test for each system. Run with `python3 run.py bench`,
-those of a GPU with `python3 run.py bench -m gpu`.
+"""The quick cases of `unike bench` under pytest-benchmark, which measures them: a test for each system. Run with
+`python3 run.py bench`, those of a GPU with `python3 run.py bench -m gpu`; pytest-benchmark's own options hold.
 
-The systems of a case are timed in turn, when the first test asks for one of them; each test hands over its own times.
-Compare within a group only.
+An output is checked before it is timed. Compare within a group only; `unike bench` times its systems in turn.
 """
 
 from __future__ import annotations
@@ -11,21 +10,19 @@ import functools
 from typing import Any
 
 import pytest
+import torch
 from unike_bench import suite
-from unike_bench.harness.measure import Row, measure
-from unike_bench.report.replay import Replay
-from unike_bench.report.results import extra_info
+from unike_bench.harness import device
 
 from unike_kernels import _native
 from unike_kernels.ops import _backend
 
-CASES = {case.name: case for device in suite.DEVICES for case in suite.cases("quick", device=device)}
-REPLAY = Replay()
+CASES = {case.name: case for device_ in suite.DEVICES for case in suite.cases("quick", device=device_)}
 
 
 @functools.lru_cache(maxsize=1)
-def measured(case: str) -> dict[str, Row]:
-    return {row.name: row for row in measure(CASES[case])}
+def data(case: str) -> Any:
+    return CASES[case].data()
 
 
 @pytest.mark.parametrize(
@@ -36,13 +33,15 @@ def measured(case: str) -> dict[str, Row]:
         for s in c.systems
     ],
 )
-@pytest.mark.benchmark(timer=REPLAY)
+@torch.no_grad()
 def test_case(benchmark: Any, case: str, system: str) -> None:
-    if CASES[case].device == "cuda" and (reason := _native.cuda_missing() or _backend.triton_missing()):
+    c = CASES[case]
+    if c.device == "cuda" and (reason := _native.cuda_missing() or _backend.triton_missing()):
         pytest.skip(reason)
-    row = measured(case)[f"{case}-{system}"]
-    assert row.failure is None, row.failure
-    benchmark.group = row.title
-    benchmark.extra_info.update(extra_info(row))
-    REPLAY.load(row.seconds)
-    benchmark.pedantic(lambda: None, rounds=len(row.seconds), iterations=1)
+    run = c.systems[system].prepare(data(case))
+    recall = run.check(run.call())
+    benchmark.group = c.title
+    benchmark.extra_info.update(op=c.op, **c.shape, system=system, role=c.systems[system].role, checked=True)
+    if recall is not None:
+        benchmark.extra_info["recall"] = recall
+    benchmark(device.finished(run.call, c.device))

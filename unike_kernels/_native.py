@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .ops import _pages
+from . import _pages
 
 try:
     import unike_kernels._C as _C

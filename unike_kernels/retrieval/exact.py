@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import _native
+from .. import _native, _pages
 from ..artifacts import files
 from ..errors import ArtifactError, BackendUnavailableError
-from ..ops import _backend, _check, _pages
+from ..ops import _backend, _check
 from ..ops.cosine_topk import SCANS, PackedKeys, check_retrieval, cosine_topk, native_dtype, normalize_rows, pack_keys
 
 

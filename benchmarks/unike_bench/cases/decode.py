@@ -139,11 +139,8 @@ class Subject:
                 d, r = tables.index.shape[1], tables.projected.shape[-1]
                 # The entries of one token: how many those of a prompt have in common is not known.
                 gathered = (tables.keys[:k], tables.values[:k], tables.projected[:k])
-                # All of what is scanned first; what that leaves to be read depends on the data.
-                first = {name: t for name, t in tables.named_buffers() if name.startswith("prefix_")}
-                scanned = first.get("prefix_codes", tables.codes)
-                reads += [*(first.values() or (scanned, tables.code_bounds)), *gathered, tables.w2]
-                counts[torch.int8] += tokens * scanned.numel()
+                reads += [tables.codes, tables.code_bounds, *gathered, tables.w2]
+                counts[torch.int8] += tokens * tables.codes.numel()
                 counts[torch.float32] += tokens * (2 * k * d + k * r + r * d)
             for edit in self.edits:
                 if layer.index in edit.layers:

@@ -54,6 +54,19 @@ def repeated(call: Callable[[], Any], device: str) -> tuple[Callable[[], Any], i
     return graph.replay, _REPEATS
 
 
+def finished(call: Callable[[], Any], device: str) -> Callable[[], Any]:
+    """The call, and a wait for what the device still works on: for a clock of the host."""
+    if device == "cpu":
+        return call
+
+    def run() -> Any:
+        output = call()
+        torch.cuda.synchronize()
+        return output
+
+    return run
+
+
 @functools.cache
 def _buffers(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     return (

@@ -14,7 +14,7 @@ from unike_kernels._version import __version__
 from ..harness.measure import Row
 from ..harness.timing import spread
 
-_TEST = "test_case"  # of benchmarks/test_cases.py, where the same rows have the same names
+_TEST = "test_case"  # of benchmarks/test_latency.py, where the same rows have the same names
 
 
 class Recorded(NamedTuple):
@@ -61,7 +61,7 @@ def _benchmark(row: Row) -> dict[str, Any]:
     return {
         "group": row.title,
         "name": name,
-        "fullname": f"benchmarks/test_cases.py::{name}",
+        "fullname": f"benchmarks/test_latency.py::{name}",
         "params": {"case": row.case, "system": row.system},
         "param": row.name,
         "extra_info": extra_info(row),

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ... import _native
-from .. import _backend, _check, _library, _pages
+from ... import _native, _pages
+from .. import _backend, _check, _library
 from . import reference
 from .reference import normalize_rows as _normalize_rows
 
