@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -56,6 +57,8 @@ def test_the_extension_loads_without_torch():
 def test_one_version_everywhere():
     assert importlib.metadata.version("unike-kernels") == _version.__version__
     assert f'#define UNIKE_VERSION "{_version.__version__}"' in (ROOT / "csrc/include/unike/unike.h").read_text()
+    for folder in ("evaluation", "benchmarks"):
+        assert f'version = "{_version.__version__}"' in (ROOT / folder / "pyproject.toml").read_text()
 
 
 @pytest.mark.slow
@@ -68,14 +71,16 @@ def test_the_wheel_of_the_sdist_works_elsewhere(tmp_path):
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert {"csrc/include/unike/unike.h", "csrc/common/topk.h", "python/src/bindings.h", "LICENSE"} <= names
-    subprocess.run([*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", tmp_path, sdist], check=True)
+    build = [*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", tmp_path, sdist]
+    subprocess.run(build, check=True, env=os.environ | {"UNIKE_CUDA": "0"})
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         shipped = set(archive.namelist())
     assert "unike_kernels/py.typed" in shipped
     assert not [name for name in shipped if name.endswith((".cpp", ".h", ".o"))]
-    weights = [path for path in (ROOT / "unike_kernels").glob("*/weights/**/*") if path.is_file()]
-    assert {str(path.relative_to(ROOT)) for path in weights} <= shipped
+    assert not [name for name in shipped if name.endswith(".safetensors")]
+    assert {name.split("/")[0].partition("-")[0] for name in shipped} == {"unike_kernels"}
+    assert wheel.stat().st_size <= 4_000_000
 
     environment = tmp_path / "environment"
     venv.create(environment)

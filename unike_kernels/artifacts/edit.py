@@ -76,7 +76,7 @@ class Edit:
         layers: decoder layer index -> neurons.
         activation: of the FFNs that it was made for.
         config: the semantics under which it was trained.
-        base_model: fingerprint of the model, see `unike_kernels.artifacts.files.fingerprint`.
+        base_model: fingerprint of the model, see `artifacts.fingerprint`.
         memory_id: `MemoryBank.id` of the memory that it was trained with; None: without one.
         notes: free text for people, such as the prompt and the target.
     """

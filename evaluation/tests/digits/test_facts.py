@@ -54,5 +54,5 @@ def test_text_items_are_disjoint_and_answered_alike():
 
 
 def test_import_needs_neither_transformers_nor_sklearn():
-    code = "import sys, unike_kernels.digits; print({'transformers', 'sklearn'} & set(sys.modules))"
+    code = "import sys, unike_eval.toy.digits; print({'transformers', 'sklearn'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"

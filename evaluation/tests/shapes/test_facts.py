@@ -48,5 +48,5 @@ def test_held_out_wordings_are_in_no_training_prompt():
 
 
 def test_import_needs_neither_transformers_nor_the_images():
-    code = "import sys, unike_kernels.easyvqa; print({'transformers', 'sklearn', 'easy_vqa', 'PIL'} & set(sys.modules))"
+    code = "import sys, unike_eval.toy.shapes; print({'transformers', 'sklearn', 'easy_vqa', 'PIL'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
