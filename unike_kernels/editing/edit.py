@@ -158,7 +158,7 @@ def _activation_loss(layers: dict[int, EditLayer], at_target: dict[int, Tensor])
     """exp(-a) of each neuron at its own token of the answer, in the mean; see `_initial_layers`."""
     own = []
     for a in _pre_activations(layers, at_target):
-        neurons = torch.arange(a.shape[1], device=a.device)
+        neurons = torch.arange(a.shape[1], dtype=torch.int64, device=a.device)
         own.append(a[neurons % len(a), neurons])
     return torch.cat(own).neg().exp().mean()
 
@@ -170,11 +170,12 @@ def _initial_layers(
 
     K = (q - m) / |q - m|^2 and b = -K m, q the inputs at the target positions [P, d], m the mean usual input [d].
     """
-    generator = torch.Generator().manual_seed(training.seed)
+    generator = torch.Generator("cpu").manual_seed(training.seed)
     layers = {}
     for i, q in wrong.items():
-        away = (q - usual[i])[torch.arange(training.neurons) % len(q)].float()
-        noise = torch.randn(away.shape, generator=generator).to(away.device)
+        turns = torch.arange(training.neurons, dtype=torch.int64, device=q.device) % len(q)
+        away = (q - usual[i])[turns].float()
+        noise = torch.randn(away.shape, generator=generator, dtype=torch.float32, device="cpu").to(away.device)
         away = away + 0.1 * noise * away.norm(dim=-1, keepdim=True) / away.shape[-1] ** 0.5
         keys = away / (away * away).sum(-1, keepdim=True).clamp(min=1e-12)
         layers[i] = fresh_layer(keys, -(keys @ usual[i].float()), zeta[i], gated=gated)
@@ -198,7 +199,7 @@ class _Targets:
         with telling_prompts(model, batch):
             logits = forward(model, batch.inputs)[:, :-1]
         answers, wanted = batch.answer_mask()[:, 1:], batch.inputs["input_ids"][:, 1:]
-        token = torch.zeros(answers.shape, device=logits.device)
+        token = torch.zeros(answers.shape, dtype=torch.float32, device=logits.device)
         token[answers] = F.cross_entropy(logits[answers].float(), wanted[answers], reduction="none")
         right = (logits.argmax(-1) == wanted) | ~answers
         return token.sum(-1) / answers.sum(-1), right.all(-1).tolist()
@@ -236,7 +237,7 @@ class _Preserve:
 
     def mean_inputs(self, model: nn.Module, ffns: dict[int, PatchedFFN]) -> dict[int, Tensor]:
         """The mean FFN input [d] of each layer over all tokens but padding."""
-        sums, count = {i: torch.zeros(()) for i in ffns}, 0
+        sums, count = {i: torch.zeros((), dtype=torch.float32, device="cpu") for i in ffns}, 0
         for batch in self.batches:
             mask = batch.inputs["attention_mask"].bool().flatten()
             seen = _ffn_inputs(ffns, lambda batch=batch: self._logits(model, batch))  # type: ignore[misc]
@@ -567,4 +568,4 @@ def _zeta_prime(layer: int, memory: MemoryBank | None, given: dict[int, Tensor] 
         if layer not in given:
             raise ValueError(f"zeta: expected one for each layer that is edited, got none for layer {layer}")
         return given[layer].float()
-    return memory.layers[layer].zeta_prime.float() if memory and layer in memory.layers else torch.zeros(d)
+    return memory.layers[layer].zeta_prime.float() if memory and layer in memory.layers else torch.zeros(d, dtype=torch.float32, device="cpu")
