@@ -37,7 +37,7 @@ FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 OTHERS = ("unike_bench", "unike_eval")  # distributions that build on the package
 # These extend transformers' own classes, and are imported by those alone who serve with them.
 EXTENSIONS = ("serving/continuous.py", "serving/transformers.py")
-REFERENCE_STDLIB = {"__future__", "typing", "math", "collections.abc"}
+REFERENCE_STDLIB = {"__future__", "typing", "math", "itertools", "collections.abc"}
 
 
 def imports(path: Path, root: Path) -> Iterator[tuple[str, bool]]:

@@ -151,7 +151,7 @@ def cosine_topk(queries: Tensor, keys: Keys, k: int, ranges: Tensor | None = Non
     if k < 0:
         raise ValueError(f"k must not be negative, got {k}")
     ranges = _ranges(ranges, m)
-    scores, ids = torch.empty(m, k, dtype=torch.float32), torch.empty(m, k, dtype=torch.int64)
+    scores, ids = _new(m, k), _new(m, k, dtype=torch.int64)
     addresses = (_address(ranges), scores.data_ptr(), ids.data_ptr())
     _C.cosine_topk(keys.native, _rows(queries), m, k, *addresses, torch.get_num_threads())
     return scores, ids
@@ -249,7 +249,7 @@ def _ranges(ranges: Tensor | None, m: int) -> Tensor | None:
         return None
     if ranges.shape != (m, 2) or ranges.dtype != torch.int64 or ranges.device.type != "cpu":
         raise ValueError(f"ranges must be int64 [{m}, 2] on the CPU, got {_describe(ranges)}")
-    return ranges.contiguous()
+    return aligned(ranges)
 
 
 def _check_codes(codes: Tensor, bounds: Tensor, direction: Tensor, n: int, d: int) -> int:
@@ -326,7 +326,7 @@ def add_extra_neurons_backward(grad: Tensor, x: Tensor, pool: Pool, activation: 
     grad, x = _table(grad, "grad"), _table(x, "x")
     if x.shape != grad.shape:
         raise ValueError(f"grad must be {_describe(x)}, got {_describe(grad)}")
-    outs = [torch.empty(x.shape), *(None if t is None else torch.empty(t.shape) for t in pool.tensors[:7])]
+    outs = [_new(*x.shape), *(None if t is None else _new(*t.shape) for t in pool.tensors[:7])]
     addresses = [_address(t) for t in outs]
     _C.add_extra_neurons_backward(
         _rows(grad), _rows(x), *x.shape, pool.native, activation, addresses, torch.get_num_threads()
@@ -353,10 +353,9 @@ class Memory:
         """
         _require_extension()
         n, heads, width = keys.shape
-        wide = keys.contiguous()
+        wide = aligned(keys)
         self.tensors = tuple(
-            None if t is None else t.contiguous()
-            for t in (wide, wide if values is keys else values, projected, *encoder)
+            None if t is None else aligned(t) for t in (wide, wide if values is keys else values, projected, *encoder)
         )
         w1 = encoder[0]
         sizes, dtypes = (n, heads, width, w1.shape[0]), (_DTYPES[keys.dtype], _DTYPES[w1.dtype])
@@ -408,8 +407,8 @@ def latent_attention(queries: Tensor, inputs: Tensor, ids: Tensor, memory: Memor
     Raises:
         ValueError: for another device or dtype, or ids out of range.
     """
-    queries, inputs, ids = _table(queries, "queries"), _table(inputs, "inputs"), ids.contiguous()
-    out, alpha = torch.empty(inputs.shape, dtype=inputs.dtype), torch.empty(inputs.shape[0])
+    queries, inputs, ids = _table(queries, "queries"), _table(inputs, "inputs"), aligned(ids)
+    out, alpha = _new(*inputs.shape, dtype=inputs.dtype), _new(inputs.shape[0])
     tokens = _tokens(queries, inputs, ids, ids.shape[1], gate)
     _C.latent_attention(memory.native, tokens, _rows(out), alpha.data_ptr(), torch.get_num_threads())
     return out, alpha
@@ -427,12 +426,12 @@ def latent_attention_backward(
     Returns:
         [m, heads * width], [m, d], [m] or None, [m, d] or None: the last two of each token.
     """
-    queries, inputs, ids = _table(queries, "queries"), _table(inputs, "inputs"), ids.contiguous()
-    grad, grad_alpha = _table(grad, "grad"), grad_alpha.contiguous()
+    queries, inputs, ids = _table(queries, "queries"), _table(inputs, "inputs"), aligned(ids)
+    grad, grad_alpha = _table(grad, "grad"), aligned(grad_alpha)
     m = inputs.shape[0]
-    to_queries, to_inputs = torch.empty(queries.shape), torch.empty(inputs.shape)
-    given = None if gate.alpha is None else torch.empty(m)
-    anchor = None if gate.anchor is None else torch.empty(inputs.shape)
+    to_queries, to_inputs = _new(*queries.shape), _new(*inputs.shape)
+    given = None if gate.alpha is None else _new(m)
+    anchor = None if gate.anchor is None else _new(*inputs.shape)
     addresses = [_address(t) for t in (grad_alpha, to_queries, to_inputs, given, anchor)]
     tokens = _tokens(queries, inputs, ids, ids.shape[1], gate)
     _C.latent_attention_backward(memory.native, tokens, _rows(grad), *addresses, torch.get_num_threads())
@@ -464,8 +463,8 @@ def memory_attention(
     hidden, queries, inputs = _table(hidden, "hidden"), _table(queries, "queries"), _table(inputs, "inputs")
     m = inputs.shape[0]
     ranges = _ranges(ranges, m)
-    out = torch.empty(inputs.shape, dtype=inputs.dtype)
-    alpha, ids = (torch.empty(m), torch.empty(m, k, dtype=torch.int64)) if tell else (None, None)
+    out = _new(*inputs.shape, dtype=inputs.dtype)
+    alpha, ids = (_new(m), _new(m, k, dtype=torch.int64)) if tell else (None, None)
     _C.memory_attention(
         index.native,
         memory.native,
@@ -504,6 +503,17 @@ def multiply_add(dtype: torch.dtype, rounds: int) -> float:
     return float(_C.multiply_add(scan, rounds, torch.get_num_threads()))
 
 
+def _new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A tensor for the core to write, whatever torch's default dtype and device are."""
+    return torch.empty(shape, dtype=dtype, device="cpu")
+
+
+def aligned(t: Tensor) -> Tensor:
+    """Contiguous, each element at a multiple of its size, as a view of a file need not be; a copy where it is not."""
+    t = t.contiguous()
+    return t if t.data_ptr() % t.element_size() == 0 else t.clone()
+
+
 def _address(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
@@ -523,7 +533,7 @@ def _table(x: Tensor, name: str, dtypes: tuple[torch.dtype, ...] = tuple(_DTYPES
         raise ValueError(f"{name} must be {wanted} [N, d] on the CPU, got {_describe(x)}")
     if x.shape[1] == 0:
         raise ValueError(f"{name} must have at least one column")
-    return x if x.stride(1) == 1 else x.contiguous()
+    return x if x.stride(1) == 1 and x.data_ptr() % x.element_size() == 0 else aligned(x)
 
 
 def _rows(x: Tensor) -> tuple[int, int, int]:

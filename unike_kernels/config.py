@@ -17,6 +17,9 @@ _CHOICES = {
     "w_zeta": ("memory", "edit"),
 }
 
+# More entries than any attention over them makes use of, and what a search on a CUDA device takes.
+MOST_ENTRIES = 2**20
+
 _TRAINING_ONLY = ("neurons", "w_zeta", "beta")  # what they led to is in the edit's own tensors
 
 
@@ -25,7 +28,7 @@ class Config:
     """The semantics of a memory and of the edits that are trained with it. Stored in both artifacts.
 
     Attributes:
-        k: entries retrieved (the paper's top-40).
+        k: entries retrieved (the paper's top-40), 1 to 2**20; where a memory has fewer, all of them, at their cost.
         retrieval: "token": each token retrieves its own entries (causal, stateless); "sequence": once, with the last
             prompt token, as the paper words it (needs `uk.rows(..., prompt_lengths=...)`).
         tokens: which tokens are shifted: "all"; "text" (not those of an image); or "answer", from the last prompt token
@@ -62,8 +65,8 @@ class Config:
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"Config.{name}: expected one of {', '.join(allowed)}; got {getattr(self, name)!r}")
-        if isinstance(self.k, bool) or not isinstance(self.k, int) or self.k < 1:
-            raise ValueError(f"Config.k: expected an integer of at least 1, got {self.k!r}")
+        if isinstance(self.k, bool) or not isinstance(self.k, int) or not 1 <= self.k <= MOST_ENTRIES:
+            raise ValueError(f"Config.k: expected an integer of at least 1 and at most {MOST_ENTRIES}, got {self.k!r}")
         if self.scale is not None and not (_is_number(self.scale) and self.scale > 0):
             raise ValueError(f"Config.scale: expected None or a positive number, got {self.scale!r}")
         if self.alpha not in ("token", "last") and not (

@@ -2,9 +2,13 @@
 // once, so no second pool competes for the cores, and a thread that has just run an operator of torch still spins.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 namespace unike {
+
+// The threads that a call uses where it was asked for so many.
+inline int threads_of_call(int asked) { return std::clamp(asked, 1, 1024); }
 
 // How many threads are worth using for `work` multiply-adds: all, or one. OpenMP ends and starts threads wherever the
 // size of its team changes.

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "common/status.h"
+#include "common/checked.h"
 
 namespace unike {
 
@@ -13,16 +13,18 @@ class Workspace {
  public:
   Workspace() = default;
   Workspace(void* memory, int64_t size) : memory_(static_cast<char*>(memory)), size_(size) {
-    require(memory != nullptr && size >= 0, "the workspace is null");
+    require(memory != nullptr, "the workspace is null");
+    check_size("workspace_bytes", size, 0);
     used_ = -reinterpret_cast<uintptr_t>(memory) % kAlignment;
   }
 
   template <typename T>
   T* take(int64_t count) {
-    T* piece = memory_ == nullptr ? nullptr : reinterpret_cast<T*>(memory_ + used_);
-    used_ += (count * static_cast<int64_t>(sizeof(T)) + kAlignment - 1) / kAlignment * kAlignment;
-    if (memory_ != nullptr) require(used_ <= size_, "the workspace is smaller than the workspace function says");
-    return piece;
+    const int64_t first = used_;
+    used_ += (times(count, sizeof(T)) + kAlignment - 1) / kAlignment * kAlignment;
+    if (memory_ == nullptr) return nullptr;
+    require(used_ <= size_, "the workspace is smaller than the workspace function says");
+    return reinterpret_cast<T*>(memory_ + first);
   }
 
   // What has not been taken: where it begins and its bytes.

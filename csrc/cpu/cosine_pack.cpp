@@ -1,4 +1,7 @@
 // The C ABI of what is done to keys once: unit length, and the packed copies for the scan.
+#include <algorithm>
+
+#include "common/checked.h"
 #include "common/cpu_isa.h"
 #include "common/parallel.h"
 #include "common/status.h"
@@ -11,14 +14,14 @@ namespace {
 // Calls body(row, thread) for row = 0, ..., rows - 1, in runs of neighbours.
 void each_row(int64_t rows, double work_per_row, int threads, const auto& body) {
   constexpr int64_t kRun = 16;
-  threads = useful_threads(static_cast<double>(rows) * work_per_row, threads);
+  threads = useful_threads(static_cast<double>(rows) * work_per_row, threads_of_call(threads));
   parallel_for((rows + kRun - 1) / kRun, threads, [&](int64_t run, int thread) {
     for (int64_t row = run * kRun; row < rows && row < (run + 1) * kRun; ++row) body(row, thread);
   });
 }
 
 float* take_rest(Workspace& workspace, int64_t d, int threads) {
-  return workspace.take<float>(padded_bytes(sizeof(float), d) * threads / static_cast<int64_t>(sizeof(float)));
+  return workspace.take<float>(times(padded_bytes(sizeof(float), d), threads) / static_cast<int64_t>(sizeof(float)));
 }
 
 }  // namespace
@@ -27,10 +30,13 @@ float* take_rest(Workspace& workspace, int64_t d, int threads) {
 extern "C" unike_status unike_normalize_rows(unike_rows x, int64_t rows, int64_t d, float* out, int threads) {
   using namespace unike;
   return guarded([&] {
-    require(rows >= 0 && x.stride >= 0, "row counts and strides must not be negative");
-    require(d >= 1, "d must be at least 1");
-    require((x.data != nullptr && out != nullptr) || rows == 0, "x and out must not be null");
-    require(x.dtype == UNIKE_F32 || x.dtype == UNIKE_BF16, "dtype must be float32 or bfloat16");
+    check_size("rows", rows, 0);
+    check_size("d", d, 1);
+    check_array("out", out, times(rows, d));
+    const Extent read = check_rows("x", x, rows, d);
+    const auto written = reinterpret_cast<uintptr_t>(out);
+    const auto bytes = static_cast<uintptr_t>(rows * d) * sizeof(float);
+    require(rows == 0 || written + bytes <= read.first || read.end() <= written, "out must not overlap x");
     const auto normalize = UNIKE_PICK_NARROW(scan_kernels).normalize[x.dtype];
     const int64_t stride = x.stride * size_of(x.dtype);
     each_row(rows, static_cast<double>(d), threads,
@@ -40,15 +46,19 @@ extern "C" unike_status unike_normalize_rows(unike_rows x, int64_t rows, int64_t
 
 extern "C" int64_t unike_code_bytes(unike_scan scan, int64_t d) {
   using namespace unike;
-  if (d < 1) return 0;
+  if (d < 1 || d > kMostBytes / 4) return 0;
   if (scan == UNIKE_SCAN_I8) return d <= 65536 ? padded_bytes(1, d) : 0;  // a product is below 255 * 127 * d < 2^31
   return scan == UNIKE_SCAN_F16 || scan == UNIKE_SCAN_BF16 ? padded_bytes(2, d) : 0;
 }
 
 extern "C" int64_t unike_pack_keys_workspace(int64_t d, int threads) {
-  unike::Workspace workspace;
-  unike::take_rest(workspace, d, threads < 1 ? 1 : threads);
-  return workspace.bytes();
+  using namespace unike;
+  return guarded_bytes([&] {
+    check_size("d", d, 1);
+    Workspace workspace;
+    take_rest(workspace, d, threads_of_call(threads));
+    return workspace.bytes();
+  });
 }
 
 extern "C" unike_status unike_pack_keys(const float* rows, int64_t n, int64_t d, int64_t stride, unike_scan scan,
@@ -56,14 +66,18 @@ extern "C" unike_status unike_pack_keys(const float* rows, int64_t n, int64_t d,
                                         int64_t workspace_bytes, int threads) {
   using namespace unike;
   return guarded([&] {
-    require(n >= 0 && stride >= 0, "row counts and strides must not be negative");
-    require(d >= 1, "d must be at least 1");
+    check_size("n", n, 0);
+    check_size("stride", stride, 0);
+    check_size("d", d, 1);
+    times(n, std::max(d, stride), sizeof(float));
     const int64_t bytes = unike_code_bytes(scan, d);
     require(bytes > 0, "scan must be float16, bfloat16 or int8, and d at most 65536 for int8");
-    require(direction != nullptr, "direction must not be null");
-    require((rows != nullptr && codes != nullptr && bounds != nullptr) || n == 0,
-            "rows, codes and bounds must not be null");
-    if (threads < 1) threads = 1;
+    const int64_t size = scan == UNIKE_SCAN_I8 ? 1 : 2;
+    check_array("direction", direction, d);
+    check_array("rows", rows, n == 0 ? 0 : (n - 1) * stride + d);
+    check_memory("codes", codes, times(n, bytes) / size, size);
+    check_array("bounds", bounds, times(n, UNIKE_KEY_BOUNDS));
+    threads = threads_of_call(threads);
     Workspace memory(workspace, workspace_bytes);
     float* rest = take_rest(memory, d, threads);
     double uu = 0;

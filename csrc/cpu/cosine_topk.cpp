@@ -27,6 +27,7 @@
 #include <cmath>
 #include <limits>
 
+#include "common/checked.h"
 #include "common/cpu_isa.h"
 #include "common/parallel.h"
 #include "common/status.h"
@@ -107,21 +108,21 @@ class Search {
                                            : sizeof(float),
                                  length_) +
                     64) {
-    threads_ = useful_threads(static_cast<double>(p.m * keys_.n) * static_cast<double>(keys_.d), threads);
+    threads_ = useful_threads(static_cast<double>(p.m) * static_cast<double>(keys_.n) * static_cast<double>(keys_.d), threads);
     group_ = std::min(kQueryBlock, ceil_div(p.m, threads_));
     slots_ = group_ >= kQueriesPerThread || threads_ == 1 ? 1 : threads_;
     if (slots_ > 1) group_ = std::min(kQueryBlock, p.m);
-    const int64_t suspects_bytes = slots_ * capacity_ * static_cast<int64_t>(sizeof(Suspect));
+    const int64_t suspects_bytes = times(slots_, capacity_, sizeof(Suspect));
     block_ = std::min(slots_ > 1 ? group_ : group_ * threads_, std::max<int64_t>(kSuspectsBytes / suspects_bytes, 1));
     group_ = std::min(group_, block_);
     queries_ = workspace.take<Query>(block_);
     thresholds_ = workspace.take<float>(block_);
-    counts_ = workspace.take<Count>(block_ * slots_);
-    suspects_ = workspace.take<Suspect>(block_ * slots_ * capacity_);
-    rows_ = workspace.take<char>(block_ * row_bytes_);
-    codes_ = workspace.take<char>(block_ * code_bytes_ * (integers_ ? 2 : 1));
-    rests_ = workspace.take<char>(threads_ * row_bytes_);
-    raw_ = workspace.take<int32_t>(threads_ * std::max(group_, 2 * kWideQueries) * kTile);
+    counts_ = workspace.take<Count>(times(block_, slots_));
+    suspects_ = workspace.take<Suspect>(times(block_, slots_, capacity_));
+    rows_ = workspace.take<char>(times(block_, row_bytes_));
+    codes_ = workspace.take<char>(times(block_, code_bytes_, integers_ ? 2 : 1));
+    rests_ = workspace.take<char>(times(threads_, row_bytes_));
+    raw_ = workspace.take<int32_t>(times(threads_, std::max(group_, 2 * kWideQueries), kTile));
     const double terms = (static_cast<double>(keys_.d) / kernels.lanes + kDepth) * 0x1p-24;
     rounding_ = static_cast<float>(terms < 0.5 ? terms / (1 - terms) * 1.0001 : kInfinity);
   }
@@ -378,17 +379,31 @@ class Search {
 };
 
 void check(const unike_keys& keys) {
-  require(keys.n >= 0 && keys.stride >= 0, "the number of keys and their stride must not be negative");
-  require(keys.d >= 1, "d must be at least 1");
+  check_size("keys.n", keys.n, 0);
+  check_size("keys.stride", keys.stride, 0);
+  check_size("keys.d", keys.d, 1);
+  times(keys.n, std::max(keys.d, keys.stride), sizeof(float));
   require(UNIKE_SCAN_F32 <= keys.scan && keys.scan <= UNIKE_SCAN_I8, "scan names none of the scans");
   if (keys.n == 0) return;
+  if (keys.rows != nullptr) check_array("keys.rows", keys.rows, (keys.n - 1) * keys.stride + keys.d);
   if (keys.scan == UNIKE_SCAN_F32) {
     require(keys.rows != nullptr, "a scan of float32 rows needs the rows");
   } else {
     require(keys.codes != nullptr && keys.bounds != nullptr && keys.direction != nullptr,
             "codes, bounds and direction of packed keys must not be null");
     require(unike_code_bytes(keys.scan, keys.d) > 0, "d is too large for an int8 scan");
+    const int64_t size = keys.scan == UNIKE_SCAN_I8 ? 1 : 2;
+    check_memory("keys.codes", keys.codes, times(keys.n, unike_code_bytes(keys.scan, keys.d)) / size, size);
+    check_array("keys.bounds", keys.bounds, times(keys.n, UNIKE_KEY_BOUNDS));
+    check_array("keys.direction", keys.direction, keys.d);
   }
+}
+
+void check_counts(int64_t m, int64_t k, int64_t d) {
+  check_size("m", m, 0);
+  check_size("k", k, 0);
+  times(m, k, sizeof(int64_t));
+  times(m, d, sizeof(float));
 }
 
 }  // namespace
@@ -399,11 +414,11 @@ extern "C" int64_t unike_cosine_topk_workspace(const unike_keys* keys, int64_t m
   return guarded_bytes([&] {
     require(keys != nullptr, "keys must not be null");
     check(*keys);
-    require(m >= 0 && k >= 0, "the number of queries and k must not be negative");
+    check_counts(m, k, keys->d);
     Workspace workspace;
     if (m > 0 && k > 0) {
       const Problem problem{*keys, {}, m, k, nullptr};
-      Search(problem, UNIKE_PICK_NARROW(scan_kernels), std::max(threads, 1), workspace);
+      Search(problem, UNIKE_PICK_NARROW(scan_kernels), threads_of_call(threads), workspace);
     }
     return workspace.bytes();
   });
@@ -416,11 +431,11 @@ extern "C" unike_status unike_cosine_topk(const unike_keys* keys, unike_rows que
   return guarded([&] {
     require(keys != nullptr, "keys must not be null");
     check(*keys);
-    require(m >= 0 && queries.stride >= 0, "the number of queries and their stride must not be negative");
-    require(queries.data != nullptr || m == 0, "queries must not be null");
-    require(queries.dtype == UNIKE_F32 || queries.dtype == UNIKE_BF16, "dtype must be float32 or bfloat16");
-    require(k >= 0, "k must not be negative");
-    require((scores != nullptr && ids != nullptr) || m == 0 || k == 0, "scores and ids must not be null");
+    check_counts(m, k, keys->d);
+    check_rows("queries", queries, m, keys->d);
+    check_array("scores", scores, m * k);
+    check_array("ids", ids, m * k);
+    if (ranges != nullptr) check_array("ranges", ranges, 2 * m);
     for (int64_t q = 0; ranges != nullptr && q < m; ++q) {
       require(0 <= ranges[2 * q] && ranges[2 * q] <= ranges[2 * q + 1] && ranges[2 * q + 1] <= keys->n,
               "the bounds of each query must satisfy 0 <= start <= stop <= n");
@@ -428,6 +443,6 @@ extern "C" unike_status unike_cosine_topk(const unike_keys* keys, unike_rows que
     if (m == 0 || k == 0) return;
     Workspace memory(workspace, workspace_bytes);
     const Problem problem{*keys, queries, m, k, ranges};
-    Search(problem, UNIKE_PICK_NARROW(scan_kernels), std::max(threads, 1), memory).run(scores, ids);
+    Search(problem, UNIKE_PICK_NARROW(scan_kernels), threads_of_call(threads), memory).run(scores, ids);
   });
 }

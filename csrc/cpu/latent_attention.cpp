@@ -13,6 +13,7 @@
 #include <cmath>
 #include <limits>
 
+#include "common/checked.h"
 #include "common/cpu_isa.h"
 #include "common/parallel.h"
 #include "common/status.h"
@@ -56,31 +57,31 @@ class LatentAttention {
         blend_(p.blend),
         kernels_(kernels),
         threads_(threads),
-        query_size_(p.memory.heads * p.memory.width),
+        query_size_(times(p.memory.heads, p.memory.width)),
         block_(std::min(p.in.m, kTokenBlock)),
         padded_k_(ceil_div(p.in.k, 4) * 4),
         rows_(std::max(p.in.k, backward ? std::max(p.in.d, p.encoder.r) : 0)),
         tiles_(ceil_div(p.in.d, kWeightRows)) {
-    const auto rows = [&](int64_t size) { return workspace.take<float>(block_ * size); };
+    const auto rows = [&](int64_t size) { return workspace.take<float>(times(block_, size)); };
     tokens_ = workspace.take<Token>(block_);
-    ids_ = workspace.take<int64_t>(block_ * in_.k);
-    weights_ = rows(memory_.heads * padded_k_);
+    ids_ = workspace.take<int64_t>(times(block_, in_.k));
+    weights_ = rows(times(memory_.heads, padded_k_));
     know_ = rows(in_.d);
     hidden_ = rows(encoder_.r);
     parts_ = rows(2 * tiles_);
     if (in_.queries.dtype != UNIKE_F32) queries_ = rows(query_size_);
     if (in_.inputs.dtype != UNIKE_F32) inputs_ = rows(in_.d);
-    products_ = workspace.take<float>(threads * block_ * kWeightRows);
-    pointers_ = workspace.take<const void*>(threads * rows_);
+    products_ = workspace.take<float>(times(threads, block_, kWeightRows));
+    pointers_ = workspace.take<const void*>(times(threads, rows_));
     if (!backward) {
-      outputs_ = workspace.take<float>(threads * in_.d);
+      outputs_ = workspace.take<float>(times(threads, in_.d));
       return;
     }
     activated_ = rows(encoder_.r);
     sem_ = rows(in_.d);
     grad_know_ = rows(in_.d);
     grads_ = rows(in_.d);
-    grad_weights_ = rows(memory_.heads * padded_k_);
+    grad_weights_ = rows(times(memory_.heads, padded_k_));
   }
 
   void forward(unike_rows_out out, float* alpha_out) {
@@ -450,9 +451,19 @@ class LatentAttention {
 void check_sizes(const Problem& p) {
   const unike_latent_inputs& in = p.in;
   const unike_memory& memory = p.memory;
-  require(in.m >= 0 && in.d >= 1 && in.k >= 0, "m and k must not be negative, d at least 1");
-  require(memory.n >= 0 && memory.heads >= 1 && memory.width >= 1, "the memory's sizes are out of range");
-  require(p.encoder.r >= 0, "r must not be negative");
+  check_size("m", in.m, 0);
+  check_size("d", in.d, 1);
+  check_size("k", in.k, 0);
+  check_size("memory.n", memory.n, 0);
+  check_size("memory.heads", memory.heads, 1);
+  check_size("memory.width", memory.width, 1);
+  check_size("encoder.r", p.encoder.r, 0);
+  constexpr int64_t size = sizeof(int64_t);
+  times(in.m, in.d, size);
+  times(in.m, in.k, size);
+  times(in.m, memory.heads, memory.width, size);
+  times(p.encoder.r, in.d, size);
+  for (const int64_t columns : {memory.width, in.d, p.encoder.r}) times(memory.n, memory.heads, columns, size);
 }
 
 void check(const Problem& p) {
@@ -460,16 +471,36 @@ void check(const Problem& p) {
   const unike_latent_inputs& in = p.in;
   const unike_memory& memory = p.memory;
   const unike_blend& blend = *p.blend;
-  require(memory.keys != memory.values || memory.width == in.d, "keys serve as values only where their width is d");
+  const unike_semantic_encoder& encoder = p.encoder;
+  const int64_t rows = memory.n * memory.heads, d = in.d, r = encoder.r;
+  check_table("memory.keys", memory.keys, memory.dtype, rows * memory.width);
+  check_table("memory.values", memory.values, memory.dtype, rows * d);
+  if (memory.projected != nullptr) check_array("memory.projected", memory.projected, rows * r);
+  check_dtype("encoder.dtype", encoder.dtype);
+  check_rows("queries", in.queries, in.m, memory.heads * memory.width);
+  check_rows("inputs", in.inputs, in.m, d);
+  require(memory.keys != memory.values || rows == 0 || memory.width == in.d, "keys serve as values only where their width is d");
   require(in.m == 0 || (in.id_rows >= 1 && in.m % in.id_rows == 0), "the tokens cannot be split evenly among the ids");
-  require(p.encoder.w1 != nullptr || memory.projected != nullptr || blend.alpha != nullptr,
-          "w1 is needed where no projected values are given");
+  if (blend.alpha == nullptr) {
+    require(encoder.w1 != nullptr || memory.projected != nullptr || r == 0,
+            "w1 is needed where no projected values are given");
+    if (memory.projected == nullptr) check_table("encoder.w1", encoder.w1, encoder.dtype, r * d);
+    check_table("encoder.w2", encoder.w2, encoder.dtype, d * r);
+    check_array("encoder.b1", encoder.b1, r);
+    check_array("encoder.b2", encoder.b2, d);
+  } else {
+    check_size("blend.alphas", blend.alphas, 0);
+    check_array("blend.alpha", blend.alpha, blend.alphas);
+  }
   require(blend.alpha == nullptr || blend.alphas == 1 || blend.alphas == in.m, "alpha must have 1 or m values");
   require(blend.anchor == nullptr || (blend.anchors >= 1 && in.m % blend.anchors == 0),
           "the tokens cannot be split evenly among the anchors");
+  if (blend.anchor != nullptr) check_array("blend.anchor", blend.anchor, times(blend.anchors, d));
 }
 
 void check_ids(const unike_latent_inputs& in, int64_t n) {
+  if (in.m == 0) return;
+  check_array("ids", in.ids, times(in.id_rows, in.k));
   require(std::all_of(in.ids, in.ids + in.id_rows * in.k, [&](int64_t id) { return -1 <= id && id < n; }),
           "ids must be -1 or name entries of the memory");
 }
@@ -481,7 +512,7 @@ int64_t workspace_bytes_of(const unike_latent_inputs* in, const unike_memory* me
     const Problem problem{*in, *memory, *encoder, nullptr};
     check_sizes(problem);
     Workspace workspace;
-    LatentAttention(problem, UNIKE_PICK(row_kernels), std::max(threads, 1), backward, workspace);
+    LatentAttention(problem, UNIKE_PICK(row_kernels), threads_of_call(threads), backward, workspace);
     return workspace.bytes();
   });
 }
@@ -504,10 +535,19 @@ extern "C" unike_status unike_latent_attention(const unike_latent_inputs* in, co
     const Problem problem{*in, *memory, *encoder, blend};
     check(problem);
     check_ids(*in, memory->n);
+    const Extent written = check_rows_out("out", out, in->m, in->d);
     require(out.dtype == in->inputs.dtype, "out must have the dtype of the inputs");
+    check_apart("out", written, check_rows("inputs", in->inputs, in->m, in->d));
+    check_apart("out", written, check_rows("queries", in->queries, in->m, memory->heads * memory->width));
+    if (blend->anchor != nullptr && in->m > 0) {
+      const auto anchor = reinterpret_cast<uintptr_t>(blend->anchor);
+      const auto bytes = static_cast<uintptr_t>(blend->anchors * in->d) * sizeof(float);
+      require(written.end() <= anchor || anchor + bytes <= written.first, "out must not overlap the anchors");
+    }
+    if (alpha_out != nullptr) check_array("alpha_out", alpha_out, in->m);
     if (in->m == 0) return;
     Workspace pieces(workspace, workspace_bytes);
-    LatentAttention(problem, UNIKE_PICK(row_kernels), std::max(threads, 1), false, pieces).forward(out, alpha_out);
+    LatentAttention(problem, UNIKE_PICK(row_kernels), threads_of_call(threads), false, pieces).forward(out, alpha_out);
   });
 }
 
@@ -527,25 +567,54 @@ extern "C" unike_status unike_latent_attention_backward(const unike_latent_input
     const Problem problem{*in, *memory, *encoder, blend};
     check(problem);
     check_ids(*in, memory->n);
-    if (in->m == 0) return;
+    const int64_t m = in->m, d = in->d;
+    check_rows("grad", grad, m, d);
+    check_array("grad_alpha", grad_alpha, m);
+    check_array("grad_queries", grad_queries, m * memory->heads * memory->width);
+    check_array("grad_inputs", grad_inputs, m * d);
+    if (grad_given != nullptr) check_array("grad_given", grad_given, m);
+    require((grad_anchor != nullptr) == (blend->anchor != nullptr) || m == 0,
+            "grad_anchor must be given where there is an anchor, and only there");
+    if (grad_anchor != nullptr) check_array("grad_anchor", grad_anchor, m * d);
+    if (m == 0) return;
     Workspace pieces(workspace, workspace_bytes);
-    LatentAttention(problem, UNIKE_PICK(row_kernels), std::max(threads, 1), true, pieces)
+    LatentAttention(problem, UNIKE_PICK(row_kernels), threads_of_call(threads), true, pieces)
         .backward({grad, grad_alpha, grad_queries, grad_inputs, grad_given, grad_anchor});
   });
 }
+
+namespace unike {
+namespace {
+
+// What is searched for: no more entries than there are. `in` with that k, and ids to come.
+unike_latent_inputs retrieving(const unike_latent_inputs& in, const unike_memory& memory) {
+  check_size("m", in.m, 0);
+  check_size("k", in.k, 0);
+  check_size("memory.n", memory.n, 0);
+  unike_latent_inputs found = in;
+  found.k = std::min(in.k, memory.n);
+  found.ids = nullptr;
+  found.id_rows = in.m;
+  return found;
+}
+
+}  // namespace
+}  // namespace unike
 
 extern "C" int64_t unike_memory_attention_workspace(const unike_keys* index, const unike_latent_inputs* in,
                                                     const unike_memory* memory, const unike_semantic_encoder* encoder,
                                                     int threads) {
   using namespace unike;
   return guarded_bytes([&] {
-    require(index != nullptr && in != nullptr, "a null argument");
+    require(index != nullptr && in != nullptr && memory != nullptr && encoder != nullptr, "a null argument");
+    const unike_latent_inputs found = retrieving(*in, *memory);
     Workspace workspace;
-    workspace.take<float>(in->m * in->k);  // scores, which nobody wants
-    workspace.take<int64_t>(in->m * in->k);
-    // One after the other, the two share the rest.
-    return workspace.bytes() + std::max(unike_cosine_topk_workspace(index, in->m, in->k, threads),
-                                        unike_latent_attention_workspace(in, memory, encoder, threads));
+    workspace.take<float>(times(found.m, found.k));  // scores, which nobody wants
+    workspace.take<int64_t>(times(found.m, found.k));
+    const int64_t search = unike_cosine_topk_workspace(index, found.m, found.k, threads);
+    const int64_t attention = unike_latent_attention_workspace(&found, memory, encoder, threads);
+    require(search > 0 && attention > 0, unike_last_error());
+    return workspace.bytes() + std::max(search, attention);  // one after the other, the two share it
   });
 }
 
@@ -559,17 +628,27 @@ extern "C" unike_status unike_memory_attention(const unike_keys* index, unike_ro
   const unike_status checked = guarded([&] {
     require(index != nullptr && in != nullptr && memory != nullptr, "a null argument");
     require(index->n == memory->n, "index and memory must have the same entries");
-    Workspace pieces(workspace, workspace_bytes);
-    float* scores = pieces.take<float>(in->m * in->k);
-    int64_t* own_ids = pieces.take<int64_t>(in->m * in->k);
-    if (ids == nullptr) ids = own_ids;
-    const auto [rest, bytes] = pieces.rest();
-    status = unike_cosine_topk(index, hidden, in->m, in->k, ranges, scores, ids, rest, bytes, threads);
+    unike_latent_inputs found = retrieving(*in, *memory);
+    const int64_t wanted = in->k, k = found.k;
+    if (ids != nullptr) check_array("ids", ids, times(found.m, wanted));
+    float* scores = nullptr;
+    int64_t* own_ids = nullptr;
+    Workspace::Rest rest{nullptr, 0};
+    if (found.m > 0) {
+      Workspace pieces(workspace, workspace_bytes);
+      scores = pieces.take<float>(times(found.m, k));
+      own_ids = pieces.take<int64_t>(times(found.m, k));
+      rest = pieces.rest();
+    }
+    const auto [room, bytes] = rest;
+    status = unike_cosine_topk(index, hidden, found.m, k, ranges, scores, own_ids, room, bytes, threads);
     if (status != UNIKE_OK) return;
-    unike_latent_inputs found = *in;
-    found.ids = ids;
-    found.id_rows = in->m;
-    status = unike_latent_attention(&found, memory, encoder, blend, out, alpha_out, rest, bytes, threads);
+    found.ids = own_ids;
+    status = unike_latent_attention(&found, memory, encoder, blend, out, alpha_out, room, bytes, threads);
+    if (status != UNIKE_OK || ids == nullptr) return;
+    for (int64_t t = 0; t < found.m; ++t) {
+      std::fill_n(std::copy_n(own_ids + t * k, k, ids + t * wanted), wanted - k, -1);
+    }
   });
   return checked == UNIKE_OK ? status : checked;
 }

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 
+#include "common/checked.h"
 #include "common/cpu_isa.h"
 #include "common/parallel.h"
 #include "common/status.h"
@@ -11,12 +12,12 @@
 extern "C" unike_status unike_read(const void* data, int64_t bytes, int threads) {
   using namespace unike;
   return guarded([&] {
-    require(data != nullptr || bytes == 0, "data must not be null");
-    require(bytes >= 0, "bytes must not be negative");
+    check_size("bytes", bytes, 0);
+    check_memory("data", data, bytes, 1);
     constexpr int64_t kPart = 1 << 16;
     const auto read = UNIKE_PICK_NARROW(scan_kernels).read;
     std::atomic<uint64_t> sum{0};  // so that nothing is left out
-    parallel_for((bytes + kPart - 1) / kPart, threads, [&](int64_t part, int) {
+    parallel_for((bytes + kPart - 1) / kPart, threads_of_call(threads), [&](int64_t part, int) {
       const auto* first = static_cast<const char*>(data) + part * kPart;
       sum.fetch_xor(read(first, std::min(kPart, bytes - part * kPart)), std::memory_order_relaxed);
     });
@@ -27,8 +28,9 @@ extern "C" unike_status unike_multiply_add(unike_scan scan, int64_t rounds, int 
   using namespace unike;
   return guarded([&] {
     require(UNIKE_SCAN_F32 <= scan && scan <= UNIKE_SCAN_I8, "scan is unknown");
-    require(rounds >= 0 && count != nullptr, "rounds must not be negative, count not null");
-    threads = std::max(threads, 1);
+    check_size("rounds", rounds, 0);
+    check_array("count", count, 1);
+    threads = threads_of_call(threads);
     const auto run = UNIKE_PICK_NARROW(scan_kernels).multiply_add[scan];
     std::atomic<int64_t> of_a_thread{0};
     parallel_for(threads, threads, [&](int64_t, int) { of_a_thread = run(rounds); });

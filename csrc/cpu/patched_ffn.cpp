@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "common/checked.h"
 #include "common/cpu_isa.h"
 #include "common/parallel.h"
 #include "common/status.h"
@@ -42,6 +43,19 @@ struct Problem {
   unike_activation activation;
 };
 
+// The gradients of all parameters without a token.
+void clear_gradients(const unike_edit_pool& pool, int64_t d, const unike_extra_gradients& out) {
+  const int64_t p = pool.neurons, e = pool.edits;
+  for (float* table : {out.keys, out.values, pool.up == nullptr ? nullptr : out.up}) {
+    if (table != nullptr) std::fill_n(table, p * d, 0.0f);
+  }
+  for (float* row : {out.key_bias, pool.up == nullptr ? nullptr : out.up_bias}) {
+    if (row != nullptr) std::fill_n(row, p, 0.0f);
+  }
+  std::fill_n(out.zeta, e * d, 0.0f);
+  std::fill_n(out.beta, e, 0.0f);
+}
+
 class ExtraNeurons {
  public:
   ExtraNeurons(const Problem& p, const RowKernels& kernels, int threads, bool backward, Workspace& workspace)
@@ -52,33 +66,34 @@ class ExtraNeurons {
       each_edit(row, [&](int64_t e) {
         const int64_t n = padded(size(e));
         ++edits;
-        neurons += n;
+        neurons = plus(neurons, n);
         largest = std::max(largest, n);
       });
       most_edits = std::max(most_edits, edits);
       most_neurons = std::max(most_neurons, neurons);
     }
+    refuse_repeats(workspace.take<int64_t>(pool_.edits));
     first_slots_ = workspace.take<int64_t>(block_ + 1);
-    slots_ = workspace.take<Slot>(block_ * most_edits);
+    slots_ = workspace.take<Slot>(times(block_, most_edits));
     x_ = workspace.take<const float*>(block_);
-    if (p.x.dtype != UNIKE_F32) converted_x_ = workspace.take<float>(block_ * p.d);
-    const auto per_neuron = [&] { return workspace.take<float>(block_ * most_neurons); };
+    if (p.x.dtype != UNIKE_F32) converted_x_ = workspace.take<float>(times(block_, p.d));
+    const auto per_neuron = [&] { return workspace.take<float>(times(block_, most_neurons)); };
     o_ = per_neuron();
     up_ = per_neuron();
     rows_ = std::max(largest, backward ? block_ : 0);
-    pointers_ = workspace.take<const void*>(threads * rows_);
+    pointers_ = workspace.take<const void*>(times(threads, rows_));
     if (!backward) {
-      sums_ = workspace.take<float>(threads * p.d);
-      converted_ = workspace.take<float>(threads * p.d);
+      sums_ = workspace.take<float>(times(threads, p.d));
+      converted_ = workspace.take<float>(times(threads, p.d));
       return;
     }
     gates_ = per_neuron();
     grad_gates_ = per_neuron();
     grad_ups_ = per_neuron();
-    grads_ = workspace.take<float>(block_ * p.d);
+    grads_ = workspace.take<float>(times(block_, p.d));
     edit_slots_ = workspace.take<int64_t>(pool_.edits + 1);
-    slots_of_edits_ = workspace.take<int64_t>(block_ * most_edits);
-    columns_ = workspace.take<float>(threads * 3 * block_);
+    slots_of_edits_ = workspace.take<int64_t>(times(block_, most_edits));
+    columns_ = workspace.take<float>(times(threads, 3, block_));
   }
 
   void forward(unike_rows base, unike_rows_out out) {
@@ -95,7 +110,7 @@ class ExtraNeurons {
   }
 
   void backward(unike_rows grad, const unike_extra_gradients& out) {
-    clear(out);
+    clear_gradients(pool_, p_.d, out);
     for (first_ = 0; first_ < p_.m; first_ += block_) {
       open();
       group_by_edit();
@@ -132,6 +147,19 @@ class ExtraNeurons {
   }
   int threads_of_slots() const {
     return useful_threads(2.0 * static_cast<double>(neurons_) * static_cast<double>(p_.d), threads_);
+  }
+
+  // A row that named an edit twice would need more room than the sums of an edit have. last: of each edit, the row that
+  // named it last, counted from 1; null while the workspace is measured.
+  void refuse_repeats(int64_t* last) const {
+    if (last == nullptr) return;
+    std::fill_n(last, pool_.edits, 0);
+    for (int64_t row = 0; row < pool_.rows; ++row) {
+      each_edit(row, [&](int64_t e) {
+        if (last[e] == row + 1) refuse("row_edits", "distinct edits in each row, but a row names twice the edit", e);
+        last[e] = row + 1;
+      });
+    }
   }
 
   // The slots of the next block, and its rows of x.
@@ -211,18 +239,6 @@ class ExtraNeurons {
       kernels_.blend(wide, 1.0f, sum, 1.0f, width, wide);
       kernels_.store_row[base.dtype](wide, width, result);
     }
-  }
-
-  void clear(const unike_extra_gradients& out) const {
-    const int64_t p = pool_.neurons, e = pool_.edits, d = p_.d;
-    for (float* table : {out.keys, out.values, out.up}) {
-      if (table != nullptr) std::fill_n(table, p * d, 0.0f);
-    }
-    for (float* row : {out.key_bias, out.up_bias}) {
-      if (row != nullptr) std::fill_n(row, p, 0.0f);
-    }
-    std::fill_n(out.zeta, e * d, 0.0f);
-    std::fill_n(out.beta, e, 0.0f);
   }
 
   // Lists the slots of each edit, in the order of the tokens.
@@ -320,26 +336,58 @@ class ExtraNeurons {
   float* columns_ = nullptr;  // [threads, ...]
 };
 
-void check_ascending(const int64_t* indptr, int64_t count, const char* message) {
-  require(indptr != nullptr && indptr[0] == 0 && std::is_sorted(indptr, indptr + count + 1), message);
+void check_ascending(const char* name, const int64_t* indptr, int64_t count, const char* message) {
+  check_array(name, indptr, count + 1);
+  require(indptr[0] == 0 && std::is_sorted(indptr, indptr + count + 1), message);
 }
 
+// Which rows use which edits, and all sizes; the tables are for check_tables.
 void check(const unike_edit_pool& pool, int64_t m, int64_t d) {
-  require(m >= 0 && d >= 1, "m must not be negative, d at least 1");
-  require(pool.rows >= 1 && pool.edits >= 0, "a pool needs at least one row");
-  check_ascending(pool.indptr, pool.edits, "indptr must ascend from 0");
+  check_size("m", m, 0);
+  check_size("d", d, 1);
+  check_size("pool.neurons", pool.neurons, 0);
+  check_size("pool.edits", pool.edits, 0);
+  check_size("pool.rows", pool.rows, 1);
+  for (const int64_t rows : {m, pool.neurons, pool.edits}) times(rows, d, sizeof(float));
+  check_ascending("indptr", pool.indptr, pool.edits, "indptr must ascend from 0");
   require(pool.indptr[pool.edits] <= pool.neurons, "indptr must not end beyond the neurons");
-  check_ascending(pool.row_indptr, pool.rows, "row_indptr must ascend from 0");
+  check_ascending("row_indptr", pool.row_indptr, pool.rows, "row_indptr must ascend from 0");
+  for (int64_t row = 0; row < pool.rows; ++row) {
+    const int64_t listed = pool.row_indptr[row + 1] - pool.row_indptr[row];
+    if (listed > pool.edits) refuse("row_indptr", "rows of distinct edits, no more than the pool has", listed);
+  }
+  check_array("row_edits", pool.row_edits, pool.row_indptr[pool.rows]);
   for (int64_t i = 0; i < pool.row_indptr[pool.rows]; ++i) {
     require(0 <= pool.row_edits[i] && pool.row_edits[i] < pool.edits, "row_edits must name edits of the pool");
   }
   if (pool.token_rows == nullptr) {
     require(m % pool.rows == 0, "the tokens cannot be split evenly among the rows");
   } else {
+    check_array("token_rows", pool.token_rows, m);
     const auto valid = [&](int64_t row) { return 0 <= row && row < pool.rows; };
     require(std::all_of(pool.token_rows, pool.token_rows + m, valid), "token_rows must name rows of the pool");
   }
 }
+
+void check_tables(const unike_edit_pool& pool, int64_t d, unike_activation activation) {
+  if (activation < UNIKE_RELU || activation > UNIKE_SILU) refuse("activation", "one of unike_activation", activation);
+  const int64_t p = pool.neurons;
+  check_table("pool.keys", pool.keys, pool.dtype, p * d);
+  check_table("pool.values", pool.values, pool.dtype, p * d);
+  check_table("pool.zeta", pool.zeta, pool.dtype, pool.edits * d);
+  check_array("pool.key_bias", pool.key_bias, p);
+  check_array("pool.beta", pool.beta, pool.edits);
+  if (pool.up == nullptr) return;
+  check_table("pool.up", pool.up, pool.dtype, p * d);
+  check_array("pool.up_bias", pool.up_bias, p);
+}
+
+// A result of the backward pass.
+struct Gradient {
+  const char* name;
+  const float* data;
+  int64_t count;
+};
 
 int64_t workspace_bytes_of(int64_t m, int64_t d, const unike_edit_pool* pool, int threads, bool backward) {
   return guarded_bytes([&] {
@@ -348,7 +396,7 @@ int64_t workspace_bytes_of(int64_t m, int64_t d, const unike_edit_pool* pool, in
     Workspace workspace;
     // Rows of bfloat16 need room to be converted; nothing else depends on them.
     const Problem problem{{nullptr, UNIKE_BF16, 0}, m, d, *pool, UNIKE_RELU};
-    ExtraNeurons(problem, UNIKE_PICK(row_kernels), std::max(threads, 1), backward, workspace);
+    ExtraNeurons(problem, UNIKE_PICK(row_kernels), threads_of_call(threads), backward, workspace);
     return workspace.bytes();
   });
 }
@@ -368,11 +416,16 @@ extern "C" unike_status unike_add_extra_neurons(unike_rows x, unike_rows base, i
   return guarded([&] {
     require(pool != nullptr, "pool must not be null");
     check(*pool, m, d);
+    check_tables(*pool, d, activation);
+    const Extent read_x = check_rows("x", x, m, d), read_base = check_rows("base", base, m, d);
+    const Extent written = check_rows_out("out", out, m, d);
     require(out.dtype == base.dtype, "out must have the dtype of base");
+    check_apart("out", written, read_base);
+    check_apart("out", written, read_x);
     if (m == 0) return;
     Workspace pieces(workspace, workspace_bytes);
     const Problem problem{x, m, d, *pool, activation};
-    ExtraNeurons(problem, UNIKE_PICK(row_kernels), std::max(threads, 1), false, pieces).forward(base, out);
+    ExtraNeurons(problem, UNIKE_PICK(row_kernels), threads_of_call(threads), false, pieces).forward(base, out);
   });
 }
 
@@ -389,8 +442,25 @@ extern "C" unike_status unike_add_extra_neurons_backward(unike_rows grad, unike_
   return guarded([&] {
     require(pool != nullptr && out != nullptr, "pool and out must not be null");
     check(*pool, m, d);
-    Workspace pieces(workspace, workspace_bytes);
+    check_tables(*pool, d, activation);
+    check_rows("grad", grad, m, d);
+    check_rows("x", x, m, d);
+    const int64_t p = pool->neurons, e = pool->edits;
+    require((out->up != nullptr && out->up_bias != nullptr) || pool->up == nullptr || p == 0,
+            "out.up and out.up_bias must not be null for gated neurons");
+    for (const auto& [name, data, count] : {Gradient{"out.x", out->x, m * d}, {"out.keys", out->keys, p * d},
+                                            {"out.key_bias", out->key_bias, p}, {"out.values", out->values, p * d},
+                                            {"out.zeta", out->zeta, e * d}, {"out.beta", out->beta, e},
+                                            {"out.up", out->up, pool->up == nullptr ? 0 : p * d},
+                                            {"out.up_bias", out->up_bias, pool->up == nullptr ? 0 : p}}) {
+      check_array(name, data, count);
+    }
     const Problem problem{x, m, d, *pool, activation};
-    ExtraNeurons(problem, UNIKE_PICK(row_kernels), std::max(threads, 1), true, pieces).backward(grad, *out);
+    if (m == 0) {
+      clear_gradients(*pool, d, *out);
+      return;
+    }
+    Workspace pieces(workspace, workspace_bytes);
+    ExtraNeurons(problem, UNIKE_PICK(row_kernels), threads_of_call(threads), true, pieces).backward(grad, *out);
   });
 }

@@ -1,3 +1,4 @@
+#include "common/checked.h"
 #include "common/status.h"
 #include "cuda/plan.h"
 #include "unike/cuda.h"
@@ -5,6 +6,7 @@
 #ifdef UNIKE_WITH_CUDA
 #include <cuda_runtime_api.h>
 
+#include <algorithm>
 #include <array>
 #include <mutex>
 #include <string>
@@ -68,11 +70,19 @@ const Device& device_of(int device) {
 }
 
 void check_arguments(const unike_keys& keys, int64_t m, int64_t k) {
-  require(keys.n >= 0 && keys.d >= 1 && m >= 0 && k >= 0, "sizes must not be negative, d at least 1");
+  check_size("keys.n", keys.n, 0);
+  check_size("keys.d", keys.d, 1);
+  check_size("keys.stride", keys.stride, 0);
+  check_size("m", m, 0);
+  check_size("k", k, 0);
+  times(keys.n, std::max(keys.d, keys.stride), sizeof(float));
+  times(m, std::max(keys.d, k), sizeof(int64_t));
   require(keys.d <= (1 << 20) && k <= (1 << 20), "d and k must be at most 2^20");
   require(UNIKE_SCAN_F32 <= keys.scan && keys.scan <= UNIKE_SCAN_I8, "scan is unknown");
   const bool packed = keys.scan != UNIKE_SCAN_F32;
   require(packed || keys.rows != nullptr || keys.n == 0, "rows must not be null without codes");
+  require(!packed || keys.n == 0 || (keys.codes != nullptr && keys.bounds != nullptr && keys.direction != nullptr),
+          "codes, bounds and direction of packed keys must not be null");
   const auto scanned = reinterpret_cast<uintptr_t>(packed ? keys.codes : keys.rows);
   require(scanned % 16 == 0 && (packed || keys.stride % 4 == 0), "keys must be aligned to 16 bytes");
 }
@@ -81,12 +91,16 @@ void check_arguments(const unike_keys& keys, int64_t m, int64_t k) {
 }  // namespace unike::cuda
 
 extern "C" unike_status unike_cuda_devices(int* count) {
-  return unike::guarded([&] { unike::cuda::check(cudaGetDeviceCount(count)); });
+  return unike::guarded([&] {
+    unike::check_array("count", count, 1);
+    unike::cuda::check(cudaGetDeviceCount(count));
+  });
 }
 
 extern "C" int64_t unike_cuda_cosine_topk_workspace(const unike_keys* keys, int64_t m, int64_t k, int device) {
   using namespace unike;
   return guarded_bytes([&] {
+    require(keys != nullptr, "keys must not be null");
     cuda::check_arguments(*keys, m, k);
     const cuda::Current current(device);
     const cuda::Device& found = cuda::device_of(device);
@@ -102,7 +116,17 @@ extern "C" unike_status unike_cuda_cosine_topk(const unike_keys* keys, unike_row
                                                int64_t workspace_bytes, int device, void* stream) {
   using namespace unike;
   return guarded([&] {
+    require(keys != nullptr, "keys must not be null");
     cuda::check_arguments(*keys, m, k);
+    check_rows("queries", queries, m, keys->d);
+    check_array("scores", scores, m * k);
+    check_array("ids", ids, m * k);
+    if (ranges != nullptr) check_array("ranges", ranges, 2 * m);
+    if (values != nullptr) {
+      check_size("value_bytes", value_bytes, 0);
+      times(keys->n, value_bytes);
+      check_memory("gathered", gathered, times(m, k, value_bytes), 1);
+    }
     if (m == 0 || k == 0) return;
     require(reinterpret_cast<uintptr_t>(workspace) % 64 == 0, "the workspace must be aligned to 64 bytes");
     const cuda::Current current(device);

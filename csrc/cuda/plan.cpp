@@ -35,7 +35,7 @@ int64_t queries_of_launch(const unike_keys& keys, int64_t m, int64_t k, const De
   int64_t queries = std::min(m, kMostQueries);
   const auto bytes = [&] {
     const int64_t groups = groups_of(keys.n, queries, device);
-    return queries * groups * capacity_of(keys.n, queries, k, groups) * static_cast<int64_t>(sizeof(Suspect));
+    return times(queries, groups, capacity_of(keys.n, queries, k, groups), sizeof(Suspect));
   };
   while (queries > Shape<false>::kQueries && bytes() > kSuspectsBytes) queries = (queries + 1) / 2;
   return queries;
@@ -68,11 +68,11 @@ Launch plan(const unike_keys& keys, int64_t m, int64_t k, const Device& device, 
 
   s.counters = workspace.take<Counters>(1);
   s.query_bounds = workspace.take<QueryBounds>(m);
-  s.units = workspace.take<float>(m * d);
-  s.codes = workspace.take<uint16_t>(ceil_div(m, many ? 16 : 8) * (many ? 16 : 8) * s.slabs * columns);
-  s.lower = workspace.take<float>(m * groups * s.slots);
-  s.counts = workspace.take<int>(m * groups);
-  s.suspects = workspace.take<Suspect>(m * groups * s.capacity);
+  s.units = workspace.take<float>(times(m, d));
+  s.codes = workspace.take<uint16_t>(times(ceil_div(m, many ? 16 : 8), many ? 16 : 8, s.slabs, columns));
+  s.lower = workspace.take<float>(times(m, groups, s.slots));
+  s.counts = workspace.take<int>(times(m, groups));
+  s.suspects = workspace.take<Suspect>(times(m, groups, s.capacity));
 
   const int64_t tiles = ceil_div(m, many ? Shape<true>::kQueries : Shape<false>::kQueries);
   return {s, many, static_cast<int>(groups * tiles), many ? Shape<true>::kSharedBytes : Shape<false>::kSharedBytes};

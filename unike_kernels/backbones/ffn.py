@@ -45,7 +45,9 @@ def _computes(modules: Sequence[nn.Module], weights: FFNWeights, activation: str
     device, dtype = weights.w_in.device, weights.w_in.dtype
     if weights.w_out.shape != (d, f) or device.type == "meta":
         return False
-    x = torch.randn(_PROBES, d, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    x = torch.randn(_PROBES, d, generator=torch.Generator("cpu").manual_seed(0), dtype=torch.float32, device="cpu").to(
+        device, dtype
+    )
     training = [part for module in modules for part in module.modules() if part.training]
     try:
         for part in training:  # dropout
@@ -96,7 +98,7 @@ def configured_activation(config: Any) -> str:
 @torch.no_grad()
 def match_activation(function: Callable[[Tensor], Tensor], where: str) -> str:
     """The name of an activation, found by what it computes. Raises UnsupportedModelError for an unknown one."""
-    probe = torch.linspace(-6, 6, 97)
+    probe = torch.linspace(-6, 6, 97, dtype=torch.float32, device="cpu")
     got = function(probe.clone())
     for name in ACTIVATIONS:
         if torch.allclose(got, activate(name, probe), atol=1e-6, rtol=1e-5):

@@ -85,7 +85,7 @@ class Context:
         if self.prompt is not None:
             last = self._prompt_ends(self.prompt, batch, mask) - past
             if self.prompt.config.tokens == "answer":
-                answers = torch.arange(tokens, device=last.device) >= last.unsqueeze(1)
+                answers = torch.arange(tokens, dtype=torch.int64, device=last.device) >= last.unsqueeze(1)
                 shifted = answers if shifted is None else shifted & answers
             if self.prompt.config.needs_whole_prompts:
                 self._locate_prompt_end(self.prompt, last, tokens, past)

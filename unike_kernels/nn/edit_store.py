@@ -72,7 +72,7 @@ class EditStore(Tables):
         )
         self.zeta = torch.stack([layer.zeta for layer in layers])
         self.beta = torch.stack([layer.beta for layer in layers])
-        sizes = torch.tensor([0, *(layer.keys.shape[0] for layer in layers)])
+        sizes = torch.tensor([0, *(layer.keys.shape[0] for layer in layers)], dtype=torch.int64, device="cpu")
         self.indptr = sizes.cumsum(0).to(device)
         self.row_indptr, self.row_edits = csr([range(len(layers))], device)
         self.used = self.keys.shape[0], len(layers)
@@ -165,15 +165,21 @@ class EditStore(Tables):
         """Let these be the edits, in this order, for every row."""
         self.ids, self.empty, self.position = list(position), not position, position
         room = self.beta.shape[0]
-        listed = torch.tensor([*position.values(), *[0] * (room - len(position))], dtype=torch.int64)
-        self.row_edits = listed.to(self.keys.device)
+        listed = [*position.values(), *[0] * (room - len(position))]
+        self.row_edits = torch.tensor(listed, dtype=torch.int64, device=self.keys.device)
         self.row_indptr = torch.tensor([0, len(position)], dtype=torch.int64, device=self.keys.device)
 
     def select(self, rows: Sequence[Sequence[str]] | None) -> None:
-        """Give each row of the batch its own edits, by id, ids of other layers ignored; None: every row uses all."""
+        """Give each row of the batch its own edits, by id, ids of other layers ignored; None: every row uses all.
+
+        Raises ValueError for a row that names an edit more than once; so do `pool` and `view`.
+        """
+        if rows is not None:
+            check_distinct(rows)
         self.selection = None if rows is None or not self.ids else self._csr(rows)
 
     def _csr(self, rows: Sequence[Sequence[str]]) -> tuple[Tensor, Tensor]:
+        check_distinct(rows)
         return csr([[self.position[i] for i in row if i in self.position] for row in rows], self.indptr.device)
 
     def pool(self, rows: tuple[tuple[str, ...], ...] | None = None) -> EditPool:
@@ -212,15 +218,22 @@ _VIEWS = 64  # selections of rows that are kept
 
 def _longer(t: Tensor, length: int) -> Tensor:
     """With zeros behind. [n, ...] -> [length, ...]."""
-    return torch.cat([t, t.new_zeros(length - t.shape[0], *t.shape[1:])])
+    return torch.cat([t, t.new_zeros(length - t.shape[0], *t.shape[1:], dtype=t.dtype)])
 
 
 def _or(t: Tensor | None, default: Tensor) -> Tensor:
     return default if t is None else t
 
 
+def check_distinct(rows: Sequence[Sequence[str]]) -> None:
+    """Raises ValueError for a row that names an edit more than once."""
+    for r, row in enumerate(rows):
+        if len(set(row)) != len(row):
+            raise ValueError(f"rows[{r}]: expected distinct edit ids, got {list(row)}")
+
+
 def csr(rows: Sequence[Sequence[int]], device: torch.device | str) -> tuple[Tensor, Tensor]:
     """(indptr int64 [R + 1], indices int64 [S]) of a list of lists."""
-    lengths = torch.tensor([0, *(len(row) for row in rows)], dtype=torch.int64)
-    flat = torch.tensor([i for row in rows for i in row], dtype=torch.int64)
+    lengths = torch.tensor([0, *(len(row) for row in rows)], dtype=torch.int64, device="cpu")
+    flat = torch.tensor([i for row in rows for i in row], dtype=torch.int64, device="cpu")
     return lengths.cumsum(0).to(device), flat.to(device)

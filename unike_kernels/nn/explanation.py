@@ -65,9 +65,9 @@ class Explanation:
         """
         told = [t for each in self.passes for t in each.values()]
         alphas = [t.alpha.flatten() for t in told if t.alpha is not None]
-        alpha = torch.cat(alphas) if alphas else torch.empty(0)
+        alpha = torch.cat(alphas) if alphas else torch.empty(0, dtype=torch.float32, device="cpu")
         bests = [t.scores[..., 0].flatten() for t in told if t.scores is not None and t.scores.shape[-1]]
-        best = torch.cat(bests) if bests else torch.empty(0)
+        best = torch.cat(bests) if bests else torch.empty(0, dtype=torch.float32, device="cpu")
         open_, found = alpha[alpha > 0], best[best.isfinite()]
         return {
             "passes": len(self.passes),

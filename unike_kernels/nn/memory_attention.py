@@ -53,7 +53,7 @@ class MemoryTables(Tables):
         packed = pack_keys(self.index, "int8") if index.shape[1] <= 65536 else None
         for name, t in zip(("codes", "code_bounds", "direction"), packed or (None,) * 3, strict=True):
             self.table(name, t)
-        self.table("all", torch.tensor([[0, len(index)]], device=index.device))
+        self.table("all", torch.tensor([[0, len(index)]], dtype=torch.int64, device=index.device))
         self.table("keys", keys)
         self.table("values", values)
         self.table("projected", project_values(keys if values is None else values, encoder))
@@ -62,8 +62,11 @@ class MemoryTables(Tables):
         self.row_bounds: Tensor | None = None  # int64 [R, 2], the entries that each row of the batch may retrieve
 
     def retrieve(self, queries: Tensor, k: int, bounds: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Scores float32 [M, k] and ids int64 [M, k] of the entries for each query, within its bounds."""
-        queries = queries.detach()
+        """Scores float32 [M, k] and ids int64 [M, k] of the entries for each query, within its bounds.
+
+        k here and below: that of the config, or all entries where there are fewer.
+        """
+        queries, k = queries.detach(), self.at_most(k)
         if self.approximate is None or torch.compiler.is_compiling():
             return cosine_topk(queries, self.index, k, normalized=True, bounds=bounds, packed=self.packed)
         scores, ids = self.approximate.search(queries, k)
@@ -71,6 +74,10 @@ class MemoryTables(Tables):
             out = (ids < bounds[:, :1]) | (ids >= bounds[:, 1:])
             scores, ids = scores.masked_fill(out, float("-inf")), ids.masked_fill(out, -1)
         return scores, ids
+
+    def at_most(self, k: int) -> int:
+        """So many of k entries as there are, at least one: more would be ids -1 that cost as much as others."""
+        return max(min(k, self.index.shape[0]), 1)
 
     def plan(self) -> Plan:
         """The tables as the operator takes them for each token."""
@@ -209,12 +216,14 @@ class MemoryAttention(DropIn):
             scores = scores.masked_fill(ids < 0, float("-inf"))
         _, alpha = _attended(memory, config, queries, inputs, ids, anchor)
         alpha = torch.where((ids >= 0).any(-1), alpha.detach().float(), 0.0)
+        rest = (0, config.k - ids.shape[-1])  # where the memory has fewer entries than k
+        ids, scores = (torch.nn.functional.pad(t, rest, value=v) for t, v in ((ids, -1), (scores, float("-inf"))))
         told.entries, told.scores = ids.view(*shape, -1).cpu(), scores.view(*shape, -1).cpu()
         told.alpha = alpha.view(shape).cpu()
 
     @staticmethod
     def _rows(last: Tensor) -> Tensor:
-        return torch.arange(len(last), device=last.device)
+        return torch.arange(len(last), dtype=torch.int64, device=last.device)
 
     def _retrieve(self, memory: MemoryTables, hidden: Tensor, last: Tensor) -> Tensor:
         bounds = self._row_bounds(memory)
@@ -281,14 +290,14 @@ def shift_tokens(
     if memory.approximate is not None and not torch.compiler.is_compiling():
         _, ids = memory.retrieve(hidden, config.k, bounds)
         return _attended(memory, config, queries, inputs, ids, anchor)[0]
-    alpha = _fixed_alpha(config, inputs)
+    alpha, k = _fixed_alpha(config, inputs), memory.at_most(config.k)
     blend = blend_of(queries, config.scale, config.convention, config.norm)
     # Tracing sees the operator; otherwise the shortest way that computes the same.
     if not torch.compiler.is_compiling() and memory.plan().takes(hidden, queries, inputs):
-        return memory.plan().run(hidden, queries, inputs, config.k, bounds, alpha, anchor, blend)
+        return memory.plan().run(hidden, queries, inputs, k, bounds, alpha, anchor, blend)
     values = memory.keys if memory.values is None else memory.values
     shifted, _, _ = attend(
-        hidden, memory.index, config.k, bounds, memory.packed, queries, inputs, memory.keys, values,
+        hidden, memory.index, k, bounds, memory.packed, queries, inputs, memory.keys, values,
         memory.projected, memory.encoder, alpha, anchor, blend,
     )  # fmt: skip
     return shifted

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops import ACTIVATIONS, patched_ffn
+from ..ops import ACTIVATIONS
 from ..ops._backend import forced_backend, takes
-from ..ops.patched_ffn import FUSED_TOKENS, add_extra_neurons
+from ..ops.patched_ffn import FUSED_TOKENS, add_extra_neurons, patched_ffn_of_distinct
 from ..ops.patched_ffn.reference import activate
 from ._drop_in import DropIn
 from .context import Context
@@ -73,7 +73,8 @@ class PatchedFFN(DropIn):
                 edits = now.version.edits[self.layer]
         if not edits.empty and now.explanation is None and self._fuses(hidden_states):
             assert self.dense is not None
-            return patched_ffn(hidden_states, self.dense.weights(), edits.pool(rows), activation=self.activation)
+            pool = edits.pool(rows)
+            return patched_ffn_of_distinct(hidden_states, self.dense.weights(), pool, activation=self.activation)
         first, *rest = self._originals
         result: Any = first(hidden_states, *args, **kwargs)
         for module in rest:
@@ -110,7 +111,7 @@ class PatchedFFN(DropIn):
             if layer.up is not None:
                 out = out * (hidden_states.float() @ layer.up.float().T + layer.up_bias.float())
             if rows is not None:
-                uses = torch.tensor([name in row for row in rows], device=out.device)
+                uses = torch.tensor([name in row for row in rows], dtype=torch.bool, device=out.device)
                 tokens = out.shape[:-1].numel() // len(rows)
                 out = out * uses.repeat_interleave(tokens).view(*out.shape[:-1], 1)
             found[name] = out.cpu()

@@ -76,7 +76,7 @@ def fold(model: nn.Module, edits: Edit | Sequence[Edit]) -> nn.Module:
         if parameter.is_meta and name.endswith(".bias"):  # of FFNs without new neurons, which have biases now
             holder, _, own = name.rpartition(".")
             like = new.get_parameter(f"{holder}.weight")
-            new.get_submodule(holder)._parameters[own] = nn.Parameter(like.new_zeros(parameter.shape))
+            new.get_submodule(holder)._parameters[own] = nn.Parameter(like.new_zeros(parameter.shape, dtype=like.dtype))
     tie: Any = getattr(new, "tie_weights", None)
     if tie is not None:
         tie()
@@ -140,7 +140,7 @@ def _grown(reading: Dense, layers: Sequence[EditLayer], more: int, names: dict[i
     gated = weights.w_up is not None
 
     def stack(parts: list[Tensor], shape: tuple[int, ...]) -> Tensor:
-        idle = torch.zeros(more - sum(len(p) for p in parts), *shape)
+        idle = torch.zeros(more - sum(len(p) for p in parts), *shape, dtype=torch.float32, device="cpu")
         return torch.cat([*(p.detach().cpu().float() for p in parts), idle]).to(like)
 
     keys, key_bias = stack([e.keys for e in layers], (d,)), stack([e.key_bias for e in layers], ())
@@ -151,19 +151,19 @@ def _grown(reading: Dense, layers: Sequence[EditLayer], more: int, names: dict[i
     def bias(base: Tensor | None, own: Tensor) -> Tensor | None:
         if base is None and not own.any():
             return None
-        return torch.cat([like.new_zeros(f) if base is None else base, own])
+        return torch.cat([like.new_zeros(f, dtype=like.dtype) if base is None else base, own])
 
     inwards = [(torch.cat([weights.w_in, keys]), bias(weights.b_in, key_bias))]
     if gated and weights.w_up is not None:
         factor = (torch.cat([weights.w_up, up]), bias(weights.b_up, up_bias))
         if any(b is not None for _, b in (inwards[0], factor)):  # one switch for all of them
-            inwards = [(w, like.new_zeros(f + more) if b is None else b) for w, b in inwards]
-            factor = (factor[0], like.new_zeros(f + more) if factor[1] is None else factor[1])
+            inwards = [(w, like.new_zeros(f + more, dtype=like.dtype) if b is None else b) for w, b in inwards]
+            factor = (factor[0], like.new_zeros(f + more, dtype=like.dtype) if factor[1] is None else factor[1])
         inwards.append(factor)
     elif any(e.up is not None for e in layers):
         raise UnsupportedModelError("gated neurons cannot be folded into an FFN that has no gate")
     outward = torch.cat([weights.w_out, values.T], 1)
     out_bias = weights.b_out
     if gated and out_bias is None and inwards[0][1] is not None:
-        out_bias = like.new_zeros(d)
+        out_bias = like.new_zeros(d, dtype=like.dtype)
     return reading.named([*inwards, (outward, out_bias)], names)

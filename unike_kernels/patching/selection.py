@@ -60,7 +60,8 @@ def rows(
     if counts:
         chosen = replace(chosen, rows=next(iter(counts.values())))
     if prompt_lengths is not None and state.config.needs_prompt_lengths:
-        chosen = replace(chosen, prompt=PromptState(torch.tensor(list(prompt_lengths), device=device), state.config))
+        lengths = torch.tensor(list(prompt_lengths), dtype=torch.int64, device=device)
+        chosen = replace(chosen, prompt=PromptState(lengths, state.config))
     if edits is not None:
         chosen = replace(chosen, edits=tuple(map(tuple, edits)))
     if memory is not None:
@@ -116,7 +117,7 @@ def _remembering(block: _Block, rows: Sequence[bool | str], memory: MemoryBank |
         [tenants[use].start, tenants[use].stop] if isinstance(use, str) else [-1, -1] if use else [0, 0] for use in rows
     ]
     where = memory.id if memory is not None and named else None
-    return replace(block, remembers=torch.tensor(ranges, device=device), remembers_in=where)
+    return replace(block, remembers=torch.tensor(ranges, dtype=torch.int64, device=device), remembers_in=where)
 
 
 def _trace(state: _Patched) -> None:

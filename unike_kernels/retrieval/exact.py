@@ -209,11 +209,11 @@ class CosineIndex:
             ValueError: the index is on a CUDA device.
         """
         self._on_cpu()
-        gone = torch.as_tensor(ids, dtype=torch.int64).reshape(-1)
+        gone = torch.as_tensor(ids, dtype=torch.int64, device="cpu").reshape(-1)
         outside = gone[(gone < 0) | (gone >= len(self))]
         if len(outside):
             raise IndexError(f"ids: expected 0 to {len(self) - 1}, got {int(outside[0])}")
-        keep = torch.ones(len(self), dtype=torch.bool)
+        keep = torch.ones(len(self), dtype=torch.bool, device="cpu")
         keep[gone] = False
         packed = self._packed
         if packed is not None:

@@ -28,7 +28,7 @@ class ShardedIndex:
         if not (dist.is_available() and dist.is_initialized()):
             raise RuntimeError("ShardedIndex needs torch.distributed: call torch.distributed.init_process_group first")
         self.index, self.group = index, group
-        own = torch.tensor([len(index), index.d], device=index.device)
+        own = torch.tensor([len(index), index.d], dtype=torch.int64, device=index.device)
         all_sizes = self._gathered(own)
         if len({int(d) for _, d in all_sizes}) != 1:
             raise ValueError(f"index: expected one width on all ranks, got {[int(d) for _, d in all_sizes]}")

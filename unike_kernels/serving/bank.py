@@ -10,7 +10,9 @@ from torch import Tensor
 from ..artifacts.edit import Edit
 from ..errors import MismatchError, PatchError
 from ..nn import EditStore
-from ..ops import ACTIVATIONS, EditPool, patched_ffn
+from ..nn.edit_store import check_distinct
+from ..ops import ACTIVATIONS, EditPool
+from ..ops.patched_ffn import patched_ffn_of_distinct
 
 
 class EditBank:
@@ -100,7 +102,7 @@ class EditBank:
             rows: for each row the ids of its edits in their order, [] for none.
 
         Raises:
-            ValueError: another layer, or no rows.
+            ValueError: another layer, no rows, or a row that names an edit more than once.
             PatchError: an unknown id; the message names the row.
         """
         if layer not in self._stores:
@@ -110,6 +112,7 @@ class EditBank:
         for r, row in enumerate(rows):
             if unknown := [id for id in row if id not in self._edits]:
                 raise PatchError(f"rows[{r}]: unknown edit ids {unknown}")
+        check_distinct(rows)
         store = self._stores[layer]
         if store.empty:
             return self._nothing(len(rows))
@@ -117,7 +120,7 @@ class EditBank:
 
     def apply(self, layer: int, x: Tensor, base: Tensor, rows: Sequence[Sequence[str]]) -> Tensor:
         """base + the neurons of each row's edits on x (Eq. 3 and 6): [..., d], the tokens of the rows in equal runs."""
-        return patched_ffn(x, base, self.pool(layer, rows), activation=self.activation)
+        return patched_ffn_of_distinct(x, base, self.pool(layer, rows), activation=self.activation)
 
     def _require(self, id: str) -> Edit:
         if id not in self._edits:
@@ -142,6 +145,7 @@ class EditBank:
 
     def _nothing(self, rows: int) -> EditPool:
         d, device = self.hidden_size, self.device
-        none, wide = torch.zeros(0, device=device), torch.zeros(0, d, device=device)
+        none = torch.zeros(0, dtype=torch.float32, device=device)
+        wide = none.reshape(0, d)
         starts = torch.zeros(rows + 1, dtype=torch.int64, device=device)
         return EditPool(wide, none, None, None, wide, wide, none, starts[:1], starts, starts[:0])

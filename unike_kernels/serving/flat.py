@@ -101,8 +101,11 @@ class FlatModel:
     def begin(self, shares: Sequence[Share]) -> None:
         """Say what the next passes hold: the requests' tokens in this order; what is behind them is padding.
 
-        Raises PatchError for a key that is not resident.
+        Raises ValueError for a share that names an edit more than once.
         """
+        for i, share in enumerate(shares):
+            if len(set(share.edits)) != len(share.edits):
+                raise ValueError(f"shares[{i}].edits: expected distinct keys, got {list(share.edits)}")
         self._runs = [(part, rows) for part, rows in _runs(shares) if any(rows)]
         self._shifted, self._bounds = 0, None
         if self._tables and any(share.memory for share in shares):
@@ -115,12 +118,13 @@ class FlatModel:
         answers = self.memory.config.tokens == "answer"
         if all(share.memory is True and not (answers and share.prompt) for share in shares):
             return None
-        bounds, start = torch.zeros(total, 2, dtype=torch.int64), 0
+        bounds, start = torch.zeros(total, 2, dtype=torch.int64, device="cpu"), 0
         for share in shares:
             first = share.tokens if not share.memory else min(share.prompt, share.tokens) if answers else 0
             whole = range(len(self.memory) if share.memory else 0)
             entries = self.memory.entries(share.memory) if isinstance(share.memory, str) else whole
-            bounds[start + first : start + share.tokens] = torch.tensor([entries.start, entries.stop])
+            own = bounds[start + first : start + share.tokens]
+            own[:, 0], own[:, 1] = entries.start, entries.stop
             start += share.tokens
         return bounds.to(self._device)
 

@@ -105,7 +105,8 @@ def semantic_loss(sem: Tensor, pos: Tensor, neg: Tensor, tau: float) -> Tensor:
 
 
 def _encoder(d: int, r: int, out: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(d, r), nn.GELU(), nn.Linear(r, out))
+    inner, outer = (nn.Linear(*size, dtype=torch.float32, device="cpu") for size in ((d, r), (r, out)))
+    return nn.Sequential(inner, nn.GELU(), outer)
 
 
 def disentangle(
@@ -134,8 +135,8 @@ def disentangle(
     n, d = sem.shape
     if n < 4:
         raise ValueError(f"triplets: expected at least 4 to train and validate the encoders, got {n}")
-    generator = torch.Generator().manual_seed(training.seed)
-    order = torch.randperm(n, generator=generator)
+    generator = torch.Generator("cpu").manual_seed(training.seed)
+    order = torch.randperm(n, generator=generator, dtype=torch.int64, device="cpu")
     held = order[: min(max(2, round(n * training.held_out)), n - 2)]
     taught = order[len(held) :]
     r = training.bottleneck or max(d // 8, 16)
@@ -154,7 +155,8 @@ def disentangle(
         for step in bar:
             rows = taught
             if len(taught) > training.batch_size:
-                rows = taught[torch.randperm(len(taught), generator=generator)[: training.batch_size]]
+                mixed = torch.randperm(len(taught), generator=generator, dtype=torch.int64, device="cpu")
+                rows = taught[mixed[: training.batch_size]]
             one, two = losses(rows)
             optimizer.zero_grad()
             (one + two).backward()
@@ -187,7 +189,7 @@ def _conclude(
     # Ridge regression: the differences in truthfulness space are nearly rank one, so plain least squares would blow up.
     x, y = t_pos - t_neg, true - false
     gram = x.T @ x
-    ridge = 1e-3 * gram.diagonal().mean().clamp(min=1e-12) * torch.eye(len(gram))
+    ridge = 1e-3 * gram.diagonal().mean().clamp(min=1e-12) * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     w_zeta = torch.linalg.solve(gram + ridge, x.T @ y).T
 
     u_pos, u_neg = F.normalize(t_pos, dim=-1), F.normalize(t_neg, dim=-1)
@@ -196,5 +198,5 @@ def _conclude(
     right = torch.cat([sides[0] > 0, sides[1] < 0])
     sem, pos = meaning
     nearest = (F.normalize(sem[held], dim=-1) @ F.normalize(semantic(pos[held]), dim=-1).T).argmax(-1)
-    same = nearest == torch.arange(len(held))
+    same = nearest == torch.arange(len(held), dtype=torch.int64, device=nearest.device)
     return Disentangled(semantic, truth, zeta, w_zeta, float(right.float().mean()), float(same.float().mean()), history)

@@ -168,7 +168,7 @@ def _extract(
     attention = {i: decoder.layers[i].attention.module for i in layers}
     device = device_of(model)
     found: dict[tuple[int, str], list[Tensor]] = {
-        (i, f"{state}_{site}"): [torch.empty(0)] * len(triplets)
+        (i, f"{state}_{site}"): [torch.empty(0, dtype=torch.float32, device="cpu")] * len(triplets)
         for i in layers
         for state in ("sem", "pos", "neg")
         for site in ("pre", "out")
@@ -183,7 +183,7 @@ def _extract(
                 ]
                 batch = encode(processor, samples, device)
                 forward(model, batch.inputs)
-                rows = torch.arange(len(indices), device=device)
+                rows = torch.arange(len(indices), dtype=torch.int64, device=device)
                 for (layer, site), states in store.items():
                     wanted = {f"{state}_{site}": batch.lasts}
                     if state == "pos":

@@ -61,7 +61,7 @@ def _activation_loss(layers: dict[int, EditLayer], at_target: dict[int, Tensor])
     """exp(-a) of each neuron at its own token of the answer, in the mean; see `_initial_layers`."""
     own = []
     for a in _pre_activations(layers, at_target):
-        neurons = torch.arange(a.shape[1], device=a.device)
+        neurons = torch.arange(a.shape[1], dtype=torch.int64, device=a.device)
         own.append(a[neurons % len(a), neurons])
     return torch.cat(own).neg().exp().mean()
 
@@ -83,7 +83,7 @@ class _Targets:
         with telling_prompts(model, batch):
             logits = forward(model, batch.inputs)[:, :-1]
         answers, wanted = batch.answer_mask()[:, 1:], batch.inputs["input_ids"][:, 1:]
-        token = torch.zeros(answers.shape, device=logits.device)
+        token = torch.zeros(answers.shape, dtype=torch.float32, device=logits.device)
         token[answers] = F.cross_entropy(logits[answers].float(), wanted[answers], reduction="none")
         right = (logits.argmax(-1) == wanted) | ~answers
         return token.sum(-1) / answers.sum(-1), right.all(-1).tolist()
@@ -121,7 +121,7 @@ class _Preserve:
 
     def mean_inputs(self, model: nn.Module, ffns: dict[int, PatchedFFN]) -> dict[int, Tensor]:
         """The mean FFN input [d] of each layer over all tokens but padding."""
-        sums, count = {i: torch.zeros(()) for i in ffns}, 0
+        sums, count = {i: torch.zeros((), dtype=torch.float32, device="cpu") for i in ffns}, 0
         for batch in self.batches:
             mask = batch.inputs["attention_mask"].bool().flatten()
             seen = _ffn_inputs(ffns, lambda batch=batch: self._logits(model, batch))  # type: ignore[misc]

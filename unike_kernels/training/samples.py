@@ -51,7 +51,7 @@ class Batch:
 
     def answer_mask(self) -> Tensor:
         """bool [B, T], the answer tokens."""
-        position = torch.arange(self.inputs["input_ids"].shape[1], device=self.ends.device)
+        position = torch.arange(self.inputs["input_ids"].shape[1], dtype=torch.int64, device=self.ends.device)
         return (position > self.ends.unsqueeze(1)) & (position <= self.lasts.unsqueeze(1))
 
 
@@ -70,7 +70,8 @@ def encode(processor: Any, samples: Sequence[Sample], device: torch.device | str
 
     def run(texts: list[str]) -> dict[str, Tensor]:
         images = {"images": [s.image for s in samples]} if all(with_image) else {}
-        encoded = processor(text=texts, padding=True, return_tensors="pt", **images)
+        with torch.device("cpu"):  # processors know no device of their own
+            encoded = processor(text=texts, padding=True, return_tensors="pt", **images)
         return {k: v for k, v in encoded.items() if k != "token_type_ids"}
 
     whole = run([f"{s.prompt} {s.answer}" if s.answer else s.prompt for s in samples])
@@ -89,7 +90,8 @@ def encode(processor: Any, samples: Sequence[Sample], device: torch.device | str
         lasts.append(int(positions[-1]))
     lengths = [int(n) for n in prompts["attention_mask"].sum(-1)]
     inputs = {name: t.to(device) for name, t in whole.items()}
-    return Batch(inputs, torch.tensor(ends, device=device), torch.tensor(lasts, device=device), lengths)
+    places = (torch.tensor(t, dtype=torch.int64, device=device) for t in (ends, lasts))
+    return Batch(inputs, *places, lengths)
 
 
 def batches(samples: Sequence[Sample], size: int) -> Iterator[list[int]]:
@@ -159,14 +161,17 @@ def thinned(batch: Batch, seeds: Mapping[int, int], share: float, kept_ids: set[
     if not seeds:
         return batch
     ids, mask, lengths = batch.inputs["input_ids"], batch.inputs["attention_mask"].clone(), list(batch.prompt_lengths)
-    order = torch.arange(ids.shape[1], device=ids.device).repeat(len(ids), 1)
+    order = torch.arange(ids.shape[1], dtype=torch.int64, device=ids.device).repeat(len(ids), 1)
     for row, seed in seeds.items():
         prompt = slice(0, int(batch.ends[row]) + 1)
         seen = mask[row, prompt].bool()
         kept = seen.clone()
-        drawn = torch.rand(int(seen.sum()), generator=torch.Generator().manual_seed(seed))
+        drawn = torch.rand(
+            int(seen.sum()), generator=torch.Generator("cpu").manual_seed(seed), dtype=torch.float32, device="cpu"
+        )
         kept[seen] = (drawn >= share).to(ids.device)
-        kept |= seen & torch.tensor([token in kept_ids for token in ids[row, prompt].tolist()], device=ids.device)
+        held = [token in kept_ids for token in ids[row, prompt].tolist()]
+        kept |= seen & torch.tensor(held, dtype=torch.bool, device=ids.device)
         kept[-1] = True
         # What is left out goes to the front, where nothing is attended to.
         order[row, prompt] = torch.cat([(~kept).nonzero().flatten(), kept.nonzero().flatten()])

@@ -54,11 +54,12 @@ def _initial_layers(
 
     K = (q - m) / |q - m|^2 and b = -K m, q the inputs at the target positions [P, d], m the mean usual input [d].
     """
-    generator = torch.Generator().manual_seed(training.seed)
+    generator = torch.Generator("cpu").manual_seed(training.seed)
     layers = {}
     for i, q in wrong.items():
-        away = (q - usual[i])[torch.arange(training.neurons) % len(q)].float()
-        noise = torch.randn(away.shape, generator=generator).to(away.device)
+        turns = torch.arange(training.neurons, dtype=torch.int64, device=q.device) % len(q)
+        away = (q - usual[i])[turns].float()
+        noise = torch.randn(away.shape, generator=generator, dtype=torch.float32, device="cpu").to(away.device)
         away = away + 0.1 * noise * away.norm(dim=-1, keepdim=True) / away.shape[-1] ** 0.5
         keys = away / (away * away).sum(-1, keepdim=True).clamp(min=1e-12)
         layers[i] = fresh_layer(keys, -(keys @ usual[i].float()), zeta[i], gated=gated)
@@ -365,4 +366,8 @@ def _zeta_prime(layer: int, memory: MemoryBank | None, given: dict[int, Tensor] 
         if layer not in given:
             raise ValueError(f"zeta: expected one for each layer that is edited, got none for layer {layer}")
         return given[layer].float()
-    return memory.layers[layer].zeta_prime.float() if memory and layer in memory.layers else torch.zeros(d)
+    return (
+        memory.layers[layer].zeta_prime.float()
+        if memory and layer in memory.layers
+        else torch.zeros(d, dtype=torch.float32, device="cpu")
+    )

@@ -19,7 +19,7 @@ extern "C" {
 UNIKE_API unike_status unike_normalize_rows(unike_rows x, int64_t rows, int64_t d, float* out, int threads);
 
 /* What the scan reads of each key. The result is the same with all of them. */
-typedef enum unike_scan {
+typedef enum unike_scan UNIKE_ENUM {
   UNIKE_SCAN_F32 = 0, /* the rows themselves, nothing packed */
   UNIKE_SCAN_F16 = 1,
   UNIKE_SCAN_BF16 = 2,

@@ -8,7 +8,7 @@
 extern "C" {
 #endif
 
-typedef enum unike_activation {
+typedef enum unike_activation UNIKE_ENUM {
   UNIKE_RELU = 0,
   UNIKE_GELU = 1,
   UNIKE_GELU_TANH = 2,

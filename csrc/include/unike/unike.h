@@ -14,11 +14,18 @@
 #define UNIKE_VERSION "0.1.0"
 #define UNIKE_API __attribute__((visibility("default")))
 
+/* With a type of its own, an enum may have any value in C++ too, and a wrong one can be refused. */
+#ifdef __cplusplus
+#define UNIKE_ENUM : int
+#else
+#define UNIKE_ENUM
+#endif
+
 #ifdef __cplusplus
 extern "C" {
 #endif
 
-typedef enum unike_status {
+typedef enum unike_status UNIKE_ENUM {
   UNIKE_OK = 0,
   UNIKE_INVALID_ARGUMENT = 1,
   UNIKE_OUT_OF_MEMORY = 2,
@@ -26,7 +33,7 @@ typedef enum unike_status {
 } unike_status;
 
 /* How the elements of a table are stored. All arithmetic is in float32 at least. */
-typedef enum unike_dtype {
+typedef enum unike_dtype UNIKE_ENUM {
   UNIKE_F32 = 0,
   UNIKE_BF16 = 1,
 } unike_dtype;

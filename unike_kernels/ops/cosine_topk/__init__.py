@@ -18,6 +18,8 @@ from .reference import normalize_rows as _normalize_rows
 __all__ = ["SCANS", "PackedKeys", "cosine_topk", "normalize_rows", "pack_keys"]
 
 # What the native scan may read of each key -> the dtype of its codes; float32 reads the keys themselves.
+MOST_RESULTS = 2**20  # of a query; more only where there are as many keys
+
 SCANS = {"int8": torch.uint8, "float16": torch.float16, "bfloat16": torch.bfloat16, "float32": None}
 
 
@@ -142,6 +144,8 @@ def check_retrieval(queries: Tensor, name: str, table: Tensor, k: int, bounds: T
     """The checks that all searches share, but for the shape of the table; `name` is what the caller calls it."""
     if not isinstance(k, int) or k < 1:
         raise ValueError(f"k: expected an integer of at least 1, got {k!r}")
+    if k > (most := max(MOST_RESULTS, len(table))):
+        raise ValueError(f"k: expected at most {most}, got {k}")
     if bounds is not None:
         _check.integer("bounds", bounds, (queries.shape[0], 2))
     _check.same_device("queries", queries, **{name: table, "bounds": bounds})
@@ -173,7 +177,9 @@ def pack_keys(keys: Tensor, scan: str, direction: Tensor | None = None) -> Packe
     if not width:
         raise ValueError(f"keys: expected at most 65536 columns for scan='int8', got {keys.shape[1]}")
     codes = _pages.empty(len(keys), width, dtype=dtype)
-    packed = PackedKeys(codes, torch.empty(len(keys), _native.KEY_BOUNDS), direction.contiguous())
+    packed = PackedKeys(
+        codes, torch.empty(len(keys), _native.KEY_BOUNDS, dtype=torch.float32, device="cpu"), direction.contiguous()
+    )
     _native.pack_keys(keys, direction, packed.codes, packed.bounds)
     return packed
 

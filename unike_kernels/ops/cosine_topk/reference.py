@@ -68,7 +68,7 @@ def cosine_topk(
         _check_bounds(bounds, n)
     with torch.no_grad():
         scores = canonical_dot(q.unsqueeze(1), keys.unsqueeze(0)).to(q.dtype) + 0.0
-        position = torch.arange(n, device=q.device)
+        position = torch.arange(n, dtype=torch.int64, device=q.device)
         allowed = q.isfinite().all(-1, keepdim=True).expand(m, n)
         if bounds is not None:
             allowed = allowed & (position >= bounds[:, :1]) & (position < bounds[:, 1:])

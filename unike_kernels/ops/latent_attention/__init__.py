@@ -51,7 +51,7 @@ def native_memory(keys: Tensor, values: Tensor, projected: Tensor | None, encode
 
 def native_gate(alpha: Tensor | None, anchor: Tensor | None, blend: Blend) -> _native.Gate:
     """The gate as the native kernels take it."""
-    alpha, anchor = (None if t is None else t.float().contiguous() for t in (alpha, anchor))
+    alpha, anchor = (None if t is None else _native.aligned(t.float()) for t in (alpha, anchor))
     return _native.Gate(blend.scale, blend.convention == "eq7", blend.norm == "match", alpha, anchor)
 
 
@@ -146,12 +146,12 @@ def _fake(queries: Tensor, inputs: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 def _run_backward(grad: Tensor, grad_alpha: Tensor, *args: Any) -> list[Tensor]:
     packed, projected = pack(args)
     grads = latent_implementation("latent_attention_backward", args[1], projected)(grad, grad_alpha, *packed)
-    return [grad.new_empty(0) if g is None else g for g in grads]
+    return [grad.new_empty(0, dtype=grad.dtype) if g is None else g for g in grads]
 
 
 def _fake_backward(grad: Tensor, grad_alpha: Tensor, *args: Any) -> list[Tensor]:
     trained = (args[0], args[1], args[10], args[11])
-    return [grad.new_empty(0) if t is None else torch.empty_like(t) for t in trained]
+    return [grad.new_empty(0, dtype=grad.dtype) if t is None else torch.empty_like(t) for t in trained]
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

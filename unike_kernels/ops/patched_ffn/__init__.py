@@ -17,7 +17,9 @@ from ..cosine_topk import native_dtype
 from . import reference
 from .reference import ACTIVATIONS, EditPool, ExtraGradients, FFNWeights
 
-__all__ = ["ACTIVATIONS", "EditPool", "FFNWeights", "Plan", "add_extra_neurons", "patched_ffn"]
+__all__ = [
+    "ACTIVATIONS", "EditPool", "FFNWeights", "Plan", "add_extra_neurons", "patched_ffn", "patched_ffn_of_distinct",
+]  # fmt: skip
 
 _POOL = (
     "Tensor keys, Tensor key_bias, Tensor? up, Tensor? up_bias, Tensor values, Tensor zeta, Tensor beta, "
@@ -36,7 +38,7 @@ def native_pool(pool: EditPool) -> _native.Pool:
     wide = torch.bfloat16 if all(t.dtype == torch.bfloat16 for t in tables) else torch.float32
     wanted = (wide, torch.float32, wide, torch.float32, wide, wide, torch.float32, *(torch.int64,) * 4)
     return _native.Pool(
-        [None if t is None else t.to(dtype).contiguous() for t, dtype in zip(pool, wanted, strict=True)]
+        [None if t is None else _native.aligned(t.to(dtype)) for t, dtype in zip(pool, wanted, strict=True)]
     )
 
 
@@ -84,7 +86,7 @@ def _run_fused(x: Tensor, *rest: Any) -> Tensor:
 
 def _pack(grads: tuple[Tensor | None, ...], like: Tensor) -> list[Tensor]:
     """An operator returns tensors only: an empty one stands for None."""
-    return [like.new_empty(0) if g is None else g for g in grads]
+    return [like.new_empty(0, dtype=like.dtype) if g is None else g for g in grads]
 
 
 def _run_extra_backward(grad: Tensor, x: Tensor, *rest: Any) -> list[Tensor]:
@@ -93,7 +95,10 @@ def _run_extra_backward(grad: Tensor, x: Tensor, *rest: Any) -> list[Tensor]:
 
 
 def _fake_extra_backward(grad: Tensor, x: Tensor, *rest: Any) -> list[Tensor]:
-    return [torch.empty_like(x), *(x.new_empty(0) if t is None else torch.empty_like(t) for t in rest[:7])]
+    return [
+        torch.empty_like(x),
+        *(x.new_empty(0, dtype=x.dtype) if t is None else torch.empty_like(t) for t in rest[:7]),
+    ]
 
 
 def _run_base_backward(grad: Tensor, x: Tensor, *rest: Any) -> list[Tensor]:
@@ -102,7 +107,10 @@ def _run_base_backward(grad: Tensor, x: Tensor, *rest: Any) -> list[Tensor]:
 
 
 def _fake_base_backward(grad: Tensor, x: Tensor, *rest: Any) -> list[Tensor]:
-    return [torch.empty_like(x), *(x.new_empty(0) if t is None else torch.empty_like(t) for t in rest[:-1])]
+    return [
+        torch.empty_like(x),
+        *(x.new_empty(0, dtype=x.dtype) if t is None else torch.empty_like(t) for t in rest[:-1]),
+    ]
 
 
 def _unpack(grads: list[Tensor], inputs: tuple[Any, ...]) -> list[Tensor | None]:
@@ -204,7 +212,12 @@ class Plan:
         self.activation = ACTIVATIONS.index(activation)
         # What is written to the pool later must be seen, so nothing may be converted.
         plain = all(
-            t is None or (t.device.type == "cpu" and t.is_contiguous() and t.dtype in (torch.float32, torch.int64))
+            t is None
+            or (
+                t.device.type == "cpu"
+                and t.dtype in (torch.float32, torch.int64)
+                and _native.aligned(t).data_ptr() == t.data_ptr()
+            )
             for t in pool
         )
         self._pool = native_pool(pool) if plain and _native.available() else None
@@ -237,8 +250,25 @@ def patched_ffn(x: Tensor, base: Tensor | FFNWeights, pool: EditPool, *, activat
         [..., d] in the dtype of the base output.
 
     Raises:
-        TypeError, ValueError: a wrong dtype, shape, device or activation.
+        TypeError, ValueError: a wrong dtype, shape, device or activation; a row that names an edit more than once.
     """
+    _check.instance("pool", pool, EditPool)
+    for name in ("row_indptr", "row_edits"):
+        _check.integer(f"pool.{name}", getattr(pool, name), (None,))
+    if _readable(pool.row_edits):
+        reference.check_distinct(pool)
+    return patched_ffn_of_distinct(x, base, pool, activation=activation)
+
+
+def _readable(t: Tensor) -> bool:
+    """Whether Python may look at the values: not in a trace, of meta tensors, or while a CUDA graph is captured."""
+    if torch.compiler.is_compiling() or t.device.type == "meta":
+        return False
+    return not (t.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def patched_ffn_of_distinct(x: Tensor, base: Tensor | FFNWeights, pool: EditPool, *, activation: str) -> Tensor:
+    """`patched_ffn` for a pool whose rows are known to repeat no edit, so that nothing waits for a GPU to tell."""
     _check.one_of("activation", activation, ACTIVATIONS)
     _check.instance("x", x, Tensor)
     _check.floating("x", x, x.shape)

@@ -12,6 +12,7 @@ rounding depends on which edits the other rows select.
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -90,15 +91,27 @@ class ExtraGradients(NamedTuple):
     beta: Tensor
 
 
+def check_distinct(pool: EditPool) -> None:
+    """Raises ValueError for a row that names an edit more than once: kernels have room for each edit once."""
+    starts, edits = pool.row_indptr.tolist(), pool.row_edits.tolist()
+    for r, (start, stop) in enumerate(pairwise(starts)):
+        row = edits[start:stop]
+        if len(set(row)) != len(row):
+            raise ValueError(
+                f"pool.row_edits: row {r} names an edit more than once; expected distinct edits, got {row}"
+            )
+
+
 def token_slots(pool: EditPool, tokens: int) -> Tensor:
     """int64 [M, longest list]: the edits of each token in the order of its row's list, then -1."""
+    check_distinct(pool)
     starts, lengths = pool.row_indptr[:-1], pool.row_indptr.diff()
     rows = pool.token_rows
     if rows is None:
         per_row = tokens // len(lengths)
-        rows = torch.arange(len(lengths), device=lengths.device).repeat_interleave(per_row)
+        rows = torch.arange(len(lengths), dtype=torch.int64, device=lengths.device).repeat_interleave(per_row)
     longest = int(lengths.max()) if len(lengths) else 0
-    step = torch.arange(longest, device=lengths.device)
+    step = torch.arange(longest, dtype=torch.int64, device=lengths.device)
     position = (starts.unsqueeze(1) + step).clamp(max=max(len(pool.row_edits) - 1, 0))
     slots = torch.where(step < lengths.unsqueeze(1), pool.row_edits[position], -1)
     return slots[rows]

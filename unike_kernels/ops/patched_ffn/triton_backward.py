@@ -216,8 +216,8 @@ def add_extra_neurons_backward(
     """
     m, d = x.shape
     given = (x, *pool[:7])
-    new = torch.zeros if m == 0 else torch.empty
-    grads = tuple(None if t is None else new(t.shape, dtype=t.dtype, device=t.device) for t in given)
+    new = torch.zeros_like if m == 0 else torch.empty_like
+    grads = tuple(None if t is None else new(t, memory_format=torch.contiguous_format) for t in given)
     if m > 0:
         x, grad = last_contiguous(x), last_contiguous(grad)
         pool = EditPool(*(None if t is None else t.contiguous() for t in pool))  # type: ignore[arg-type]

@@ -1,0 +1,118 @@
+"""k is bounded where it comes from a file, and work is done for no more entries than there are."""
+
+from __future__ import annotations
+
+import json
+import struct
+import time
+
+import pytest
+import torch
+
+import unike_kernels as uk
+from unike_kernels import _native
+from unike_kernels.config import MOST_ENTRIES
+
+IDS = torch.tensor([[5, 6, 7, 8]])
+
+
+@pytest.mark.parametrize("k", [0, -1, MOST_ENTRIES + 1, 2**31, 2**60, 2**61, 2**62, 2**63, 10**30])
+def test_a_config_is_refused(k):
+    with pytest.raises(ValueError, match=r"Config\.k: expected an integer of at least 1 and at most 1048576, got"):
+        uk.Config(k=k)
+
+
+@pytest.mark.parametrize("kind", ["memory", "edit"])
+@pytest.mark.parametrize("k", [MOST_ENTRIES + 1, 2**60, 2**61, 2**62, 2**63])
+def test_a_file_is_refused(make_model, make_memory, make_edit, tmp_path, kind, k):
+    model, path = make_model("llama"), tmp_path / "file"
+    (make_memory(model) if kind == "memory" else make_edit(model)).save(path)
+    raw = path.read_bytes()
+    (length,) = struct.unpack("<Q", raw[:8])
+    header = json.loads(raw[8 : 8 + length])
+    inner = json.loads(header["__metadata__"]["header"])
+    inner["config"]["k"] = k
+    header["__metadata__"]["header"] = json.dumps(inner)
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + raw[8 + length :])
+    with pytest.raises(uk.ArtifactError, match=r"Config\.k"):
+        (uk.MemoryBank if kind == "memory" else uk.Edit).load(path)
+
+
+@pytest.mark.parametrize("k", [MOST_ENTRIES + 1, 2**31, 2**61, 2**62])
+def test_the_operators_refuse_it(k):
+    x = torch.randn(3, 8)
+    encoder = uk.ops.SemanticEncoder(torch.randn(4, 8), torch.randn(4), torch.randn(8, 4), torch.randn(8))
+    unit = uk.ops.normalize_rows(x)
+    for run in (
+        lambda: uk.ops.cosine_topk(x, x, k),
+        lambda: uk.CosineIndex(x).search(x, k),
+        lambda: uk.ops.memory_attention(x, x, unit, x, x, encoder, k=k),
+    ):
+        with pytest.raises(ValueError, match=f"k: expected at most {MOST_ENTRIES}, got {k}"):
+            run()
+
+
+def test_columns_beyond_the_entries_are_padding():
+    x, unit = torch.randn(6, 8), uk.ops.normalize_rows(torch.randn(5, 8))
+    encoder = uk.ops.SemanticEncoder(torch.randn(4, 8), torch.randn(4), torch.randn(8, 4), torch.randn(8))
+    few, many = (uk.ops.memory_attention(x, x, unit, unit, unit, encoder, k=k) for k in (5, 1000))
+    assert torch.equal(few[0], many[0]) and torch.equal(few[1], many[1])
+    assert many[2].shape == (6, 1000)
+    assert torch.equal(few[2], many[2][:, :5]) and (many[2][:, 5:] == -1).all()
+    scores, ids = uk.ops.cosine_topk(x, unit, 1000, normalized=True)
+    assert scores.shape == ids.shape == (6, 1000)
+    assert (ids[:, 5:] == -1).all() and (scores[:, 5:] == float("-inf")).all()
+
+
+@pytest.mark.parametrize("switches", [{}, {"retrieval": "sequence"}, {"alpha": 0.4}, {"values": "projected"}])
+def test_a_model_with_a_large_k_is_that_with_all_entries(make_model, make_memory, switches):
+    """The same bits, and no more time: 50 entries, k = 100,000."""
+    model = make_model("llama")
+    given = {"values": "pre"} | switches
+    outputs, seconds = [], []
+    ids = torch.randint(4, 40, (4, 32))
+    for k in (50, 100_000):
+        memory = make_memory(model, uk.Config(k=k, **given))
+        with torch.no_grad(), uk.patched(model, memory=memory), uk.rows(model, prompt_lengths=[32] * 4):
+            outputs.append(model(input_ids=ids).logits)
+            start = time.perf_counter()
+            model(input_ids=ids)
+            seconds.append(time.perf_counter() - start)
+        x = model.get_input_embeddings()(ids).detach().requires_grad_()
+        with uk.patched(model, memory=memory), uk.rows(model, prompt_lengths=[32] * 4):
+            model(inputs_embeds=x).logits.square().mean().backward()
+        outputs.append(x.grad)
+    assert torch.equal(outputs[0], outputs[2]) and torch.equal(outputs[1], outputs[3])
+    assert seconds[1] < 3 * seconds[0] + 0.05  # before, 100 times as much
+
+
+def test_what_a_pass_tells_still_has_k_columns(make_model, make_memory):
+    model = make_model("llama")
+    with torch.no_grad(), uk.patched(model, memory=make_memory(model, uk.Config(k=60, values="pre"))):
+        with uk.explain(model) as told:
+            model(input_ids=IDS)
+    told = told.passes[0][3]
+    assert told.entries.shape == told.scores.shape == (1, 4, 60)
+    assert (told.entries[..., 50:] == -1).all() and (told.scores[..., 50:] == float("-inf")).all()
+    assert (told.entries[..., :50].sort(-1).values == torch.arange(50)).all()
+
+
+@pytest.mark.parametrize("size", [2**60, 2**61, 2**62, 2**63 - 1])
+def test_sizes_that_wrap_are_refused_by_the_core(size):
+    """As the bindings pass them on: no workspace of a wrapped size, and nothing is written."""
+    core = _native._C
+    x, out, ids = torch.randn(4, 8), torch.full((4, 8), 7.0), torch.zeros(4, 1, dtype=torch.int64)
+    rows, at = (x.data_ptr(), 0, 8), x.data_ptr()
+    keys = core.Keys(4, 8, at, 8, 0, 0, 0, 0)
+    calls = [
+        lambda: core.cosine_topk(keys, rows, 4, size, 0, out.data_ptr(), ids.data_ptr(), 1),
+        lambda: core.cosine_topk(keys, rows, size, 1, 0, out.data_ptr(), ids.data_ptr(), 1),
+        lambda: core.cosine_topk(core.Keys(size, 8, at, 8, 0, 0, 0, 0), rows, 4, 1, 0, out.data_ptr(), ids.data_ptr(), 1),
+        lambda: core.normalize_rows(rows, size, 8, out.data_ptr(), 1),
+        lambda: core.normalize_rows((at, 0, size), 4, 8, out.data_ptr(), 1),
+    ]  # fmt: skip
+    for call in calls:
+        with pytest.raises(ValueError, match=r"size|large|at least"):
+            call()
+    assert (out == 7.0).all() and not ids.any()
