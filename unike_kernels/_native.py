@@ -355,8 +355,7 @@ class Memory:
         n, heads, width = keys.shape
         wide = aligned(keys)
         self.tensors = tuple(
-            None if t is None else aligned(t)
-            for t in (wide, wide if values is keys else values, projected, *encoder)
+            None if t is None else aligned(t) for t in (wide, wide if values is keys else values, projected, *encoder)
         )
         w1 = encoder[0]
         sizes, dtypes = (n, heads, width, w1.shape[0]), (_DTYPES[keys.dtype], _DTYPES[w1.dtype])

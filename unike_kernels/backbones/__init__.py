@@ -222,9 +222,9 @@ def _computes(modules: Sequence[nn.Module], weights: FFNWeights, activation: str
     device, dtype = weights.w_in.device, weights.w_in.dtype
     if weights.w_out.shape != (d, f) or device.type == "meta":
         return False
-    x = torch.randn(
-        _PROBES, d, generator=torch.Generator("cpu").manual_seed(0), dtype=torch.float32, device="cpu"
-    ).to(device, dtype)
+    x = torch.randn(_PROBES, d, generator=torch.Generator("cpu").manual_seed(0), dtype=torch.float32, device="cpu").to(
+        device, dtype
+    )
     training = [part for module in modules for part in module.modules() if part.training]
     try:
         for part in training:  # dropout

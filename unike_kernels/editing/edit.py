@@ -568,4 +568,8 @@ def _zeta_prime(layer: int, memory: MemoryBank | None, given: dict[int, Tensor] 
         if layer not in given:
             raise ValueError(f"zeta: expected one for each layer that is edited, got none for layer {layer}")
         return given[layer].float()
-    return memory.layers[layer].zeta_prime.float() if memory and layer in memory.layers else torch.zeros(d, dtype=torch.float32, device="cpu")
+    return (
+        memory.layers[layer].zeta_prime.float()
+        if memory and layer in memory.layers
+        else torch.zeros(d, dtype=torch.float32, device="cpu")
+    )

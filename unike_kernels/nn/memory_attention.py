@@ -217,9 +217,7 @@ class MemoryAttention(DropIn):
         _, alpha = _attended(memory, config, queries, inputs, ids, anchor)
         alpha = torch.where((ids >= 0).any(-1), alpha.detach().float(), 0.0)
         rest = (0, config.k - ids.shape[-1])  # where the memory has fewer entries than k
-        ids, scores = (
-            torch.nn.functional.pad(t, rest, value=v) for t, v in ((ids, -1), (scores, float("-inf")))
-        )
+        ids, scores = (torch.nn.functional.pad(t, rest, value=v) for t, v in ((ids, -1), (scores, float("-inf"))))
         told.entries, told.scores = ids.view(*shape, -1).cpu(), scores.view(*shape, -1).cpu()
         told.alpha = alpha.view(shape).cpu()
 

@@ -177,7 +177,9 @@ def pack_keys(keys: Tensor, scan: str, direction: Tensor | None = None) -> Packe
     if not width:
         raise ValueError(f"keys: expected at most 65536 columns for scan='int8', got {keys.shape[1]}")
     codes = _pages.empty(len(keys), width, dtype=dtype)
-    packed = PackedKeys(codes, torch.empty(len(keys), _native.KEY_BOUNDS, dtype=torch.float32, device="cpu"), direction.contiguous())
+    packed = PackedKeys(
+        codes, torch.empty(len(keys), _native.KEY_BOUNDS, dtype=torch.float32, device="cpu"), direction.contiguous()
+    )
     _native.pack_keys(keys, direction, packed.codes, packed.bounds)
     return packed
 

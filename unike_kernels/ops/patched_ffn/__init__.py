@@ -95,7 +95,10 @@ def _run_extra_backward(grad: Tensor, x: Tensor, *rest: Any) -> list[Tensor]:
 
 
 def _fake_extra_backward(grad: Tensor, x: Tensor, *rest: Any) -> list[Tensor]:
-    return [torch.empty_like(x), *(x.new_empty(0, dtype=x.dtype) if t is None else torch.empty_like(t) for t in rest[:7])]
+    return [
+        torch.empty_like(x),
+        *(x.new_empty(0, dtype=x.dtype) if t is None else torch.empty_like(t) for t in rest[:7]),
+    ]
 
 
 def _run_base_backward(grad: Tensor, x: Tensor, *rest: Any) -> list[Tensor]:
@@ -104,7 +107,10 @@ def _run_base_backward(grad: Tensor, x: Tensor, *rest: Any) -> list[Tensor]:
 
 
 def _fake_base_backward(grad: Tensor, x: Tensor, *rest: Any) -> list[Tensor]:
-    return [torch.empty_like(x), *(x.new_empty(0, dtype=x.dtype) if t is None else torch.empty_like(t) for t in rest[:-1])]
+    return [
+        torch.empty_like(x),
+        *(x.new_empty(0, dtype=x.dtype) if t is None else torch.empty_like(t) for t in rest[:-1]),
+    ]
 
 
 def _unpack(grads: list[Tensor], inputs: tuple[Any, ...]) -> list[Tensor | None]:

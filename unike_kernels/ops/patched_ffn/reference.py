@@ -97,7 +97,9 @@ def check_distinct(pool: EditPool) -> None:
     for r, (start, stop) in enumerate(pairwise(starts)):
         row = edits[start:stop]
         if len(set(row)) != len(row):
-            raise ValueError(f"pool.row_edits: row {r} names an edit more than once; expected distinct edits, got {row}")
+            raise ValueError(
+                f"pool.row_edits: row {r} names an edit more than once; expected distinct edits, got {row}"
+            )
 
 
 def token_slots(pool: EditPool, tokens: int) -> Tensor:
