@@ -29,7 +29,7 @@ typedef struct unike_edit_pool {
   const int64_t*
       indptr; /* [E + 1], ascending from 0 to P at most: edit e owns neurons indptr[e], ..., indptr[e + 1] - 1 */
   const int64_t* row_indptr; /* [R + 1], ascending from 0 to the length of row_edits at most */
-  const int64_t* row_edits;  /* row r uses the edits row_edits[row_indptr[r]], ..., none twice, in this order; all < E */
+  const int64_t* row_edits;  /* row r uses row_edits[row_indptr[r]], ... in this order; each in 0..E-1, none twice */
   const int64_t* token_rows; /* [m], the row of each token; null: the m tokens belong to the R rows in equal runs */
 } unike_edit_pool;
 
