@@ -1,4 +1,4 @@
-"""The GPU kernels on the interpreter of tests/ptxsim: every test here runs what Triton compiles, without a GPU.
+"""The GPU kernels on the interpreter of tools/ptxsim: every test here runs what Triton compiles, without a GPU.
 
 Those that compare with the definition run on a real one too: `pytest -m gpu`.
 """

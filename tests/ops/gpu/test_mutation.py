@@ -13,8 +13,8 @@ from ops.gpu import test_patched_ffn as whole
 from ops.gpu.test_latent_attention_backward import Gradients
 from ops.gpu.test_memory_attention import Memory
 from ptxsim import SimulationError
+from ptxsim.mutation import Mutating
 from ptxsim.triton_driver import interpreting
-from ptxsim_tests.test_mutation import Mutating
 
 from unike_kernels.ops import _triton
 from unike_kernels.ops.cosine_topk import triton as retrieval
