@@ -5,6 +5,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from unike_kernels.bench.replay import Replay
 
 
@@ -15,6 +17,7 @@ def test_each_round_takes_what_was_recorded():
         assert [-replay() + replay() for _ in times] == times
 
 
+@pytest.mark.slow
 def test_in_pytest_benchmark(tmp_path):
     (tmp_path / "test_it.py").write_text(
         "import pytest\n"
