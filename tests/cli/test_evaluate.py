@@ -42,6 +42,7 @@ def test_what_cannot_be_run(tmp_path, capsys):
         main(["eval", "--table", "7"])
 
 
+@pytest.mark.smoke
 @pytest.mark.slow
 def test_how_long_editing_takes(tmp_path, monkeypatch):
     """The command with brief settings; the figures themselves are for a quiet machine."""

@@ -139,7 +139,7 @@ def test_a_kernel_without_its_middle_barrier(run, few_multiprocessors):
     assert noticed(run, needed[len(needed) // 2])
 
 
-@pytest.mark.slow
+@pytest.mark.slow(minutes=3)
 @pytest.mark.parametrize("run", LAUNCHES, ids=lambda run: run.__name__)
 def test_kernels_without_one_barrier(run, few_multiprocessors):
     name = run.__name__
