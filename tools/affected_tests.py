@@ -109,7 +109,8 @@ def main(arguments: list[str]) -> int:
     elif arguments:
         sys.exit((__doc__ or "").strip())
     else:
-        print(*affected(changed), sep="\n")
+        for test in affected(changed):
+            print(test)
     return 0
 
 
