@@ -17,7 +17,7 @@ import unike_kernels as uk
 ROOT = Path(__file__).resolve().parents[1]
 WARNINGS = ["-Wall", "-Wextra", "-Werror"]
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.slow(minutes=1)
 
 
 def run(*command: object, **environment: str) -> str:
