@@ -98,10 +98,10 @@ def test_a_server(make_model, make_edit):
 def test_it_costs_a_decode_call_next_to_nothing(make_model, make_edit):
     """Rows are looked at when they are laid out; the kernel's own look is a few hundred nanoseconds."""
     pool = pool_of([[i % 8, (i + 1) % 8] for i in range(64)], edits=8)
-    start = time.perf_counter()
+    start = time.process_time()
     for _ in range(100):
         check_distinct(pool)
-    assert (time.perf_counter() - start) / 100 < 2e-3
+    assert (time.process_time() - start) / 100 < 2e-3
     edits = uk.nn.EditStore()
     edits.set({"a": make_edit(make_model("llama"), "a").layers[2]})
     assert edits.view("silu", (("a",),)) is edits.view("silu", (("a",),))
