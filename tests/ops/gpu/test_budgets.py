@@ -143,13 +143,25 @@ def resources(monkeypatch):
 
 
 TARGETS = [*(GPUTarget("cuda", arch, 32) for arch in static.CUDA_ARCHITECTURES), GPUTarget("hip", "gfx942", 64)]
-USUAL = (90,)  # the others are slow tests
+# The rest are slow tests: the default ones look at each kernel once.
+USUAL = {
+    "extra neurons, a prompt, bfloat16", "gradients of extra neurons, bfloat16", "patched FFN, one token, bfloat16",
+    "latent attention, one token, bfloat16", "memory attention, one token, bfloat16",
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("name", BUDGETS)
 @pytest.mark.parametrize(
-    "target",
-    [pytest.param(t, marks=[] if t.arch in USUAL else [pytest.mark.slow], id=f"{t.backend}-{t.arch}") for t in TARGETS],
+    ("name", "target"),
+    [
+        pytest.param(
+            name,
+            t,
+            marks=[] if t.arch == 90 and name in USUAL else [pytest.mark.slow],
+            id=f"{name}-{t.backend}-{t.arch}",
+        )
+        for t in TARGETS
+        for name in BUDGETS
+    ],
 )
 def test_budget(name, target, resources):
     budget = BUDGETS[name]
