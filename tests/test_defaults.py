@@ -10,8 +10,8 @@ from torch import Tensor
 
 import unike_kernels as uk
 from unike_kernels.backbones import match_activation
-from unike_kernels.training import EditTraining, EncoderTraining, Sample, Triplet, build_memory, train_edit
 from unike_kernels.ops import EditPool, SemanticEncoder
+from unike_kernels.training import EditTraining, EncoderTraining, Sample, Triplet, build_memory, train_edit
 
 IDS = [[5, 6, 7, 8, 9, 10], [11, 12, 13, 14, 15, 16]]
 TRIPLETS = [Triplet(f"w{i} w{i + 9}", f"w{i + 18}", f"w{i + 1} w{i + 5}") for i in range(8)]
