@@ -13,7 +13,7 @@ from hypothesis import settings
 import unike_kernels as uk
 from unike_kernels.artifacts.fingerprint import fingerprint
 
-pytest_plugins = ["ptxsim.plugin"]
+pytest_plugins = ["ptxsim.plugin", "budget"]
 
 settings.register_profile("unike", deadline=None, print_blob=True)
 settings.load_profile("unike")

@@ -3,6 +3,7 @@
 
 python3 run.py demo [arguments of `unike demo`]
 python3 run.py test [arguments of pytest]
+python3 run.py ptxsim [arguments of pytest]
 python3 run.py bench [arguments of pytest]
 python3 run.py lint
 """
@@ -97,7 +98,7 @@ def main() -> int:
     if sys.version_info < (3, 10):
         sys.exit(f"unike_kernels needs Python 3.10 or later; this is {sys.version.split()[0]}.")
     command, arguments = (sys.argv[1:2] or [""])[0], sys.argv[2:]
-    if command not in ("demo", "test", "bench", "lint"):
+    if command not in ("demo", "test", "ptxsim", "bench", "lint"):
         sys.exit((__doc__ or "").strip())
     install()
     if command == "lint":
@@ -109,10 +110,11 @@ def main() -> int:
         "demo": ["unike_kernels", "demo"],
         # One process a core; a run of a single file starts faster with `-n 0`.
         "test": ["pytest", "-n", "auto", "--maxprocesses", "8", "--dist", "worksteal"],
+        "ptxsim": ["pytest", "tools/ptxsim", "-n", "auto", "--maxprocesses", "8", "--dist", "worksteal"],
         "bench": ["pytest", "benchmarks/test_latency.py", "--benchmark-only", "--benchmark-columns=median,iqr,rounds"],
     }
     folder = None if command == "demo" else ROOT
-    environment = os.environ | ({"OMP_NUM_THREADS": "1"} if command == "test" else {})
+    environment = os.environ | ({"OMP_NUM_THREADS": "1"} if command in ("test", "ptxsim") else {})
     return subprocess.run([str(PYTHON), "-m", *modules[command], *arguments], cwd=folder, env=environment).returncode
 
 

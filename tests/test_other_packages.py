@@ -27,7 +27,7 @@ ENVIRONMENTS = {
 }  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.slow(minutes=5)
 @pytest.mark.parametrize("name", ENVIRONMENTS)
 def test_in_an_environment_of_its_own(name, tmp_path):
     packages, tests = ENVIRONMENTS[name]
@@ -47,7 +47,7 @@ def test_in_an_environment_of_its_own(name, tmp_path):
     assert found.startswith("4.57.") == (name == "transformers 4.57")
 
 
-@pytest.mark.slow
+@pytest.mark.slow(minutes=15)
 def test_vllm(tmp_path):
     """Apart from all else: it breaks where triton is, and where torchvision is of another torch."""
     venv.create(tmp_path, with_pip=True)

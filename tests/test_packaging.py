@@ -61,7 +61,7 @@ def test_one_version_everywhere():
         assert f'version = "{_version.__version__}"' in (ROOT / folder / "pyproject.toml").read_text()
 
 
-@pytest.mark.slow
+@pytest.mark.slow(minutes=3)
 def test_the_wheel_of_the_sdist_works_elsewhere(tmp_path):
     """Source -> sdist -> wheel -> a fresh environment that sees this one's torch, run far from the sources."""
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]

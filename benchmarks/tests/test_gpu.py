@@ -25,7 +25,11 @@ def test_a_case_from_its_data_to_its_rows(monkeypatch):
 
 
 def test_bytes_that_a_scan_must_read(tables):
-    read = {scan: sum(t.nbytes for t in retrieval_gpu._ours(scan, tables).bound.reads) for scan in retrieval_gpu.SCANS}
+    systems = retrieval_gpu.case(200, 24, 3, "cpu").systems
+    read = {
+        scan: sum(t.nbytes for t in systems[f"unike {scan}"].prepare(tables).bound.reads)
+        for scan in retrieval_gpu.SCANS
+    }
     queries = 3 * 24 * 4
     assert read == {
         "int8": 200 * (64 + 16) + queries, "float16": 200 * (64 + 16) + queries, "float32": 200 * 24 * 4 + queries
@@ -33,7 +37,7 @@ def test_bytes_that_a_scan_must_read(tables):
 
 
 def test_wrong_answers_are_not_timed(tables):
-    run = retrieval_gpu._peer(retrieval_gpu.with_torch, tables)
+    run = retrieval_gpu.case(200, 24, 3, "cpu").systems["torch"].prepare(tables)
     scores, ids = run.call()
     assert run.check((scores, ids)) == 1.0
     with pytest.raises(AssertionError):

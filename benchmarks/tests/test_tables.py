@@ -1,56 +1,46 @@
-"""Rows as tables of text."""
+"""Rows as tables: the figures are those of the rows, and what is not known is left empty."""
 
 import pytest
+from parsing import numbers, records
 from unike_bench.report import tables
 from unike_bench.report.compare import Change
 
 
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [
-        (None, ""),
-        (2.0, "2 s"),
-        (0.0123456, "12.3 ms"),
-        (1e-3, "1 ms"),
-        (9.87e-6, "9.87 µs"),
-        (-2e-3, "-2 ms"),
-        (0, "0 µs"),
-    ],
-)
-def test_durations(seconds, text):
-    assert tables.duration(seconds) == text
+@pytest.mark.parametrize("seconds", [2.0, 0.0123456, 1e-3, 9.87e-6, -2e-3, 0.0])
+def test_durations_have_three_digits(seconds):
+    assert numbers(tables.duration(seconds)) == [pytest.approx(seconds, rel=5e-3)]
+
+
+def test_no_duration_is_an_empty_cell():
+    assert tables.duration(None) == ""
 
 
 def test_summary_has_a_line_for_each_case(rows):
     table = tables.summary(rows)
-    assert table.header == ("case", "ours", "ours is faster", "", "bound", "reached")
-    assert table.cells == [
-        ("a retrieval", "2 ms", "2.50 (2.00 to 3.00)", "than faiss flat", "1 ms", "50%"),
-        ("a decode", "20 ms", "", "", "2 ms", "50%"),
-        ("an FFN", "FAILED: AssertionError: off by one", "", "", "", ""),
-    ]
+    retrieval, decode, ffn = records(table.header, table.cells)
+    assert [line["case"] for line in (retrieval, decode, ffn)] == ["a retrieval", "a decode", "an FFN"]
+    assert numbers(retrieval["ours"]) == [2e-3]
+    assert numbers(retrieval["ours is faster"]) == [2.5, 2.0, 3.0]
+    assert "faiss flat" in retrieval[""]
+    assert (numbers(retrieval["bound"]), numbers(retrieval["reached"])) == ([1e-3], [0.5])
+    assert (numbers(decode["ours"]), decode["ours is faster"]) == ([0.02], "")
+    assert "off by one" in ffn["ours"]
+    assert not any(ffn[name] for name in ("ours is faster", "bound", "reached"))
 
 
 def test_details_have_a_line_for_each_system(rows):
     retrieval, decode, ffn = tables.details(rows)
+    ours, faiss, torch = records(retrieval.header, retrieval.cells)
     assert retrieval.title == "a retrieval"
-    assert retrieval.header == ("system", "time", "IQR", "ours is faster", "", "bound", "reached", "recall")
-    assert retrieval.cells[1] == (
-        "faiss flat",
-        "5 ms",
-        "0 µs",
-        "2.50 (2.00 to 3.00)",
-        "unike int8 than this",
-        "",
-        "",
-        "0.9990",
-    )
-    assert retrieval.cells[2] == ("torch", "FAILED: AssertionError: other | ids", "", "", "", "", "", "")
-    assert dict(zip(decode.header, decode.cells[0], strict=True)) == {
-        "system": "unike patched", "time": "20 ms", "IQR": "0 µs", "tokens/s": "50.0", "added": "4 ms",
-        "added per layer": "1 ms", "bound per layer": "500 µs", "bound": "2 ms", "reached": "50%",
-    }  # fmt: skip
-    assert ffn.cells == [("unike ffn", "FAILED: AssertionError: off by one")]
+    assert [line["system"] for line in (ours, faiss, torch)] == ["unike int8", "faiss flat", "torch"]
+    assert (numbers(ours["IQR"]), numbers(faiss["IQR"])) == ([pytest.approx(5e-4)], [0.0])
+    assert (ours["recall"], numbers(faiss["recall"])) == ("", [0.999])
+    assert "other | ids" in torch["time"]
+    assert not any(torch[name] for name in torch if name not in ("system", "time"))
+    (patched,) = records(decode.header, decode.cells)
+    figures = {"tokens/s": 50.0, "added": 4e-3, "added per layer": 1e-3, "bound": 2e-3, "bound per layer": 5e-4}
+    assert {name: numbers(patched[name]) for name in figures} == {name: [value] for name, value in figures.items()}
+    assert len(ffn.cells) == 1
 
 
 def test_growth_is_per_key(make_row):
@@ -59,20 +49,15 @@ def test_growth_is_per_key(make_row):
 
     rows = [grown(1000, [1e-3] * 3, read=5e-4), grown(1_000_000, [2.0] * 3), grown(10, [], failure="x"), make_row()]
     table = tables.growth(rows)
-    assert table.header == ("queries", "system", "keys", "ns per key", "read bound")
-    assert table.cells == [
-        ("1", "ours", "1,000", "1e+03", "500"),
-        ("1", "ours", "1,000,000", "2e+03", ""),
-        ("1", "ours", "10", "FAILED", ""),
-    ]
+    lines = records(table.header, table.cells)
+    assert [numbers(line["keys"]) for line in lines] == [[1000], [1_000_000], [10]]
+    assert [numbers(line["ns per key"]) for line in lines] == [[1000], [2000], []]
+    assert [numbers(line["read bound"]) for line in lines] == [[500], [], []]
 
 
 def test_comparison_marks_real_changes():
     found = [Change("a", 1.0, 2.0, True), Change("b", 1.0, 1.1, False), Change("c", 1.0, 0.5, True)]
     table = tables.comparison(found, {"CPU": "a CPU", "date": "yesterday"})
-    assert [(line[0], line[3], line[4]) for line in table.cells] == [
-        ("a", "2.00", "slower"),
-        ("b", "1.10", ""),
-        ("c", "0.50", "faster"),
-    ]
-    assert "The earlier run: yesterday, a CPU." in table.note
+    assert [line[-1] for line in table.cells] == ["slower", "", "faster"]
+    assert [numbers(line[-2]) for line in table.cells] == [[2.0], [1.1], [0.5]]
+    assert "yesterday" in table.note and "a CPU" in table.note

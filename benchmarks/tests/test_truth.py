@@ -18,32 +18,36 @@ def small_chunks(monkeypatch):
     monkeypatch.setattr(truth, "_QUERIES", 4)
 
 
-def answer(queries=20, keys=50):
-    """With each key twice, so that ties are everywhere."""
+def unit_rows(queries=20, keys=50):
+    """Queries, and keys each twice, so that ties are everywhere."""
     rows = reference.normalize_rows(torch.randn(keys // 2, 24).repeat(2, 1))
-    unit = reference.normalize_rows(torch.randn(queries, 24))
+    return reference.normalize_rows(torch.randn(queries, 24)), rows
+
+
+def answer(unit, rows):
+    """The truth, and what the definition says."""
     scores, ids = reference.cosine_topk(unit, rows, K, normalized=True)
     return Truth(rows, unit, K), scores, ids
 
 
 def test_is_the_best_in_float64():
-    found, scores, _ = answer()
+    unit, rows = unit_rows()
+    found, scores, _ = answer(unit, rows)
     torch.testing.assert_close(found.scores.float(), scores)
-    behind = (found._unit.double() @ found._rows.double().T).sort(1, descending=True).values[:, K]
+    behind = (unit.double() @ rows.double().T).sort(1, descending=True).values[:, K]
     torch.testing.assert_close(found.next, behind)
 
 
 @pytest.mark.parametrize("queries", [1, 8, 20])
 def test_the_canonical_answer_passes(queries):
-    found, scores, ids = answer(queries)
+    found, scores, ids = answer(*unit_rows(queries))
     found.check_exact(scores, ids)
     assert found.check_peer(ids.flip(1)) == found.recall(ids) > 0.4  # another one of a pair is no worse
 
 
 def test_no_more_keys_than_asked_for():
-    found, scores, ids = answer(3, keys=6)
-    found = Truth(found._rows[:K], found._unit, K)
-    scores, ids = reference.cosine_topk(found._unit, found._rows, K, normalized=True)
+    unit, rows = unit_rows(3, keys=6)
+    found, scores, ids = answer(unit, rows[:K])
     found.check_exact(scores, ids)
     assert found.next.tolist() == [float("-inf")] * 3
 
@@ -82,7 +86,7 @@ def beyond(scores, ids):
 
 @pytest.mark.parametrize("spoil", [swap_tie, swap_ranks, other_key, last_bit, far_score, twice, none, beyond])
 def test_any_other_answer_is_caught(spoil):
-    found, scores, ids = answer(8)
+    found, scores, ids = answer(*unit_rows(8))
     assert scores[0, 0] == scores[0, 1]
     spoil(scores, ids)
     with pytest.raises(AssertionError):
@@ -91,7 +95,7 @@ def test_any_other_answer_is_caught(spoil):
 
 @pytest.mark.parametrize("spoil", [other_key, twice, none, beyond])
 def test_a_peers_wrong_ids_are_caught(spoil):
-    found, scores, ids = answer()
+    found, scores, ids = answer(*unit_rows())
     spoil(scores, ids)
     with pytest.raises(AssertionError):
         found.check_peer(ids)

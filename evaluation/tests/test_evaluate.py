@@ -11,7 +11,7 @@ from unike_kernels.training import EditTraining, EncoderTraining
 
 
 def test_a_table_of_one_system(tmp_path, capsys):
-    command = ["eval", "--table", "1", "--systems", "FT", "--split", "validation", "--requests", "2"]
+    command = ["eval", "--table", "1", "--systems", "FT", "--split", "validation", "--requests", "1"]
     assert main([*command, "--out", str(tmp_path)]) == 0
     text = (tmp_path / "table-1.md").read_text()
     assert "validation requests, seed 0" in text
@@ -42,6 +42,8 @@ def test_what_cannot_be_run(tmp_path, capsys):
         main(["eval", "--table", "7"])
 
 
+@pytest.mark.smoke
+@pytest.mark.slow
 def test_how_long_editing_takes(tmp_path, monkeypatch):
     """The command with brief settings; the figures themselves are for a quiet machine."""
     brief = {**DEFAULTS["UniKE"], "encoders": EncoderTraining(steps=5), "training": EditTraining(steps=3)}

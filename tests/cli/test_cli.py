@@ -59,6 +59,7 @@ def test_the_module_is_the_command():
     assert run.stdout.startswith(f"unike_kernels {uk.__version__}")
 
 
+@pytest.mark.smoke
 @pytest.mark.slow
 def test_the_demo_from_end_to_end(tmp_path):
     """Exit status 0 says that the edit holds, and that a fresh process answers the same from the files."""

@@ -348,8 +348,7 @@ def test_gradients_come_in_the_dtype_of_each_tensor(form, assert_near):
         assert_near(got, wanted, terms=64)
 
 
-@pytest.mark.parametrize("kind", ["plain", "gated"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("kind", "dtype"), [("gated", torch.float32), ("plain", torch.bfloat16)])
 def test_opcheck(opcheck, kind, dtype):
     pool = make_pool(4, sizes=(2, 1), rows=([0], [1, 0]), kind=kind, dtype=dtype)
     x, base_out, grad = (torch.randn(4, 6).to(dtype).T for _ in range(3))

@@ -101,7 +101,11 @@ def test_continuous_batching(patched):
         pytest.skip("continuous batching of transformers 4.57 needs a GPU")
     settings = GenerationConfig(max_new_tokens=NEW, do_sample=False, eos_token_id=-1, pad_token_id=0)
     wanted = [greedy(patched, IDS[:1])[0, len(PROMPTS[0]) :], greedy(patched, IDS[1:])[0, len(PROMPTS[1]) :]]
-    found = patched.generate_batch(inputs=PROMPTS, generation_config=settings, progress_bar=False)
+    # Without a size the cache takes most of the machine's memory, which is then also filled.
+    small = transformers.ContinuousBatchingConfig(page_size=16, num_blocks=64, max_batch_tokens=64)
+    found = patched.generate_batch(
+        inputs=PROMPTS, generation_config=settings, continuous_batching_config=small, progress_bar=False
+    )
     assert [list(result.generated_tokens) for result in found.values()] == [t.tolist() for t in wanted]
 
 

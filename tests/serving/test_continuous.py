@@ -26,9 +26,13 @@ def settings(**more):
     )
 
 
-@pytest.fixture(params=["opt", "llama"])
+@pytest.fixture
 def model(request, make_model):
-    return make_model(request.param)
+    return make_model(getattr(request, "param", "llama"))
+
+
+# What is kept for a request is the same for both; what they compute with it is not.
+of_both_decoders = pytest.mark.parametrize("model", ["opt", "llama"], indirect=True)
 
 
 @pytest.fixture
@@ -88,6 +92,7 @@ def collect(manager, count):
     return found
 
 
+@of_both_decoders
 def test_each_request_has_its_own_edits(model, edits, running, tmp_path):
     """Prompts are prefilled in chunks, share prefixes, and come once more with all of these in the cache."""
     ids = prompts(len(SETS))
@@ -128,6 +133,7 @@ def test_a_request_keeps_the_version_it_began_with(model, edits, make_edit, runn
     assert [found[first], found[second]] == wanted
 
 
+@of_both_decoders
 @pytest.mark.parametrize("tokens", ["all", "answer"])
 def test_a_memory_and_its_tenants(model, make_edit, make_memory, running, tokens, tmp_path):
     config = uk.Config(k=7, values="out", alpha=0.4, tokens=tokens)
@@ -176,6 +182,7 @@ def test_a_cache_that_is_too_small(model, make_edit, make_memory, running, tmp_p
     assert [found[name] for name in names] == wanted
 
 
+@of_both_decoders
 def test_a_stopped_manager_leaves_no_hooks(model, edits, running, tmp_path):
     hooks = lambda: sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())  # noqa: E731
     before = hooks()

@@ -111,7 +111,10 @@ def test_each_name_has_its_edits(server, make_edit, processor):
     assert asked().choices[0].text == texts[0]
 
 
-@pytest.mark.parametrize("server", [{"continuous_batching": True}], indirect=True)
+# Without a size the cache takes most of the machine's memory.
+@pytest.mark.parametrize(
+    "server", [{"continuous_batching": True, "cb_num_blocks": 64, "cb_max_batch_tokens": 64}], indirect=True
+)
 def test_requests_with_different_edits_in_one_batch(server, processor):
     """Continuous batching: all at once, plain and streamed; an unknown edit is an error of its request alone."""
     client, name, model, folder = server

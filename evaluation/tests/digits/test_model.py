@@ -1,4 +1,7 @@
-"""The shipped models: what they know, what they do not, and padding."""
+"""The shipped models: padding, sizes, and in the slow tests what they know and what they do not.
+
+What they know changes where they are trained (scripts/train_models.py) alone.
+"""
 
 from pathlib import Path
 
@@ -45,16 +48,19 @@ def accuracy(model, processor, facts, split, per_digit):
     return sum(a == b for a, b in zip(found, right, strict=True)) / len(rows)
 
 
+@pytest.mark.slow
 def test_knows_what_it_was_taught(model, processor):
     assert accuracy(model, processor, digits.facts(withheld=False), "train", per_digit=2) >= 0.97
 
 
+@pytest.mark.slow
 def test_does_not_know_what_was_withheld(model, processor):
     # Measured on all test images: 8.6% right with the OPT decoder and 11.2% with LLaMA, mostly yes-or-no questions.
     assert accuracy(model, processor, digits.facts(withheld=True), "train", per_digit=1) < 0.5
 
 
 # Known sums under phrasings that were not taught with them: measured 92.0% (OPT) and 96.5% (LLaMA).
+@pytest.mark.slow
 @pytest.mark.parametrize(("split", "step", "least"), [("train", 3, 0.97), ("test", 1, 0.9)])
 def test_text_only(model, processor, split, step, least):
     prompts, right = zip(*digits.text_items(split)[::step], strict=True)

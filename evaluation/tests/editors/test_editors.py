@@ -23,7 +23,7 @@ QUICK = {
 QUICK[IntrinsicIKE] = {**QUICK[UniKE], "k": 2}
 
 
-@pytest.fixture(scope="module", params=["opt", "llama"])
+@pytest.fixture(scope="module", params=["opt", pytest.param("llama", marks=pytest.mark.slow)])
 def setting(request):
     """A model, its processor and the first requests of its suite."""
     model, processor = digits.load_model(request.param), digits.load_processor()
@@ -87,6 +87,7 @@ def test_the_factors_of_the_gradient(setting):
         torch.testing.assert_close(delta.T @ u, gradient, msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("system", [MEND, KnowledgeEditor])
 def test_hypernetworks_learn_to_lower_their_objective(system, setting):
     """On the first requests of training: before the network has learnt, and after."""

@@ -1,4 +1,7 @@
-"""The shipped models: what they know, and what they do not."""
+"""The shipped models: the processor and sizes, and in the slow tests what they know and what they do not.
+
+What they know changes where they are trained (scripts/train_models.py) alone.
+"""
 
 from pathlib import Path
 
@@ -25,6 +28,7 @@ def accuracy(model, facts, split):
     return sum(a == s.answer for a, s in zip(said, samples, strict=True)) / len(samples)
 
 
+@pytest.mark.slow
 def test_knows_what_it_was_taught(model):
     taught = [fact for fact in shapes.FACTS if not fact.withheld]
     for kind in ("color", "shape", "presence", "absence"):
@@ -34,6 +38,7 @@ def test_knows_what_it_was_taught(model):
     assert accuracy(model, taught, "held_out") >= 0.85
 
 
+@pytest.mark.slow
 def test_does_not_know_what_was_withheld(model):
     # Measured on all test images: none with either decoder.
     assert accuracy(model, [fact for fact in shapes.FACTS if fact.withheld], "train") < 0.1

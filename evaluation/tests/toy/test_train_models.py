@@ -11,7 +11,8 @@ SCRIPT = Path(__file__).parents[2] / "scripts" / "train_models.py"
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("world", "decoder", "kinds"), [("digits", "opt", 12), ("digits", "llama", 12), ("easyvqa", "opt", 4)]
+    ("world", "decoder", "kinds"),
+    [pytest.param("digits", "opt", 12, marks=pytest.mark.smoke), ("digits", "llama", 12), ("easyvqa", "opt", 4)],
 )
 def test_trains_and_reports(world, decoder, kinds, tmp_path):
     spec = importlib.util.spec_from_file_location("train_models", SCRIPT)

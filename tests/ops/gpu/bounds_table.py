@@ -1,6 +1,6 @@
 """The table of docs/gpu-bounds.md: what each GPU kernel must move, what it asks for, and the bound that follows.
 
-    PYTHONPATH=tests:tests/ptxsim_tests python -m ops.gpu.bounds_table > docs/gpu-bounds.md
+    PYTHONPATH=tests:tools/ptxsim python -m ops.gpu.bounds_table > docs/gpu-bounds.md
 
 What must move is counted at the shapes of LLaMA-7B. What is asked for is counted by executing the compiled kernels on
 the interpreter, at shapes that it can run in a minute, and given as a multiple of what must move there.
@@ -184,7 +184,7 @@ come on top. `unike bench --device cuda` measures the kernels and the bandwidth 
 *Asked for* is what the operands' sectors of 32 bytes add up to when the compiled PTX is executed, as a multiple of what
 must move, at smaller shapes and on four multiprocessors; what is asked for more than once can come from a cache.
 *Scratch* is the same for what blocks exchange: its share falls with d and grows with the number of blocks.
-Made by `PYTHONPATH=tests:tests/ptxsim_tests python -m ops.gpu.bounds_table > docs/gpu-bounds.md`.
+Made by `PYTHONPATH=tests:tools/ptxsim python -m ops.gpu.bounds_table > docs/gpu-bounds.md`.
 
 | operator | shape | launches | must move | asked for | scratch | A100, us | H100, us | B200, us |
 | --- | --- | --- | --- | --- | --- | --- | --- | --- |"""

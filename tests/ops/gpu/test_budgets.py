@@ -143,7 +143,7 @@ def resources(monkeypatch):
 
 
 TARGETS = [*(GPUTarget("cuda", arch, 32) for arch in static.CUDA_ARCHITECTURES), GPUTarget("hip", "gfx942", 64)]
-USUAL = (80, 90)  # the others are slow tests
+USUAL = (90,)  # the others are slow tests
 
 
 @pytest.mark.parametrize("name", BUDGETS)

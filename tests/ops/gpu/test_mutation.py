@@ -1,4 +1,7 @@
-"""Delete each barrier, wait and fence of the compiled kernels in turn: noticed, or it is said why nothing can be."""
+"""Delete each barrier, wait and fence of the compiled kernels in turn: noticed, or it is said why nothing can be.
+
+All of them in the slow tests; by default one of each main kernel.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +16,8 @@ from ops.gpu import test_patched_ffn as whole
 from ops.gpu.test_latent_attention_backward import Gradients
 from ops.gpu.test_memory_attention import Memory
 from ptxsim import SimulationError
+from ptxsim.mutation import Mutating
 from ptxsim.triton_driver import interpreting
-from ptxsim_tests.test_mutation import Mutating
 
 from unike_kernels.ops import _triton
 from unike_kernels.ops.cosine_topk import triton as retrieval
@@ -110,19 +113,39 @@ def noticed(run: Callable[[], None], victim: int) -> str | None:
     return None
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("run", LAUNCHES, ids=lambda run: run.__name__)
-def test_kernels_without_one_barrier(run, monkeypatch):
+@pytest.fixture
+def few_multiprocessors(monkeypatch):
     for module in (forward, fused, attention, retrieval, attention_backward):
         monkeypatch.setattr(module, "multiprocessors", lambda: 2)  # several slices, of several steps each
     monkeypatch.setattr(memory, "multiprocessors", lambda: 6)  # three tokens of two slices
-    name = run.__name__
-    assert noticed(run, -1) is None
+
+
+def sites(run: Callable[[], None]) -> list[str]:
+    """The barriers, waits and fences of a kernel, whose launch passes while all are there."""
+    torch.manual_seed(0)
+    _triton._workspaces.clear()
     original = Mutating("lockstep", -1)
     with interpreting(original):
         run()
+    return original.sites
+
+
+@pytest.mark.parametrize(
+    "run", [extra_neurons, patched_ffn, latent_attention, cosine_topk], ids=lambda run: run.__name__
+)
+def test_a_kernel_without_its_middle_barrier(run, few_multiprocessors):
+    explained = SURVIVORS.get(run.__name__, {})
+    needed = [place for place in range(len(sites(run))) if place not in explained]
+    assert noticed(run, needed[len(needed) // 2])
+
+
+@pytest.mark.slow(minutes=3)
+@pytest.mark.parametrize("run", LAUNCHES, ids=lambda run: run.__name__)
+def test_kernels_without_one_barrier(run, few_multiprocessors):
+    name = run.__name__
+    assert noticed(run, -1) is None
     survivors = {}
-    for victim, site in enumerate(original.sites):
+    for victim, site in enumerate(sites(run)):
         found = noticed(run, victim)
         print(f"{name}[{victim}] {site}: {found or 'survives'}", flush=True)
         if found is None:

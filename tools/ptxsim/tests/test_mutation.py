@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import sample_launches
-from ptxsim import LoadedKernel, Session, SimulationError
-from ptxsim.parser import Instruction
+from ptxsim import SimulationError
+from ptxsim.mutation import Mutating
 from sample_launches import CUDA, TRITON
 
 SCHEDULES = ["reversed", "random:0", "random:1", "lockstep"]
@@ -30,30 +28,6 @@ SURVIVORS: dict[str, dict[int, str]] = {
     },
     "triton_spin_barrier": {2: "the store before it and the atomic behind it are made by one and the same thread"},
 }
-
-
-def orders_something(instruction: Instruction) -> bool:
-    waits = instruction.opcode == "cp" and {"wait_group", "wait_all"} & set(instruction.modifiers)
-    return instruction.opcode in ("bar", "barrier", "membar", "fence") or bool(waits)
-
-
-class Mutating(Session):
-    """Launches kernels with `opcode`, by default one without effect, for the `victim`-th that orders something."""
-
-    def __init__(self, schedule: str, victim: int, opcode: str = "pmevent"):
-        super().__init__(schedule)
-        self.victim, self.opcode = victim, opcode
-        self.sites: list[str] = []
-
-    def launch(self, kernel, *arguments, **options):
-        places = [i for i, each in enumerate(kernel.kernel.code) if orders_something(each)]
-        self.sites = [f"{kernel.kernel.code[i].text} ({kernel.kernel.code[i].source})" for i in places]
-        if self.victim >= 0:
-            code = list(kernel.kernel.code)
-            code[places[self.victim]] = dataclasses.replace(code[places[self.victim]], opcode=self.opcode, modifiers=())
-            mutant = dataclasses.replace(kernel.kernel, code=code)
-            kernel = LoadedKernel(kernel.module, mutant, kernel.variables)
-        return super().launch(kernel, *arguments, **options)
 
 
 def noticed(sample, run, victim: int, opcode: str = "pmevent") -> str | None:

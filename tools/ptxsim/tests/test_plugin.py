@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 from ptxsim import UninitialisedReadError
 
+pytestmark = pytest.mark.smoke
+
 
 def test_an_operator_runs_as_it_would_on_a_gpu(on_gpu):
     """A torch.library operator that allocates its result and launches a kernel, on tensors of the CPU."""

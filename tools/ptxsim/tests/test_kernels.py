@@ -11,7 +11,7 @@ import sample_launches
 from ptxsim import Session, UnsupportedInstructionError
 from sample_launches import CUDA, TRITON
 
-SCHEDULES = ["lockstep", "reversed", "random:0"]
+SCHEDULES = [pytest.param("lockstep", marks=pytest.mark.smoke), "reversed", "random:0"]
 needs_nvcc = pytest.mark.skipif(not sample_launches.has_nvcc(), reason="nvcc is not on the PATH")
 
 

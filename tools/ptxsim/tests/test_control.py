@@ -14,6 +14,8 @@ from ptxsim.control import _weak_topological_order
 
 LANE = np.arange(64) % 32
 
+pytestmark = pytest.mark.smoke
+
 
 @pytest.mark.parametrize("schedule", ["lockstep", "reversed", "random:0"])
 def test_lanes_meet_behind_a_loop_that_they_leave_at_different_times(schedule):

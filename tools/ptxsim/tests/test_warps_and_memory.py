@@ -7,6 +7,8 @@ import pytest
 from one_instruction import assert_same, bf16, execute, from_bf16, samples
 from ptxsim import Session, load
 
+pytestmark = pytest.mark.smoke
+
 WARPS = 8
 LANES = 32 * WARPS
 

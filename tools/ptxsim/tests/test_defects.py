@@ -26,7 +26,7 @@ from ptxsim import (
 )
 
 needs_nvcc = pytest.mark.skipif(not sample_launches.has_nvcc(), reason="nvcc is not on the PATH")
-SCHEDULES = ["lockstep", "reversed", "random:0"]
+SCHEDULES = [pytest.param("lockstep", marks=pytest.mark.smoke), "reversed", "random:0"]
 
 
 @functools.cache

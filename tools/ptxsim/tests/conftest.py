@@ -1,0 +1,3 @@
+"""The fixture `on_gpu`, as any project takes it."""
+
+pytest_plugins = ["ptxsim.plugin"]
