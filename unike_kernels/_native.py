@@ -73,7 +73,7 @@ def native_dtype(x: Tensor) -> Tensor:
     return x if x.dtype in DTYPES else x.float()
 
 
-def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+def allocate(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """A tensor for the core to write, whatever torch's default dtype and device are."""
     return torch.empty(shape, dtype=dtype, device="cpu")
 

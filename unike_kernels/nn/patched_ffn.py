@@ -118,7 +118,7 @@ class PatchedFFN(DropIn):
         return found
 
     def _may_fuse(self, hidden_states: Tensor) -> bool:
-        """Whether base and neurons may be computed together: on a GPU, for few tokens, where nobody looks in between."""
+        """Whether they may be one launch: on a GPU, for few tokens, where nobody looks at what lies between."""
         if self.dense is None or not _on_gpu(hidden_states) or hidden_states.shape[:-1].numel() > FUSED_TOKENS:
             return False
         return not torch.is_grad_enabled() and not any(m._forward_hooks or m._forward_pre_hooks for m in self._parts())

@@ -113,13 +113,14 @@ class Keys:
         if k < 0:
             raise ValueError(f"k must not be negative, got {k}")
         ranges = checked_ranges(ranges, m)
-        scores, ids = _native.new(m, k), _native.new(m, k, dtype=torch.int64)
+        scores, ids = _native.allocate(m, k), _native.allocate(m, k, dtype=torch.int64)
         addresses = (_native.address(ranges), scores.data_ptr(), ids.data_ptr())
         _native.core().cosine_topk(self.native, _native.rows(queries), m, k, *addresses, torch.get_num_threads())
         return scores, ids
 
 
 def checked_ranges(ranges: Tensor | None, m: int) -> Tensor | None:
+    """As the core takes them. Raises ValueError for another device, dtype or shape than int64 [m, 2] on the CPU."""
     if ranges is None:
         return None
     if ranges.shape != (m, 2) or ranges.dtype != torch.int64 or ranges.device.type != "cpu":

@@ -92,8 +92,8 @@ def search(
     workspace = workspace or workspace_of(device, stream)
     memory = workspace.sized(_native.core().cuda_cosine_topk_workspace(keys, m, k, device.index))
     _native.core().cuda_cosine_topk(
-        keys, _native.rows(queries), m, k, _native.address(ranges), scores.data_ptr(), ids.data_ptr(), _native.address(values), value_bytes,
-        _native.address(gathered), memory.data_ptr(), memory.numel(), device.index, stream,
+        keys, _native.rows(queries), m, k, _native.address(ranges), scores.data_ptr(), ids.data_ptr(),
+        _native.address(values), value_bytes, _native.address(gathered), memory.data_ptr(), memory.numel(), device.index, stream,
     )  # fmt: skip
     return scores, ids, gathered
 

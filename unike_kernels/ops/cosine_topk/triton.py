@@ -213,8 +213,8 @@ def cosine_topk(
 ) -> tuple[Tensor, Tensor]:
     """The canonical top-k of `reference.cosine_topk` in one launch; queries [M, d] and keys [N, d], not float64.
 
-    More than 256 results a query are left to the definition, and packed keys are not read. Ranges are read back to be checked: without them nothing
-    waits for the device.
+    More than 256 results a query are left to the definition, and packed keys are not read. Ranges are read back to be
+    checked: without them nothing waits for the device.
 
     Args:
         out: scores float32 [M, k] and ids int64 [M, k], contiguous; None: new tensors.

@@ -41,6 +41,7 @@ def _run(*args: Any) -> tuple[Tensor, Tensor]:
 
 
 def alpha_dtype(inputs: Tensor) -> torch.dtype:
+    """Of the gate: float32, float64 for float64 inputs."""
     return torch.promote_types(inputs.dtype, torch.float32)
 
 
@@ -123,6 +124,7 @@ def check_tables(
 
 
 def divides(name: str, rows: int, tokens: int) -> None:
+    """Raises ValueError where the tokens cannot be split evenly among the rows."""
     if tokens % rows if rows else tokens:
         raise ValueError(f"{name}: {tokens} tokens cannot be split evenly among its {rows} rows")
 

@@ -75,7 +75,7 @@ class Memory:
             ValueError: for another device or dtype, or ids out of range.
         """
         queries, inputs, ids = _native.table(queries, "queries"), _native.table(inputs, "inputs"), _native.aligned(ids)
-        out, alpha = _native.new(*inputs.shape, dtype=inputs.dtype), _native.new(inputs.shape[0])
+        out, alpha = _native.allocate(*inputs.shape, dtype=inputs.dtype), _native.allocate(inputs.shape[0])
         tokens = tokens_of(queries, inputs, ids, ids.shape[1], gate)
         _native.core().latent_attention(
             self.native, tokens, _native.rows(out), alpha.data_ptr(), torch.get_num_threads()
@@ -98,9 +98,9 @@ class Memory:
         queries, inputs, ids = _native.table(queries, "queries"), _native.table(inputs, "inputs"), _native.aligned(ids)
         grad, grad_alpha = _native.table(grad, "grad"), _native.aligned(grad_alpha)
         m = inputs.shape[0]
-        to_queries, to_inputs = _native.new(*queries.shape), _native.new(*inputs.shape)
-        given = None if gate.alpha is None else _native.new(m)
-        anchor = None if gate.anchor is None else _native.new(*inputs.shape)
+        to_queries, to_inputs = _native.allocate(*queries.shape), _native.allocate(*inputs.shape)
+        given = None if gate.alpha is None else _native.allocate(m)
+        anchor = None if gate.anchor is None else _native.allocate(*inputs.shape)
         addresses = [_native.address(t) for t in (grad_alpha, to_queries, to_inputs, given, anchor)]
         tokens = tokens_of(queries, inputs, ids, ids.shape[1], gate)
         _native.core().latent_attention_backward(

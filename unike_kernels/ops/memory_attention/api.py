@@ -118,8 +118,8 @@ _library.define(
 def attend(o: MemoryOperands) -> tuple[Tensor, Tensor, Tensor]:
     """`memory_attention` unchecked and with heads: for callers that made the tables themselves."""
     out, gate, ids = _library.call(
-        "memory_attention", o.inputs, o.hidden, o.retrieval_keys, o.k, o.ranges, *(o.packed or (None,) * 3), o.queries, o.inputs,
-        o.keys, o.values, o.projected, *o.encoder, o.alpha, o.anchor, *o.blend,
+        "memory_attention", o.inputs, o.hidden, o.retrieval_keys, o.k, o.ranges, *(o.packed or (None,) * 3),
+        o.queries, o.inputs, o.keys, o.values, o.projected, *o.encoder, o.alpha, o.anchor, *o.blend,
     )  # fmt: skip
     return out, gate, ids
 

@@ -41,10 +41,10 @@ def attend(
     m = inputs.shape[0]
     ranges = checked_ranges(ranges, m)
     if out is None:
-        out = _native.new(*inputs.shape, dtype=inputs.dtype)
+        out = _native.allocate(*inputs.shape, dtype=inputs.dtype)
     elif out.shape != inputs.shape or out.dtype != inputs.dtype or out.stride(-1) != 1 or out.device.type != "cpu":
         raise ValueError(f"out must be {_native.describe(inputs)} with contiguous rows, got {_native.describe(out)}")
-    alpha, ids = (_native.new(m), _native.new(m, k, dtype=torch.int64)) if details else (None, None)
+    alpha, ids = (_native.allocate(m), _native.allocate(m, k, dtype=torch.int64)) if details else (None, None)
     _native.core().memory_attention(
         index.native,
         memory.native,

@@ -81,8 +81,8 @@ def memory_attention(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The shifted output, alpha and the ids. Any dtypes but float64; see `reference.memory_attention`.
 
-    In one launch for up to 64 tokens and 256 entries of each, else in two. Packed keys are not read. Ranges are not read back to be checked, so
-    that nothing waits for the device: they are clipped to the index.
+    In one launch for up to 64 tokens and 256 entries of each, else in two. Packed keys are not read. Ranges are not
+    read back to be checked, so that nothing waits for the device: they are clipped to the index.
 
     Args:
         out: [M, d], float32 [M] and int64 [M, k], contiguous; None: new ones.

@@ -222,8 +222,10 @@ class PreparedNeurons:
         """
         d = x.shape[-1]
         if self._native is not None and _library.direct(x) and _backend.takes_native(x, base):
-            given = None if out is None else out.view(-1, d)
-            return self._native.add(x.reshape(-1, d), base.reshape(-1, d), given).view(x.shape)
+            if out is None:
+                return self._native.add(x.reshape(-1, d), base.reshape(-1, d)).view(x.shape)
+            self._native.add(x.reshape(-1, d), base.reshape(-1, d), out.view(-1, d))
+            return out
         result = add_extra_neurons(x, base, self.pool, self.activation)
         return result if out is None else out.copy_(result)
 

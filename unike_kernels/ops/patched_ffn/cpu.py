@@ -54,7 +54,7 @@ class Pool:
         if x.shape != base.shape:
             raise ValueError(f"base must be {_native.describe(x)}, got {_native.describe(base)}")
         if out is None:
-            out = _native.new(*base.shape, dtype=base.dtype)
+            out = _native.allocate(*base.shape, dtype=base.dtype)
         elif out.shape != base.shape or out.dtype != base.dtype or out.stride(-1) != 1 or out.device.type != "cpu":
             raise ValueError(f"out must be {_native.describe(base)} with contiguous rows, got {_native.describe(out)}")
         _native.core().add_extra_neurons(
@@ -75,7 +75,10 @@ class Pool:
         grad, x = _native.table(grad, "grad"), _native.table(x, "x")
         if x.shape != grad.shape:
             raise ValueError(f"grad must be {_native.describe(x)}, got {_native.describe(grad)}")
-        outs = [_native.new(*x.shape), *(None if t is None else _native.new(*t.shape) for t in self.tensors[:7])]
+        outs = [
+            _native.allocate(*x.shape),
+            *(None if t is None else _native.allocate(*t.shape) for t in self.tensors[:7]),
+        ]
         addresses = [_native.address(t) for t in outs]
         _native.core().add_extra_neurons_backward(
             _native.rows(grad), _native.rows(x), *x.shape, self.native, self.activation, addresses,
