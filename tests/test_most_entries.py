@@ -18,7 +18,7 @@ IDS = torch.tensor([[5, 6, 7, 8]])
 
 @pytest.mark.parametrize("k", [0, -1, MOST_ENTRIES + 1, 2**31, 2**60, 2**61, 2**62, 2**63, 10**30])
 def test_a_config_is_refused(k):
-    with pytest.raises(ValueError, match=r"Config\.k: expected an integer of at least 1 and at most 1048576, got"):
+    with pytest.raises(ValueError, match=r"Config\.k: expected (an integer of at least 1|at most 1048576), got"):
         uk.Config(k=k)
 
 

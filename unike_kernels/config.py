@@ -65,8 +65,10 @@ class Config:
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"Config.{name}: expected one of {', '.join(allowed)}; got {getattr(self, name)!r}")
-        if isinstance(self.k, bool) or not isinstance(self.k, int) or not 1 <= self.k <= MOST_ENTRIES:
-            raise ValueError(f"Config.k: expected an integer of at least 1 and at most {MOST_ENTRIES}, got {self.k!r}")
+        if isinstance(self.k, bool) or not isinstance(self.k, int) or self.k < 1:
+            raise ValueError(f"Config.k: expected an integer of at least 1, got {self.k!r}")
+        if self.k > MOST_ENTRIES:
+            raise ValueError(f"Config.k: expected at most {MOST_ENTRIES}, got {self.k}")
         if self.scale is not None and not (_is_number(self.scale) and self.scale > 0):
             raise ValueError(f"Config.scale: expected None or a positive number, got {self.scale!r}")
         if self.alpha not in ("token", "last") and not (

@@ -302,7 +302,7 @@ def rebuild(pool, tensors):
 @pytest.mark.parametrize("kind", ["plain", "gated"])
 @pytest.mark.parametrize("activation", ops.ACTIVATIONS)
 def test_gradients_on_a_given_base(activation, kind, gradcheck):
-    rows = ([0], [], [1, 0], [0, 0])  # an edit twice in a list counts twice
+    rows = ([0], [], [1, 0], [0, 1])
     pool = make_pool(3, sizes=(2, 1), rows=rows, kind=kind, dtype=torch.float64)
     tensors = {"x": torch.randn(4, 3).double(), "base": torch.randn(4, 3).double()}
     tensors |= {name: getattr(pool, name) for name in TRAINED if getattr(pool, name) is not None}

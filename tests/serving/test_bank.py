@@ -68,7 +68,7 @@ def test_whatever_was_done_before(actions, data):
             bank.add(made)
             held[made.id] = made
     assert (len(bank), set(bank)) == (len(held), set(held))
-    row = st.lists(st.sampled_from(sorted(held)), max_size=3) if held else st.just([])
+    row = st.lists(st.sampled_from(sorted(held)), max_size=3, unique=True) if held else st.just([])
     rows = data.draw(st.lists(row, min_size=1, max_size=4))
     x, base = torch.randn(2 * len(rows), D), torch.randn(2 * len(rows), D)
     for layer in LAYERS:

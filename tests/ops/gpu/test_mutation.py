@@ -38,7 +38,7 @@ def extra_neurons() -> None:
 
 
 def extra_neurons_backward() -> None:
-    x, g, pool = extra.case(330, 2, "gated", torch.float32, rows=([3, 3], [3]), sizes=(1, 0, 0, 40))
+    x, g, pool = extra.case(330, 2, "gated", torch.float32, rows=([3, 0], [3]), sizes=(40, 0, 0, 40))
     grads = backward.add_extra_neurons_backward(g, x, pool, "silu")
     for got, wanted in zip(grads, extra.expected_gradients(g, x, pool, "silu"), strict=True):
         wanted.admits(got)

@@ -12,7 +12,6 @@ rounding depends on which edits the other rows select.
 from __future__ import annotations
 
 import math
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -136,8 +135,8 @@ class ExtraGradients(NamedTuple):
 def check_distinct(pool: EditPool) -> None:
     """Raises ValueError for a row that names an edit more than once: kernels have room for each edit once."""
     starts, edits = pool.row_indptr.tolist(), pool.row_edits.tolist()
-    for r, (start, stop) in enumerate(pairwise(starts)):
-        row = edits[start:stop]
+    for r in range(len(starts) - 1):
+        row = edits[starts[r] : starts[r + 1]]
         if len(set(row)) != len(row):
             raise ValueError(
                 f"pool.row_edits: row {r} names an edit more than once; expected distinct edits, got {row}"
