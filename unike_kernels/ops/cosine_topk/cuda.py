@@ -93,7 +93,8 @@ def search(
     memory = workspace.sized(_native.core().cuda_cosine_topk_workspace(keys, m, k, device.index))
     _native.core().cuda_cosine_topk(
         keys, _native.rows(queries), m, k, _native.address(ranges), scores.data_ptr(), ids.data_ptr(),
-        _native.address(values), value_bytes, _native.address(gathered), memory.data_ptr(), memory.numel(), device.index, stream,
+        _native.address(values), value_bytes, _native.address(gathered), memory.data_ptr(), memory.numel(),
+        device.index, stream,
     )  # fmt: skip
     return scores, ids, gathered
 
