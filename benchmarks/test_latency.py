@@ -14,8 +14,8 @@ import torch
 from unike_bench import suite
 from unike_bench.harness import device
 
-from unike_kernels import _native
 from unike_kernels.ops import _backend
+from unike_kernels.ops.cosine_topk import cuda
 
 CASES = {case.name: case for device_ in suite.DEVICES for case in suite.cases("quick", device=device_)}
 
@@ -36,7 +36,7 @@ def data(case: str) -> Any:
 @torch.no_grad()
 def test_case(benchmark: Any, case: str, system: str) -> None:
     c = CASES[case]
-    if c.device == "cuda" and (reason := _native.cuda_missing() or _backend.triton_missing()):
+    if c.device == "cuda" and (reason := cuda.missing() or _backend.triton_missing()):
         pytest.skip(reason)
     run = c.systems[system].prepare(data(case))
     recall = run.check(run.call())

@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from unike_kernels import _native
+from unike_kernels.ops.cosine_topk import cpu
 
 LEVELS = ("baseline", "avx2", "avx512", "avx512vnni", "avx512bf16")
 
@@ -38,8 +39,8 @@ def assert_same_bits(actual: torch.Tensor, expected: torch.Tensor) -> None:
     assert torch.equal(actual.signbit()[numbers], expected.signbit()[numbers])
 
 
-def topk(queries, keys, k, bounds=None, packed=None):
-    return _native.cosine_topk(queries, _native.Keys(keys, packed), k, bounds)
+def topk(queries, keys, k, ranges=None, packed=None):
+    return cpu.Keys(keys, packed).search(queries, k, ranges)
 
 
 def check_topk(queries: torch.Tensor, keys: torch.Tensor, k: int) -> None:
@@ -47,7 +48,7 @@ def check_topk(queries: torch.Tensor, keys: torch.Tensor, k: int) -> None:
 
 
 def unit_rows(n: int, d: int) -> torch.Tensor:
-    return _native.normalize_rows(torch.randn(n, d))
+    return cpu.normalize_rows(torch.randn(n, d))
 
 
 def test_the_extension_is_there():
@@ -59,7 +60,7 @@ def test_the_extension_is_there():
 @pytest.mark.parametrize("d", WIDTHS)
 def test_normalize_rows(d):
     x = torch.randn(50, d) * torch.logspace(-30, 30, 50).unsqueeze(1)
-    assert_same_bits(_native.normalize_rows(x), oracles.normalize_rows(x))
+    assert_same_bits(cpu.normalize_rows(x), oracles.normalize_rows(x))
 
 
 def test_normalize_special_rows():
@@ -75,7 +76,7 @@ def test_normalize_special_rows():
             [-0.0, 5.0, 0.0],
         ]
     )
-    assert_same_bits(_native.normalize_rows(x), oracles.normalize_rows(x))
+    assert_same_bits(cpu.normalize_rows(x), oracles.normalize_rows(x))
 
 
 @pytest.mark.parametrize("d", [130, 578])
@@ -106,7 +107,7 @@ def rows_whose_quotients_are_ties(rows: int, d: int) -> torch.Tensor:
 def test_normalize_rows_at_rounding_boundaries(d):
     # One wrong bit of the norm, or a reciprocal in place of the division, rounds some of the quotients the other way.
     x = rows_whose_quotients_are_ties(500, d)
-    assert_same_bits(_native.normalize_rows(x), oracles.normalize_rows(x))
+    assert_same_bits(cpu.normalize_rows(x), oracles.normalize_rows(x))
 
 
 def test_denormal_scores():
@@ -117,7 +118,7 @@ def test_denormal_scores():
 def test_empty_outputs(m, k):
     scores, ids = topk(unit_rows(m, 5), unit_rows(4, 5), k)
     assert scores.shape == ids.shape == (m, k)
-    assert _native.normalize_rows(torch.empty(0, 5)).shape == (0, 5)
+    assert cpu.normalize_rows(torch.empty(0, 5)).shape == (0, 5)
 
 
 @pytest.mark.parametrize("m", [1, 2, 3, 100])
@@ -141,11 +142,11 @@ def test_the_number_of_threads_changes_nothing(m, threads):
 def test_normalize_rows_on_several_threads(threads):
     x = torch.randn(8 * 2**19 // 1000 + 7, 1000)
     threads(1)
-    single = _native.normalize_rows(x)
+    single = cpu.normalize_rows(x)
     assert_same_bits(single[-9:], oracles.normalize_rows(x[-9:]))
     for count in (2, 7):
         threads(count)
-        assert torch.equal(_native.normalize_rows(x), single)
+        assert torch.equal(cpu.normalize_rows(x), single)
 
 
 @pytest.mark.parametrize(
@@ -173,11 +174,12 @@ def test_the_package_imports_without_the_extension():
 import sys
 sys.modules["unike_kernels._C"] = None  # makes its import fail
 from unike_kernels import _native
+from unike_kernels.ops.cosine_topk import cpu
 import unike_kernels, torch
 assert not _native.available()
 assert "unike_kernels._C" in _native.reason()
 try:
-    _native.normalize_rows(torch.zeros(1, 1))
+    cpu.normalize_rows(torch.zeros(1, 1))
 except RuntimeError as error:
     assert str(error) == _native.reason()
 else:
@@ -203,15 +205,15 @@ def pack(rows: torch.Tensor, dtype: torch.dtype, direction: torch.Tensor | None 
         return None
     n, d = rows.shape
     if direction is None:
-        direction = _native.normalize_rows(rows.mean(0, keepdim=True))[0] if n else torch.zeros(d)
-    codes, bounds = torch.empty(n, _native.code_width(dtype, d), dtype=dtype), torch.empty(n, _native.KEY_BOUNDS)
-    _native.pack_keys(rows, direction, codes, bounds)
+        direction = cpu.normalize_rows(rows.mean(0, keepdim=True))[0] if n else torch.zeros(d)
+    codes, bounds = torch.empty(n, cpu.code_width(dtype, d), dtype=dtype), torch.empty(n, cpu.KEY_BOUNDS)
+    cpu.pack_keys(rows, direction, codes, bounds)
     return codes, bounds, direction
 
 
-def check_scan(queries, rows, k, dtype, bounds=None, direction=None) -> None:
-    scores, ids = topk(queries, rows, k, bounds, pack(rows, dtype, direction))
-    expected = oracles.cosine_topk(queries, rows, k, bounds)
+def check_scan(queries, rows, k, dtype, ranges=None, direction=None) -> None:
+    scores, ids = topk(queries, rows, k, ranges, pack(rows, dtype, direction))
+    expected = oracles.cosine_topk(queries, rows, k, ranges)
     assert_same_bits(ids, expected[1])
     assert_same_bits(scores, expected[0])
 
@@ -236,7 +238,7 @@ def test_rows_of_more_than_one_chunk(isa, scan):
 def test_clumped_rows(isa, scan, spread):
     """Scores that lie closer together than sums in float32 can tell, than codes can, and neither."""
     base = torch.randn(400)
-    rows = _native.normalize_rows(base + spread * torch.randn(900, 400))
+    rows = cpu.normalize_rows(base + spread * torch.randn(900, 400))
     queries = torch.cat([torch.randn(3, 400) + 0.1 * base, base + spread * torch.randn(10, 400)])
     check_scan(queries, rows, 40, scan)
 
@@ -250,7 +252,7 @@ def test_more_queries_than_a_block(isa, scan):
 @scans
 @pytest.mark.parametrize("direction", ["zero", "other", "long row"])
 def test_any_direction_will_do(isa, scan, direction):
-    rows = _native.normalize_rows(torch.randn(300, 90) + 1)
+    rows = cpu.normalize_rows(torch.randn(300, 90) + 1)
     of = {"zero": torch.zeros(90), "other": unit_rows(1, 90)[0], "long row": rows[7]}[direction]
     check_scan(torch.randn(5, 90) + 1, rows, 20, scan, direction=of)
 
@@ -259,7 +261,7 @@ def test_any_direction_will_do(isa, scan, direction):
 def test_outliers_of_a_row_cost_the_codes_their_precision_only(isa, scan):
     raw = torch.randn(400, 128)
     raw[:, 5] += 300 * torch.randn(400)
-    check_scan(torch.randn(6, 128), _native.normalize_rows(raw), 30, scan)
+    check_scan(torch.randn(6, 128), cpu.normalize_rows(raw), 30, scan)
 
 
 @scans
@@ -283,7 +285,7 @@ def test_more_wanted_than_a_thread_keeps(isa, scan):
 
 def adversarial_rows(d: int, units: torch.Tensor) -> torch.Tensor:
     """Rows of `units` in steps of an int8 code: the first column sets the scale."""
-    return _native.normalize_rows(torch.cat([torch.full((len(units), 1), 127.0), units], 1))
+    return cpu.normalize_rows(torch.cat([torch.full((len(units), 1), 127.0), units], 1))
 
 
 def test_codes_that_hide_the_best_keys(isa):
@@ -334,7 +336,7 @@ def test_a_query_that_its_codes_misjudge(isa, many):
     flipped = torch.where(torch.rand(k, d) < 0.1, -signs, signs)
     toward = torch.cat([torch.zeros(k, 1), flipped], 1)
     others = torch.cat([torch.full((1000, 1), 0.95 * part), torch.randn(1000, d).sign()], 1)  # half as good
-    rows = _native.normalize_rows(torch.cat([others, toward]))
+    rows = cpu.normalize_rows(torch.cat([others, toward]))
     queries = torch.cat([query, torch.randn(8, d + 1)]) if many else query
     check_scan(queries, rows, k, torch.uint8, direction=torch.zeros(d + 1))
     assert (topk(query, rows, k)[1] >= 1000).all()
@@ -350,7 +352,7 @@ def test_a_query_that_bfloat16_misjudges(isa):
     first = torch.tensor([2.0]).repeat(1000 + k, 1)
     first[1000:] *= -1  # what the codes see speaks against the best
     rows = torch.cat([first, torch.cat([others, balanced.repeat(k, 1)])], 1)
-    rows = _native.normalize_rows(rows)  # sixteenths, as they are in bfloat16
+    rows = cpu.normalize_rows(rows)  # sixteenths, as they are in bfloat16
     check_scan(query, rows, k, torch.bfloat16, direction=torch.zeros(2 * half + 1))
     assert (topk(query, rows, k)[1] >= 1000).all()
 
@@ -364,8 +366,8 @@ def test_codes_that_lie_along_the_direction(isa):
         shuffled = torch.stack([units[torch.randperm(d - 2)] for _ in range(count)])
         return share + torch.cat([torch.tensor([[127.0, -127.0]]).expand(count, 2), shuffled], 1)
 
-    rows = _native.normalize_rows(torch.cat([rows_of(1000, inner, 39.8), rows_of(k, -inner, 40.0)]))
-    direction = _native.normalize_rows(torch.ones(1, d))[0]
+    rows = cpu.normalize_rows(torch.cat([rows_of(1000, inner, 39.8), rows_of(k, -inner, 40.0)]))
+    direction = cpu.normalize_rows(torch.ones(1, d))[0]
     query = torch.ones(1, d)
     check_scan(query, rows, k, torch.uint8, direction=direction)
     assert (topk(query, rows, k)[1] >= 1000).all()
@@ -398,7 +400,7 @@ def test_every_scan_of_anything(m, n, d, k, kind, seed, data):
         x = torch.randn(d, generator=g) + 10.0 ** data.draw(st.integers(-7, 0)) * x
     elif kind == "outliers":
         x[torch.rand(m + n, d, generator=g) < 0.02] *= 1000
-    rows = _native.normalize_rows(x[m:])
+    rows = cpu.normalize_rows(x[m:])
     bounds = torch.randint(0, n + 1, (m, 2), generator=g).sort(-1).values if data.draw(st.booleans()) else None
     scan, level = data.draw(st.sampled_from(SCANS)), data.draw(st.sampled_from(AVAILABLE))
     with pytest.MonkeyPatch.context() as patch:
@@ -444,9 +446,10 @@ def test_a_child_process_searches_too():
     code = """
 import os, torch
 from unike_kernels import _native
+from unike_kernels.ops.cosine_topk import cpu
 torch.set_num_threads(2)
-queries, rows = torch.randn(64, 256), _native.normalize_rows(torch.randn(5000, 256))
-search = lambda: _native.cosine_topk(queries, _native.Keys(rows, None), 9)[1]
+queries, rows = torch.randn(64, 256), cpu.normalize_rows(torch.randn(5000, 256))
+search = lambda: cpu.Keys(rows, None).search(queries, 9)[1]
 before = search()
 torch.randn(1 << 20).add_(1)
 child = os.fork()
@@ -463,13 +466,14 @@ def test_the_threads_are_those_of_torch():
     code = """
 import os, torch
 from unike_kernels import _native
+from unike_kernels.ops.cosine_topk import cpu
 torch.set_num_threads(2)
 tasks = lambda: len(os.listdir("/proc/self/task"))
 alone = tasks()
 torch.randn(1 << 20).add_(1)
 after_torch = tasks()
-queries, rows = torch.randn(64, 256), _native.normalize_rows(torch.randn(5000, 256))
-_native.cosine_topk(queries, _native.Keys(rows, None), 9)
+queries, rows = torch.randn(64, 256), cpu.normalize_rows(torch.randn(5000, 256))
+cpu.Keys(rows, None).search(queries, 9)
 assert after_torch > alone
 assert tasks() == after_torch, (alone, after_torch, tasks())
 """
@@ -491,15 +495,15 @@ def test_wrong_codes_are_errors():
         with pytest.raises(ValueError, match=r"(codes|bounds|direction) must be"):
             topk(rows[:1], rows, 3, None, wrong)
     with pytest.raises(ValueError, match="keys or packed must be given"):
-        _native.Keys(None, None)
+        cpu.Keys(None, None)
     with pytest.raises(ValueError, match="at most 65536 columns"):
-        _native.pack_keys(torch.zeros(1, 65537), torch.zeros(65537), torch.empty(1, 65537, dtype=torch.uint8), bounds)
+        cpu.pack_keys(torch.zeros(1, 65537), torch.zeros(65537), torch.empty(1, 65537, dtype=torch.uint8), bounds)
 
 
 @pytest.mark.slow
 def test_a_million_keys():
     g = torch.Generator().manual_seed(0)
-    rows = _native.normalize_rows(torch.randn(1_000_000, 64, generator=g))
+    rows = cpu.normalize_rows(torch.randn(1_000_000, 64, generator=g))
     queries = torch.randn(5, 64, generator=g)
     expected = oracles.cosine_topk(queries, rows, 1024)
     for scan in SCANS:

@@ -8,9 +8,8 @@ import pytest
 import torch
 
 import unike_kernels as uk
-from unike_kernels import _native
 from unike_kernels.ops import EditPool
-from unike_kernels.ops.patched_ffn import native_pool
+from unike_kernels.ops.patched_ffn import cpu
 from unike_kernels.ops.patched_ffn.reference import FFNWeights, check_distinct
 from unike_kernels.serving.flat import FlatModel, Share
 
@@ -40,10 +39,10 @@ def test_the_operator(rows, backend, fused):
 @pytest.mark.parametrize("rows", [[[0], [1, 1]], [[], [0] * 20_000], [[1, 0, 1], []]])
 def test_the_core_itself(rows):
     """Without the checks of Python: an error, and not a byte beyond a buffer."""
-    x, pool = torch.randn(4, 16), native_pool(pool_of(rows))
-    for run in (_native.add_extra_neurons, _native.add_extra_neurons_backward):
+    x, pool = torch.randn(4, 16), cpu.Pool(pool_of(rows), "relu")
+    for run in (pool.add, pool.gradients):
         with pytest.raises(ValueError, match=r"row_(edits|indptr): expected .*distinct edits"):
-            run(x, x, pool, 0)
+            run(x, x)
 
 
 @pytest.mark.parametrize("op", ["add_extra_neurons", "add_extra_neurons_backward"])

@@ -7,7 +7,7 @@ import torch
 from unike_bench.cases import decode, hidden
 from unike_bench.harness.measure import measure
 
-from unike_kernels import _native
+from unike_kernels.ops.memory_attention import cpu
 
 SYSTEMS = ["unike patched", "unpatched", "eager, concatenated per call", "eager, concatenated once"]
 
@@ -68,8 +68,8 @@ def test_wrong_kernels_are_caught(monkeypatch):
     model = subject.patched()
     subject.check(subject.step(model)())
     subject.check_definition(model)
-    native = _native.memory_attention
-    monkeypatch.setattr(_native, "memory_attention", lambda *a, **k: (native(*a, **k)[0] * 1.05, None, None))
+    native = cpu.attend
+    monkeypatch.setattr(cpu, "attend", lambda *a, **k: (native(*a, **k)[0] * 1.05, None, None))
     with pytest.raises(AssertionError):
         subject.check(subject.step(model)())
     with pytest.raises(AssertionError):

@@ -439,7 +439,7 @@ extern "C" unike_status unike_cosine_topk(const unike_keys* keys, unike_rows que
     if (ranges != nullptr) check_array("ranges", ranges, 2 * m);
     for (int64_t q = 0; ranges != nullptr && q < m; ++q) {
       require(0 <= ranges[2 * q] && ranges[2 * q] <= ranges[2 * q + 1] && ranges[2 * q + 1] <= keys->n,
-              "the bounds of each query must satisfy 0 <= start <= stop <= n");
+              "the ranges of each query must satisfy 0 <= start <= stop <= n");
     }
     if (m == 0 || k == 0) return;
     Workspace memory(workspace, workspace_bytes);

@@ -31,7 +31,7 @@ class Keys(ctypes.Structure):
         ("stride", ctypes.c_int64),
         ("scan", ctypes.c_int),
         ("codes", ctypes.c_void_p),
-        ("bounds", ctypes.c_void_p),
+        ("ranges", ctypes.c_void_p),
         ("direction", ctypes.c_void_p),
     )
 
@@ -109,7 +109,7 @@ def search(
     scan: str = "float32",
     packed: ops.PackedKeys | None = None,
     exact: bool = True,
-    bounds: torch.Tensor | None = None,
+    ranges: torch.Tensor | None = None,
     values: torch.Tensor | None = None,
     device: tuple[int, int] = (3, 1),
     counters: np.ndarray | None = None,
@@ -122,11 +122,11 @@ def search(
         rows = torch.nn.functional.pad(rows, (0, -d % 4))
     scores, ids = session.empty((m, k), np.float32), session.empty((m, k), np.int64)
     gathered = None if values is None else torch.empty((m, k, *values.shape[1:]), dtype=values.dtype)
-    named = {"queries": queries, "scores": scores, "ids": ids, "bounds": bounds, "values": values, "gathered": gathered}
+    named = {"queries": queries, "scores": scores, "ids": ids, "ranges": ranges, "values": values, "gathered": gathered}
     if exact:
         named["rows"] = rows
     if packed is not None:
-        named |= {"codes": packed.codes, "key_bounds": packed.bounds, "direction": packed.direction}
+        named |= {"codes": packed.codes, "key_bounds": packed.error_bounds, "direction": packed.direction}
     if gathered is not None:
         session.poison(gathered)
 
@@ -139,7 +139,7 @@ def search(
     request = Request(
         Keys(n, d, address("rows"), rows.stride(0), SCANS[scan], *map(address, ("codes", "key_bounds", "direction"))),
         Rows(address("queries"), {torch.float32: 0, torch.bfloat16: 1}[queries.dtype], queries.stride(0)),
-        m, k, address("bounds"), address("scores"), address("ids"), address("values"),
+        m, k, address("ranges"), address("scores"), address("ids"), address("values"),
         0 if values is None else values[0].nbytes, address("gathered"), *device,
     )  # fmt: skip
     sizes = (ctypes.c_int64 * len(PARTS))()

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 import unike_kernels as uk
-from unike_kernels import _native
+from unike_kernels.ops.cosine_topk import cpu, cuda
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(_native.cuda_missing() is not None, reason=str(_native.cuda_missing())),
+    pytest.mark.skipif(cuda.missing() is not None, reason=str(cuda.missing())),
 ]
 
 
@@ -43,12 +43,10 @@ def test_the_operator_takes_plain_keys():
 
 
 def test_ranges_and_values():
-    rows, queries = _native.normalize_rows(torch.randn(300, 24)), torch.randn(2, 24)
+    rows, queries = cpu.normalize_rows(torch.randn(300, 24)), torch.randn(2, 24)
     ranges, values = torch.tensor([[10, 200], [5, 5]]), torch.randn(300, 7)
-    scores, ids, gathered = _native.cuda_cosine_topk(
-        queries.cuda(), rows.cuda(), None, 4, ranges.cuda(), values=values.cuda()
-    )
-    same((scores, ids), uk.ops.cosine_topk(queries, rows, 4, normalized=True, bounds=ranges))
+    scores, ids, gathered = cuda.search(queries.cuda(), rows.cuda(), None, 4, ranges.cuda(), values=values.cuda())
+    same((scores, ids), uk.ops.cosine_topk(queries, rows, 4, normalized=True, ranges=ranges))
     assert torch.equal(gathered[0].cpu(), values[ids[0].cpu()])
     assert not gathered[1].any()
 

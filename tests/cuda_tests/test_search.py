@@ -9,7 +9,8 @@ from cuda_tests import harness
 from cuda_tests.harness import SCANS, search
 from ptxsim import Session
 
-from unike_kernels import _native, ops
+from unike_kernels import ops
+from unike_kernels.ops.cosine_topk import cpu
 
 pytestmark = pytest.mark.skipif(not harness.can_compile(), reason="nvcc is not installed: it compiles the kernels")
 
@@ -31,13 +32,13 @@ each_scan = pytest.mark.parametrize("scan", SCANS)
 
 
 def unit(x: torch.Tensor) -> torch.Tensor:
-    return _native.normalize_rows(x)
+    return cpu.normalize_rows(x)
 
 
-def check(queries, rows, k, scan="float32", *, schedule="lockstep", bounds=None, **given):
+def check(queries, rows, k, scan="float32", *, schedule="lockstep", ranges=None, **given):
     """Ids and scores are those of the CPU, to the bit; then what else there is to look at."""
-    found = search(Session(schedule), queries, rows, k, scan=scan, bounds=bounds, **given)
-    scores, ids = ops.cosine_topk(queries, rows, k, normalized=True, bounds=bounds)
+    found = search(Session(schedule), queries, rows, k, scan=scan, ranges=ranges, **given)
+    scores, ids = ops.cosine_topk(queries, rows, k, normalized=True, ranges=ranges)
     assert torch.equal(found.ids, ids)
     assert torch.equal(found.scores.view(torch.int32), scores.view(torch.int32))
     return found
@@ -103,15 +104,15 @@ def test_no_keys():
 
 @each_scan
 def test_each_query_in_a_range_of_its_own(scan):
-    bounds = torch.tensor([[0, 150], [10, 10], [149, 150], [20, 90]])
-    check(torch.randn(4, 24), unit(torch.randn(150, 24)), 5, scan, bounds=bounds, device=(2, 1))
+    ranges = torch.tensor([[0, 150], [10, 10], [149, 150], [20, 90]])
+    check(torch.randn(4, 24), unit(torch.randn(150, 24)), 5, scan, ranges=ranges, device=(2, 1))
 
 
 def test_a_range_outside_the_keys_gives_nan_and_no_id():
     """It cannot be an error of the call, which the device would have to be waited for."""
-    bounds = torch.tensor([[0, 30], [20, 31], [-1, 5], [9, 3]])
+    ranges = torch.tensor([[0, 30], [20, 31], [-1, 5], [9, 3]])
     session, rows = Session(), unit(torch.randn(30, 24))
-    found = search(session, torch.randn(4, 24), rows, 3, bounds=bounds, device=(2, 1))
+    found = search(session, torch.randn(4, 24), rows, 3, ranges=ranges, device=(2, 1))
     assert (found.ids[0] >= 0).all()
     assert (found.ids[1:] == -1).all()
     assert found.scores[1:].isnan().all()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import pytest
 import torch
 
@@ -18,11 +20,16 @@ def no_environment(monkeypatch):
 
 @pytest.fixture
 def native_calls(monkeypatch):
-    """The names of the native functions that were called."""
-    calls = []
-    for name in ("cosine_topk", "normalize_rows", "memory_attention"):
-        real = getattr(_native, name)
-        monkeypatch.setattr(_native, name, lambda *a, name=name, real=real: (calls.append(name), real(*a))[1])
+    """The names of the native core's functions that were called."""
+    calls, core = [], _native.core()
+
+    class Recorder:
+        def __getattr__(self, name):
+            if name in ("cosine_topk", "normalize_rows", "memory_attention"):
+                calls.append(name)
+            return getattr(core, name)
+
+    monkeypatch.setattr(_native, "_C", Recorder())
     return calls
 
 
@@ -34,8 +41,12 @@ def table(monkeypatch):
     return fresh
 
 
+class Operands(NamedTuple):
+    like: torch.Tensor
+
+
 def run_of(op="op"):
-    return _backend.dispatch(op, X)
+    return _backend.dispatch(op, Operands(X))
 
 
 def test_the_native_backend_is_the_default_on_the_cpu(native_calls):
@@ -135,8 +146,19 @@ def test_the_first_backend_that_can_run_is_chosen(table):
         run_of()
 
 
+def test_a_composition_comes_before_the_definition_and_cannot_be_forced(table):
+    _backend.register("op", "reference", lambda like: "REFERENCE")
+    _backend.register("op", _backend.COMPOSED, lambda like: "COMPOSED")
+    assert _backend.call("op", Operands(X)) == "COMPOSED"
+    with ops.backend("reference"):
+        assert _backend.call("op", Operands(X)) == "REFERENCE"
+    assert _backend.available("op") == {"reference": None}
+    with pytest.raises(ValueError, match="expected one of"), ops.backend("composed"):
+        pass
+
+
 def test_where_nothing_runs_is_an_error(table):
-    _backend.register("op", "native", min, refuse=lambda t: f"not on {t.device}")
+    _backend.register("op", "native", min, refuse=lambda operands: f"not on {operands.like.device}")
     with pytest.raises(BackendUnavailableError, match="op: no backend runs on device cpu"):
         run_of()
 

@@ -19,12 +19,12 @@ NAN, INF = float("nan"), float("inf")
 backends = pytest.mark.parametrize("backend", BACKENDS)
 
 
-def check(backend, queries, keys, k, bounds=None):
+def check(backend, queries, keys, k, ranges=None):
     """Raw rows are given, of any dtype."""
     with ops.backend(backend):
-        scores, ids = ops.cosine_topk(queries, keys, k, bounds=bounds)
+        scores, ids = ops.cosine_topk(queries, keys, k, ranges=ranges)
     rows = oracles.normalize_rows(keys.to(torch.promote_types(queries.dtype, torch.float32)))
-    wanted, wanted_ids = oracles.cosine_topk(queries, rows.to(oracles.result_dtype(queries)), k, bounds)
+    wanted, wanted_ids = oracles.cosine_topk(queries, rows.to(oracles.result_dtype(queries)), k, ranges)
     assert (scores.dtype, ids.dtype) == (wanted.dtype, torch.int64)
     assert torch.equal(ids, wanted_ids)
     assert torch.equal(scores, wanted)
@@ -78,17 +78,17 @@ def test_few_or_none(backend, m, n, k):
 
 @backends
 def test_bounds(backend):
-    bounds = torch.tensor([[0, 20], [0, 0], [20, 20], [7, 8], [3, 19], [19, 20]])
-    _, ids = check(backend, torch.randn(6, 5), torch.randn(20, 5), 6, bounds)
+    ranges = torch.tensor([[0, 20], [0, 0], [20, 20], [7, 8], [3, 19], [19, 20]])
+    _, ids = check(backend, torch.randn(6, 5), torch.randn(20, 5), 6, ranges)
     assert ids[3].tolist() == [7, -1, -1, -1, -1, -1]
 
 
 @backends
 @pytest.mark.parametrize("bad", [[-1, 2], [0, 11], [3, 2], [11, 11]])
 def test_bounds_outside_the_keys_are_an_error(backend, bad):
-    bounds = torch.tensor([[0, 10], bad])
-    with ops.backend(backend), pytest.raises(ValueError, match=r"bounds.*0 <= start <= stop <= n"):
-        ops.cosine_topk(torch.randn(2, 4), torch.randn(10, 4), 2, bounds=bounds)
+    ranges = torch.tensor([[0, 10], bad])
+    with ops.backend(backend), pytest.raises(ValueError, match=r"ranges.*0 <= start <= stop <= n"):
+        ops.cosine_topk(torch.randn(2, 4), torch.randn(10, 4), 2, ranges=ranges)
 
 
 @backends
@@ -130,14 +130,14 @@ def test_scores_that_underflow_tie_with_zero(backend):
 def test_any_strides(backend):
     queries, keys = torch.randn(6, 40), torch.randn(90, 40)
     expected = check(backend, queries[:, 3:20].clone(), keys[::3, 3:20].clone(), 8)
-    bounds = torch.tensor([[0, 30]] * 6).T.contiguous().T
+    ranges = torch.tensor([[0, 30]] * 6).T.contiguous().T
     views = (
         (queries[:, 3:20], keys[::3, 3:20]),
         (queries[:, 3:20].T.contiguous().T, keys[::3, 3:20].T.contiguous().T),
     )
     with ops.backend(backend):
         for view in views:
-            got = ops.cosine_topk(*view, 8, bounds=bounds)
+            got = ops.cosine_topk(*view, 8, ranges=ranges)
             assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
     check(backend, queries[:1].expand(3, 40), keys[:1].expand(5, 40), 3)
 
@@ -173,9 +173,9 @@ def test_keys_of_another_dtype(backend):
 def test_both_backends_give_the_definition_of_anything(m, n, d, k, grid, seed, bounded):
     generator = torch.Generator().manual_seed(seed)
     x = torch.randint(-grid, grid + 1, (m + n, d), generator=generator) * torch.rand(d, generator=generator)
-    bounds = torch.randint(0, n + 1, (m, 2), generator=generator).sort(-1).values if bounded else None
+    ranges = torch.randint(0, n + 1, (m, 2), generator=generator).sort(-1).values if bounded else None
     for backend in BACKENDS:
-        check(backend, x[:m], x[m:], k, bounds)
+        check(backend, x[:m], x[m:], k, ranges)
 
 
 @given(n=st.integers(1, 30), d=st.integers(2, 40), seed=st.integers(0, 2**31))
@@ -218,15 +218,15 @@ def small(dtype=torch.float64):
 
 
 @pytest.mark.parametrize("normalized", [False, True])
-@pytest.mark.parametrize(("k", "bounds"), [(3, None), (2, [[0, 6], [2, 2], [1, 6]])])
-def test_gradients(gradcheck, normalized, k, bounds):
+@pytest.mark.parametrize(("k", "ranges"), [(3, None), (2, [[0, 6], [2, 2], [1, 6]])])
+def test_gradients(gradcheck, normalized, k, ranges):
     tensors = small()
     if normalized:
         tensors["keys"] = ops.normalize_rows(tensors["keys"])
-    bounds = None if bounds is None else torch.tensor(bounds)
+    ranges = None if ranges is None else torch.tensor(ranges)
 
     def found(queries, keys):
-        scores, ids = ops.cosine_topk(queries, keys, k, normalized=normalized, bounds=bounds)
+        scores, ids = ops.cosine_topk(queries, keys, k, normalized=normalized, ranges=ranges)
         assert not ids.requires_grad
         return torch.where(ids >= 0, scores, 0.0)
 
@@ -308,10 +308,10 @@ def test_compiles(assert_compiles):
         ({"keys": torch.zeros(4, 3).half(), "normalized": True}, TypeError, "keys: expected the float32 rows of norm"),
         ({"k": 0}, ValueError, "k: expected an integer of at least 1, got 0"),
         ({"k": 2.0}, ValueError, "k: expected an integer of at least 1, got 2.0"),
-        ({"bounds": [[0, 1], [0, 1]]}, TypeError, "bounds: expected an int64 tensor, got list"),
-        ({"bounds": torch.zeros(2, 2)}, TypeError, "bounds: expected an int64 tensor"),
-        ({"bounds": torch.zeros(3, 2).long()}, ValueError, r"bounds: expected shape \[2, 2\]"),
-        ({"bounds": torch.zeros(2, 2, device="meta").long()}, ValueError, "bounds: expected device cpu"),
+        ({"ranges": [[0, 1], [0, 1]]}, TypeError, "ranges: expected an int64 tensor, got list"),
+        ({"ranges": torch.zeros(2, 2)}, TypeError, "ranges: expected an int64 tensor"),
+        ({"ranges": torch.zeros(3, 2).long()}, ValueError, r"ranges: expected shape \[2, 2\]"),
+        ({"ranges": torch.zeros(2, 2, device="meta").long()}, ValueError, "ranges: expected device cpu"),
     ],
 )
 def test_wrong_arguments_are_errors(change, error, message):

@@ -24,8 +24,8 @@ def make(encoder, m=6, n=20, d=8, heads=None, dtype=torch.float32):
     return a if heads is None else a | {"queries": rand(m, heads, 5)}
 
 
-def composed(hidden, inputs, index, keys, values, encoder, *, k, bounds=None, queries=None, **switches):
-    _, ids = ops.cosine_topk(hidden, index, k, normalized=True, bounds=bounds)
+def composed(hidden, inputs, index, keys, values, encoder, *, k, ranges=None, queries=None, **switches):
+    _, ids = ops.cosine_topk(hidden, index, k, normalized=True, ranges=ranges)
     queries = hidden if queries is None else queries
     return *ops.latent_attention(queries, inputs, keys, values, ids, encoder, **switches), ids
 
@@ -41,7 +41,7 @@ SWITCHES = (
     {"alpha": torch.tensor([0.25])},
     {"alpha": torch.linspace(0, 1, 6), "convention": "eq7"},
     {"anchor": torch.arange(16.0).reshape(2, 8).cos(), "norm": "none"},
-    {"bounds": torch.tensor([[0, 20], [3, 5], [7, 7], [19, 20], [0, 4], [20, 20]])},
+    {"ranges": torch.tensor([[0, 20], [3, 5], [7, 7], [19, 20], [0, 4], [20, 20]])},
     {"k": 25},
     {"k": 1},
 )
@@ -57,7 +57,7 @@ def test_it_is_the_composition(switches, heads, dtype, encoder):
     with ops.backend("reference"):
         assert_same(ops.memory_attention(**a), composed(**a))
     shifted = (got[2] >= 0).any(-1)
-    assert shifted.tolist() == [True, True, "bounds" not in switches, True, True, "bounds" not in switches]
+    assert shifted.tolist() == [True, True, "ranges" not in switches, True, True, "ranges" not in switches]
     assert torch.equal(got[0][~shifted], a["inputs"][~shifted]) and not got[1][~shifted].any()
 
 
@@ -102,11 +102,11 @@ def test_no_tokens_and_no_entries(encoder):
 def test_no_token_depends_on_another(m, n, d, seed, encoder):
     torch.manual_seed(seed)
     a = make(encoder, m=m, n=n, d=d)
-    a["bounds"] = torch.randint(0, n + 1, (m, 2)).sort(-1).values
+    a["ranges"] = torch.randint(0, n + 1, (m, 2)).sort(-1).values
     wanted = ops.memory_attention(**a)
-    for bounds in (torch.zeros(m, 2).long(), torch.randint(0, n + 1, (m, 2)).sort(-1).values):
-        bounds[0] = a["bounds"][0]
-        assert_same([t[0] for t in ops.memory_attention(**a | {"bounds": bounds})], [t[0] for t in wanted])
+    for ranges in (torch.zeros(m, 2).long(), torch.randint(0, n + 1, (m, 2)).sort(-1).values):
+        ranges[0] = a["ranges"][0]
+        assert_same([t[0] for t in ops.memory_attention(**a | {"ranges": ranges})], [t[0] for t in wanted])
 
 
 @given(n=st.integers(1, 20), seed=st.integers(0, 2**31))
@@ -123,7 +123,7 @@ def test_permuting_the_entries_permutes_the_ids(n, seed, encoder):
 @pytest.mark.parametrize("gate", ["token", "alpha", "anchor"])
 def test_gradients(gate, encoder, gradcheck):
     a = make(encoder, m=4, d=3, heads=2, dtype=torch.float64)
-    a["bounds"] = torch.tensor([[0, 20], [4, 4], [3, 9], [0, 2]])
+    a["ranges"] = torch.tensor([[0, 20], [4, 4], [3, 9], [0, 2]])
     tensors = {name: a.pop(name) for name in ("queries", "inputs")}
     tensors |= {"alpha": {"alpha": torch.rand(4).double()}, "anchor": {"anchor": torch.randn(2, 3).double()}}.get(
         gate, {}
@@ -149,9 +149,9 @@ def test_retrieval_has_no_gradient_and_hidden_one_as_the_queries(encoder):
 def test_opcheck(opcheck, encoder, given, dtype):
     a = make(encoder, heads=2, dtype=dtype)
     gates = (None, None) if given == "nothing" else (torch.rand(6).to(dtype), torch.randn(2, 8).to(dtype))
-    bounds = None if given == "nothing" else torch.tensor([[0, 20], [3, 3]] * 3)
+    ranges = None if given == "nothing" else torch.tensor([[0, 20], [3, 3]] * 3)
     arguments = (
-        a["hidden"].T.contiguous().T, a["index"], 4, bounds, *(ops.pack_keys(a["index"], "int8") or ()), a["queries"],
+        a["hidden"].T.contiguous().T, a["index"], 4, ranges, *(ops.pack_keys(a["index"], "int8") or ()), a["queries"],
         a["inputs"].T.contiguous().T, a["keys"], a["values"], None, *a["encoder"], *gates, 0.5, "inclusion", "match",
     )  # fmt: skip
     opcheck("memory_attention", arguments, trained=(7, 8, 16, 17))
@@ -182,9 +182,9 @@ def test_compiles(assert_compiles, encoder):
         ({"encoder": 1}, TypeError, "encoder: expected SemanticEncoder, got int"),
         ({"k": 0}, ValueError, "k: expected an integer of at least 1, got 0"),
         ({"k": None}, ValueError, "k: expected an integer of at least 1, got None"),
-        ({"bounds": [[0, 1]] * 6}, TypeError, "bounds: expected an int64 tensor, got list"),
-        ({"bounds": torch.zeros(5, 2).long()}, ValueError, r"bounds: expected shape \[6, 2\]"),
-        ({"bounds": torch.tensor([[0, 21]] * 6)}, ValueError, "bounds.*0 <= start <= stop <= n"),
+        ({"ranges": [[0, 1]] * 6}, TypeError, "ranges: expected an int64 tensor, got list"),
+        ({"ranges": torch.zeros(5, 2).long()}, ValueError, r"ranges: expected shape \[6, 2\]"),
+        ({"ranges": torch.tensor([[0, 21]] * 6)}, ValueError, "ranges.*0 <= start <= stop <= n"),
         ({"convention": "other"}, ValueError, "convention: expected one of"),
         ({"norm": "other"}, ValueError, "norm: expected one of"),
         ({"alpha": torch.zeros(5)}, ValueError, r"alpha: expected shape \[1\] or \[6\]"),

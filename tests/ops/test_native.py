@@ -8,6 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from unike_kernels import _native, ops
+from unike_kernels.ops import _library
+from unike_kernels.ops.patched_ffn import PreparedNeurons
 
 LEVELS = ("baseline", "avx2", "avx512", "avx512vnni", "avx512bf16")
 AVAILABLE = LEVELS[: LEVELS.index(_native.isa()) + 1]
@@ -329,31 +331,55 @@ def test_few_tokens_are_shared_by_the_threads_to_the_same_bits(isa: str) -> None
         torch.set_num_threads(before)
 
 
-def test_a_plan_computes_what_the_operator_computes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With and without gradients, compiled, forced to another backend: one result, by the way that fits."""
-    from unike_kernels.ops.patched_ffn import Plan
-
+def test_prepared_neurons_compute_what_the_operator_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With and without gradients, forced to another backend, under a mode: one result, by the way that fits."""
+    dispatched: list[str] = []
+    call = _library.call
+    monkeypatch.setattr(_library, "call", lambda name, *args: (dispatched.append(name), call(name, *args))[1])
     pool, x, base = make_pool(48, True, 0), torch.randn(8, 48), torch.randn(8, 48)
-    plan = Plan(pool, "silu")
-    wanted = ops.patched_ffn(x, base, pool, activation="silu")
+    prepared = PreparedNeurons(pool, "silu")
+
+    def check(x, base, direct: bool, prepared=prepared) -> None:
+        wanted = ops.patched_ffn(x, base, prepared.pool, activation="silu")
+        dispatched.clear()
+        found = prepared(x, base)
+        assert (not dispatched) == direct
+        tolerance = 0 if direct else 1e-5
+        torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance)
+
     with torch.no_grad():
-        assert plan.takes(x, base) and torch.equal(plan.run(x, base), wanted)
-        assert not plan.takes(x.double(), base) and not plan.takes(x, base.half())
+        check(x, base, True)
+        check(x.view(2, 4, 48), base.view(2, 4, 48), True)
+        check(x.double(), base, False)
+        check(x, base.half(), False)
         with ops.backend("reference"):
-            assert not plan.takes(x, base)
+            check(x, base, False)
         monkeypatch.setenv("UNIKE_BACKEND", "reference")
-        assert not plan.takes(x, base)
+        check(x, base, False)
         monkeypatch.delenv("UNIKE_BACKEND")
-        with torch._subclasses.FakeTensorMode():
-            assert not plan.takes(torch.empty(8, 48), torch.empty(8, 48))
-        assert not torch.func.vmap(lambda a: torch.tensor(plan.takes(a, base)))(x.unsqueeze(0)).any()
-        pool.beta.mul_(2)  # a live tensor: the plan sees it
-        assert torch.equal(plan.run(x, base), ops.patched_ffn(x, base, pool, activation="silu"))
-        assert not torch.equal(plan.run(x, base), wanted)
-    assert not plan.takes(x, base)  # gradients may be wanted
-    other = Plan(pool._replace(keys=pool.keys.bfloat16()), "silu")
+        with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
+            assert prepared(torch.empty(8, 48), torch.empty(8, 48)).shape == (8, 48)
+        before = prepared(x, base)
+        pool.beta.mul_(2)  # a live tensor: it is seen
+        check(x, base, True)
+        assert not torch.equal(prepared(x, base), before)
+        check(x, base, False, PreparedNeurons(pool._replace(keys=pool.keys.bfloat16()), "silu"))
+    check(x, base, False)  # gradients may be wanted
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_prepared_neurons_write_where_they_are_told(dtype: torch.dtype) -> None:
+    pool, x = make_pool(48, True, 0), torch.randn(8, 48)
+    base = torch.randn(8, 60).to(dtype)[:, :48]
     with torch.no_grad():
-        assert not other.takes(x, base)
+        for backend in ("native", "reference"):
+            with ops.backend(backend):
+                prepared, given = PreparedNeurons(pool, "silu"), base.clone()
+                wanted = prepared(x, base)
+                assert prepared(x, given, given) is given
+                assert torch.equal(given, wanted) and not torch.equal(wanted, base)
+        with pytest.raises(ValueError, match="out must be"):
+            PreparedNeurons(pool, "silu")(x, base, torch.empty(8, 48, dtype=torch.float64))
 
 
 def test_indices_out_of_range_are_refused() -> None:

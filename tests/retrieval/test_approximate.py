@@ -29,13 +29,15 @@ def test_finds_most_of_what_there_is(how):
     assert (scores[:, :-1] >= scores[:, 1:]).all()
     true = exact.topk(10).indices
     share = sum(len(set(a.tolist()) & set(b.tolist())) for a, b in zip(ids, true, strict=True)) / 1000
-    assert index.recall(queries, 10) == pytest.approx(share)
+    assert index.recall(queries, 10, uk.CosineIndex(keys)) == pytest.approx(share)
     assert share > 0.9
 
 
 def test_a_wider_search_finds_more_and_all_lists_find_all():
     keys, queries = torch.randn(5_000, 32), torch.randn(50, 32)
-    found = [uk.ApproximateIndex(keys, uk.Approximate(lists=64, probes=p)).recall(queries, 20) for p in (1, 4, 64)]
+    exact = uk.CosineIndex(keys)
+    indexes = [uk.ApproximateIndex(keys, uk.Approximate(lists=64, probes=p)) for p in (1, 4, 64)]
+    found = [index.recall(queries, 20, exact) for index in indexes]
     assert found[0] < found[1] < found[2] == 1.0
 
 
@@ -47,6 +49,22 @@ def test_too_few_keys_and_queries_that_are_not_finite():
     assert sorted(ids[0].tolist()) == [-1, -1, 0, 1, 2]
     assert (ids[1] == -1).all()
     assert torch.equal(scores == float("-inf"), ids == -1)
+
+
+ALL = [uk.Approximate(lists=8, probes=8), uk.Approximate("hnsw", breadth=500)]  # which leave nothing out
+
+
+@pytest.mark.parametrize("how", ALL, ids=["ivf", "hnsw"])
+def test_a_range_holds_all_that_it_has(how):
+    """Not only what a search of all keys would have left of it."""
+    keys, queries = clustered(500), clustered(6, seed=1)
+    ranges = torch.tensor([[0, 500], [100, 110], [0, 0], [490, 500], [100, 110], [0, 500]])
+    found = uk.ApproximateIndex(keys, how).search(queries, 8, ranges)
+    wanted = uk.CosineIndex(keys).search(queries, 8, ranges)
+    assert torch.equal(found[1], wanted[1])
+    torch.testing.assert_close(found[0], wanted[0], atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match=r"ranges: expected 0 <= start <= stop <= n = 500, got \[3, 501\]"):
+        uk.ApproximateIndex(keys, how).search(queries[:1], 8, torch.tensor([[3, 501]]))
 
 
 def test_a_memory_that_retrieves_approximately(make_model, make_memory):
@@ -78,7 +96,7 @@ def test_what_is_refused():
     with pytest.raises(ValueError, match="NaN or infinity"):
         uk.ApproximateIndex(torch.tensor([[float("inf"), 1.0]]))
     index = uk.ApproximateIndex(clustered(10))
-    with pytest.raises(ValueError, match="k: expected at least 1, got 0"):
+    with pytest.raises(ValueError, match="k: expected an integer of at least 1, got 0"):
         index.search(clustered(1), 0)
-    with pytest.raises(ValueError, match=r"queries: expected \[M, 32\], got \[1, 3\]"):
+    with pytest.raises(ValueError, match=r"queries: expected shape \[\.\.\., 32\]|queries: expected .*32"):
         index.search(torch.zeros(1, 3), 1)

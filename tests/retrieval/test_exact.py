@@ -57,9 +57,9 @@ def test_any_dtype_of_keys_and_queries(scan, dtype):
 @scans
 def test_bounds_and_more_than_there_are(scan):
     keys, queries = torch.randn(50, 20), torch.randn(3, 20)
-    bounds = torch.tensor([[0, 50], [7, 9], [20, 20]])
-    got = uk.CosineIndex(keys, scan).search(queries, 60, bounds=bounds)
-    wanted = ops.cosine_topk(queries, keys, 60, bounds=bounds)
+    ranges = torch.tensor([[0, 50], [7, 9], [20, 20]])
+    got = uk.CosineIndex(keys, scan).search(queries, 60, ranges=ranges)
+    wanted = ops.cosine_topk(queries, keys, 60, ranges=ranges)
     assert torch.equal(got[0], wanted[0]) and torch.equal(got[1], wanted[1])
 
 
@@ -136,8 +136,8 @@ def test_wrong_arguments_are_errors(arguments, error, message):
         ({"queries": torch.zeros(2, 4).int()}, TypeError, "queries: expected float32"),
         ({"queries": torch.zeros(2, 4, device="meta")}, ValueError, "expected device"),
         ({"k": 0}, ValueError, "k: expected an integer of at least 1, got 0"),
-        ({"bounds": torch.tensor([[0, 1]])}, ValueError, r"bounds: expected shape \[2, 2\]"),
-        ({"bounds": torch.tensor([[0, 6]] * 2)}, ValueError, "bounds.*0 <= start <= stop <= n"),
+        ({"ranges": torch.tensor([[0, 1]])}, ValueError, r"ranges: expected shape \[2, 2\]"),
+        ({"ranges": torch.tensor([[0, 6]] * 2)}, ValueError, "ranges.*0 <= start <= stop <= n"),
     ],
 )
 @pytest.mark.parametrize("exact", [True, False])
@@ -242,7 +242,7 @@ def rewrite(path, change) -> None:
         (lambda h, t: h.update(keys=29), "expected the tensors"),
         (lambda h, t: h.update(other=1), "unexpected header fields: other"),
         (lambda h, t: t.clear(), "expected the tensors"),
-        (lambda h, t: t.pop("bounds"), "expected the tensors"),
+        (lambda h, t: t.pop("ranges"), "expected the tensors"),
         (lambda h, t: t.update(more=torch.zeros(1)), "expected the tensors"),
         (lambda h, t: t.update(codes=t["codes"][:, :32].contiguous()), "expected the tensors"),
         (lambda h, t: t.update(rows=t["rows"].double()), "expected the tensors"),

@@ -34,6 +34,9 @@ def rank_of_three(rank, place, failures):
                 found, wanted = sharded.search(queries, k), uk.CosineIndex(keys).search(queries, k)
                 assert torch.equal(found[1], wanted[1]), (sizes, k)
                 assert torch.equal(found[0].view(torch.int32), wanted[0].view(torch.int32)), (sizes, k)
+            ranges = torch.tensor([[0, N], [3, 44], [19, 21], [50, 50], [45, N]])
+            found, wanted = sharded.search(queries, K, ranges), uk.CosineIndex(keys).search(queries, K, ranges)
+            assert torch.equal(found[1], wanted[1]), sizes
         narrow = uk.CosineIndex(torch.randn(3, 8 if rank == 0 else D))
         with pytest.raises(ValueError, match=r"index: expected one width on all ranks, got \[8, 16, 16\]"):
             uk.ShardedIndex(narrow)

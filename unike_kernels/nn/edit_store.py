@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..ops import EditPool
-from ..ops.patched_ffn import Plan
+from ..ops.patched_ffn import PreparedNeurons
 from ._drop_in import Tables
 
 
@@ -43,7 +43,7 @@ class EditStore(Tables):
         self.position: dict[str, int] = {}  # in the pool
         self.used = 0, 0  # neurons and edits of the pool, removed ones too
         self.direct = False  # set by hand: then it counts, whatever version a pass has
-        self._views: dict[Any, tuple[EditPool, Plan]] = {}
+        self._views: dict[Any, PreparedNeurons] = {}
 
     def set(self, edits: Mapping[str, Any]) -> None:
         """Replace all edits, given as id -> `EditLayer`.
@@ -192,16 +192,32 @@ class EditStore(Tables):
             row_indptr, row_edits,
         )  # fmt: skip
 
-    def view(self, activation: str, rows: tuple[tuple[str, ...], ...] | None) -> tuple[EditPool, Plan]:
-        """The pool for these rows, and as the operator takes it for each token; kept until the store changes."""
+    def view(
+        self, activation: str, rows: tuple[tuple[str, ...], ...] | None, tokens: tuple[int, ...] | None = None
+    ) -> PreparedNeurons:
+        """The neurons and edits of these rows, laid out for many calls; kept until the store changes.
+
+        Args:
+            activation: of the FFN.
+            rows: see `pool`.
+            tokens: how many of the tokens belong to each row; None: equal runs.
+        """
         if self._plan is None:  # an attribute has changed
             self._views, self._plan = {}, True
-        if rows not in self._views:
+        if (rows, tokens) not in self._views:
             if len(self._views) >= _VIEWS:
                 self._views.clear()
             pool = self.pool(rows)
-            self._views[rows] = pool, Plan(pool, activation)
-        return self._views[rows]
+            if tokens is not None:
+                pool = pool._replace(token_rows=token_rows(tokens, self.indptr.device))
+            self._views[rows, tokens] = PreparedNeurons(pool, activation)
+        return self._views[rows, tokens]
+
+
+def token_rows(tokens: Sequence[int], device: torch.device) -> Tensor:
+    """int64 [sum of tokens]: the row of each token, where row r has tokens[r] of them, in this order."""
+    counts = torch.tensor(tokens, dtype=torch.int64, device="cpu")
+    return torch.arange(len(tokens), dtype=torch.int64, device="cpu").repeat_interleave(counts).to(device)
 
 
 _PER_NEURON = ("keys", "key_bias", "up", "up_bias", "values")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..config import Config
 from ..ops import PackedKeys, SemanticEncoder, cosine_topk, latent_attention, normalize_rows, pack_keys, project_values
 from ..ops.latent_attention import blend_of
-from ..ops.memory_attention import Plan, attend
+from ..ops.memory_attention import MemoryOperands, PreparedMemory, attend
 from ..retrieval.approximate import ApproximateIndex
 from ._drop_in import DropIn, Tables, residual_of, residual_position
 from .context import Context
@@ -68,7 +68,7 @@ class MemoryTables(Tables):
         """
         queries, k = queries.detach(), self.at_most(k)
         if self.approximate is None or torch.compiler.is_compiling():
-            return cosine_topk(queries, self.index, k, normalized=True, bounds=bounds, packed=self.packed)
+            return cosine_topk(queries, self.index, k, normalized=True, ranges=bounds, packed=self.packed)
         scores, ids = self.approximate.search(queries, k)
         if bounds is not None:
             out = (ids < bounds[:, :1]) | (ids >= bounds[:, 1:])
@@ -79,12 +79,13 @@ class MemoryTables(Tables):
         """So many of k entries as there are, at least one: more would be ids -1 that cost as much as others."""
         return max(min(k, self.index.shape[0]), 1)
 
-    def plan(self) -> Plan:
-        """The tables as the operator takes them for each token."""
+    def prepared(self) -> PreparedMemory:
+        """The tables, laid out for many calls of the operator."""
         if self._plan is None:
             values = self.keys if self.values is None else self.values
-            self._plan = Plan(self.index, self.packed, self.keys, values, self.projected, self.encoder)
-        return self._plan
+            self._plan = PreparedMemory(self.index, self.packed, self.keys, values, self.projected, self.encoder)
+        prepared: PreparedMemory = self._plan
+        return prepared
 
     @property
     def packed(self) -> PackedKeys | None:
@@ -276,6 +277,7 @@ def shift_tokens(
     inputs: Tensor,
     bounds: Tensor | None,
     anchor: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """The shifted attention output [M, d] of tokens that retrieve each for itself.
 
@@ -286,21 +288,21 @@ def shift_tokens(
         inputs: [M, d], the attention's output.
         bounds: int64 [M, 2], the entries that each token may retrieve; None: all.
         anchor: see `ops.latent_attention`.
+        out: see `PreparedMemory`.
     """
     if memory.approximate is not None and not torch.compiler.is_compiling():
         _, ids = memory.retrieve(hidden, config.k, bounds)
-        return _attended(memory, config, queries, inputs, ids, anchor)[0]
+        shifted = _attended(memory, config, queries, inputs, ids, anchor)[0]
+        return shifted if out is None else out.copy_(shifted)
     alpha, k = _fixed_alpha(config, inputs), memory.at_most(config.k)
     blend = blend_of(queries, config.scale, config.convention, config.norm)
-    # Tracing sees the operator; otherwise the shortest way that computes the same.
-    if not torch.compiler.is_compiling() and memory.plan().takes(hidden, queries, inputs):
-        return memory.plan().run(hidden, queries, inputs, k, bounds, alpha, anchor, blend)
-    values = memory.keys if memory.values is None else memory.values
-    shifted, _, _ = attend(
-        hidden, memory.index, k, bounds, memory.packed, queries, inputs, memory.keys, values,
-        memory.projected, memory.encoder, alpha, anchor, blend,
-    )  # fmt: skip
-    return shifted
+    if torch.compiler.is_compiling():  # a trace sees the operator, not how it is prepared
+        values = memory.keys if memory.values is None else memory.values
+        return attend(MemoryOperands(
+            hidden, memory.index, k, bounds, queries, inputs, memory.keys, values, memory.encoder, alpha, anchor, blend,
+            memory.packed, memory.projected,
+        ))[0]  # fmt: skip
+    return memory.prepared()(hidden, queries, inputs, k, bounds, alpha, anchor, blend, out)
 
 
 def _attended(

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import ACTIVATIONS
-from ..ops._backend import forced_backend, takes
-from ..ops.patched_ffn import FUSED_TOKENS, add_extra_neurons, patched_ffn_of_distinct
+from ..ops.patched_ffn import FUSED_TOKENS, add_extra_neurons, fused_ffn, fuses
 from ..ops.patched_ffn.reference import activate
 from ._drop_in import DropIn
 from .context import Context
@@ -71,10 +70,11 @@ class PatchedFFN(DropIn):
             rows = now.edits
             if now.version is not None and not edits.direct:
                 edits = now.version.edits[self.layer]
-        if not edits.empty and now.explanation is None and self._fuses(hidden_states):
+        if not edits.empty and now.explanation is None and self._may_fuse(hidden_states):
             assert self.dense is not None
-            pool = edits.pool(rows)
-            return patched_ffn_of_distinct(hidden_states, self.dense.weights(), pool, activation=self.activation)
+            operands = hidden_states, self.dense.weights(), edits.pool(rows), self.activation
+            if fuses(*operands):
+                return fused_ffn(*operands)
         first, *rest = self._originals
         result: Any = first(hidden_states, *args, **kwargs)
         for module in rest:
@@ -117,13 +117,11 @@ class PatchedFFN(DropIn):
             found[name] = out.cpu()
         return found
 
-    def _fuses(self, hidden_states: Tensor) -> bool:
-        """Whether base and neurons are computed together: on a GPU, for few tokens, where nobody looks in between."""
+    def _may_fuse(self, hidden_states: Tensor) -> bool:
+        """Whether they may be one launch: on a GPU, for few tokens, where nobody looks at what lies between."""
         if self.dense is None or not _on_gpu(hidden_states) or hidden_states.shape[:-1].numel() > FUSED_TOKENS:
             return False
-        if torch.is_grad_enabled() or any(m._forward_hooks or m._forward_pre_hooks for m in self._parts()):
-            return False
-        return forced_backend() in (None, "triton") and takes("patched_ffn", "triton", hidden_states)
+        return not torch.is_grad_enabled() and not any(m._forward_hooks or m._forward_pre_hooks for m in self._parts())
 
     def _parts(self) -> Iterator[nn.Module]:
         return (part for module in self._originals for part in module.modules())
@@ -133,11 +131,7 @@ class PatchedFFN(DropIn):
     ) -> Tensor:
         if torch.compiler.is_compiling() or edits.selection is not None or torch.is_grad_enabled():
             return add_extra_neurons(hidden_states, out, edits.pool(rows), self.activation)
-        # The shortest way that computes the same.
-        pool, plan = edits.view(self.activation, rows)
-        if plan.takes(hidden_states, out):
-            return plan.run(hidden_states, out)
-        return add_extra_neurons(hidden_states, out, pool, self.activation)
+        return edits.view(self.activation, rows)(hidden_states, out)
 
 
 def _on_gpu(t: Tensor) -> bool:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from importlib import metadata, util
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -22,14 +22,26 @@ from .. import _native
 from ..errors import BackendUnavailableError
 
 BACKENDS = ("native", "cuda", "triton", "reference")  # in the order of preference
+COMPOSED = "composed"  # of the fastest of other operators, where no kernel of its own does; it cannot be forced
+_PREFERENCE = (*BACKENDS[:-1], COMPOSED, BACKENDS[-1])
 TRITON = (3, 4)  # the oldest that has what the kernels use
 
 _forced: ContextVar[str | None] = ContextVar("unike_backend", default=None)
 
 
+class Operands(Protocol):
+    """What an operator is called with: a NamedTuple, the same for the definition and for every kernel."""
+
+    @property
+    def like(self) -> torch.Tensor:
+        """The activation whose device and dtype decide which backend runs."""
+
+    def __iter__(self) -> Iterator[Any]: ...
+
+
 class Implementation(NamedTuple):
-    run: Callable[..., Any]
-    refuse: Callable[[torch.Tensor], str | None]  # why it cannot run on this tensor, or None
+    run: Callable[..., Any]  # takes the operands, in their order
+    refuse: Callable[[Any], str | None]  # why it does not take these operands, or None
     missing: Callable[[], str | None]  # why it cannot run on this machine, or None
 
 
@@ -41,10 +53,18 @@ def register(
     backend: str,
     run: Callable[..., Any],
     *,
-    refuse: Callable[[torch.Tensor], str | None] = lambda _: None,
+    refuse: Callable[[Any], str | None] = lambda _: None,
     missing: Callable[[], str | None] = lambda: None,
 ) -> None:
-    """Offer `run` as the implementation of `op` on `backend`."""
+    """Offer an implementation of an operator.
+
+    Args:
+        op: its name.
+        backend: one of BACKENDS, or COMPOSED.
+        run: takes the operands, in their order.
+        refuse: operands -> why it does not take them, or None.
+        missing: why it cannot run on this machine, or None.
+    """
     _table.setdefault(op, {})[backend] = Implementation(run, refuse, missing)
 
 
@@ -66,7 +86,7 @@ def takes_native(*states: torch.Tensor) -> bool:
 def register_native(op: str, run: Callable[..., Any]) -> None:
     """Offer `run`, which calls the compiled extension, as the native backend of `op`."""
     missing = lambda: None if _native.available() else _native.reason()  # noqa: E731
-    register(op, "native", run, refuse=native_refuse, missing=missing)
+    register(op, "native", run, refuse=lambda operands: native_refuse(operands.like), missing=missing)
 
 
 @functools.cache
@@ -104,13 +124,19 @@ def triton_refuse(t: torch.Tensor) -> str | None:
     return "it works in float32, the tensors are float64" if t.dtype == torch.float64 else None
 
 
-def register_triton(op: str, module: str) -> None:
-    """Offer the function `op` of `module`, which imports triton and is imported when first called, as the backend."""
+def register_triton(op: str, module: str, refuse: Callable[[Any], str | None] = lambda _: None) -> None:
+    """Offer the function `op` of `module`, which imports triton and is imported when first called, as the backend.
 
-    def run(*args: Any, **kwargs: Any) -> Any:
-        return getattr(importlib.import_module(module), op)(*args, **kwargs)
+    `refuse`: as of `register`, asked after what all Triton kernels refuse.
+    """
 
-    register(op, "triton", run, refuse=triton_refuse, missing=triton_missing)
+    def run(*operands: Any) -> Any:
+        return getattr(importlib.import_module(module), op)(*operands)
+
+    def refused(operands: Any) -> str | None:
+        return triton_refuse(operands.like) or refuse(operands)
+
+    register(op, "triton", run, refuse=refused, missing=triton_missing)
 
 
 def _check_name(name: str, source: str) -> str:
@@ -148,27 +174,32 @@ def backend(name: str) -> Iterator[None]:
 
 def available(op: str) -> dict[str, str | None]:
     """For each backend of `op`: None if it can run on this machine, else the reason why not."""
-    return {name: impl.missing() for name, impl in _table[op].items()}
+    return {name: impl.missing() for name, impl in _table[op].items() if name in BACKENDS}
 
 
-def takes(op: str, name: str, like: torch.Tensor) -> bool:
-    """Whether `op` has this backend, and it can run here on tensors like `like`."""
+def takes(op: str, name: str, operands: Operands) -> bool:
+    """Whether `op` has this backend, and it can run here and takes these operands."""
     impl = _table[op].get(name)
-    return impl is not None and not impl.missing() and not impl.refuse(like)
+    return impl is not None and not impl.missing() and not impl.refuse(operands)
 
 
-def dispatch(op: str, like: torch.Tensor) -> Callable[..., Any]:
-    """The implementation of `op` for tensors like `like`."""
+def call(op: str, operands: Operands) -> Any:
+    """The operator by the forced backend, or by the first that takes the operands."""
+    return dispatch(op, operands)(*operands)
+
+
+def dispatch(op: str, operands: Operands) -> Callable[..., Any]:
+    """The implementation that `call` calls."""
     choices = _table[op]
     name = forced_backend()
     if name is not None:
         if name not in choices:
             raise BackendUnavailableError(f"{op} has no {name!r} backend; it has: {', '.join(choices)}")
-        reason = choices[name].missing() or choices[name].refuse(like)
+        reason = choices[name].missing() or choices[name].refuse(operands)
         if reason:
             raise BackendUnavailableError(f"{op}: backend {name!r} cannot run here: {reason}")
         return choices[name].run
-    for name in BACKENDS:
-        if takes(op, name, like):
+    for name in _PREFERENCE:
+        if takes(op, name, operands):
             return choices[name].run
-    raise BackendUnavailableError(f"{op}: no backend runs on device {like.device}")
+    raise BackendUnavailableError(f"{op}: no backend runs on device {operands.like.device}")

@@ -1,8 +1,9 @@
-"""Indexes that are searched by cosine: exact, exact over several devices, and approximate."""
+"""Indexes that are searched by cosine: exact, exact over several processes, and approximate; all are `Retriever`s."""
 
 from __future__ import annotations
 
 from .approximate import ApproximateIndex
 from .exact import CosineIndex
+from .retriever import Retriever
 
-__all__ = ["ApproximateIndex", "CosineIndex"]
+__all__ = ["ApproximateIndex", "CosineIndex", "Retriever"]

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from ..config import Approximate
-from ..ops import cosine_topk, normalize_rows
+from ..ops import _check, normalize_rows
+from ..ops.cosine_topk import check_retrieval
+from .retriever import Retriever
 
 
 class ApproximateIndex:
@@ -32,50 +34,90 @@ class ApproximateIndex:
             raise ValueError(f"keys: expected [N, d] with N at least 1, got {list(keys.shape)}")
         if not keys.isfinite().all():
             raise ValueError("keys: expected finite numbers, got NaN or infinity")
-        self.how, self.device = how or Approximate(), keys.device
-        self._rows = normalize_rows(keys)
-        rows, (n, d) = self._rows.cpu().contiguous().numpy(), keys.shape
+        self.how, self._device = how or Approximate(), keys.device
+        rows, (self._count, self.d) = normalize_rows(keys).cpu().contiguous().numpy(), keys.shape
         index: Any
         if self.how.kind == "hnsw":
             if keys.is_cuda:
                 raise ValueError("Approximate.kind: 'hnsw' is searched on the CPU; take 'ivf' for keys on a GPU")
-            index = faiss.IndexHNSWFlat(d, self.how.links, faiss.METRIC_INNER_PRODUCT)
+            index = faiss.IndexHNSWFlat(self.d, self.how.links, faiss.METRIC_INNER_PRODUCT)
             index.hnsw.efSearch = self.how.breadth
         else:
-            lists = min(self.how.lists or round(4 * n**0.5), n)
-            index = faiss.IndexIVFFlat(faiss.IndexFlatIP(d), d, lists, faiss.METRIC_INNER_PRODUCT)
+            lists = min(self.how.lists or round(4 * self._count**0.5), self._count)
+            index = faiss.IndexIVFFlat(faiss.IndexFlatIP(self.d), self.d, lists, faiss.METRIC_INNER_PRODUCT)
             index.cp.min_points_per_centroid = 1  # few keys are no reason for a warning on stderr
             index.train(rows)
             index.nprobe = min(self.how.probes, lists)
-        index.add(rows)
+        index.add(rows)  # the only copy of the keys
         self._index = index
         if keys.is_cuda:
             self._index = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), keys.device.index or 0, index)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the keys were given, and queries have to be."""
+        return self._device
+
     def __len__(self) -> int:
-        return len(self._rows)
+        return self._count
 
-    def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Some of the k keys of highest cosine, best first: scores float32 [M, k], ids int64 [M, k].
+    def search(self, queries: Tensor, k: int, ranges: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Some of the k keys of highest cosine, best first; see `Retriever.search`.
 
-        Where fewer are found, and for a query that is not finite, the rest is id -1 and score -inf.
+        Queries of one range are searched together, so that many ranges in a batch take as many searches.
 
-        Raises ValueError for a k below 1 or queries that are not [M, d].
+        Raises:
+            TypeError, ValueError: a wrong dtype, shape, device or k.
         """
-        if k < 1:
-            raise ValueError(f"k: expected at least 1, got {k}")
-        if queries.dim() != 2 or queries.shape[1] != self._rows.shape[1]:
-            raise ValueError(f"queries: expected [M, {self._rows.shape[1]}], got {list(queries.shape)}")
-        finite = queries.isfinite().all(-1)
-        unit = torch.nn.functional.normalize(torch.where(finite.unsqueeze(-1), queries, 0).float(), dim=-1)
-        found = self._index.search(unit.cpu().contiguous().numpy(), k)
-        scores, ids = (torch.from_numpy(t).to(self.device) for t in found)
-        none = (ids < 0) | ~finite.unsqueeze(-1)
-        return scores.masked_fill(none, float("-inf")), ids.masked_fill(none, -1)
+        _check.rows("queries", queries)
+        _check.sized("queries", queries, (None, self.d))
+        check_retrieval(queries, "index", torch.empty(0, dtype=torch.float32, device=self.device), k, ranges)
+        finite = queries.isfinite().all(-1, keepdim=True)
+        unit = torch.nn.functional.normalize(torch.where(finite, queries, 0).float(), dim=-1)
+        scores = torch.full((len(queries), k), float("-inf"), dtype=torch.float32, device="cpu")
+        ids = torch.full((len(queries), k), -1, dtype=torch.int64, device="cpu")
+        for (start, stop), members in self._groups(len(queries), ranges):
+            if start < stop:
+                scores[members], ids[members] = self._found(unit.cpu()[members], k, start, stop)
+        none = (ids < 0) | ~finite.cpu()
+        scores, ids = scores.masked_fill(none, float("-inf")), ids.masked_fill(none, -1)
+        return scores.to(self.device), ids.to(self.device)
 
-    def recall(self, queries: Tensor, k: int) -> float:
-        """The share of the true k nearest keys that `search` finds, measured against the exact kernel."""
+    def _groups(self, queries: int, ranges: Tensor | None) -> list[tuple[tuple[int, int], Tensor]]:
+        """Each range that occurs, and the queries that have it."""
+        if ranges is None:
+            return [((0, self._count), torch.arange(queries, dtype=torch.int64, device="cpu"))]
+        different, which = ranges.cpu().unique(dim=0, return_inverse=True)
+        bad = ((different[:, 0] < 0) | (different[:, 0] > different[:, 1]) | (different[:, 1] > self._count)).nonzero()
+        if len(bad):
+            raise ValueError(
+                f"ranges: expected 0 <= start <= stop <= n = {self._count}, got {different[int(bad[0, 0])].tolist()}"
+            )
+        return [((int(a), int(b)), (which == i).nonzero().flatten()) for i, (a, b) in enumerate(different.tolist())]
+
+    def _found(self, unit: Tensor, k: int, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Scores and ids of what faiss finds among the keys start, ..., stop - 1."""
+        import faiss
+
+        parameters = None
+        if (start, stop) != (0, self._count):
+            selected = faiss.IDSelectorRange(start, stop)
+            if self.how.kind == "hnsw":
+                parameters = faiss.SearchParametersHNSW(sel=selected, efSearch=self.how.breadth)
+            else:
+                parameters = faiss.SearchParametersIVF(sel=selected, nprobe=self._index.nprobe)
+        scores, ids = self._index.search(unit.contiguous().numpy(), k, params=parameters)
+        return torch.from_numpy(scores), torch.from_numpy(ids)
+
+    def recall(self, queries: Tensor, k: int, exact: Retriever) -> float:
+        """The share of the true k nearest keys that `search` finds.
+
+        Args:
+            queries: [M, d].
+            k: at least 1.
+            exact: an exact index of the same keys, such as `CosineIndex(keys)`.
+        """
         _, found = self.search(queries, k)
-        _, exact = cosine_topk(queries, self._rows, k, normalized=True)
-        hits = (found.unsqueeze(-1) == exact.unsqueeze(-2)) & (exact >= 0).unsqueeze(-2)
-        return float(hits.sum() / (exact >= 0).sum().clamp(min=1))
+        _, true = exact.search(queries, k)
+        hits = (found.unsqueeze(-1) == true.unsqueeze(-2)) & (true >= 0).unsqueeze(-2)
+        return float(hits.sum() / (true >= 0).sum().clamp(min=1))

@@ -12,7 +12,7 @@ from .. import _native, _pages
 from ..artifacts import files
 from ..errors import ArtifactError, BackendUnavailableError
 from ..ops import _backend, _check
-from ..ops.cosine_topk import SCANS, PackedKeys, check_retrieval, cosine_topk, native_dtype, normalize_rows, pack_keys
+from ..ops.cosine_topk import SCANS, PackedKeys, check_retrieval, cosine_topk, cpu, cuda, normalize_rows, pack_keys
 
 
 class _Rows:
@@ -70,7 +70,7 @@ class CosineIndex:
     def _set(self, scan: str, rows: Tensor | None, packed: PackedKeys | None, exact: bool) -> None:
         self.scan, self.exact = scan, exact
         self._rows = None if rows is None or not exact else _Rows(rows)
-        self._codes = None if packed is None else (_Rows(packed.codes), _Rows(packed.bounds), packed.direction)
+        self._codes = None if packed is None else (_Rows(packed.codes), _Rows(packed.error_bounds), packed.direction)
         self._lay_out()
 
     def _lay_out(self) -> None:
@@ -78,10 +78,10 @@ class CosineIndex:
         self._keys = None if self._rows is None else self._rows()
         self._packed = None
         if self._codes is not None:
-            codes, bounds, direction = self._codes
-            self._packed = PackedKeys(codes(), bounds(), direction)
+            codes, error_bounds, direction = self._codes
+            self._packed = PackedKeys(codes(), error_bounds(), direction)
         on_cpu = self.device.type == "cpu"
-        self._native = _native.Keys(self._keys, self._packed) if on_cpu and _native.available() else None
+        self._native = cpu.Keys(self._keys, self._packed) if on_cpu and _native.available() else None
 
     def _table(self) -> Tensor:
         """[N, d], or the codes in its place."""
@@ -116,9 +116,11 @@ class CosineIndex:
 
     def _tensors(self) -> dict[str, Tensor]:
         named = {} if self._keys is None else {"rows": self._keys}
-        return named | ({} if self._packed is None else self._packed._asdict())
+        if self._packed is not None:  # as files name them
+            named |= zip(("codes", "bounds", "direction"), self._packed, strict=True)
+        return named
 
-    def search(self, queries: Tensor, k: int, *, bounds: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def search(self, queries: Tensor, k: int, ranges: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The k keys of highest cosine for each query: score descending, then id ascending.
 
         Where fewer than k keys are in range, and for a query that is not finite, the rest is id -1 and score -inf.
@@ -126,25 +128,25 @@ class CosineIndex:
         Args:
             queries: [M, d], any float dtype, on the device of the index.
             k: how many, at least 1; may exceed N.
-            bounds: int64 [M, 2], 0 <= start <= stop <= N; query m searches only keys[start : stop]. None: all keys.
-                On a CUDA device, which is not waited for, other bounds are no error: ids -1 and scores NaN.
+            ranges: int64 [M, 2], 0 <= start <= stop <= N; query m searches only keys[start : stop]. None: all keys.
+                On a CUDA device, which is not waited for, other ranges are no error: ids -1 and scores NaN.
 
         Returns:
             scores float32 [M, k] and ids int64 [M, k].
 
         Raises:
-            TypeError, ValueError: a wrong dtype, shape, device or k; bounds outside the keys.
+            TypeError, ValueError: a wrong dtype, shape, device or k; ranges outside the keys.
         """
         _check.rows("queries", queries)
         _check.sized("queries", queries, (None, self.d))
-        check_retrieval(queries, "index", self._table(), k, bounds)
-        queries = native_dtype(queries)
+        check_retrieval(queries, "index", self._table(), k, ranges)
+        queries = _native.native_dtype(queries)
         if self._native is not None and (self._keys is None or _backend.takes_native(queries)):
-            return _native.cosine_topk(queries, self._native, k, bounds)
+            return self._native.search(queries, k, ranges)
         if self._keys is None:
-            return _native.cuda_cosine_topk(queries, None, self._packed, k, bounds)[:2]
+            return cuda.search(queries, None, self._packed, k, ranges)[:2]
         with torch.no_grad():
-            return cosine_topk(queries, self._keys, k, normalized=True, bounds=bounds, packed=self._packed)
+            return cosine_topk(queries, self._keys, k, normalized=True, ranges=ranges, packed=self._packed)
 
     def to(self, device: torch.device | str) -> CosineIndex:
         """This index on a CUDA device or on the CPU: itself where it is there already, else a copy.
@@ -158,7 +160,7 @@ class CosineIndex:
         wanted = torch.device(device)
         if wanted.type not in ("cpu", "cuda"):
             raise ValueError(f"device: expected a CUDA device or the CPU, got {device}")
-        if wanted.type == "cuda" and (reason := _native.cuda_missing()):
+        if wanted.type == "cuda" and (reason := cuda.missing()):
             raise BackendUnavailableError(f"CosineIndex.to({str(device)!r}): {reason}")
         if wanted.type == self.device.type and wanted.index in (None, self.device.index):
             return self
@@ -197,7 +199,7 @@ class CosineIndex:
         grown = None if self._rows is None else self._rows.appended(rows)
         codes = self._codes
         if codes is not None and packed is not None:
-            codes = (codes[0].appended(packed.codes), codes[1].appended(packed.bounds), codes[2])
+            codes = (codes[0].appended(packed.codes), codes[1].appended(packed.error_bounds), codes[2])
         self._rows, self._codes = grown, codes
         self._lay_out()
 
@@ -217,7 +219,7 @@ class CosineIndex:
         keep[gone] = False
         packed = self._packed
         if packed is not None:
-            packed = PackedKeys(_kept(packed.codes, keep), _kept(packed.bounds, keep), packed.direction)
+            packed = PackedKeys(_kept(packed.codes, keep), _kept(packed.error_bounds, keep), packed.direction)
         self._set(self.scan, None if self._keys is None else _kept(self._keys, keep), packed, self.exact)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -261,7 +263,7 @@ class CosineIndex:
                 if t.is_floating_point() and not t.isfinite().all():
                     raise ArtifactError(f"{path}: tensor {name!r} holds NaN or infinity")
         rows = tensors.get("rows")
-        packed = PackedKeys(*(tensors[f] for f in PackedKeys._fields)) if "codes" in tensors else None
+        packed = PackedKeys(*(tensors[f] for f in ("codes", "bounds", "direction"))) if "codes" in tensors else None
         if not _native.available():
             if rows is None:
                 raise ArtifactError(
@@ -281,7 +283,7 @@ def _layout(n: int, d: int, scan: str) -> dict[str, tuple[torch.dtype, tuple[int
     dtype = SCANS[scan]
     if dtype is not None:
         width = -(-d * dtype.itemsize // 64) * 64 // dtype.itemsize
-        tables |= {"codes": (dtype, (n, width)), "bounds": (torch.float32, (n, _native.KEY_BOUNDS))}
+        tables |= {"codes": (dtype, (n, width)), "bounds": (torch.float32, (n, cpu.KEY_BOUNDS))}
         tables["direction"] = (torch.float32, (d,))
     return tables
 

@@ -40,17 +40,24 @@ class ShardedIndex:
         """Keys of all ranks."""
         return self._total
 
-    def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    @property
+    def device(self) -> torch.device:
+        """Where this rank's keys are."""
+        return self.index.device
+
+    def search(self, queries: Tensor, k: int, ranges: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """As `CosineIndex.search`; every rank passes the same queries.
 
         Args:
-            queries: [B, d].
+            queries: [M, d].
             k: at least 1.
+            ranges: int64 [M, 2], over all ranks' keys.
 
         Returns:
-            scores float32 [B, k] and ids int64 [B, k], counted over all ranks' keys; -1 and -inf where there are fewer.
+            scores float32 [M, k] and ids int64 [M, k], counted over all ranks' keys; -1 and -inf where there are fewer.
         """
-        scores, ids = self.index.search(queries, k)
+        own = None if ranges is None else (ranges - self.first).clamp(0, len(self.index))
+        scores, ids = self.index.search(queries, k, own)
         ids = torch.where(ids >= 0, ids + self.first, ids)
         scores, ids = (torch.cat(self._gathered(t), 1) for t in (scores, ids))
         # Ranks come in the order of their ids, each with ties in the order of ids: a stable sort keeps it.

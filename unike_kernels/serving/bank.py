@@ -10,9 +10,9 @@ from torch import Tensor
 from ..artifacts.edit import Edit
 from ..errors import MismatchError, PatchError
 from ..nn import EditStore
-from ..nn.edit_store import check_distinct
+from ..nn.edit_store import check_distinct, token_rows
 from ..ops import ACTIVATIONS, EditPool
-from ..ops.patched_ffn import patched_ffn_of_distinct
+from ..ops.patched_ffn import PreparedNeurons
 
 
 class EditBank:
@@ -105,6 +105,38 @@ class EditBank:
             ValueError: another layer, no rows, or a row that names an edit more than once.
             PatchError: an unknown id; the message names the row.
         """
+        return self.prepared(layer, rows).pool
+
+    def apply(self, layer: int, x: Tensor, base: Tensor, rows: Sequence[Sequence[str]]) -> Tensor:
+        """base + the neurons of each row's edits on x (Eq. 3 and 6): [..., d], the tokens of the rows in equal runs.
+
+        Args:
+            layer: one of the bank's.
+            x: [..., d], the FFN's input.
+            base: [..., d], the FFN's output.
+            rows: see `pool`.
+
+        Raises ValueError and PatchError as `pool` does, ValueError for shapes that do not fit.
+        """
+        tokens = x.shape[:-1].numel()
+        if x.shape != base.shape or x.shape[-1] != self.hidden_size or (rows and tokens % len(rows)):
+            raise ValueError(
+                f"x, base: expected two of one shape [..., {self.hidden_size}], the tokens split evenly among "
+                f"{len(rows)} rows; got {list(x.shape)} and {list(base.shape)}"
+            )
+        return self.prepared(layer, rows)(x, base)
+
+    def prepared(
+        self, layer: int, rows: Sequence[Sequence[str]], tokens: Sequence[int] | None = None
+    ) -> PreparedNeurons:
+        """What `apply` calls: laid out once, and kept while the bank stays as it is, for a batch that comes again.
+
+        Args:
+            layer, rows: see `pool`.
+            tokens: how many of the batch's tokens belong to each row, in this order; None: equal runs.
+
+        Raises as `pool` does.
+        """
         if layer not in self._stores:
             raise ValueError(f"layer: expected one of {sorted(self._stores)}, got {layer}")
         if not rows:
@@ -112,15 +144,14 @@ class EditBank:
         for r, row in enumerate(rows):
             if unknown := [id for id in row if id not in self._edits]:
                 raise PatchError(f"rows[{r}]: unknown edit ids {unknown}")
+        store, counts = self._stores[layer], None if tokens is None else tuple(tokens)
+        if not store.empty:
+            return store.view(self.activation, tuple(map(tuple, rows)), counts)
         check_distinct(rows)
-        store = self._stores[layer]
-        if store.empty:
-            return self._nothing(len(rows))
-        return store.pool(tuple(map(tuple, rows)))
-
-    def apply(self, layer: int, x: Tensor, base: Tensor, rows: Sequence[Sequence[str]]) -> Tensor:
-        """base + the neurons of each row's edits on x (Eq. 3 and 6): [..., d], the tokens of the rows in equal runs."""
-        return patched_ffn_of_distinct(x, base, self.pool(layer, rows), activation=self.activation)
+        pool = self._nothing(len(rows))
+        return PreparedNeurons(
+            pool if counts is None else pool._replace(token_rows=token_rows(counts, self.device)), self.activation
+        )
 
     def _require(self, id: str) -> Edit:
         if id not in self._edits:

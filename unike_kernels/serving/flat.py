@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -69,7 +69,8 @@ class FlatModel:
                 i: MemoryTables(m.index, m.keys, m.values, m.encoder, memory.id).to(device)
                 for i, m in memory.layers.items()
             }
-        self._runs: list[tuple[slice, list[tuple[str, ...]]]] = []
+        self._rows: tuple[tuple[str, ...], ...] = ()
+        self._tokens: tuple[int, ...] = ()
         self._shifted = 0
         self._bounds: Tensor | None = None
         self._device = torch.device(device)
@@ -106,7 +107,8 @@ class FlatModel:
         for i, share in enumerate(shares):
             if len(set(share.edits)) != len(share.edits):
                 raise ValueError(f"shares[{i}].edits: expected distinct keys, got {list(share.edits)}")
-        self._runs = [(part, rows) for part, rows in _runs(shares) if any(rows)]
+        self._rows = tuple(tuple(share.edits) for share in shares)
+        self._tokens = tuple(share.tokens for share in shares)
         self._shifted, self._bounds = 0, None
         if self._tables and any(share.memory for share in shares):
             total = sum(share.tokens for share in shares)
@@ -130,14 +132,14 @@ class FlatModel:
 
     def end(self) -> None:
         """No pass is edited any more, until the next `begin`."""
-        self._runs, self._shifted, self._bounds = [], 0, None
+        self._rows, self._tokens, self._shifted, self._bounds = (), (), 0, None
 
     def ffn(self, layer: int, x: Tensor, out: Tensor) -> None:
         """Add the neurons of each request's edits to `out`, the FFN's output on `x`, in place. Both [T, d]."""
-        if not self.bank.has_neurons(layer):
+        if not self.bank.has_neurons(layer) or not any(self._rows):
             return
-        for part, rows in self._runs:
-            out[part] = self.bank.apply(layer, x[part], out[part], rows)
+        own = slice(sum(self._tokens))  # padding is behind
+        self.bank.prepared(layer, self._rows, self._tokens)(x[own], out[own], out[own])
 
     def attention(self, layer: int, hidden: Tensor, out: Tensor) -> None:
         """Shift `out`, the attention's output on `hidden`, in place. Both [T, d]."""
@@ -145,7 +147,7 @@ class FlatModel:
         if tables is None or not self._shifted or self.memory is None:
             return
         h, o = hidden[: self._shifted], out[: self._shifted]
-        o.copy_(shift_tokens(tables, self.memory.config, h, h.unsqueeze(1), o, self._bounds))
+        shift_tokens(tables, self.memory.config, h, h.unsqueeze(1), o, self._bounds, out=o)
 
 
 def check_memory(memory: MemoryBank) -> None:
@@ -179,23 +181,3 @@ def remembers(memory: MemoryBank | None, asked: bool | str | None) -> bool | str
     elif asked not in (True, False):
         raise ValueError(f"unike_memory: expected true, false or the name of a tenant, got {asked!r:.80}")
     return asked if isinstance(asked, str) else bool(asked) and memory is not None
-
-
-def _runs(shares: Sequence[Share]) -> Iterator[tuple[slice, list[tuple[str, ...]]]]:
-    """The tokens of each request that has several, and of requests of one token in a row: an edit set for each row."""
-    start, rows = 0, list[tuple[str, ...]]()
-    at = 0
-    for share in shares:
-        if share.tokens == 1:
-            if not rows:
-                start = at
-            rows.append(share.edits)
-        else:
-            if rows:
-                yield slice(start, at), rows
-                rows = []
-            if share.tokens:
-                yield slice(at, at + share.tokens), [share.edits]
-        at += share.tokens
-    if rows:
-        yield slice(start, at), rows

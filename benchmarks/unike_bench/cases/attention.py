@@ -134,7 +134,7 @@ def _fused_with_retrieval(layer: Layer) -> Run:
         check_close(out, layer.expected(ids))
 
     assert layer.packed is not None
-    return Run(call, check, layer.bound(layer.truth.ids, layer.packed.codes, layer.packed.bounds))
+    return Run(call, check, layer.bound(layer.truth.ids, layer.packed.codes, layer.packed.error_bounds))
 
 
 def _torch_with_retrieval(layer: Layer) -> Run:

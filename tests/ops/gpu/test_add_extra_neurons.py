@@ -14,7 +14,7 @@ from unike_kernels import BackendUnavailableError, ops
 from unike_kernels.ops import _backend, _triton
 from unike_kernels.ops.patched_ffn import triton as forward
 from unike_kernels.ops.patched_ffn import triton_backward as backward
-from unike_kernels.ops.patched_ffn.reference import activate, activate_slope, token_slots
+from unike_kernels.ops.patched_ffn.reference import ExtraOperands, activate, activate_slope, token_slots
 
 # Edit 3 takes two steps of 16 neurons.
 SIZES, ROWS = (3, 1, 0, 18), ([3, 2, 0], [], [1, 0])
@@ -240,7 +240,9 @@ def test_what_it_does_not_take_is_refused(on_gpu):
         with pytest.raises(BackendUnavailableError, match="works in float32, the tensors are float64"):
             ops.patched_ffn(x, base, pool, activation="relu")
         with pytest.raises(BackendUnavailableError, match="runs on cpu, the tensors are on meta"):
-            _backend.dispatch("add_extra_neurons", x.float().to("meta"))
+            _backend.dispatch(
+                "add_extra_neurons", ExtraOperands(x.float().to("meta"), base.float().to("meta"), pool, "relu")
+            )
 
 
 def test_nothing_is_allocated_where_memory_is_given(allocates_nothing):

@@ -57,9 +57,9 @@ def test_bounds_strides_and_queries_that_are_not_finite(launched):
     queries, keys = case(4, 200, 40, torch.float32)
     queries, keys = queries.repeat(1, 2)[:, 3:40], keys.repeat(1, 2)[:, 5:42]
     queries[2, 36], queries[3, 0] = float("nan"), float("-inf")
-    bounds = torch.tensor([[10, 190], [0, 3], [0, 200], [0, 200]])
-    result, _ = launched(lambda: kernel.cosine_topk(queries, keys, 6, bounds=bounds))
-    same(result, reference.cosine_topk(queries, keys, 6, bounds=bounds))
+    ranges = torch.tensor([[10, 190], [0, 3], [0, 200], [0, 200]])
+    result, _ = launched(lambda: kernel.cosine_topk(queries, keys, 6, ranges=ranges))
+    same(result, reference.cosine_topk(queries, keys, 6, ranges=ranges))
     assert (result[1][2:] == -1).all()
 
 
@@ -96,8 +96,8 @@ def test_what_the_kernel_does_not_take(launched):
     result, session = launched(lambda: kernel.cosine_topk(queries, keys, kernel.MOST_RESULTS + 1))
     assert not session.launches
     same(result, reference.cosine_topk(queries, keys, kernel.MOST_RESULTS + 1))
-    with pytest.raises(ValueError, match="bounds: expected 0 <= start <= stop"):
-        kernel.cosine_topk(queries, keys, 3, bounds=torch.tensor([[0, 301], [0, 1]]))
+    with pytest.raises(ValueError, match="ranges: expected 0 <= start <= stop"):
+        kernel.cosine_topk(queries, keys, 3, ranges=torch.tensor([[0, 301], [0, 1]]))
 
 
 @pytest.mark.parametrize("together", [1, 4])

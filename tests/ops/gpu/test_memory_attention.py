@@ -22,16 +22,16 @@ class Memory(Case):
         self.hidden, index = torch.randn(tokens, d).to(dtype), torch.randn(n, d)
         index[n // 2 :] = index[: n - n // 2]
         self.index = search.normalize_rows(index)
-        self.bounds_of_ids = torch.tensor([[0, n]] * tokens) if bounded else None
+        self.ranges = torch.tensor([[0, n]] * tokens) if bounded else None
         if bounded:
-            self.bounds_of_ids[-1], self.bounds_of_ids[0] = 3, torch.tensor([n // 2, n])
+            self.ranges[-1], self.ranges[0] = 3, torch.tensor([n // 2, n])
         self.k = k
-        self.ids = search.cosine_topk(self.hidden, self.index, k, True, self.bounds_of_ids)[1]
+        self.ids = search.cosine_topk(self.hidden, self.index, k, True, self.ranges)[1]
 
     def run(self, **given):
         queries, inputs, keys, values, _, *gate = self.operands()
         return kernel.memory_attention(
-            self.hidden, self.index, self.k, self.bounds_of_ids, queries, inputs, keys, values, *gate, self.projected,
+            self.hidden, self.index, self.k, self.ranges, queries, inputs, keys, values, *gate, None, self.projected,
             **given,
         )  # fmt: skip
 
@@ -101,7 +101,7 @@ def test_launches_of_a_layer_share_a_workspace(launched):
         found = []
         for case in (one, other):
             found.append(case.run(workspace=workspace))
-            ids = retrieval.cosine_topk(case.hidden, case.index, 4, True, case.bounds_of_ids, workspace=workspace)[1]
+            ids = retrieval.cosine_topk(case.hidden, case.index, 4, True, case.ranges, workspace=workspace)[1]
             found.append((*Case.run(case, workspace=workspace), ids))
         return found
 
@@ -124,7 +124,7 @@ def test_the_operator_chooses_it(on_gpu):
         with ops.backend(backend), on_gpu() as session:
             results[backend] = ops.memory_attention(
                 case.hidden, case.inputs, case.index, case.keys, case.values, case.encoder, k=4, queries=case.queries,
-                scale=case.blend.scale, projected=case.projected, bounds=case.bounds_of_ids,
+                scale=case.blend.scale, projected=case.projected, ranges=case.ranges,
             )  # fmt: skip
         assert len(session.launches) == (1 if backend == "triton" else 0)
     for got, wanted in zip(results["triton"], results["reference"], strict=True):

@@ -12,10 +12,28 @@ gradient checks).
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 LANES = 16
+
+
+class SearchOperands(NamedTuple):
+    """What `cosine_topk` is called with, here and in every kernel."""
+
+    queries: Tensor  # [M, d]
+    keys: Tensor  # [N, d]
+    k: int
+    normalized: bool = False  # keys are unit rows already
+    ranges: Tensor | None = None  # int64 [M, 2], the keys that each query sees
+    packed: tuple[Tensor, Tensor, Tensor] | None = None  # `PackedKeys`, for kernels that scan them
+
+    @property
+    def like(self) -> Tensor:
+        """Its device and dtype choose the backend."""
+        return self.queries
 
 
 def canonical_dot(a: Tensor, b: Tensor) -> Tensor:
@@ -48,30 +66,35 @@ def normalize_rows(x: Tensor) -> Tensor:
     return unit if x.dtype == torch.float64 else unit.float()
 
 
-def _check_bounds(bounds: Tensor, n: int) -> None:
-    start, stop = bounds.unbind(-1)
+def _check_ranges(ranges: Tensor, n: int) -> None:
+    start, stop = ranges.unbind(-1)
     bad = ((start < 0) | (start > stop) | (stop > n)).nonzero()
     if len(bad):
         row = int(bad[0])
-        raise ValueError(f"bounds: expected 0 <= start <= stop <= n = {n}, row {row} is {bounds[row].tolist()}")
+        raise ValueError(f"ranges: expected 0 <= start <= stop <= n = {n}, row {row} is {ranges[row].tolist()}")
 
 
 def cosine_topk(
-    queries: Tensor, keys: Tensor, k: int, normalized: bool = False, bounds: Tensor | None = None
+    queries: Tensor,
+    keys: Tensor,
+    k: int,
+    normalized: bool = False,
+    ranges: Tensor | None = None,
+    packed: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The k keys of highest cosine for each query: scores [M, k] and ids int64 [M, k]; see the package docstring."""
+    """The k keys of highest cosine for each query: scores [M, k] and ids int64 [M, k]; see `SearchOperands`."""
     q = normalize_rows(queries)
     keys = keys.to(q.dtype)
     keys = keys if normalized else normalize_rows(keys)
     m, n = q.shape[0], keys.shape[0]
-    if bounds is not None:
-        _check_bounds(bounds, n)
+    if ranges is not None:
+        _check_ranges(ranges, n)
     with torch.no_grad():
         scores = canonical_dot(q.unsqueeze(1), keys.unsqueeze(0)).to(q.dtype) + 0.0
         position = torch.arange(n, dtype=torch.int64, device=q.device)
         allowed = q.isfinite().all(-1, keepdim=True).expand(m, n)
-        if bounds is not None:
-            allowed = allowed & (position >= bounds[:, :1]) & (position < bounds[:, 1:])
+        if ranges is not None:
+            allowed = allowed & (position >= ranges[:, :1]) & (position < ranges[:, 1:])
         scores = torch.where(allowed, scores, float("-inf"))
         best, ids = scores.sort(dim=-1, descending=True, stable=True)
         best, ids = best[:, :k], ids[:, :k]

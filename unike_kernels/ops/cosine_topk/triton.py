@@ -88,7 +88,7 @@ def better(best, others):
 
 @triton.jit
 def search(
-    block, queries, keys, bounds, scores, ids, units, lists, counters, m, n, d, query_stride, key_stride, k, splits,
+    block, queries, keys, ranges, scores, ids, units, lists, counters, m, n, d, query_stride, key_stride, k, splits,
     per_split, NORMALIZED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, LISTS: tl.constexpr,
 ):  # fmt: skip
     """What a block does of the search. Without scores only the ids are stored."""
@@ -110,9 +110,9 @@ def search(
 
     low = tl.zeros((BM, 1), tl.int64)
     high = low + n
-    if bounds is not None:
-        low = tl.load(bounds + 2 * query, mask=query < m, other=0).to(tl.int64)[:, None]
-        high = tl.load(bounds + 2 * query + 1, mask=query < m, other=0).to(tl.int64)[:, None]
+    if ranges is not None:
+        low = tl.load(ranges + 2 * query, mask=query < m, other=0).to(tl.int64)[:, None]
+        high = tl.load(ranges + 2 * query + 1, mask=query < m, other=0).to(tl.int64)[:, None]
     best = tl.full((BM, BN), NOTHING, tl.int64)
     for first in range(split * per_split, tl.minimum((split + 1) * per_split, n), BN):
         key_ids = first + tl.arange(0, BN)
@@ -165,12 +165,12 @@ def search(
 
 @triton.jit(do_not_specialize=["m", "n", "k", "splits", "per_split"])
 def cosine_topk_kernel(
-    queries, keys, bounds, scores, ids, units, lists, counters, m, n, d, query_stride, key_stride, k, splits, per_split,
+    queries, keys, ranges, scores, ids, units, lists, counters, m, n, d, query_stride, key_stride, k, splits, per_split,
     NORMALIZED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, LISTS: tl.constexpr,
 ):  # fmt: skip
     """See above."""
     search(
-        tl.program_id(0), queries, keys, bounds, scores, ids, units, lists, counters, m, n, d, query_stride, key_stride,
+        tl.program_id(0), queries, keys, ranges, scores, ids, units, lists, counters, m, n, d, query_stride, key_stride,
         k, splits, per_split, NORMALIZED, BM, BN, LISTS,
     )  # fmt: skip
 
@@ -205,15 +205,16 @@ def cosine_topk(
     keys: Tensor,
     k: int,
     normalized: bool = False,
-    bounds: Tensor | None = None,
+    ranges: Tensor | None = None,
+    packed: tuple[Tensor, Tensor, Tensor] | None = None,
     *,
     out: tuple[Tensor, Tensor] | None = None,
     workspace: Workspace | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The canonical top-k of `reference.cosine_topk` in one launch; queries [M, d] and keys [N, d], not float64.
 
-    More than 256 results a query are left to the definition. Bounds are read back to be checked: without them nothing
-    waits for the device.
+    More than 256 results a query are left to the definition, and packed keys are not read. Ranges are read back to be
+    checked: without them nothing waits for the device.
 
     Args:
         out: scores float32 [M, k] and ids int64 [M, k], contiguous; None: new tensors.
@@ -221,11 +222,11 @@ def cosine_topk(
     """
     (m, d), n = queries.shape, len(keys)
     if k > MOST_RESULTS or keys.dtype == torch.float64 or n >= 2**31 or n == 0:
-        results = reference.cosine_topk(queries, keys, k, normalized, bounds)
+        results = reference.cosine_topk(queries, keys, k, normalized, ranges)
         return results if out is None else (out[0].copy_(results[0]), out[1].copy_(results[1]))
-    if bounds is not None:
-        reference._check_bounds(bounds, n)
-        bounds = bounds.contiguous()
+    if ranges is not None:
+        reference._check_ranges(ranges, n)
+        ranges = ranges.contiguous()
     if out is None:
         out = queries.new_empty((m, k), dtype=torch.float32), queries.new_empty((m, k), dtype=torch.int64)
     if m == 0:
@@ -235,7 +236,7 @@ def cosine_topk(
     workspace = workspace or workspace_of(queries.device)
     units, lists = workspace.floats(*t.scratch(d))
     cosine_topk_kernel[(t.groups * t.splits,)](
-        queries, keys, bounds, *out, units, lists.view(torch.int64), workspace.counters, m, n, d,
+        queries, keys, ranges, *out, units, lists.view(torch.int64), workspace.counters, m, n, d,
         queries.stride(0), keys.stride(0), k, t.splits, t.per_split,
         normalized, t.together, t.tile, LISTS, num_warps=WARPS, **options(cooperative=False),
     )  # fmt: skip

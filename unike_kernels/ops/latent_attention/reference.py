@@ -40,6 +40,48 @@ class Blend(NamedTuple):
     norm: str
 
 
+class LatentOperands(NamedTuple):
+    """What `latent_attention` is called with, here and in every kernel."""
+
+    queries: Tensor  # [M, H, c]
+    inputs: Tensor  # [M, d]
+    keys: Tensor  # [N, H, c]
+    values: Tensor  # [N, H, d]
+    ids: Tensor  # int64 [R, k]; R rows share the M tokens evenly
+    encoder: SemanticEncoder
+    alpha: Tensor | None  # [1] or [M], a given gate instead of the computed one
+    anchor: Tensor | None  # [R, d], compared with Enc_sem(h_know) instead of the inputs
+    blend: Blend
+    projected: Tensor | None = None  # [N, H, r], the values by w1, for kernels that save a product with them
+
+    @property
+    def like(self) -> Tensor:
+        """Its device and dtype choose the backend."""
+        return self.inputs
+
+
+class LatentBackwardOperands(NamedTuple):
+    """What `latent_attention_backward` is called with: two gradients, then `LatentOperands`."""
+
+    grad: Tensor  # [M, d]
+    grad_alpha: Tensor  # [M]
+    queries: Tensor
+    inputs: Tensor
+    keys: Tensor
+    values: Tensor
+    ids: Tensor
+    encoder: SemanticEncoder
+    alpha: Tensor | None
+    anchor: Tensor | None
+    blend: Blend
+    projected: Tensor | None = None
+
+    @property
+    def like(self) -> Tensor:
+        """Its device and dtype choose the backend."""
+        return self.inputs
+
+
 class _Steps(NamedTuple):
     """What forward and backward both need, in the wide dtype."""
 
@@ -123,11 +165,11 @@ def latent_attention(
     alpha: Tensor | None,
     anchor: Tensor | None,
     blend: Blend,
+    projected: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The shifted attention output [M, d] and alpha [M].
 
-    queries [M, H, c], inputs [M, d], keys [N, H, c], values [N, H, d], ids [M or R, k] (R rows share M tokens evenly),
-    alpha: a given gate [1] or [M] instead of the computed one, anchor [R, d] instead of inputs.
+    The arguments are those of `LatentOperands`; the definition has no use for projected values.
     """
     s = _steps(queries, inputs, keys, values, ids, encoder, alpha, anchor, blend)
     know = s.know * s.stretch.unsqueeze(-1)
@@ -149,6 +191,7 @@ def latent_attention_backward(
     alpha: Tensor | None,
     anchor: Tensor | None,
     blend: Blend,
+    projected: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradients to queries, inputs, a given alpha and a given anchor. The memory and Enc_sem are constants."""
     s = _steps(queries, inputs, keys, values, ids, encoder, alpha, anchor, blend)

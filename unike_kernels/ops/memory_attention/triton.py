@@ -32,7 +32,7 @@ search, attend = retrieval.search, latent.attend
     ]
 )  # fmt: skip
 def memory_attention_kernel(
-    searched, index, bounds, units, lists, searched_stride, index_stride, n, splits, per_split, searching, attending,
+    searched, index, ranges, units, lists, searched_stride, index_stride, n, splits, per_split, searching, attending,
     queries, inputs, keys, values, projected, ids, w1, b1, w2, b2, given, anchor, out, alpha,
     scores, hidden, know, squares, cosines, counters, everybody,
     query_stride, input_stride, key_stride, value_stride, projected_stride, anchor_stride, given_stride,
@@ -46,7 +46,7 @@ def memory_attention_kernel(
     block = tl.program_id(0)
     if block < searching:
         search(
-            block, searched, index, bounds, None, ids, units, lists, counters, tokens, n, d, searched_stride,
+            block, searched, index, ranges, None, ids, units, lists, counters, tokens, n, d, searched_stride,
             index_stride, k, splits, per_split, True, TOGETHER, TILE, LISTS,
         )  # fmt: skip
     meet(everybody, tl.num_programs(0), block == 0)
@@ -64,7 +64,7 @@ def memory_attention(
     hidden: Tensor,
     index: Tensor,
     k: int,
-    bounds: Tensor | None,
+    ranges: Tensor | None,
     queries: Tensor,
     inputs: Tensor,
     keys: Tensor,
@@ -73,6 +73,7 @@ def memory_attention(
     alpha: Tensor | None,
     anchor: Tensor | None,
     blend: Blend,
+    packed: tuple[Tensor, Tensor, Tensor] | None = None,
     projected: Tensor | None = None,
     *,
     out: tuple[Tensor, Tensor, Tensor] | None = None,
@@ -80,8 +81,8 @@ def memory_attention(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The shifted output, alpha and the ids. Any dtypes but float64; see `reference.memory_attention`.
 
-    In one launch for up to 64 tokens and 256 entries of each, else in two. Bounds are not read back to be checked, so
-    that nothing waits for the device: they are clipped to the index.
+    In one launch for up to 64 tokens and 256 entries of each, else in two. Packed keys are not read. Ranges are not
+    read back to be checked, so that nothing waits for the device: they are clipped to the index.
 
     Args:
         out: [M, d], float32 [M] and int64 [M, k], contiguous; None: new ones.
@@ -99,7 +100,7 @@ def memory_attention(
     if s is None or s.groups * s.splits > multiprocessors():
         gate = encoder, alpha, anchor, blend, projected
         found = torch.empty((m, k), dtype=torch.float32, device=index.device), out[2]
-        retrieval.cosine_topk(hidden, index, k, True, bounds, out=found, workspace=workspace)
+        retrieval.cosine_topk(hidden, index, k, True, ranges, out=found, workspace=workspace)
         latent.latent_attention(queries, inputs, keys, values, out[2], *gate, out=out[:2], workspace=workspace)
         return out
     t = latent.tiling(
@@ -107,7 +108,7 @@ def memory_attention(
         m if anchor is None else anchor.shape[0], multiprocessors(),
     )  # fmt: skip
     hidden, index = last_contiguous(hidden), last_contiguous(index)
-    bounds = None if bounds is None else bounds.contiguous()
+    ranges = None if ranges is None else ranges.contiguous()
     queries, inputs, keys, values, encoder, anchor, projected = latent.operands(
         queries, inputs, keys, values, encoder, anchor, projected
     )
@@ -115,7 +116,7 @@ def memory_attention(
     units, lists, *scratch = workspace.floats(*s.scratch(d), *t.scratch)
     searching, attending = s.groups * s.splits, t.teams * t.slices
     memory_attention_kernel[(max(searching, attending),)](
-        hidden, index, bounds, units, lists.view(torch.int64), hidden.stride(0), index.stride(0), n, s.splits,
+        hidden, index, ranges, units, lists.view(torch.int64), hidden.stride(0), index.stride(0), n, s.splits,
         s.per_split, searching, attending,
         queries, inputs, keys, values, projected, out[2], *encoder, alpha, anchor, *out[:2], *scratch,
         workspace.counters, workspace.counters[EVERYBODY:],

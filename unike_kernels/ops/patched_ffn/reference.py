@@ -77,6 +77,48 @@ class FFNWeights(NamedTuple):
     b_out: Tensor | None  # [d]
 
 
+class ExtraOperands(NamedTuple):
+    """What `add_extra_neurons` is called with, here and in every kernel."""
+
+    x: Tensor  # [M, d]
+    base: Tensor  # [M, d], the output of the base FFN
+    pool: EditPool
+    activation: str
+
+    @property
+    def like(self) -> Tensor:
+        """Its device and dtype choose the backend: a float64 base keeps its bits where there is no edit."""
+        return self.base if self.base.dtype == torch.float64 else self.x
+
+
+class ExtraBackwardOperands(NamedTuple):
+    """What `add_extra_neurons_backward` is called with, here and in every kernel."""
+
+    grad: Tensor  # [M, d]
+    x: Tensor  # [M, d]
+    pool: EditPool
+    activation: str
+
+    @property
+    def like(self) -> Tensor:
+        """Its device and dtype choose the backend."""
+        return self.grad if self.grad.dtype == torch.float64 else self.x
+
+
+class FusedOperands(NamedTuple):
+    """What `patched_ffn` is called with, here and in every kernel."""
+
+    x: Tensor  # [M, d]
+    base: FFNWeights
+    pool: EditPool
+    activation: str
+
+    @property
+    def like(self) -> Tensor:
+        """Its device and dtype choose the backend."""
+        return self.x
+
+
 class ExtraGradients(NamedTuple):
     """Gradients of the trainable part of an EditPool, and of the FFN's input."""
 

@@ -1,0 +1,119 @@
+"""The exact search on a CUDA device: its calls on torch tensors (csrc/include/unike/cuda.h)."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from ... import _native
+from .cpu import SCANS
+from .reference import normalize_rows
+
+
+@functools.cache
+def missing() -> str | None:
+    """Why the CUDA kernels cannot run on this machine, or None."""
+    if not _native.available():
+        return _native.reason()
+    try:
+        count = _native.core().cuda_devices()
+    except RuntimeError as error:
+        return str(error)
+    return None if count and torch.cuda.is_available() else "torch sees no CUDA device"
+
+
+class SearchWorkspace:
+    """Memory of a device for searches that come one after another: those of one stream."""
+
+    _STATE = 64  # bytes, UNIKE_CUDA_STATE_BYTES: zero at first
+
+    def __init__(self, device: torch.device) -> None:
+        self._memory = [torch.zeros(self._STATE, dtype=torch.uint8, device=device)]
+
+    def sized(self, size: int) -> Tensor:
+        """At least so many bytes."""
+        if self._memory[-1].numel() < size:
+            # The earlier ones stay: a captured graph may use them.
+            self._memory.append(torch.zeros(size, dtype=torch.uint8, device=self._memory[0].device))
+        return self._memory[-1]
+
+
+@functools.lru_cache(maxsize=64)
+def workspace_of(device: torch.device, stream: int) -> SearchWorkspace:
+    """That of a stream."""
+    return SearchWorkspace(device)
+
+
+def search(
+    queries: Tensor,
+    rows: Tensor | None,
+    packed: tuple[Tensor, Tensor, Tensor] | None,
+    k: int,
+    ranges: Tensor | None = None,
+    *,
+    values: Tensor | None = None,
+    workspace: SearchWorkspace | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`Keys.search` on a CUDA device, in its current stream and without waiting for it (csrc/include/unike/cuda.h).
+
+    Args:
+        queries: float32 or bfloat16 [m, d] on the device of everything else.
+        rows, packed: as `Keys` takes them. Without `packed` the rows are scanned, and copied if they are not aligned.
+        k: how many.
+        ranges: as of `Keys.search`; one outside the keys gives ids -1 and scores NaN.
+        values: [n, ...] contiguous; their rows of the keys that are found are gathered.
+        workspace: None: that of the current stream.
+
+    Returns:
+        scores, float32 [m, k]; ids, int64 [m, k]; None, or the values [m, k, ...], zeros where there is no key.
+    """
+    queries = queries if queries.stride(1) == 1 else queries.contiguous()
+    if rows is not None:
+        rows = rows if rows.stride(1) == 1 else rows.contiguous()
+        if packed is None and (rows.stride(0) % 4 or rows.data_ptr() % 16):
+            rows = torch.nn.functional.pad(rows, (0, -rows.shape[1] % 4))[:, : rows.shape[1]]
+    (m, d), device = queries.shape, queries.device
+    codes = packed[0] if packed is not None else None
+    n = len(rows) if rows is not None else len(codes)  # type: ignore[arg-type]
+    addresses = [_native.address(rows), 0 if rows is None else rows.stride(0), 0, 0, 0, 0]
+    if packed is not None:
+        addresses[2:] = SCANS[packed[0].dtype][0], *(t.data_ptr() for t in packed)
+    keys = _native.core().Keys(n, d, *addresses)
+    scores = torch.empty(m, k, dtype=torch.float32, device=device)
+    ids = torch.empty(m, k, dtype=torch.int64, device=device)
+    gathered, value_bytes = None, 0
+    if values is not None:
+        gathered = torch.empty(m, k, *values.shape[1:], dtype=values.dtype, device=device)
+        value_bytes = values[0].nbytes if len(values) else 0
+    ranges = None if ranges is None else ranges.contiguous()
+    stream = torch.cuda.current_stream(device).cuda_stream
+    workspace = workspace or workspace_of(device, stream)
+    memory = workspace.sized(_native.core().cuda_cosine_topk_workspace(keys, m, k, device.index))
+    _native.core().cuda_cosine_topk(
+        keys, _native.rows(queries), m, k, _native.address(ranges), scores.data_ptr(), ids.data_ptr(),
+        _native.address(values), value_bytes, _native.address(gathered), memory.data_ptr(), memory.numel(),
+        device.index, stream,
+    )  # fmt: skip
+    return scores, ids, gathered
+
+
+def refuse(t: Tensor) -> str | None:
+    """Why the kernel cannot run on a tensor like this, or None."""
+    if t.device.type != "cuda":
+        return f"it runs on CUDA devices, the tensors are on {t.device}"
+    return "it works in float32, the tensors are float64" if t.dtype == torch.float64 else None
+
+
+def cosine_topk(
+    queries: Tensor,
+    keys: Tensor,
+    k: int,
+    normalized: bool = False,
+    ranges: Tensor | None = None,
+    packed: tuple[Tensor, Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """See `SearchOperands`."""
+    rows = keys.float() if normalized else normalize_rows(_native.native_dtype(keys)).float()
+    return search(_native.native_dtype(queries), rows, packed, k, ranges)[:2]

@@ -1,0 +1,289 @@
+"""The FFN with extra key-value neurons, steered by beta * zeta' (paper, Eq. 3 and 6).
+
+Two operators: `unike::add_extra_neurons` adds the neurons to the output of any base FFN, computed elsewhere
+(`base="vendor"`), and `unike::patched_ffn` computes base and neurons together (`base="fused"`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ... import _native
+from .. import _backend, _check, _library
+from . import cpu, reference
+from .reference import (
+    ACTIVATIONS,
+    EditPool,
+    ExtraBackwardOperands,
+    ExtraOperands,
+    FFNWeights,
+    FusedOperands,
+)
+
+_POOL = (
+    "Tensor keys, Tensor key_bias, Tensor? up, Tensor? up_bias, Tensor values, Tensor zeta, Tensor beta, "
+    "Tensor indptr, Tensor row_indptr, Tensor row_edits, Tensor? token_rows"
+)
+_BASE = "Tensor w_in, Tensor? b_in, Tensor? w_up, Tensor? b_up, Tensor w_out, Tensor? b_out"
+_BASE_SIZE = len(FFNWeights._fields)
+FUSED_TOKENS = 64  # up to which reading the weights, and no arithmetic, bounds base and neurons on a GPU
+
+for _op in ("add_extra_neurons", "add_extra_neurons_backward"):
+    _backend.register(_op, "reference", getattr(reference, _op))
+    _backend.register_native(_op, getattr(cpu, _op))
+_backend.register_triton("add_extra_neurons", f"{__package__}.triton")
+_backend.register_triton("add_extra_neurons_backward", f"{__package__}.triton_backward")
+
+
+def _fused_reference(x: Tensor, base: FFNWeights, pool: EditPool, activation: str) -> Tensor:
+    return reference.add_extra_neurons(x, reference.base_ffn(x, base, activation), pool, activation)
+
+
+_backend.register("patched_ffn", "reference", _fused_reference)
+_backend.register_triton("patched_ffn", f"{__package__}.triton_fused")
+
+
+def _run_add(x: Tensor, base_out: Tensor, *rest: Any) -> Tensor:
+    out: Tensor = _backend.call("add_extra_neurons", ExtraOperands(x, base_out, EditPool(*rest[:-1]), rest[-1]))
+    return out
+
+
+def _run_fused(x: Tensor, *rest: Any) -> Tensor:
+    base, pool = FFNWeights(*rest[:_BASE_SIZE]), EditPool(*rest[_BASE_SIZE:-1])
+    out: Tensor = _backend.call("patched_ffn", FusedOperands(x, base, pool, rest[-1]))
+    return out
+
+
+def _pack(grads: tuple[Tensor | None, ...], like: Tensor) -> list[Tensor]:
+    """An operator returns tensors only: an empty one stands for None."""
+    return [like.new_empty(0, dtype=like.dtype) if g is None else g for g in grads]
+
+
+def _run_extra_backward(grad: Tensor, x: Tensor, *rest: Any) -> list[Tensor]:
+    operands = ExtraBackwardOperands(grad, x, EditPool(*rest[:-1]), rest[-1])
+    return _pack(_backend.call("add_extra_neurons_backward", operands), x)
+
+
+def _fake_extra_backward(grad: Tensor, x: Tensor, *rest: Any) -> list[Tensor]:
+    return [
+        torch.empty_like(x),
+        *(x.new_empty(0, dtype=x.dtype) if t is None else torch.empty_like(t) for t in rest[:7]),
+    ]
+
+
+def _run_base_backward(grad: Tensor, x: Tensor, *rest: Any) -> list[Tensor]:
+    grad_x, grads = reference.base_ffn_backward(grad, x, FFNWeights(*rest[:-1]), rest[-1])
+    return [grad_x, *_pack(grads, x)]
+
+
+def _fake_base_backward(grad: Tensor, x: Tensor, *rest: Any) -> list[Tensor]:
+    return [
+        torch.empty_like(x),
+        *(x.new_empty(0, dtype=x.dtype) if t is None else torch.empty_like(t) for t in rest[:-1]),
+    ]
+
+
+def _unpack(grads: list[Tensor], inputs: tuple[Any, ...]) -> list[Tensor | None]:
+    return [None if t is None else g for g, t in zip(grads, inputs, strict=True)]
+
+
+def _setup_add(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, _, *rest = inputs
+    ctx.save_for_backward(x, *rest[:-1])
+    ctx.activation = rest[-1]
+
+
+def _backward_add(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, *pool = ctx.saved_tensors
+    grads = torch.ops.unike.add_extra_neurons_backward(grad, x, *pool, ctx.activation)
+    grad_x, *grad_pool = _unpack(grads, (x, *pool[:7]))
+    return grad_x, grad, *grad_pool, None, None, None, None, None
+
+
+def _setup_fused(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:-1])
+    ctx.activation = inputs[-1]
+
+
+def _backward_fused(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, *rest = ctx.saved_tensors
+    base, pool = rest[:_BASE_SIZE], rest[_BASE_SIZE:]
+    extra = torch.ops.unike.add_extra_neurons_backward(grad, x, *pool, ctx.activation)
+    grad_x, *grad_pool = _unpack(extra, (x, *pool[:7]))
+    through = torch.ops.unike.base_ffn_backward(grad, x, *base, ctx.activation)
+    through_x, *grad_base = _unpack(through, (x, *base))
+    assert grad_x is not None and through_x is not None
+    return grad_x + through_x, *grad_base, *grad_pool, None, None, None, None, None
+
+
+_library.define(
+    f"add_extra_neurons(Tensor x, Tensor base_out, {_POOL}, str activation) -> Tensor",
+    _run_add,
+    lambda x, base_out, *_: torch.empty_like(base_out),
+    setup_context=_setup_add,
+    backward=_backward_add,
+)
+_library.define(
+    f"add_extra_neurons_backward(Tensor grad, Tensor x, {_POOL}, str activation) -> Tensor[]",
+    _run_extra_backward,
+    _fake_extra_backward,
+)
+_library.define(
+    f"patched_ffn(Tensor x, {_BASE}, {_POOL}, str activation) -> Tensor",
+    _run_fused,
+    lambda x, *_: torch.empty_like(x),
+    setup_context=_setup_fused,
+    backward=_backward_fused,
+)
+_library.define(
+    f"base_ffn_backward(Tensor grad, Tensor x, {_BASE}, str activation) -> Tensor[]",
+    _run_base_backward,
+    _fake_base_backward,
+)
+
+
+def _check_pool(x: Tensor, pool: EditPool) -> None:
+    _check.instance("pool", pool, EditPool)
+    d = x.shape[-1]
+    _check.floating("pool.keys", pool.keys, (None, d))
+    p = pool.keys.shape[0]
+    _check.floating("pool.key_bias", pool.key_bias, (p,))
+    _check.floating("pool.values", pool.values, (p, d))
+    _check.floating("pool.zeta", pool.zeta, (None, d))
+    edits = pool.zeta.shape[0]
+    _check.floating("pool.beta", pool.beta, (edits,))
+    if (pool.up is None) != (pool.up_bias is None):
+        raise ValueError("pool: gated neurons need both up and up_bias, only one was given")
+    if pool.up is not None and pool.up_bias is not None:
+        _check.floating("pool.up", pool.up, (p, d))
+        _check.floating("pool.up_bias", pool.up_bias, (p,))
+    _check.integer("pool.indptr", pool.indptr, (edits + 1,))
+    _check.integer("pool.row_indptr", pool.row_indptr, (None,))
+    _check.integer("pool.row_edits", pool.row_edits, (None,))
+    rows, tokens = pool.row_indptr.shape[0] - 1, x.shape[:-1].numel()
+    if pool.token_rows is not None:
+        _check.integer("pool.token_rows", pool.token_rows, (tokens,))
+    elif rows < 1 or tokens % rows:
+        raise ValueError(f"pool.row_indptr: {tokens} tokens cannot be split evenly among {rows} rows")
+    _check.same_device("x", x, **{f"pool.{name}": t for name, t in pool._asdict().items()})
+
+
+def add_extra_neurons(x: Tensor, base: Tensor, pool: EditPool, activation: str) -> Tensor:
+    """`patched_ffn` for a base computed elsewhere, unchecked: for callers that made the pool themselves."""
+    rows = (x.reshape(-1, x.shape[-1]), base.reshape(-1, x.shape[-1]))
+    out: Tensor = _library.call("add_extra_neurons", x, *rows, *pool, activation)
+    return out.reshape(x.shape)
+
+
+def fused_ffn(x: Tensor, base: FFNWeights, pool: EditPool, activation: str) -> Tensor:
+    """`patched_ffn` of weights, unchecked: for callers that made the pool themselves."""
+    out: Tensor = _library.call("patched_ffn", x, x.reshape(-1, x.shape[-1]), *base, *pool, activation)
+    return out.reshape(x.shape)
+
+
+def fuses(x: Tensor, base: FFNWeights, pool: EditPool, activation: str) -> bool:
+    """Whether a kernel here computes base and neurons of these operands in one launch."""
+    operands = FusedOperands(x, base, pool, activation)
+    return _backend.forced_backend() in (None, "triton") and _backend.takes("patched_ffn", "triton", operands)
+
+
+class PreparedNeurons:
+    """The extra neurons of a layer for many calls: laid out once for the native kernel, where that can be.
+
+    Later changes of values in the pool's tensors are seen, changes of its rows are not.
+    """
+
+    def __init__(self, pool: EditPool, activation: str) -> None:
+        """
+        Args:
+            pool: the neurons, and the edits of each row; shapes checked by the caller.
+            activation: see `patched_ffn`.
+
+        Raises:
+            ValueError: indices out of range, or a row that names an edit more than once.
+        """
+        self.pool, self.activation, self._native = pool, activation, None
+        floats = (t for t in pool if t is not None and t.is_floating_point())
+        if _native.available() and pool.keys.device.type == "cpu" and all(t.dtype != torch.float64 for t in floats):
+            laid_out = cpu.Pool(pool, activation)
+            self._native = laid_out if laid_out.live else None
+
+    def __call__(self, x: Tensor, base: Tensor, out: Tensor | None = None) -> Tensor:
+        """base plus the extra neurons of each token, [..., d], by the shortest way that computes it.
+
+        Args:
+            x: [..., d], the FFN's input.
+            base: [..., d], the FFN's output.
+            out: [..., d] in the dtype of base with contiguous rows, written and returned; may be base. Not where
+                gradients are asked for. None: a new one.
+        """
+        d = x.shape[-1]
+        if self._native is not None and _library.direct(x) and _backend.takes_native(x, base):
+            if out is None:
+                return self._native.add(x.reshape(-1, d), base.reshape(-1, d)).view(x.shape)
+            self._native.add(x.reshape(-1, d), base.reshape(-1, d), out.view(-1, d))
+            return out
+        result = add_extra_neurons(x, base, self.pool, self.activation)
+        return result if out is None else out.copy_(result)
+
+
+def patched_ffn(x: Tensor, base: Tensor | FFNWeights, pool: EditPool, *, activation: str) -> Tensor:
+    """FFN_edit(x) = FFN(x) + o_extra (W_V^extra + beta * zeta')  (paper, Eq. 3 and 6).
+
+    A token whose row selects no edit keeps the bits of the base FFN. Base and sum are each computed in float32 at least
+    and rounded once.
+    Differentiable in x, the base and the neurons, zeta' and beta.
+
+    Args:
+        x: [..., d], any float dtype; the FFN's input.
+        base: FFN(x), [..., d], computed elsewhere; or the weights, to compute both together.
+        pool: the extra neurons of all edits, and the edits of each row; see `EditPool`.
+        activation: "relu", "gelu", "gelu_tanh" or "silu": the base FFN's own.
+
+    Returns:
+        [..., d] in the dtype of the base output.
+
+    Raises:
+        TypeError, ValueError: a wrong dtype, shape, device or activation; a row that names an edit more than once.
+    """
+    _check.instance("pool", pool, EditPool)
+    for name in ("row_indptr", "row_edits"):
+        _check.integer(f"pool.{name}", getattr(pool, name), (None,))
+    if _readable(pool.row_edits):
+        reference.check_distinct(pool)
+    _check.one_of("activation", activation, ACTIVATIONS)
+    _check.instance("x", x, Tensor)
+    _check.floating("x", x, x.shape)
+    if x.dim() < 1 or x.shape[-1] < 1:
+        raise ValueError(f"x: expected shape [..., d] with d >= 1, got {_check.shape_of(x)}")
+    _check_pool(x, pool)
+    d = x.shape[-1]
+    if isinstance(base, FFNWeights):
+        _check.floating("base.w_in", base.w_in, (None, d))
+        f = base.w_in.shape[0]
+        _check.floating("base.w_out", base.w_out, (d, f))
+        for name, t, dims in (
+            ("b_in", base.b_in, (f,)),
+            ("w_up", base.w_up, (f, d)),
+            ("b_up", base.b_up, (f,)),
+            ("b_out", base.b_out, (d,)),
+        ):
+            if t is not None:
+                _check.floating(f"base.{name}", t, dims)
+        if base.b_up is not None and base.w_up is None:
+            raise ValueError("base.b_up: expected None without base.w_up")
+        _check.same_device("x", x, **{f"base.{name}": t for name, t in base._asdict().items()})
+        return fused_ffn(x, base, pool, activation)
+    _check.floating("base", base, x.shape)
+    _check.same_device("x", x, base=base)
+    return add_extra_neurons(x, base, pool, activation)
+
+
+def _readable(t: Tensor) -> bool:
+    """Whether Python may look at the values: not in a trace, of meta tensors, or while a CUDA graph is captured."""
+    if torch.compiler.is_compiling() or t.device.type == "meta":
+        return False
+    return not (t.is_cuda and torch.cuda.is_current_stream_capturing())
