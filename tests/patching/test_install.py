@@ -447,7 +447,7 @@ def test_prompt_lengths_are_asked_for(setup, config):
         logits(s.model, s.inputs)
     with pytest.raises(ValueError, match="prompt_lengths: expected integers of at least 1"):
         uk.rows(s.model, prompt_lengths=[3, 0, 4]).__enter__()
-    assert s.model._unike.context.prompt is None
+    assert s.model._unike.context.selections.blocks == []
 
 
 def test_answers_alone_are_asked_for_where_they_begin(setup):
