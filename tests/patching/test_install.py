@@ -272,7 +272,7 @@ def test_padding_is_never_shifted(setup, monkeypatch, config, padding_side):
     monkeypatch.setattr(
         MemoryAttention,
         "_shift",
-        lambda self, memory, hidden, out: (seen.append((out, shift(self, memory, hidden, out))), seen[-1])[1][1],
+        lambda self, *args: (seen.append((args[-1], shift(self, *args))), seen[-1])[1][1],
     )
     mask = s.inputs["attention_mask"].bool()
     with uk.patched(s.model, memory=s.memory), uk.rows(s.model, prompt_lengths=[3, 6, 4]):

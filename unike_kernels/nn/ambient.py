@@ -88,9 +88,9 @@ def _generators(frame: FrameType | None) -> Iterator[int]:
     while frame is not None:
         flags, caller = frame.f_code.co_flags, frame.f_back
         in_task |= bool(flags & CO_COROUTINE)
-        if flags & CO_ASYNC_GENERATOR or (flags & CO_GENERATOR and not in_task):
-            if caller is None or caller.f_code not in _WITH:
-                yield id(frame)
+        generator = flags & CO_ASYNC_GENERATOR or (flags & CO_GENERATOR and not in_task)
+        if generator and (caller is None or caller.f_code not in _WITH):
+            yield id(frame)
         frame = caller
 
 

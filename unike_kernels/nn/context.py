@@ -174,8 +174,9 @@ class _Thread(threading.local):
 class _Tracing:
     """The same for what torch.compile traces."""
 
-    running: Pass | None = None
-    text: Tensor | None = None
+    def __init__(self) -> None:
+        self.running: Pass | None = None
+        self.text: Tensor | None = None
 
 
 class ModelContext:

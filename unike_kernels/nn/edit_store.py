@@ -84,11 +84,14 @@ class EditStore(Tables):
         n = layer.keys.shape[0]
         new._reserve(neurons + n, edits + 1)
         rows = slice(neurons, neurons + n)
-        new.keys[rows], new.key_bias[rows], new.values[rows] = layer.keys, layer.key_bias, layer.values
+        _write(new.keys, rows, layer.keys)
+        _write(new.key_bias, rows, layer.key_bias)
+        _write(new.values, rows, layer.values)
         if new.up is not None and new.up_bias is not None:
-            new.up[rows] = 0.0 if layer.up is None else layer.up
-            new.up_bias[rows] = 1.0 if layer.up_bias is None else layer.up_bias
-        new.zeta[edits], new.beta[edits] = layer.zeta, layer.beta
+            _write(new.up, rows, _or(layer.up, torch.zeros_like(layer.keys)))
+            _write(new.up_bias, rows, _or(layer.up_bias, torch.ones_like(layer.key_bias)))
+        _write(new.zeta, edits, layer.zeta)
+        _write(new.beta, edits, layer.beta)
         new.indptr = new.indptr.clone()  # whoever reads the other one at this moment sees it whole
         new.indptr[edits + 1 :] = neurons + n
         new.used = neurons + n, edits + 1
@@ -197,6 +200,11 @@ _VIEWS = 64  # selections of rows that are kept
 def _longer(t: Tensor, length: int) -> Tensor:
     """With zeros behind. [n, ...] -> [length, ...]."""
     return torch.cat([t, t.new_zeros(length - t.shape[0], *t.shape[1:])])
+
+
+def _write(table: Tensor, at: slice | int, value: Tensor) -> None:
+    """Fill rows that no pass reads yet; one whose backward is still to come may have saved the table."""
+    (table if value.requires_grad else table.data)[at] = value
 
 
 def _or(t: Tensor | None, default: Tensor) -> Tensor:

@@ -19,12 +19,12 @@ from ..retrieval.approximate import ApproximateIndex
 from .compatibility import check_compatibility
 from .session import (
     HOOKS,
+    AllOrNothing,
     DecoderEndHook,
     DecoderHook,
     EmbeddingHook,
     Installed,
     PatchedState,
-    all_or_nothing,
     log_event,
     outside_inference_mode,
     release_checkpoints,
@@ -142,7 +142,7 @@ def patch(
     plan = [_build(decoder.layers[i], chosen, context) for i in indices]
     image_token = backbones.image_token_id(model) if memory is not None and chosen.tokens == "text" else None
     state = PatchedState(context, decoder, chosen, {}, {})
-    with all_or_nothing(model):
+    with AllOrNothing(model):
         if state_of(model) is not None:
             _remove(model)
         for i, (replacements, ffn, attention) in zip(indices, plan, strict=True):
@@ -165,7 +165,7 @@ def unpatch(model: M) -> M:
     Raises PatchError if the model is not patched. Returns the model.
     """
     state = require_state(model)
-    with all_or_nothing(model):
+    with AllOrNothing(model):
         _remove(model)
         set_state(model, None)
     log_event("unpatch", state)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -184,20 +184,23 @@ _STRUCTURE = (
 )  # fmt: skip
 
 
-@contextmanager
-def all_or_nothing(model: nn.Module) -> Iterator[None]:
+class AllOrNothing:
     """After any exception within the block, an interrupt too, the model has the children, hooks and state of before."""
-    before = [(m, {name: m.__dict__[name].copy() for name in _STRUCTURE}) for m in model.modules()]
-    state = state_of(model)
-    try:
-        yield
-    except BaseException:
-        for module, structure in before:
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model, self._state = model, state_of(model)
+        self._before = [(m, {name: m.__dict__[name].copy() for name in _STRUCTURE}) for m in model.modules()]
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, error: type[BaseException] | None, *_: Any) -> None:
+        if error is None:
+            return
+        for module, structure in self._before:
             for name, held in structure.items():
                 module.__dict__[name].clear()
                 module.__dict__[name].update(held)
-        set_state(model, state)
-        raise
+        set_state(self._model, self._state)
 
 
 def outside_inference_mode() -> AbstractContextManager[Any]:
