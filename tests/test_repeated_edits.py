@@ -78,7 +78,7 @@ def test_a_patched_model(make_model, make_edit):
             uk.rows(model, [["a"], ["a", "a"]]).__enter__()
         ffn = model.model.layers[3].mlp
         with pytest.raises(ValueError, match=r"rows\[0\]: expected distinct edit ids"):
-            ffn.edits.select([["b", "a", "b"], []])
+            ffn.edits.csr([["b", "a", "b"], []])
         with pytest.raises(ValueError, match=r"rows\[0\]: expected distinct edit ids"):
             ffn.edits.pool((("b", "b"), ()))
         with pytest.raises(ValueError, match=r"rows\[0\]: expected distinct edit ids"), torch.no_grad():

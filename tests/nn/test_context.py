@@ -3,51 +3,51 @@
 from __future__ import annotations
 
 import copy
+import gc
+import pickle
 import threading
+import weakref
 
 import pytest
 import torch
 
 from unike_kernels import Config
-from unike_kernels.nn import Context, ModelContext, PromptState, Version
+from unike_kernels.nn import ModelContext, Pass, PromptState, Selection, Trace, Version
 
 LEFT = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
 RIGHT = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]])
+NOW = Version({}, {})
 
 
 def prompt(*lengths, **config):
     return PromptState(torch.tensor(lengths), Config(**(config or {"alpha": "last"})))
 
 
+def a_pass(batch, tokens, past=0, mask=None, text=None, **selection):
+    given = {"batch": batch, "tokens": tokens, "past": past, "attention_mask": mask, "text": text}
+    return Pass.of(NOW, Selection(**selection), **given)
+
+
 @pytest.mark.parametrize("mask", [LEFT, RIGHT])
 def test_padding_is_not_shifted(mask):
-    context = Context()
-    context.enter(2, 4, 0, mask)
-    assert context.shifted.dtype == torch.bool and torch.equal(context.shifted, mask.bool())
-    context.enter(2, 1, 3, mask)
-    assert context.shifted.tolist() == [[bool(mask[0, 3])], [True]]
-    context.enter(2, 0, 4, mask)
-    assert context.shifted.shape == (2, 0)
+    shifted = a_pass(2, 4, 0, mask).shifted
+    assert shifted.dtype == torch.bool and torch.equal(shifted, mask.bool())
+    assert a_pass(2, 1, 3, mask).shifted.tolist() == [[bool(mask[0, 3])], [True]]
+    assert a_pass(2, 0, 4, mask).shifted.shape == (2, 0)
 
 
 @pytest.mark.parametrize("mask", [None, torch.zeros(2, 1, 4, 4)])
 def test_without_a_mask_of_tokens_all_are_shifted(mask):
-    context = Context(shifted=torch.zeros(1, 1, dtype=torch.bool))
-    context.enter(2, 4, 0, mask)
-    assert context.shifted is None
+    assert a_pass(2, 4, 0, mask).shifted is None
 
 
 def test_only_text_is_shifted():
     text = torch.tensor([[True, False, True, True], [False, True, True, True]])
-    context = Context(text=text)
-    context.enter(2, 4, 0, None)
-    assert torch.equal(context.shifted, text)
-    context.enter(2, 4, 0, LEFT)
-    assert torch.equal(context.shifted, text & LEFT.bool())
-    context.enter(4, 4, 0, LEFT.repeat_interleave(2, 0))  # beams
-    assert torch.equal(context.shifted, (text & LEFT.bool()).repeat_interleave(2, 0))
-    context.enter(2, 1, 4, None)  # of another pass: says nothing about these tokens
-    assert context.shifted is None
+    assert torch.equal(a_pass(2, 4, text=text).shifted, text)
+    assert torch.equal(a_pass(2, 4, 0, LEFT, text).shifted, text & LEFT.bool())
+    beams = a_pass(4, 4, 0, LEFT.repeat_interleave(2, 0), text)
+    assert torch.equal(beams.shifted, (text & LEFT.bool()).repeat_interleave(2, 0))
+    assert a_pass(2, 1, 4, text=text).shifted is None  # of another pass: says nothing about these tokens
 
 
 @pytest.mark.parametrize(
@@ -64,29 +64,30 @@ def test_only_text_is_shifted():
 )
 def test_the_prompts_end(mask, lengths, last):
     """A sequence may go on after its prompt, as a target does in training."""
-    context = Context(prompt=prompt(*lengths))
-    context.prompt.saved[0, "ids"] = torch.zeros(1)
-    context.enter(2, 4, 0, mask)
-    assert context.prompt.last.tolist() == last
-    assert context.prompt.saved == {}
+    state = prompt(*lengths)
+    state.saved[0, "ids"] = torch.zeros(1)
+    made = a_pass(2, 4, 0, mask, prompt=state)
+    assert made.prompt_end.tolist() == last
+    assert made.saved is state.saved and state.saved == {}
 
 
 def test_one_length_for_each_run_of_beams():
-    context = Context(rows=2, prompt=prompt(2, 4))
-    context.enter(6, 4, 0, None)
-    assert context.prompt.last.tolist() == [1, 1, 1, 3, 3, 3]
+    assert a_pass(6, 4, rows=2, prompt=prompt(2, 4)).prompt_end.tolist() == [1, 1, 1, 3, 3, 3]
 
 
 @pytest.mark.parametrize("mask", [LEFT, None])
 def test_after_the_prompt_what_it_left_is_kept(mask):
-    context = Context(prompt=prompt(2, 4))
-    context.enter(2, 4, 0, mask)
-    context.prompt.saved[0, "ids"] = torch.zeros(1)
+    state = prompt(2, 4)
+    first = a_pass(2, 4, 0, mask, prompt=state)
+    first.saved[0, "ids"] = torch.zeros(1)
     for past in (4, 5):
         grown = None if mask is None else torch.cat([mask, torch.ones(2, past - 3).long()], 1)
-        context.enter(2, 1, past, grown)
-        assert context.prompt.last is None
-        assert list(context.prompt.saved) == [(0, "ids")]
+        made = a_pass(2, 1, past, grown, prompt=state)
+        assert made.prompt_end is None
+        assert list(made.saved) == [(0, "ids")]
+    # Another prompt has a place of its own: the first one's pass may be computed again.
+    other = a_pass(2, 4, 0, mask, prompt=state)
+    assert other.saved == {} and list(first.saved) == [(0, "ids")]
 
 
 @pytest.mark.parametrize(
@@ -100,9 +101,8 @@ def test_after_the_prompt_what_it_left_is_kept(mask):
     ],
 )
 def test_a_prompt_in_parts_is_an_error(tokens, past, mask, lengths):
-    context = Context(prompt=prompt(*lengths))
     with pytest.raises(ValueError, match="the whole prompt must come in one forward pass"):
-        context.enter(2, tokens, past, mask)
+        a_pass(2, tokens, past, mask, prompt=prompt(*lengths))
 
 
 @pytest.mark.parametrize(
@@ -117,17 +117,15 @@ def test_a_prompt_in_parts_is_an_error(tokens, past, mask, lengths):
     ],
 )
 def test_from_the_prompts_end_on(tokens, past, mask, shifted):
-    context = Context(prompt=prompt(2, 3, tokens="answer"))
-    context.enter(2, tokens, past, mask)
-    assert context.shifted.int().tolist() == shifted
-    assert context.prompt.last is None
+    made = a_pass(2, tokens, past, mask, prompt=prompt(2, 3, tokens="answer"))
+    assert made.shifted.int().tolist() == shifted
+    assert made.prompt_end is None
 
 
 def test_a_batch_that_is_no_multiple_of_the_rows_is_an_error():
-    context = Context(rows=2)
-    context.enter(4, 3, 0, None)
+    a_pass(4, 3, rows=2)
     with pytest.raises(ValueError, match="rows: 2 edit sets were given, the batch has 3 rows"):
-        context.enter(3, 3, 0, None)
+        a_pass(3, 3, rows=2)
 
 
 class Cache:
@@ -137,33 +135,72 @@ class Cache:
         return self.length
 
 
+def version_of_a_pass(context, cache=None):
+    context.begin(context.in_force(), cache, batch=1, tokens=1)
+    found = context.now().version
+    context.end()
+    return found
+
+
 def test_a_generation_is_known_by_its_cache():
-    context, cache, old, new = ModelContext(), Cache(), Version({}, {}), Version({}, {})
-    context.current = old
-    context.begin(cache)
-    assert context.now().version is old
-    context.current, cache.length = new, 3
-    context.begin(cache)
-    assert context.now().version is old
+    cache, old, new = Cache(), Version({}, {}), Version({}, {})
+    context = ModelContext(old)
+    assert version_of_a_pass(context, cache) is old
+    context.publish(new)
+    cache.length = 3
+    assert version_of_a_pass(context, cache) is old
     for nothing in (None, ((torch.zeros(1), torch.zeros(1)),), Cache()):
-        context.begin(nothing)
-        assert context.now().version is new
+        assert version_of_a_pass(context, nothing) is new
     cache.length = 0  # begun anew
-    context.begin(cache)
-    assert context.now().version is new
-    context.current, cache.length = old, 2
+    assert version_of_a_pass(context, cache) is new
+    context.publish(old)
+    cache.length = 2
+    assert version_of_a_pass(context, cache) is new
     context.forget_running()
-    context.begin(cache)
-    assert context.now().version is old
+    assert version_of_a_pass(context, cache) is old
 
 
-def test_threads_and_copies_have_passes_of_their_own():
-    context = ModelContext()
-    context.now().rows = 3
+def test_a_pass_within_a_pass():
+    """A hook that calls the model again leaves the outer pass what it was."""
+    context = ModelContext(NOW)
+    context.begin(context.in_force(), batch=2, tokens=4, attention_mask=LEFT)
+    outer = context.now()
+    context.begin(context.in_force(), batch=2, tokens=4, attention_mask=RIGHT)
+    assert torch.equal(context.now().shifted, RIGHT.bool())
+    context.end()
+    assert context.now() is outer
+    context.end()
+    assert context.now() is not outer and context.now().shifted is None
+    context.end()  # of a pass that failed before it began
+    assert context.now().version is NOW
+
+
+def test_a_pass_runs_in_one_thread():
+    context = ModelContext(NOW)
+    context.begin(context.in_force(), batch=2, tokens=4, attention_mask=LEFT)
     seen = []
-    thread = threading.Thread(target=lambda: seen.append(context.now().rows))
+    thread = threading.Thread(target=lambda: seen.append(context.now().shifted))
     thread.start()
     thread.join()
     assert seen == [None]
-    assert copy.deepcopy(context).now().rows is None
-    assert context.now().rows == 3
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda context: pickle.loads(pickle.dumps(context))])
+def test_a_copy_has_the_version_and_no_open_blocks(copied):
+    context = ModelContext(NOW, "none")
+    with context.selecting(Selection(rows=3)), context.traces.entered(Trace()):
+        twin = copied(context)
+        assert twin.selection() is None and twin.traces.innermost() is None and twin.traced is None
+        assert twin.default == "none" and isinstance(twin.current, Version)
+        with twin.selecting(Selection(rows=2)):
+            assert (context.selection().rows, twin.selection().rows) == (3, 2)
+
+
+def test_a_context_is_not_kept_alive():
+    context = ModelContext(NOW)
+    with context.selecting(Selection(rows=3)):
+        pass
+    gone = weakref.ref(context)
+    del context
+    gc.collect()
+    assert gone() is None

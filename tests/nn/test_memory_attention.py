@@ -8,7 +8,7 @@ from torch import nn
 
 from unike_kernels import ops
 from unike_kernels.config import Config
-from unike_kernels.nn import Context, MemoryAttention, MemoryTables, PromptState
+from unike_kernels.nn import MemoryAttention, MemoryTables, ModelContext, Pass, PromptState, Selection
 
 B, T, D, N, HEADS = 3, 4, 6, 15, 2
 LAST = [1, 3, 2]
@@ -56,6 +56,14 @@ def make(config=None, context=None, returns=tuple, **kwargs):
     return new, hidden, out[0] if returns is tuple else out
 
 
+def in_pass(module, hidden, ranges=None, **what):
+    """What the module puts out in a pass like this one: the tokens to shift, the prompt's end, ranges of the rows."""
+    prompt = PromptState(torch.tensor([0]), Config(alpha="last"))
+    made = Pass(module.context.current, Selection(memory_ranges=ranges, prompt=prompt), **what)
+    with module.context.running(made):
+        return module(hidden)[0]
+
+
 def values_of(m):
     return m.keys if m.values is None else m.values
 
@@ -84,10 +92,10 @@ def test_without_a_memory_the_result_is_the_base_s_own():
 
 
 def test_a_context_of_its_own_or_a_shared_one():
-    shared = Context()
+    shared = ModelContext()
     one, two = (MemoryAttention.from_module(Attention(), Config(), context=shared) for _ in range(2))
     assert one.context is shared and two.context is shared
-    assert isinstance(MemoryAttention.from_module(Attention(), Config()).context, Context)
+    assert isinstance(MemoryAttention.from_module(Attention(), Config()).context, ModelContext)
 
 
 def test_the_tables_keep_unit_rows_for_the_index():
@@ -154,43 +162,37 @@ def test_a_fixed_alpha_is_as_exact_as_the_model(dtype):
 
 def test_tokens_that_may_not_be_shifted_are_untouched():
     new, hidden, out = make()
-    new.context.shifted = torch.tensor([[False, True, True, True], [True] * 4, [True, False, False, True]])
-    got = new(hidden)[0]
+    shifted = torch.tensor([[False, True, True, True], [True] * 4, [True, False, False, True]])
+    got = in_pass(new, hidden, shifted=shifted)
     wanted = by_hand(new, hidden, out)[0]
-    assert torch.equal(got, torch.where(new.context.shifted.unsqueeze(-1), wanted, out))
+    assert torch.equal(got, torch.where(shifted.unsqueeze(-1), wanted, out))
 
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("retrieval", ["token", "sequence"])
 def test_each_row_has_its_own_part_of_the_memory(retrieval, masked):
     new, hidden, out = make(Config(k=3, retrieval=retrieval, values="out"))
-    new.context.prompt = PromptState(torch.tensor([0]), Config(alpha="last"), torch.tensor(LAST))
-    new.memory.row_bounds = torch.tensor([[0, N], [0, 0], [4, 9]])
-    if masked:
-        new.context.shifted = torch.ones(B, T, dtype=torch.bool)
-        new.context.shifted[:, 0] = False
-    got = new(hidden)[0]
+    ranges = torch.tensor([[-1, -1], [0, 0], [4, 9]])
+    shifted = torch.ones(B, T, dtype=torch.bool)
+    shifted[:, 0] = False
+    got = in_pass(new, hidden, ranges, shifted=shifted if masked else None, prompt_end=torch.tensor(LAST))
     assert torch.equal(got[1], out[1])
     assert torch.equal(got[:, 0], out[:, 0]) == masked
     for row in (0, 2):
-        m, part = new.memory, slice(*new.memory.row_bounds[row].tolist())
+        m, part = new.memory, {0: slice(0, N), 2: slice(4, 9)}[row]
         alone = MemoryTables(m.index[part], m.keys[part], m.values[part], m.encoder)
         single = MemoryAttention.from_module(new.originals[0], new.config)
         single.memory = alone
-        single.context.prompt = PromptState(torch.tensor([0]), Config(alpha="last"), torch.tensor(LAST[row : row + 1]))
-        wanted = single(hidden[row : row + 1])[0][0]
+        wanted = in_pass(single, hidden[row : row + 1], prompt_end=torch.tensor(LAST[row : row + 1]))[0]
         start = int(masked)
         torch.testing.assert_close(got[row, start:], wanted[start:], rtol=0, atol=1e-5)
 
 
 def test_beams_share_the_bounds_of_their_row():
     new, hidden, _ = make()
-    new.memory.row_bounds = torch.tensor([[0, N]])
-    expected = new(hidden)[0]
-    new.memory.row_bounds = None
+    expected = in_pass(new, hidden, torch.tensor([[0, N]]))
     assert torch.equal(new(hidden)[0], expected)
-    new.memory.row_bounds = torch.tensor([[0, N], [0, 0]])
-    twice = new(hidden[:2].repeat_interleave(2, 0))[0]
+    twice = in_pass(new, hidden[:2].repeat_interleave(2, 0), torch.tensor([[0, N], [0, 0]]))
     out = new.originals[0](hidden[1:2])[0]
     torch.testing.assert_close(twice[:2], expected[:1].expand(2, T, D), rtol=0, atol=1e-5)
     torch.testing.assert_close(twice[2:], out.expand(2, T, D), rtol=0, atol=1e-6)
@@ -201,8 +203,8 @@ def test_beams_share_the_bounds_of_their_row():
 def test_what_depends_on_the_prompts_end(alpha, retrieval):
     config = Config(k=3, retrieval=retrieval, alpha=alpha)
     new, hidden, out = make(config, layer=7)
-    new.context.prompt = PromptState(torch.tensor([0]), Config(alpha="last"), torch.tensor(LAST))
-    first = new(hidden)[0]
+    saved = {}
+    first = in_pass(new, hidden, prompt_end=torch.tensor(LAST), saved=saved)
     m = new.memory
     ends = torch.stack([out[row, t] for row, t in enumerate(LAST)])
     queries = torch.stack([hidden[row, t] for row, t in enumerate(LAST)])
@@ -221,11 +223,10 @@ def test_what_depends_on_the_prompts_end(alpha, retrieval):
     assert torch.equal(first, wanted(hidden, out))
     names = {"anchor"} if alpha == "last" else set()
     names |= {"ids"} if retrieval == "sequence" else set()
-    assert set(new.context.prompt.saved) == {(7, name) for name in names}
+    assert set(saved) == {(7, name) for name in names}
     # The next token: what the prompt left behind still holds.
-    new.context.prompt.last = None
     step = torch.randn(B, 1, D)
-    assert torch.equal(new(step)[0], wanted(step, new.originals[0](step)[0]))
+    assert torch.equal(in_pass(new, step, saved=saved), wanted(step, new.originals[0](step)[0]))
 
 
 @pytest.mark.parametrize("switches", [{"alpha": "last"}, {"retrieval": "sequence"}])
@@ -233,19 +234,18 @@ def test_the_prompts_end_must_be_known(switches):
     new, hidden, _ = make(Config(k=3, **switches))
     with pytest.raises(ValueError, match="prompt_lengths"):
         new(hidden)
-    new.context.prompt = PromptState(torch.tensor([2]), Config(alpha="last"))
     with pytest.raises(ValueError, match="the prompt itself was not seen"):
-        new(hidden)
+        in_pass(new, hidden)
 
 
 def test_layers_remember_for_themselves():
-    context = Context(prompt=PromptState(torch.tensor([0]), Config(alpha="last"), torch.tensor(LAST)))
+    context, saved = ModelContext(), {}
     config = Config(k=3, retrieval="sequence")
     for layer in (0, 1):
         new, hidden, _ = make(config, context, layer=layer)
-        new(hidden)
-    assert set(context.prompt.saved) == {(0, "ids"), (1, "ids")}
-    assert not torch.equal(*context.prompt.saved.values())
+        in_pass(new, hidden, prompt_end=torch.tensor(LAST), saved=saved)
+    assert set(saved) == {(0, "ids"), (1, "ids")}
+    assert not torch.equal(*saved.values())
 
 
 def test_gradients_flow_through_the_shift():
@@ -260,9 +260,8 @@ def test_gradients_flow_through_the_shift():
 
 def test_a_pass_that_did_not_come_through_the_model_is_an_error():
     new, hidden, _ = make()
-    new.context.shifted = torch.ones(B, T + 1, dtype=torch.bool)
     with pytest.raises(RuntimeError, match=r"got hidden states of \[3, 4\] tokens, the decoder announced \[3, 5\]"):
-        new(hidden)
+        in_pass(new, hidden, shifted=torch.ones(B, T + 1, dtype=torch.bool))
 
 
 @pytest.mark.parametrize(

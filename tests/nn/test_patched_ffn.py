@@ -11,7 +11,7 @@ from torch import nn
 from unike_kernels import ops
 from unike_kernels.artifacts.edit import EditLayer
 from unike_kernels.backbones import find_decoder
-from unike_kernels.nn import EditStore, PassThrough, PatchedFFN, patched_ffn
+from unike_kernels.nn import EditStore, PassThrough, PatchedFFN, Selection, patched_ffn
 from unike_kernels.nn.edit_store import csr
 
 D = 4
@@ -73,19 +73,17 @@ def test_a_plain_edit_among_gated_ones_stays_plain():
     store = store_of(plain=plain, gated=gated)
     assert torch.equal(store.up[3:], gated.up) and torch.equal(store.up_bias[3:], gated.up_bias)
     for name, edit in (("plain", plain), ("gated", gated)):
-        store.select([[name]])
-        got = ops.patched_ffn(x, base, store.pool(), activation="silu")
+        got = ops.patched_ffn(x, base, store.pool([[name]]), activation="silu")
         assert torch.equal(got, alone(x, base, edit))
 
 
 def test_selections():
     store = store_of(a=layer(1), b=layer(1), c=layer(1))
-    store.select([["c", "a"], [], ["elsewhere", "b"]])
-    pool = store.pool()
-    assert (pool.row_indptr.tolist(), pool.row_edits.tolist()) == ([0, 2, 2, 3], [2, 0, 1])
-    store.select([[], []])
-    assert (store.pool().row_indptr.tolist(), store.pool().row_edits.tolist()) == ([0, 0, 0], [])
-    store.select(None)
+    rows = [["c", "a"], [], ["elsewhere", "b"]]
+    for pool in (store.pool(rows), store.pool(selected=store.csr(rows))):
+        assert (pool.row_indptr.tolist(), pool.row_edits.tolist()) == ([0, 2, 2, 3], [2, 0, 1])
+    pool = store.pool([[], []])
+    assert (pool.row_indptr.tolist(), pool.row_edits.tolist()) == ([0, 0, 0], [])
     assert (store.pool().row_indptr.tolist(), store.pool().row_edits.tolist()) == ([0, 3], [0, 1, 2])
 
 
@@ -93,8 +91,7 @@ def test_an_empty_store():
     store = store_of(a=layer(2, gated=True))
     store.set({})
     assert store.ids == [] and all(t is None for t in store._buffers.values())
-    store.select([["a"]])
-    assert store.selection is None
+    assert store.empty
 
 
 def test_set_replaces_all_that_was_there():
@@ -122,12 +119,11 @@ def test_from_a_module():
     assert torch.equal(new(x), mlp(x))
     one, two = layer(2), layer(3)
     new.edits.set({"one": one, "two": two})
-    new.edits.select([["two"], []])
-    out = new(x)
-    assert torch.equal(out[0], alone(x, mlp(x), two)[0])
-    assert torch.equal(out[1], mlp(x)[1])
-    assert torch.equal(new(x, factor=2.0)[1], mlp(x, factor=2.0)[1])
-    new.edits.select(None)
+    with new.context.selecting(Selection(rows=2, edits=(("two",), ()))):
+        out = new(x)
+        assert torch.equal(out[0], alone(x, mlp(x), two)[0])
+        assert torch.equal(out[1], mlp(x)[1])
+        assert torch.equal(new(x, factor=2.0)[1], mlp(x, factor=2.0)[1])
     wanted = ops.patched_ffn(x, mlp(x), new.edits.pool(), activation="silu")
     assert torch.equal(new(hidden_states=x), wanted)
     assert not torch.equal(wanted[1], out[1])
@@ -174,8 +170,8 @@ def test_from_the_parts_of_an_inline_ffn():
     assert torch.equal(block(x), before)
     edit = layer(2)
     block.fc1.edits.set({"a": edit})
-    block.fc1.edits.select([[], ["a"]])
-    out = block(x)
+    with block.fc1.context.selecting(Selection(rows=2, edits=((), ("a",)))):
+        out = block(x)
     assert torch.equal(out[0], before[0])
     flat = x.reshape(-1, D)
     assert torch.equal(out[1], (flat + alone(flat, mlp(flat), edit)).view(x.shape)[1])

@@ -119,9 +119,13 @@ def test_every_pass_tells_for_itself(make_model, make_memory):
 
 
 def test_nobody_asks_nothing_is_kept(make_model):
-    model = make_model("opt")
+    model, seen = make_model("opt"), []
     with uk.patched(model):
-        assert model._unike.context.now().explanation is None
+        context = model._unike.context
+        handle = model.model.decoder.layers[4].register_forward_pre_hook(lambda *_: seen.append(context.now().trace))
+        model(input_ids=IDS)
+        handle.remove()
+    assert seen == [None]
 
 
 def test_changes_are_logged_for_those_who_listen(make_model, make_memory, make_edit, caplog, capfd):

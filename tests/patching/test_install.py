@@ -272,7 +272,7 @@ def test_padding_is_never_shifted(setup, monkeypatch, config, padding_side):
     monkeypatch.setattr(
         MemoryAttention,
         "_shift",
-        lambda self, memory, hidden, out: (seen.append((out, shift(self, memory, hidden, out))), seen[-1])[1][1],
+        lambda self, *args: (seen.append((args[-1], shift(self, *args))), seen[-1])[1][1],
     )
     mask = s.inputs["attention_mask"].bool()
     with uk.patched(s.model, memory=s.memory), uk.rows(s.model, prompt_lengths=[3, 6, 4]):
@@ -447,7 +447,7 @@ def test_prompt_lengths_are_asked_for(setup, config):
         logits(s.model, s.inputs)
     with pytest.raises(ValueError, match="prompt_lengths: expected integers of at least 1"):
         uk.rows(s.model, prompt_lengths=[3, 0, 4]).__enter__()
-    assert s.model._unike.context.prompt is None
+    assert s.model._unike.context.selections.blocks == []
 
 
 def test_answers_alone_are_asked_for_where_they_begin(setup):

@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 from ._drop_in import original, residual_of, residual_position
-from .context import Context, ModelContext, PromptState, Version
+from .context import ModelContext, Pass, PromptState, Selection, Version
 from .dense import Dense
 from .edit_store import EditStore
-from .explanation import Explanation, Told
 from .memory_attention import MemoryAttention, MemoryTables, shift_tokens
 from .patched_ffn import PassThrough, PatchedFFN
+from .trace import LayerTrace, Trace
 
 __all__ = [
-    "Context",
     "Dense",
     "EditStore",
-    "Explanation",
+    "LayerTrace",
     "MemoryAttention",
     "MemoryTables",
     "ModelContext",
+    "Pass",
     "PassThrough",
     "PatchedFFN",
     "PromptState",
-    "Told",
+    "Selection",
+    "Trace",
     "Version",
     "original",
     "residual_of",

@@ -93,6 +93,8 @@ class Tables(nn.Module):
     _plan: Any = None  # what a subclass makes of the tensors once; gone with any change of an attribute
 
     def table(self, name: str, value: Tensor | None) -> None:
+        if value is not None and value.is_inference() and not torch.is_inference_mode_enabled():
+            value = value.clone()  # of another mode; gradients could not be taken with it
         self.register_buffer(name, value, persistent=False)
         self.__dict__["_plan"] = None
 

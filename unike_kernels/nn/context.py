@@ -1,168 +1,423 @@
-"""What a forward pass of a patched model must know beside the hidden states. One `Context` is shared by its modules."""
+"""What a forward pass of a patched model computes with beside the hidden states: one `Pass`, made when it begins."""
 
 from __future__ import annotations
 
+import itertools
 import threading
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
-from weakref import WeakKeyDictionary
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 from torch import Tensor
 
 from ..config import Config
-from .explanation import Explanation
+from ..errors import PatchError
+from .ambient import Ambient
+from .trace import PassTrace, Trace
 
 
-@dataclass
-class PromptState:
-    """For the modes that depend on the last prompt token: where it is in this forward pass, and what it left behind.
-
-    Attributes:
-        lengths: int64 [R], prompt tokens of each row, padding not counted.
-        config: says which modes those are.
-        last: int64 [B], index of the last prompt token in the current chunk; None: the prompt lies in the past.
-        saved: (layer, name) -> tensor [B, ...] that the chunk with the last prompt token computed.
-    """
-
-    lengths: Tensor
-    config: Config
-    last: Tensor | None = None
-    saved: dict[tuple[int, str], Tensor] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Version:
-    """What is installed in a model between two changes: layer -> its edits, and layer -> its memory."""
+    """What is installed in a model between two changes: layer -> its edits, and layer -> its memory, or None."""
 
     edits: Mapping[int, Any]
     memories: Mapping[int, Any]
 
 
-@dataclass
-class Context:
-    """Shared by all patched modules of a model, refreshed by a hook before each forward pass of the decoder.
+NOTHING = Version({}, {})
+
+
+@dataclass(eq=False)
+class PromptState:
+    """For the modes that depend on the last prompt token.
 
     Attributes:
-        shifted: bool [B, T], the tokens that the memory may shift; None: all.
-        rows: how many edit sets `uk.rows` selected; None: no selection, every row uses everything.
-        prompt: set by `uk.rows(..., prompt_lengths=...)`.
-        text: bool [B, T] of the last embedded ids, False at image placeholders; only with `Config(tokens="text")`.
-        edits: for each row the ids of its edits; None: all of them.
-        remembers: int64 [R, 2], the range of entries that each row may retrieve, [-1, -1] for all; None: all rows all.
-        remembers_in: id of the memory that these ranges are of; None: they hold for any.
-        version: what this pass computes with; None: what is installed now.
-        explanation: where layers tell what they did; None: nobody asks.
+        lengths: int64 [R], prompt tokens of each row, padding not counted.
+        config: says which modes those are.
+        saved: (layer, name) -> tensor [B, ...] that the last pass with the last prompt token computed.
     """
 
-    shifted: Tensor | None = None
+    lengths: Tensor
+    config: Config
+    saved: dict[tuple[int, str], Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """What a `rows` block selects.
+
+    Attributes:
+        rows: how many edit sets; None: every row uses everything.
+        edits: for each row the ids of its edits; None: all of them.
+        memory_ranges: int64 [R, 2], the entries that each row may retrieve, [-1, -1] for all; None: all rows all.
+        ranges_memory_id: id of the memory that these ranges are of; None: they hold for any.
+        prompt: set by `uk.rows(..., prompt_lengths=...)`.
+        csr: layer -> `edits` as (row_indptr, row_edits); for compiled code, which need not know the ids.
+    """
+
     rows: int | None = None
-    prompt: PromptState | None = None
-    text: Tensor | None = None
     edits: tuple[tuple[str, ...], ...] | None = None
-    remembers: Tensor | None = None
-    remembers_in: str | None = None
-    version: Version | None = None
-    explanation: Explanation | None = None
+    memory_ranges: Tensor | None = None
+    ranges_memory_id: str | None = None
+    prompt: PromptState | None = None
+    csr: Mapping[int, tuple[Tensor, Tensor]] | None = None
 
-    def now(self) -> Context:
-        """That of the pass that asks."""
-        return self
+    @property
+    def narrows(self) -> bool:
+        """Whether some row may not use everything."""
+        return self.edits is not None or self.memory_ranges is not None
 
-    def enter(self, batch: int, tokens: int, past: int, attention_mask: Tensor | None) -> None:
-        """Called before each forward pass: `tokens` new ones after `past` cached ones, of `batch` rows."""
-        if self.explanation is not None:
-            self.explanation.begin(batch, tokens)
-        if self.rows is not None and batch % self.rows:
-            raise ValueError(f"rows: {self.rows} edit sets were given, the batch has {batch} rows")
+
+EVERYTHING = Selection()
+
+
+@dataclass(frozen=True, eq=False)
+class Pass:
+    """One forward pass, as its layers see it. Nothing in it changes while it runs, or when it is computed again.
+
+    Attributes:
+        version: what it computes with.
+        selection: of each row.
+        shifted: bool [B, T], the tokens that the memory may shift; None: all.
+        prompt_end: int64 [B], index of the last prompt token; None: it is not in this pass, or does not matter.
+        saved: see `PromptState`; filled by the pass that has a `prompt_end`.
+        trace: where layers record what they did; None: nobody asks.
+        traced: whether torch.compile traces it.
+        graph_task: the backward pass that it is a part of, as torch numbers them; -1: none.
+        outer: the pass that this one interrupts.
+    """
+
+    version: Version
+    selection: Selection = EVERYTHING
+    shifted: Tensor | None = None
+    prompt_end: Tensor | None = None
+    saved: dict[tuple[int, str], Tensor] = field(default_factory=dict)
+    trace: PassTrace | None = None
+    traced: bool = False
+    graph_task: int = -1
+    outer: Pass | None = None
+
+    @classmethod
+    def of(
+        cls,
+        version: Version,
+        selection: Selection = EVERYTHING,
+        *,
+        batch: int,
+        tokens: int,
+        past: int = 0,
+        attention_mask: Tensor | None = None,
+        text: Tensor | None = None,
+        **more: Any,
+    ) -> Pass:
+        """A pass of `tokens` new tokens after `past` cached ones, of `batch` rows.
+
+        Args:
+            version, selection: as in the pass.
+            batch, tokens, past: see above.
+            attention_mask: [B, past + T]; None, or of another shape: there is no padding.
+            text: bool [B or fewer, T], False at image placeholders; None, or of other shapes: not told.
+            more: further attributes of the pass.
+
+        Raises:
+            ValueError: the batch is no multiple of the rows; a prompt comes in parts where it must be whole.
+        """
+        if selection.rows is not None and batch % selection.rows:
+            raise ValueError(f"rows: {selection.rows} edit sets were given, the batch has {batch} rows")
         mask = attention_mask if attention_mask is not None and attention_mask.dim() == 2 else None
         shifted = None if mask is None else mask[:, mask.shape[1] - tokens :].bool()
-        if self.text is not None:
-            text = self.text.repeat_interleave(max(batch // self.text.shape[0], 1), 0)
+        if text is not None:
+            text = text.repeat_interleave(max(batch // text.shape[0], 1), 0)
             if text.shape == (batch, tokens):
                 shifted = text if shifted is None else shifted & text
-        if self.prompt is not None:
-            last = self._prompt_ends(self.prompt, batch, mask) - past
-            if self.prompt.config.tokens == "answer":
-                answers = torch.arange(tokens, dtype=torch.int64, device=last.device) >= last.unsqueeze(1)
-                shifted = answers if shifted is None else shifted & answers
-            if self.prompt.config.needs_whole_prompts:
-                self._locate_prompt_end(self.prompt, last, tokens, past)
-        self.shifted = shifted
-
-    @staticmethod
-    def _prompt_ends(prompt: PromptState, batch: int, mask: Tensor | None) -> Tensor:
-        """int64 [B], index of each row's last prompt token."""
-        lengths = prompt.lengths.repeat_interleave(batch // len(prompt.lengths))
-        if mask is None:
-            return lengths - 1
-        seen = mask.long().cumsum(-1)
-        if prompt.config.needs_whole_prompts and bool((seen[:, -1] < lengths).any()):
-            raise ValueError(
-                f"rows: prompt_lengths {lengths.tolist()} exceed the sequences' {seen[:, -1].tolist()} tokens; "
-                "the whole prompt must come in one forward pass"
-            )
-        return (seen < lengths.unsqueeze(1)).sum(-1)
-
-    @staticmethod
-    def _locate_prompt_end(prompt: PromptState, last: Tensor, tokens: int, past: int) -> None:
-        if bool((last < 0).all()):
-            prompt.last = None
-            return
-        if bool((last < 0).any()) or bool((last >= tokens).any()) or past:
-            raise ValueError(
-                f"rows: with alpha='last' or retrieval='sequence' the whole prompt must come in one forward pass; "
-                f"prompts of {prompt.lengths.tolist()} tokens, {past} cached and {tokens} new ones"
-            )
-        prompt.last = last
-        prompt.saved.clear()
+        prompt = selection.prompt
+        if prompt is None:
+            return cls(version, selection, shifted, **more)
+        last, end = _prompt_ends(prompt, batch, mask) - past, None
+        if prompt.config.tokens == "answer":
+            answers = torch.arange(tokens, dtype=torch.int64, device=last.device) >= last.unsqueeze(1)
+            shifted = answers if shifted is None else shifted & answers
+        if prompt.config.needs_whole_prompts and not bool((last < 0).all()):
+            if bool((last < 0).any()) or bool((last >= tokens).any()) or past:
+                raise ValueError(
+                    "rows: with alpha='last' or retrieval='sequence' the whole prompt must come in one forward pass; "
+                    f"prompts of {prompt.lengths.tolist()} tokens, {past} cached and {tokens} new ones"
+                )
+            prompt.saved, end = {}, last
+        return cls(version, selection, shifted, end, prompt.saved, **more)
 
 
-class ModelContext(Context):
-    """That of a patched model: each thread has passes of its own, and a generation keeps the version it began with.
+def _prompt_ends(prompt: PromptState, batch: int, mask: Tensor | None) -> Tensor:
+    """int64 [B], index of each row's last prompt token."""
+    lengths = prompt.lengths.repeat_interleave(batch // len(prompt.lengths))
+    if mask is None:
+        return lengths - 1
+    seen = mask.long().cumsum(-1)
+    if prompt.config.needs_whole_prompts and bool((seen[:, -1] < lengths).any()):
+        raise ValueError(
+            f"rows: prompt_lengths {lengths.tolist()} exceed the sequences' {seen[:, -1].tolist()} tokens; "
+            "the whole prompt must come in one forward pass"
+        )
+    return (seen < lengths.unsqueeze(1)).sum(-1)
 
-    A generation is known by its key-value cache. What torch.compile traces knows one thread and no versions.
 
-    Attributes:
-        current: the version that a new pass gets.
-    """
+class _Thread(threading.local):
+    """What a thread is at. A pass does not leave the thread that it begins in."""
+
+    running: Pass | None = None
+    text: Tensor | None = None  # bool [B, T] of the last embedded ids, False at image placeholders
+
+
+class _Tracing:
+    """The same for what torch.compile traces."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.current: Version | None = None
-        self._threads = threading.local()
+        self.running: Pass | None = None
+        self.text: Tensor | None = None
+
+
+class ModelContext:
+    """What the modules of a patched model share: what is installed, what is selected, and the pass that runs.
+
+    A generation is known by its key-value cache, and keeps the version that it began with. What torch.compile traces
+    knows no logical calls and one version: the current one, and `traced`. It is refused to those who select otherwise.
+
+    Args:
+        version: what is installed.
+        default: what a pass without a selection computes with, "all" or "none".
+        in_model: whether a decoder announces its passes; False for a module alone.
+
+    Attributes:
+        current: the version that a new pass gets; see `publish`.
+        selections, traces: the blocks of `rows` and of `explain` that are open.
+    """
+
+    def __init__(
+        self, version: Version = NOTHING, default: Literal["all", "none"] = "all", *, in_model: bool = False
+    ) -> None:
+        self.default, self.in_model = default, in_model
+        self.selections: Ambient[Selection] = Ambient()
+        self.traces: Ambient[Trace] = Ambient()
+        self._begin_anew()
+        self.publish(version)
+
+    def _begin_anew(self) -> None:
+        self._thread, self._tracing, self._key = _Thread(), _Tracing(), next(_keys)
+        self._lock = threading.RLock()
+        _contexts[self._key] = self
         self.forget_running()
 
     def forget_running(self) -> None:
         """Let running generations go on with the current version."""
-        self._running: WeakKeyDictionary[Any, Version | None] = WeakKeyDictionary()
+        self._running: WeakKeyDictionary[Any, Version] = WeakKeyDictionary()
 
-    def now(self) -> Context:
-        if torch.compiler.is_compiling():
-            return self
-        found: Context | None = getattr(self._threads, "context", None)
-        if found is None:
-            found = self._threads.context = Context()
-        return found
+    # --- what is installed and selected --------------------------------------------------------------------------
 
-    def begin(self, cache: Any) -> None:
-        """A pass with this cache, or None, begins."""
+    def publish(self, version: Version) -> None:
+        """Let new passes compute with this version."""
+        with self._lock:
+            traced, idle = self._traced_now(version), Pass(version)
+            # Together: there is no moment between them.
+            self.current, self._idle, self.traced = version, idle, traced
+
+    def install(self, layer: int, **what: Any) -> None:
+        """Publish a version with other `edits` or other `memories` of a layer."""
+        with self._lock:
+            changed = {name: {**getattr(self.current, name), layer: value} for name, value in what.items()}
+            self.publish(replace(self.current, **changed))
+
+    @contextmanager
+    def selecting(self, selection: Selection) -> Iterator[None]:
+        """Within the block the logical call that enters it has this selection."""
+        try:
+            with self.selections.entered(selection):
+                self._retrace()
+                yield
+        finally:
+            self._retrace()
+
+    def _retrace(self) -> None:
+        with self._lock:
+            self.traced = self._traced_now(self.current)
+
+    def _traced_now(self, version: Version) -> Selection | None:
+        """What compiled code selects: what the block selects that was entered last."""
+        if not self.selections.blocks:
+            return None
+        selection = self.selections.blocks[-1].value
+        if selection.edits is None:
+            return selection
+        edits = {i: store for i, store in version.edits.items() if not store.empty}
+        return replace(selection, csr={i: store.csr(selection.edits) for i, store in edits.items()})
+
+    def selection(self) -> Selection | None:
+        """That of the logical call that asks; None: it has none."""
+        block = self.selections.innermost()
+        return None if block is None else block.value
+
+    def in_force(self) -> Selection | None:
+        """What a pass that begins selects; None: nothing at all."""
         if torch.compiler.is_compiling():
-            return
+            found = None if self.traced is None else self._checked(self.traced)
+        else:
+            found = self.selection()
+        if found is not None:
+            return found
+        if self.default == "none":
+            return None
+        if not torch.compiler.is_compiling() and any(block.value.narrows for block in self.selections.blocks):
+            raise PatchError(
+                "this pass has no uk.rows(...) block of its own, while another thread, task or generator has one open: "
+                "enter uk.rows(model, ...) where the pass runs (without further arguments: everything), start the "
+                "thread in a copy of the context (contextvars.copy_context().run), or say patch(..., default='none')"
+            )
+        return EVERYTHING
+
+    def _checked(self, selection: Selection) -> Selection:
+        """With tables that are refused, when compiled code runs, to a logical call that selects otherwise."""
+        ranges, prompt, csr = selection.memory_ranges, selection.prompt, selection.csr
+        return replace(
+            selection,
+            memory_ranges=None if ranges is None else check_selected(ranges, self._key),
+            prompt=None if prompt is None else replace(prompt, lengths=check_selected(prompt.lengths, self._key)),
+            csr=None if csr is None else {i: (check_selected(ptr, self._key), ids) for i, (ptr, ids) in csr.items()},
+        )
+
+    # --- passes ----------------------------------------------------------------------------------------------------
+
+    @property
+    def local(self) -> _Thread | _Tracing:
+        """What the thread that asks is at."""
+        return self._tracing if torch.compiler.is_compiling() else self._thread
+
+    def begin(self, selection: Selection | None, cache: Any = None, *, batch: int, tokens: int, **inputs: Any) -> None:
+        """A pass begins.
+
+        Args:
+            selection: what is `in_force`.
+            cache: the generation's key-value cache, or None.
+            batch, tokens, inputs: see `Pass.of`.
+        """
+        traced = torch.compiler.is_compiling()
+        version = self.current if traced else self._version_of(cache)
+        trace = None if traced else self.traces.innermost()
+        local = self.local
+        local.running = Pass.of(
+            NOTHING if selection is None else version,
+            selection or EVERYTHING,
+            batch=batch,
+            tokens=tokens,
+            trace=None if trace is None else trace.value.begin(batch, tokens),
+            traced=traced,
+            graph_task=-1 if traced else torch._C._current_graph_task_id(),
+            outer=local.running,
+            **inputs,
+        )
+
+    def end(self) -> None:
+        """The pass that began last has ended, or failed."""
+        local = self.local
+        if local.running is not None:
+            local.running = local.running.outer
+
+    def now(self) -> Pass:
+        """The pass that runs in this thread, for its layers; outside of one, what a pass would get that began now."""
+        if torch.compiler.is_compiling():
+            return self._tracing.running or self._outside()
+        running = self._thread.running
+        if running is None:
+            return self._outside()
+        if running.graph_task != torch._C._current_graph_task_id():
+            raise _lost()
+        return running
+
+    def _outside(self) -> Pass:
+        traced = torch.compiler.is_compiling()
+        if not traced:
+            if self.in_model and torch._C._current_graph_task_id() != -1:
+                raise _lost()
+            if not self.selections.blocks and self.default == "all":
+                return self._idle
+        selection = self.in_force()
+        return Pass(NOTHING) if selection is None else Pass(self.current, selection, traced=traced)
+
+    def _version_of(self, cache: Any) -> Version:
+        """That of the generation with this cache."""
         version = self.current
         try:
             known = self._running.setdefault(cache, version)
         except TypeError:  # None, or a tuple: nothing that a generation could be known by
-            known = version
+            return version
         if known is not version and cache.get_seq_length() == 0:  # asked only now: on a GPU, some have to wait for it
             known = self._running[cache] = version
-        self.now().version = known
+        return known
+
+    @contextmanager
+    def running(self, made: Pass) -> Iterator[None]:
+        """Within the block the layers that this thread calls compute in this pass."""
+        local = self.local
+        outer, local.running = local.running, made
+        try:
+            yield
+        finally:
+            local.running = outer
+
+    def bound(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function`, whose later calls compute in the pass that runs now, in whatever thread they come."""
+        made = self._thread.running
+        if made is None:
+            return function
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            task = torch._C._current_graph_task_id()
+            again = made if task == made.graph_task else replace(made, graph_task=task, trace=None)
+            with self.running(again):
+                return function(*args, **kwargs)
+
+        return run
+
+    # --- copies ----------------------------------------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name not in ("_threads", "_running")}
+        own = ("_thread", "_tracing", "_running", "_key", "_lock", "_idle", "traced")
+        return {name: value for name, value in vars(self).items() if name not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self._threads = threading.local()
-        self.forget_running()
+        self._begin_anew()
+        self.publish(self.current)
+
+
+def _lost() -> PatchError:
+    return PatchError(
+        "a patched layer is computed again in the backward pass, by a checkpoint that does not know its forward pass: "
+        "use model.gradient_checkpointing_enable()"
+    )
+
+
+# --- compiled code ---------------------------------------------------------------------------------------------------
+
+_keys = itertools.count()
+_contexts: WeakValueDictionary[int, ModelContext] = WeakValueDictionary()
+
+
+@torch.library.custom_op("unike::check_selected", mutates_args=())
+def check_selected(table: Tensor, context: int) -> Tensor:
+    """A copy of a table of the selection that compiled code reads; refused to a call that selects otherwise."""
+    found = _contexts[context]
+    block, last = found.selections.innermost(), found.selections.blocks[-1:]
+    if block is None or [block] != last:
+        raise PatchError(
+            "a model that torch.compile has compiled was called while another thread, task or generator has a "
+            "uk.rows(...) block open with another selection: compiled code knows one; open these blocks one after the "
+            "other, or call the model uncompiled"
+        )
+    return table.clone()
+
+
+@check_selected.register_fake
+def _(table: Tensor, context: int) -> Tensor:
+    return torch.empty_like(table)

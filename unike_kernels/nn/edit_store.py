@@ -15,7 +15,7 @@ from ._drop_in import Tables
 
 
 class EditStore(Tables):
-    """The extra neurons of all edits of one layer as a ragged pool, and the rows' selection of edits.
+    """The extra neurons of all edits of one layer as a ragged pool.
 
     `set` makes it anew. `with_edit`, `without` and `with_beta` give another store and leave this one as it is, though
     the two share tensors: neurons are only ever appended, behind those that an earlier store knows of, and room for
@@ -39,10 +39,8 @@ class EditStore(Tables):
         self.empty = True  # what compiled code looks at, so that it need not know the ids
         for name in _TABLES:
             self.table(name, None)
-        self.selection: tuple[Tensor, Tensor] | None = None
         self.position: dict[str, int] = {}  # in the pool
         self.used = 0, 0  # neurons and edits of the pool, removed ones too
-        self.direct = False  # set by hand: then it counts, whatever version a pass has
         self._views: dict[Any, PreparedNeurons] = {}
 
     def set(self, edits: Mapping[str, Any]) -> None:
@@ -50,7 +48,6 @@ class EditStore(Tables):
 
         Tensors are concatenated, so gradients reach those that ask for them.
         """
-        self.direct = True
         self._views = {}
         self.ids, self.empty = list(edits), not edits
         self.position = {name: i for i, name in enumerate(edits)}
@@ -87,11 +84,14 @@ class EditStore(Tables):
         n = layer.keys.shape[0]
         new._reserve(neurons + n, edits + 1)
         rows = slice(neurons, neurons + n)
-        new.keys[rows], new.key_bias[rows], new.values[rows] = layer.keys, layer.key_bias, layer.values
+        _write(new.keys, rows, layer.keys)
+        _write(new.key_bias, rows, layer.key_bias)
+        _write(new.values, rows, layer.values)
         if new.up is not None and new.up_bias is not None:
-            new.up[rows] = 0.0 if layer.up is None else layer.up
-            new.up_bias[rows] = 1.0 if layer.up_bias is None else layer.up_bias
-        new.zeta[edits], new.beta[edits] = layer.zeta, layer.beta
+            _write(new.up, rows, _or(layer.up, torch.zeros_like(layer.keys)))
+            _write(new.up_bias, rows, _or(layer.up_bias, torch.ones_like(layer.key_bias)))
+        _write(new.zeta, edits, layer.zeta)
+        _write(new.beta, edits, layer.beta)
         new.indptr = new.indptr.clone()  # whoever reads the other one at this moment sees it whole
         new.indptr[edits + 1 :] = neurons + n
         new.used = neurons + n, edits + 1
@@ -122,17 +122,6 @@ class EditStore(Tables):
         tables = {t: None if getattr(self, t) is None else getattr(self, t)[rows] for t in _PER_NEURON}
         return SimpleNamespace(**tables, zeta=self.zeta[at], beta=self.beta[at])
 
-    def become(self, other: EditStore) -> None:
-        """Hold what `other` holds, in the same object."""
-        self.ids, self.empty, self.direct = other.ids, other.empty, False
-        self.position, self.used = other.position, other.used
-        self._views = {}
-        self.__dict__["_buffers"] = dict(other._buffers)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        self.direct = True  # versions know nothing of another device
-        return super()._apply(fn, recurse)
-
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_views": {}}
 
@@ -140,7 +129,6 @@ class EditStore(Tables):
         """Another store of the same tensors, which stays as it is when this one changes."""
         new = EditStore.__new__(EditStore)
         new.__dict__.update(self.__dict__, _buffers=dict(self._buffers), _views={}, _plan=None)
-        new.__dict__.update(direct=False, selection=None)
         return new
 
     def spare(self) -> None:
@@ -169,24 +157,21 @@ class EditStore(Tables):
         self.row_edits = torch.tensor(listed, dtype=torch.int64, device=self.keys.device)
         self.row_indptr = torch.tensor([0, len(position)], dtype=torch.int64, device=self.keys.device)
 
-    def select(self, rows: Sequence[Sequence[str]] | None) -> None:
-        """Give each row of the batch its own edits, by id, ids of other layers ignored; None: every row uses all.
+    def csr(self, rows: Sequence[Sequence[str]]) -> tuple[Tensor, Tensor]:
+        """(row_indptr, row_edits) of rows that give the ids of their edits; ids of other layers are ignored.
 
         Raises ValueError for a row that names an edit more than once; so do `pool` and `view`.
         """
-        if rows is not None:
-            check_distinct(rows)
-        self.selection = None if rows is None or not self.ids else self._csr(rows)
-
-    def _csr(self, rows: Sequence[Sequence[str]]) -> tuple[Tensor, Tensor]:
         check_distinct(rows)
         return csr([[self.position[i] for i in row if i in self.position] for row in rows], self.indptr.device)
 
-    def pool(self, rows: tuple[tuple[str, ...], ...] | None = None) -> EditPool:
-        """The neurons, and the edits that each row selects: by `select`, or these."""
-        row_indptr, row_edits = self.selection or (self.row_indptr, self.row_edits)
+    def pool(
+        self, rows: Sequence[Sequence[str]] | None = None, *, selected: tuple[Tensor, Tensor] | None = None
+    ) -> EditPool:
+        """The neurons, and the edits of each row: by id, or as `csr` gives them; by default every row has all."""
         if rows is not None:
-            row_indptr, row_edits = self._csr(rows)
+            selected = self.csr(rows)
+        row_indptr, row_edits = selected or (self.row_indptr, self.row_edits)
         return EditPool(
             self.keys, self.key_bias, self.up, self.up_bias, self.values, self.zeta, self.beta, self.indptr,
             row_indptr, row_edits,
@@ -235,6 +220,11 @@ _VIEWS = 64  # selections of rows that are kept
 def _longer(t: Tensor, length: int) -> Tensor:
     """With zeros behind. [n, ...] -> [length, ...]."""
     return torch.cat([t, t.new_zeros(length - t.shape[0], *t.shape[1:], dtype=t.dtype)])
+
+
+def _write(table: Tensor, at: slice | int, value: Tensor) -> None:
+    """Fill rows that no pass reads yet; one whose backward is still to come may have saved the table."""
+    (table if value.requires_grad else table.data)[at] = value
 
 
 def _or(t: Tensor | None, default: Tensor) -> Tensor:

@@ -15,8 +15,8 @@ from ..ops.latent_attention import blend_of
 from ..ops.memory_attention import MemoryOperands, PreparedMemory, attend
 from ..retrieval.approximate import ApproximateIndex
 from ._drop_in import DropIn, Tables, residual_of, residual_position
-from .context import Context
-from .explanation import Told, seconds_since
+from .context import ModelContext, Pass
+from .trace import LayerTrace, seconds_since
 
 
 class MemoryTables(Tables):
@@ -59,7 +59,6 @@ class MemoryTables(Tables):
         self.table("projected", project_values(keys if values is None else values, encoder))
         for name, t in encoder._asdict().items():
             self.table(name, t)
-        self.row_bounds: Tensor | None = None  # int64 [R, 2], the entries that each row of the batch may retrieve
 
     def retrieve(self, queries: Tensor, k: int, bounds: Tensor | None) -> tuple[Tensor, Tensor]:
         """Scores float32 [M, k] and ids int64 [M, k] of the entries for each query, within its bounds.
@@ -102,18 +101,16 @@ class MemoryAttention(DropIn):
     """An attention module with the output shift of UniKE, at "pre" = its input and "out" = its output.
 
     Attributes:
-        memory: the `MemoryTables`; None at first, and the output is then the base module's own.
+        memory: the `MemoryTables` of the current version; None at first, and the output is then the base module's own.
         config: the switches.
         context: shared with the model's other patched modules.
     """
 
-    memory: MemoryTables | None
     config: Config
-    context: Context
+    context: ModelContext
     layer: int
     project: Callable[[nn.Module, Tensor], Tensor] | None
     residual: int | None  # see `residual_position`
-    published: MemoryTables | None  # the memory, where versions know of it
 
     @classmethod
     def from_module(
@@ -121,7 +118,7 @@ class MemoryAttention(DropIn):
         base: nn.Module,
         config: Config,
         *,
-        context: Context | None = None,
+        context: ModelContext | None = None,
         layer: int = 0,
         project: Callable[[nn.Module, Tensor], Tensor] | None = None,
     ) -> MemoryAttention:
@@ -130,7 +127,7 @@ class MemoryAttention(DropIn):
         Args:
             base: the attention module.
             config: the switches of the memory attention.
-            context: of the model; None: a new one of this module alone.
+            context: of the model, whose versions have the memory; None: a new one of this module alone.
             layer: its index in the decoder.
             project: (base, hidden [M, d]) -> queries [M, H, c], needed for values="projected".
         """
@@ -139,65 +136,73 @@ class MemoryAttention(DropIn):
         if config.values == "projected" and project is None:
             raise ValueError("project: expected a function, since config.values is 'projected'")
         new = cls._adopt(base)
-        new.memory = None
-        new.__dict__["published"] = None
-        fields = {"config": config, "context": context or Context(), "layer": layer, "project": project}
+        context = context or ModelContext()
+        fields = {"config": config, "context": context, "layer": layer, "project": project}
         fields["residual"] = residual_position(base)
         new.__dict__.update(fields)
         return new
 
+    @property
+    def memory(self) -> MemoryTables | None:
+        found: MemoryTables | None = self.context.current.memories.get(self.layer)
+        return found
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "memory":  # one that is set by hand makes a version
+            self.context.install(self.layer, memories=value)
+        else:
+            super().__setattr__(name, value)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        if self.memory is not None:
+            self.memory._apply(fn)
+        return super()._apply(fn, recurse)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         result = self._originals[0](*args, **kwargs)
-        memory = self._installed()
+        now = self.context.now()
+        memory: MemoryTables | None = now.version.memories.get(self.layer)
         if memory is None:
             return result
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         out = result[0] if isinstance(result, tuple) else result
         residual = residual_of(self.residual, args, kwargs)
         if residual is None:
-            shifted = self._shift(memory, hidden, out)
+            shifted = self._shift(now, memory, hidden, out)
         else:  # it has been added already; a token that is not shifted gets no difference
             bare = out - residual
-            shifted = out + (self._shift(memory, hidden, bare) - bare)
+            shifted = out + (self._shift(now, memory, hidden, bare) - bare)
         return (shifted, *result[1:]) if isinstance(result, tuple) else shifted
 
-    def _installed(self) -> MemoryTables | None:
-        """The memory of the version that this pass computes with; one that was set by hand counts for all."""
-        version = self.context.now().version
-        if version is None or self.memory is not self.published:
-            return self.memory
-        found: MemoryTables | None = version.memories[self.layer]
-        return found
-
-    def _shift(self, memory: MemoryTables, hidden: Tensor, out: Tensor) -> Tensor:
+    def _shift(self, now: Pass, memory: MemoryTables, hidden: Tensor, out: Tensor) -> Tensor:
         config = self.config
-        explanation = None if torch.compiler.is_compiling() else self.context.now().explanation
-        start = time.perf_counter() if explanation is not None else 0.0
+        start = 0.0 if now.trace is None else time.perf_counter()
         batch, tokens, d = hidden.shape
         flat, inputs = hidden.reshape(-1, d), out.reshape(-1, d)
-        bounds = self._bounds(memory, batch, tokens)
+        rows = _row_ranges(now, memory)
+        bounds = self._bounds(now, memory, rows, batch, tokens)
         queries = flat.unsqueeze(1) if self.project is None else self.project(self._originals[0], flat)
         anchor = None
         if config.alpha == "last":
-            anchor = self._from_prompt_end("anchor", lambda last: out[self._rows(last), last])
+            anchor = self._from_prompt_end(now, "anchor", lambda last: out[self._rows(last), last])
         if config.retrieval == "token":
             shifted = shift_tokens(memory, config, flat, queries, inputs, bounds, anchor)
             per_token = None
         else:
-            ids = self._from_prompt_end("ids", lambda last: self._retrieve(memory, hidden, last))
+            ids = self._from_prompt_end(now, "ids", lambda last: self._retrieve(memory, rows, hidden, last))
             per_token = ids.repeat_interleave(tokens, 0)
             if bounds is not None:  # a token that may not be shifted has an empty range
                 per_token = torch.where((bounds[:, :1] < bounds[:, 1:]), per_token, -1)
             shifted, _ = _attended(memory, config, queries, inputs, per_token, anchor)
-        if explanation is not None:
-            told = explanation.at(self.layer)
-            told.memory_seconds = seconds_since(start)
-            self._tell(told, memory, hidden, out, queries, bounds, per_token, anchor)
+        if now.trace is not None:
+            record = now.trace.at(self.layer)
+            record.memory_seconds = seconds_since(start)
+            self._record(record, memory, hidden, out, queries, bounds, per_token, anchor)
         return shifted.reshape(out.shape)
 
-    def _tell(
+    def _record(
         self,
-        told: Told,
+        record: LayerTrace,
         memory: MemoryTables,
         hidden: Tensor,
         out: Tensor,
@@ -219,32 +224,22 @@ class MemoryAttention(DropIn):
         alpha = torch.where((ids >= 0).any(-1), alpha.detach().float(), 0.0)
         rest = (0, config.k - ids.shape[-1])  # where the memory has fewer entries than k
         ids, scores = (torch.nn.functional.pad(t, rest, value=v) for t, v in ((ids, -1), (scores, float("-inf"))))
-        told.entries, told.scores = ids.view(*shape, -1).cpu(), scores.view(*shape, -1).cpu()
-        told.alpha = alpha.view(shape).cpu()
+        record.entries, record.scores = ids.view(*shape, -1).cpu(), scores.view(*shape, -1).cpu()
+        record.alpha = alpha.view(shape).cpu()
 
     @staticmethod
     def _rows(last: Tensor) -> Tensor:
         return torch.arange(len(last), dtype=torch.int64, device=last.device)
 
-    def _retrieve(self, memory: MemoryTables, hidden: Tensor, last: Tensor) -> Tensor:
-        bounds = self._row_bounds(memory)
-        if bounds is not None:
-            bounds = bounds.repeat_interleave(len(last) // len(bounds), 0)
+    def _retrieve(self, memory: MemoryTables, rows: Tensor | None, hidden: Tensor, last: Tensor) -> Tensor:
+        bounds = None if rows is None else rows.repeat_interleave(len(last) // len(rows), 0)
         ends = hidden[self._rows(last), last]
         return memory.retrieve(ends, self.config.k, bounds)[1]
 
-    def _row_bounds(self, memory: MemoryTables) -> Tensor | None:
-        """int64 [R, 2]: the entries that each row of the batch may retrieve; None: all of them."""
-        now = self.context.now()
-        if now.remembers_in is not None and now.remembers_in != memory.id:
-            raise RuntimeError("rows: the memory whose tenants these rows name was swapped; name them anew")
-        remembers = now.remembers
-        return memory.row_bounds if remembers is None else torch.where(remembers < 0, memory.all, remembers)
-
-    def _bounds(self, memory: MemoryTables, batch: int, tokens: int) -> Tensor | None:
+    def _bounds(self, now: Pass, memory: MemoryTables, rows: Tensor | None, batch: int, tokens: int) -> Tensor | None:
         """int64 [B * T, 2]: the entries that each token may retrieve; None: all tokens, all entries."""
-        shifted, rows = self.context.now().shifted, self._row_bounds(memory)
-        if self.config.tokens == "answer" and self.context.now().prompt is None:
+        shifted = now.shifted
+        if self.config.tokens == "answer" and now.selection.prompt is None:
             raise _unknown_prompt("tokens='answer'")
         if shifted is None and rows is None:
             return None
@@ -256,17 +251,25 @@ class MemoryAttention(DropIn):
         bounds = memory.all if rows is None else rows.repeat_interleave(batch * tokens // len(rows), 0)
         return bounds if shifted is None else torch.where(shifted.reshape(-1, 1), bounds, 0)
 
-    def _from_prompt_end(self, name: str, compute: Callable[[Tensor], Tensor]) -> Tensor:
+    def _from_prompt_end(self, now: Pass, name: str, compute: Callable[[Tensor], Tensor]) -> Tensor:
         """What the last prompt token gives: computed in the pass that holds it, remembered in those that follow."""
-        prompt = self.context.now().prompt
-        if prompt is None:
+        if now.selection.prompt is None:
             raise _unknown_prompt("alpha='last' or retrieval='sequence'")
         key = (self.layer, name)
-        if prompt.last is not None:
-            prompt.saved[key] = compute(prompt.last)
-        if key not in prompt.saved:
+        if now.prompt_end is not None:
+            now.saved[key] = compute(now.prompt_end)
+        if key not in now.saved:
             raise ValueError("the prompt itself was not seen inside this uk.rows(...) block; start with the prompt")
-        return prompt.saved[key]
+        return now.saved[key]
+
+
+def _row_ranges(now: Pass, memory: MemoryTables) -> Tensor | None:
+    """int64 [R, 2]: the entries that each row of the batch may retrieve; None: all of them."""
+    selection = now.selection
+    if selection.ranges_memory_id is not None and selection.ranges_memory_id != memory.id:
+        raise RuntimeError("rows: the memory whose tenants these rows name was swapped; name them anew")
+    ranges = selection.memory_ranges
+    return None if ranges is None else torch.where(ranges < 0, memory.all, ranges)
 
 
 def shift_tokens(

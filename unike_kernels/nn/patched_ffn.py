@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops import ACTIVATIONS
+from ..ops import ACTIVATIONS, EditPool
 from ..ops.patched_ffn import FUSED_TOKENS, add_extra_neurons, fused_ffn, fuses
 from ..ops.patched_ffn.reference import activate
 from ._drop_in import DropIn
-from .context import Context
+from .context import ModelContext, Pass
 from .dense import Dense
 from .edit_store import EditStore
-from .explanation import seconds_since
+from .trace import seconds_since
 
 
 class PatchedFFN(DropIn):
@@ -27,16 +27,15 @@ class PatchedFFN(DropIn):
     first and returns the output of all three, and `PassThrough.from_module` takes the place of the others.
 
     Attributes:
-        edits: the `EditStore`; empty at first, and the output is then the base module's own.
+        edits: the `EditStore` of the current version; empty at first, and the output is then the base module's own.
         activation: of the extra neurons.
         dense: how the base's matrices are read, where it computes just what they say: then base and neurons of a batch
             of decode size are one launch on a GPU.
     """
 
-    edits: EditStore
     activation: str
     dense: Dense | None
-    context: Context
+    context: ModelContext
     layer: int
 
     @classmethod
@@ -45,10 +44,10 @@ class PatchedFFN(DropIn):
         *base: nn.Module,
         activation: str,
         dense: Dense | None = None,
-        context: Context | None = None,
+        context: ModelContext | None = None,
         layer: int = 0,
     ) -> PatchedFFN:
-        """context, layer: of the model; None: of this module alone.
+        """context, layer: of the model, whose versions have the edits; None: of this module alone, without any.
 
         Raises:
             ValueError: an unknown activation.
@@ -59,45 +58,53 @@ class PatchedFFN(DropIn):
         if not base or not all(isinstance(m, nn.Module) for m in base):
             raise TypeError(f"base: expected nn.Module, got {[type(m).__name__ for m in base]}")
         new = cls._adopt(*base)
-        new.edits = EditStore()
-        new.__dict__.update(activation=activation, dense=dense, context=context or Context(), layer=layer)
+        context = context or ModelContext()
+        if layer not in context.current.edits:
+            context.install(layer, edits=EditStore())
+        new.__dict__.update(activation=activation, dense=dense, context=context, layer=layer)
         return new
+
+    @property
+    def edits(self) -> EditStore:
+        found: EditStore = self.context.current.edits[self.layer]
+        return found
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self.edits._apply(fn)
+        return super()._apply(fn, recurse)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         now = self.context.now()
-        edits, rows = self.edits, None
-        if not torch.compiler.is_compiling():
-            rows = now.edits
-            if now.version is not None and not edits.direct:
-                edits = now.version.edits[self.layer]
-        if not edits.empty and now.explanation is None and self._may_fuse(hidden_states):
+        edits: EditStore | None = now.version.edits.get(self.layer)
+        if edits is not None and not edits.empty and now.trace is None and self._may_fuse(hidden_states):
             assert self.dense is not None
-            operands = hidden_states, self.dense.weights(), edits.pool(rows), self.activation
+            operands = hidden_states, self.dense.weights(), self._pool(now, edits), self.activation
             if fuses(*operands):
                 return fused_ffn(*operands)
         first, *rest = self._originals
         result: Any = first(hidden_states, *args, **kwargs)
         for module in rest:
             result = module(result)
-        if edits.empty:
+        if edits is None or edits.empty:
             return result
-        if not torch.compiler.is_compiling() and now.explanation is not None:
-            told, start = now.explanation.at(self.layer), time.perf_counter()
-            result = self._edited(edits, rows, hidden_states, result)
-            told.neuron_seconds = seconds_since(start)
-            found = self._activations(edits, rows, hidden_states)
-            told.neurons = {name: t.view(*now.explanation.shape, -1) for name, t in found.items()}
-            return result
-        return self._edited(edits, rows, hidden_states, result)
-
-    def _edited(
-        self, edits: EditStore, rows: tuple[tuple[str, ...], ...] | None, hidden_states: Tensor, result: Any
-    ) -> Any:
-        """The base's result with the neurons added."""
+        start = 0.0 if now.trace is None else time.perf_counter()
         if isinstance(result, tuple):  # experts: and what the router said
             out: Tensor = result[0]
-            return (self._add(edits, rows, hidden_states.reshape(out.shape), out), *result[1:])
-        return self._add(edits, rows, hidden_states, result)
+            result = (self._add(now, edits, hidden_states.reshape(out.shape), out), *result[1:])
+        else:
+            result = self._add(now, edits, hidden_states, result)
+        if now.trace is not None:
+            record = now.trace.at(self.layer)
+            record.neuron_seconds = seconds_since(start)
+            found = self._activations(edits, now.selection.edits, hidden_states)
+            record.neurons = {name: t.view(*now.trace.shape, -1) for name, t in found.items()}
+        return result
+
+    def _pool(self, now: Pass, edits: EditStore) -> EditPool:
+        """The neurons, and the edits of each row of this pass."""
+        if now.traced:
+            return edits.pool(selected=None if now.selection.csr is None else now.selection.csr[self.layer])
+        return edits.pool(now.selection.edits)
 
     @torch.no_grad()
     def _activations(
@@ -126,12 +133,10 @@ class PatchedFFN(DropIn):
     def _parts(self) -> Iterator[nn.Module]:
         return (part for module in self._originals for part in module.modules())
 
-    def _add(
-        self, edits: EditStore, rows: tuple[tuple[str, ...], ...] | None, hidden_states: Tensor, out: Tensor
-    ) -> Tensor:
-        if torch.compiler.is_compiling() or edits.selection is not None or torch.is_grad_enabled():
-            return add_extra_neurons(hidden_states, out, edits.pool(rows), self.activation)
-        return edits.view(self.activation, rows)(hidden_states, out)
+    def _add(self, now: Pass, edits: EditStore, hidden_states: Tensor, out: Tensor) -> Tensor:
+        if now.traced or torch.is_grad_enabled():
+            return add_extra_neurons(hidden_states, out, self._pool(now, edits), self.activation)
+        return edits.view(self.activation, now.selection.edits)(hidden_states, out)
 
 
 def _on_gpu(t: Tensor) -> bool:

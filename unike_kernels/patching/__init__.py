@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from .compatibility import check_belonging
+from .compatibility import check_compatibility
 from .fold import fold
-from .hot_swap import add_edit, remove_edit, set_beta, swap_memory
+from .hot_swap import add_edit, remove_edit, set_beta, set_layers, swap_memory
 from .install import PatchReport, is_patched, patch, patched, patched_ffns, unpatch
 from .selection import explain, rows, selecting
 
 __all__ = [
     "PatchReport",
     "add_edit",
-    "check_belonging",
+    "check_compatibility",
     "explain",
     "fold",
     "is_patched",
@@ -22,6 +22,7 @@ __all__ = [
     "rows",
     "selecting",
     "set_beta",
+    "set_layers",
     "swap_memory",
     "unpatch",
 ]

@@ -14,7 +14,7 @@ from ..config import Config
 from ..errors import MismatchError
 
 
-def check_belonging(
+def check_compatibility(
     model: nn.Module,
     decoder: backbones.Decoder,
     edits: list[Edit],

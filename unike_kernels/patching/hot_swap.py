@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,12 +14,10 @@ from .. import backbones
 from ..artifacts.edit import Edit
 from ..artifacts.memory import MemoryBank
 from ..errors import PatchError
-from ..nn import (
-    EditStore,
-)
-from .compatibility import check_belonging
-from .install import _publish, _tables
-from .session import Running, _Patched, _require, _tell
+from ..nn import EditStore
+from .compatibility import check_compatibility
+from .install import make_tables
+from .session import Installed, PatchedState, Running, log_event, outside_inference_mode, require_state
 
 
 def add_edit(model: nn.Module, edit: Edit, *, override: bool = False, running: Running = "keep") -> None:
@@ -37,22 +36,22 @@ def add_edit(model: nn.Module, edit: Edit, *, override: bool = False, running: R
         PatchError: the model is not patched, at other layers, or has an edit of this id.
         MismatchError: see `patch`.
     """
-    state = _require(model)
+    state = require_state(model)
     _check_running(running)
     if not isinstance(edit, Edit):
         raise TypeError(f"edit: expected an Edit, got {type(edit).__name__}")
-    with state.lock:
+    with state.lock, outside_inference_mode():
         if edit.id in state.edits:
             raise PatchError(f"edit: {edit.id!r} is installed already; remove it first")
         if missing := sorted(set(edit.layers) - set(state.ffns)):
             raise PatchError(f"edit {edit.id!r}: its layers {missing} are not patched; patch(model, layers=...) them")
-        check_belonging(model, state.decoder, [edit], state.memory, state.config, override)
+        check_compatibility(model, state.decoder, [edit], state.memory, state.config, override)
         stores = {}
         for i, layer in edit.layers.items():
             ffn = state.ffns[i]
             stores[i] = ffn.edits.with_edit(edit.id, layer.to(backbones.device_of(ffn.originals[0])))
-        _install(state, {**state.edits, edit.id: edit}, stores, running)
-        _tell("add_edit", state, edit=edit.id, layers=sorted(edit.layers), nbytes=edit.nbytes)
+        _publish(state, running, edits=stores, artifacts={**state.edits, edit.id: edit})
+        log_event("add_edit", state, edit=edit.id, layers=sorted(edit.layers), nbytes=edit.nbytes)
 
 
 def remove_edit(model: nn.Module, id: str, *, running: Running = "keep") -> None:
@@ -60,13 +59,14 @@ def remove_edit(model: nn.Module, id: str, *, running: Running = "keep") -> None
 
     Raises PatchError if the model is not patched or has no edit of this id.
     """
-    state = _require(model)
+    state = require_state(model)
     _check_running(running)
-    with state.lock:
+    with state.lock, outside_inference_mode():
         edit = _installed(state, id)
         stores = {i: state.ffns[i].edits.without(id) for i in edit.layers}
-        _install(state, {name: e for name, e in state.edits.items() if name != id}, stores, running)
-        _tell("remove_edit", state, edit=id)
+        artifacts = {name: e for name, e in state.edits.items() if name != id}
+        _publish(state, running, edits=stores, artifacts=artifacts)
+        log_event("remove_edit", state, edit=id)
 
 
 def set_beta(model: nn.Module, id: str, beta: float, *, running: Running = "keep") -> None:
@@ -74,16 +74,16 @@ def set_beta(model: nn.Module, id: str, beta: float, *, running: Running = "keep
 
     Raises PatchError if the model is not patched or has no edit of this id, ValueError for a beta that is not finite.
     """
-    state = _require(model)
+    state = require_state(model)
     _check_running(running)
     if not math.isfinite(beta):
         raise ValueError(f"beta: expected a finite number, got {beta!r}")
-    with state.lock:
+    with state.lock, outside_inference_mode():
         edit = _installed(state, id)
         layers = {i: replace(layer, beta=torch.full_like(layer.beta, beta)) for i, layer in edit.layers.items()}
         stores = {i: state.ffns[i].edits.with_beta(id, beta) for i in edit.layers}
-        _install(state, {**state.edits, id: replace(edit, layers=layers)}, stores, running)
-        _tell("set_beta", state, edit=id, beta=beta)
+        _publish(state, running, edits=stores, artifacts={**state.edits, id: replace(edit, layers=layers)})
+        log_event("set_beta", state, edit=id, beta=beta)
 
 
 def swap_memory(
@@ -95,23 +95,32 @@ def swap_memory(
         PatchError: the model is not patched, or not at the memory's layers.
         MismatchError: the memory is for another model or config, or an installed edit was trained with another one.
     """
-    state = _require(model)
+    state = require_state(model)
     _check_running(running)
     if memory is not None and not isinstance(memory, MemoryBank):
         raise TypeError(f"memory: expected a MemoryBank or None, got {type(memory).__name__}")
-    with state.lock:
+    with state.lock, outside_inference_mode():
         layers = memory.layers if memory else {}
         if missing := sorted(set(layers) - set(state.attentions)):
             raise PatchError(f"memory: its layers {missing} are not patched; patch(model, layers=...) them")
         edits = list(state.edits.values())
-        check_belonging(model, state.decoder, edits, memory, state.config, override)
-        tables = {i: _tables(memory, i, attention.originals[0]) for i, attention in state.attentions.items()}
-        for i, attention in state.attentions.items():
-            attention.__dict__["published"] = tables[i]  # first: until it is there, passes read the one that is
-            attention.memory = tables[i]
-        state.memory = memory
-        _install(state, state.edits, {}, running)
-        _tell("swap_memory", state)
+        check_compatibility(model, state.decoder, edits, memory, state.config, override)
+        tables = {i: make_tables(memory, i, attention.originals[0]) for i, attention in state.attentions.items()}
+        _publish(state, running, memories=tables, memory=memory)
+        log_event("swap_memory", state)
+
+
+def set_layers(model: nn.Module, layers: Mapping[int, Mapping[str, Any]]) -> None:
+    """Let a patched model compute with these neurons, layer -> id -> `EditLayer`, as training does before each step.
+
+    They replace the edits of these layers, without being edits of the model: see `selecting`. Gradients reach them.
+    """
+    state = require_state(model)
+    with state.lock:
+        stores = {i: EditStore() for i in layers}
+        for i, store in stores.items():
+            store.set(layers[i])
+        _publish(state, "keep", edits=stores)
 
 
 def _check_running(running: str) -> None:
@@ -119,17 +128,17 @@ def _check_running(running: str) -> None:
         raise ValueError(f"running: expected 'keep' or 'switch', got {running!r}")
 
 
-def _installed(state: _Patched, id: str) -> Edit:
+def _installed(state: PatchedState, id: str) -> Edit:
     if id not in state.edits:
         raise PatchError(f"id: {id!r} is no edit of the model; it has {sorted(state.edits)}")
     return state.edits[id]
 
 
-def _install(state: _Patched, edits: dict[str, Edit], stores: Mapping[int, EditStore], running: Running) -> None:
-    """Publish these edits and stores at once."""
-    for i, store in stores.items():
-        state.ffns[i].edits.become(store)
-    state.edits = edits
-    _publish(state, None if any(ffn.edits.direct for ffn in state.ffns.values()) else stores)
+def _publish(
+    state: PatchedState, running: Running, *, edits: Mapping[int, EditStore] | None = None, **more: Any
+) -> None:
+    """Install these stores, and what else an `Installed` has, at once."""
+    version: Installed = state.installed
+    state.context.publish(replace(version, edits={**version.edits, **(edits or {})}, **more))
     if running == "switch":
         state.context.forget_running()

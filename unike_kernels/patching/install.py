@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from torch import nn
 
@@ -14,19 +14,24 @@ from ..artifacts.edit import Edit
 from ..artifacts.memory import MemoryBank
 from ..config import Config
 from ..errors import PatchError
-from ..nn import (
-    EditStore,
-    MemoryAttention,
-    MemoryTables,
-    ModelContext,
-    PassThrough,
-    PatchedFFN,
-    Version,
-    original,
-)
+from ..nn import EditStore, MemoryAttention, MemoryTables, ModelContext, PassThrough, PatchedFFN, original
 from ..retrieval.approximate import ApproximateIndex
-from .compatibility import check_belonging
-from .session import _ATTRIBUTE, _Decode, _Embed, _Patched, _require, _state, _tell
+from .compatibility import check_compatibility
+from .session import (
+    HOOKS,
+    AllOrNothing,
+    DecoderEndHook,
+    DecoderHook,
+    EmbeddingHook,
+    Installed,
+    PatchedState,
+    log_event,
+    outside_inference_mode,
+    release_checkpoints,
+    require_state,
+    set_state,
+    state_of,
+)
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -63,12 +68,12 @@ class PatchReport:
 
 def is_patched(model: nn.Module) -> bool:
     """Whether `patch` is in force on this model."""
-    return _state(model) is not None
+    return state_of(model) is not None
 
 
 def patched_ffns(model: nn.Module) -> dict[int, PatchedFFN]:
     """The patched FFN of each patched layer. Raises PatchError if the model is not patched."""
-    return dict(_require(model).ffns)
+    return dict(require_state(model).ffns)
 
 
 def patch(
@@ -78,13 +83,14 @@ def patch(
     *,
     layers: Sequence[int] | None = None,
     config: Config | None = None,
+    default: Literal["all", "none"] = "all",
     replace: bool = False,
     override: bool = False,
 ) -> PatchReport:
     """Install the fused modules in a Hugging Face model, in place, with these edits and this memory.
 
-    Without edits and memory the model's output does not change by a bit. If anything is wrong, the model is left as
-    it was.
+    Without edits and memory the model's output does not change by a bit. If anything is wrong, or interrupts it, the
+    model is left as it was.
 
     Args:
         model: a PreTrainedModel whose decoder has attention and an FFN in each layer, alone or in a multimodal model.
@@ -92,6 +98,8 @@ def patch(
         memory: shifts the attention output of the layers that it names.
         layers: patched too, though no edit or memory names them; None: where nothing names any, the last four.
         config: the semantics; None: the memory's, else the edits', else the defaults.
+        default: what a pass outside of every `rows` block uses: "all" edits and the memory, or "none". With "all", such
+            a pass is an error while another logical call has a block open that gives some row less.
         replace: patch anew a model that is patched already, instead of an error.
         override: accept edits and memories that were not made for each other, this config or this model.
 
@@ -102,11 +110,13 @@ def patch(
         PatchError: the model is patched already; two edits have one id.
         MismatchError: an edit, the memory, the config and the model do not belong together.
         UnsupportedModelError: the structure of the model is not known.
-        ValueError: an unknown layer.
+        ValueError: an unknown layer or default.
     """
-    if _state(model) is not None and not replace:
+    if default not in ("all", "none"):
+        raise ValueError(f"default: expected 'all' or 'none', got {default!r}")
+    if state_of(model) is not None and not replace:
         raise PatchError(f"{type(model).__name__} is patched already: unpatch it first, or pass replace=True")
-    if _state(model) is None and any(original(m) is not m for m in model.modules()):
+    if state_of(model) is None and any(original(m) is not m for m in model.modules()):
         raise PatchError(f"a part of {type(model).__name__} was patched on its own: unpatch that model object first")
     for edit in edits:
         if not isinstance(edit, Edit):
@@ -119,43 +129,34 @@ def patch(
 
     decoder = backbones.find_decoder(model)
     chosen = config or (memory.config if memory else None) or (edits[0].config if edits else None) or Config()
-    check_belonging(model, decoder, list(edits), memory, chosen, override)
+    check_compatibility(model, decoder, list(edits), memory, chosen, override)
     wanted = {i for edit in edits for i in edit.layers} | set(memory.layers if memory else ())
     explicit = decoder.select(layers) if layers is not None or not wanted else []
     indices = decoder.select(sorted(wanted | set(explicit)))
 
     # Everything that can fail is built first; the model is touched only after that.
-    context = ModelContext()
-    plan = [_build(decoder.layers[i], named, memory, chosen, context) for i in indices]
+    with outside_inference_mode():
+        stores = {i: _store(decoder.layers[i], named) for i in indices}
+        tables = {i: make_tables(memory, i, decoder.layers[i].attention.module) for i in indices}
+    context = ModelContext(Installed(stores, tables, named, memory), default, in_model=True)
+    plan = [_build(decoder.layers[i], chosen, context) for i in indices]
     image_token = backbones.image_token_id(model) if memory is not None and chosen.tokens == "text" else None
-    if _state(model) is not None:
-        unpatch(model)
-    state = _Patched(context, decoder, chosen, named, memory, {}, {})
-    for i, (replacements, ffn, attention) in zip(indices, plan, strict=True):
-        for site, module in replacements:
-            site.put(module)
-        state.ffns[i], state.attentions[i] = ffn, attention
-    decoder.module.register_forward_pre_hook(_Decode(context, image_token), with_kwargs=True)
-    if image_token is not None:
-        model.get_input_embeddings().register_forward_pre_hook(_Embed(context, image_token))  # type: ignore[operator]
-    _publish(state)
-    model.__dict__[_ATTRIBUTE] = state
-    _tell("patch", state)
+    state = PatchedState(context, decoder, chosen, {}, {})
+    with AllOrNothing(model):
+        if state_of(model) is not None:
+            _remove(model)
+        for i, (replacements, ffn, attention) in zip(indices, plan, strict=True):
+            for site, module in replacements:
+                site.put(module)
+            state.ffns[i], state.attentions[i] = ffn, attention
+        decoder.module.register_forward_pre_hook(DecoderHook(context, image_token), with_kwargs=True)
+        decoder.module.register_forward_hook(DecoderEndHook(context), always_call=True)
+        if image_token is not None:
+            embedding = model.get_input_embeddings()  # type: ignore[operator]
+            embedding.register_forward_pre_hook(EmbeddingHook(context, image_token))
+        set_state(model, state)
+    log_event("patch", state)
     return _report(model, decoder, state)
-
-
-def _publish(state: _Patched, changed: Mapping[int, EditStore] | None = None) -> None:
-    """Let new passes compute with what is installed now; `changed`: the only stores that are not published yet."""
-    before = state.context.current
-    if before is None or changed is None:
-        edits = {i: ffn.edits.copied() for i, ffn in state.ffns.items()}
-        for ffn in state.ffns.values():
-            ffn.edits.direct = False
-    else:
-        edits = {**before.edits, **changed}
-    for attention in state.attentions.values():
-        attention.__dict__["published"] = attention.memory
-    state.context.current = Version(edits, {i: a.memory for i, a in state.attentions.items()})
 
 
 def unpatch(model: M) -> M:
@@ -163,17 +164,27 @@ def unpatch(model: M) -> M:
 
     Raises PatchError if the model is not patched. Returns the model.
     """
-    _require(model)
+    state = require_state(model)
+    with AllOrNothing(model):
+        _remove(model)
+        set_state(model, None)
+    log_event("unpatch", state)
+    return model
+
+
+def _remove(model: nn.Module) -> None:
+    """Take out what `patch` put in."""
     for module in list(model.modules()):
         for name, child in module._modules.items():
             if child is not None:
                 module._modules[name] = original(child)
-        for key, hook in list(module._forward_pre_hooks.items()):
-            if isinstance(hook, _Decode | _Embed):
-                del module._forward_pre_hooks[key]
-                module._forward_pre_hooks_with_kwargs.pop(key, None)
-    _tell("unpatch", model.__dict__.pop(_ATTRIBUTE))
-    return model
+        for key in [key for key, hook in module._forward_pre_hooks.items() if isinstance(hook, HOOKS)]:
+            del module._forward_pre_hooks[key]
+            module._forward_pre_hooks_with_kwargs.pop(key, None)
+        for key in [key for key, hook in module._forward_hooks.items() if isinstance(hook, HOOKS)]:
+            del module._forward_hooks[key]
+            module._forward_hooks_always_called.pop(key, None)
+    release_checkpoints(model)
 
 
 @contextmanager
@@ -186,18 +197,24 @@ def patched(model: nn.Module, *args: Any, **kwargs: Any) -> Iterator[PatchReport
         unpatch(model)
 
 
+def _store(layer: backbones.Layer, edits: dict[str, Edit]) -> EditStore:
+    """The neurons of these edits in one layer, where its FFN computes."""
+    own = {name: edit.layers[layer.index] for name, edit in edits.items() if layer.index in edit.layers}
+    store, device = EditStore(), backbones.device_of(layer.ffn[0].module)
+    store.set({name: neurons.to(device) for name, neurons in own.items()})
+    if not any(t.requires_grad for neurons in own.values() for t in neurons.tensors().values()):
+        store.spare()
+    return store
+
+
 def _build(
-    layer: backbones.Layer, edits: dict[str, Edit], memory: MemoryBank | None, config: Config, context: ModelContext
+    layer: backbones.Layer, config: Config, context: ModelContext
 ) -> tuple[list[tuple[backbones.Site, nn.Module]], PatchedFFN, MemoryAttention]:
     """What will stand where in one layer; nothing of the model is touched."""
     *ffn_parts, base_attention = [site.module for site in (*layer.ffn, layer.attention)]
     ffn = PatchedFFN.from_module(
         *ffn_parts, activation=layer.activation, dense=layer.dense, context=context, layer=layer.index
     )
-    own = {name: edit.layers[layer.index] for name, edit in edits.items() if layer.index in edit.layers}
-    ffn.edits.set({name: e.to(backbones.device_of(ffn_parts[0])) for name, e in own.items()})
-    if not any(t.requires_grad for e in own.values() for t in e.tensors().values()):
-        ffn.edits.spare()
     attention = MemoryAttention.from_module(
         base_attention,
         config,
@@ -205,12 +222,11 @@ def _build(
         layer=layer.index,
         project=backbones.project_queries if config.values == "projected" else None,
     )
-    attention.memory = _tables(memory, layer.index, base_attention)
     through = [PassThrough.from_module(part) for part in ffn_parts[1:]]
     return list(zip((layer.attention, *layer.ffn), (attention, ffn, *through), strict=True)), ffn, attention
 
 
-def _tables(memory: MemoryBank | None, layer: int, attention: nn.Module) -> MemoryTables | None:
+def make_tables(memory: MemoryBank | None, layer: int, attention: nn.Module) -> MemoryTables | None:
     """What a memory holds for a layer, where its attention computes."""
     if memory is None or layer not in memory.layers:
         return None
@@ -220,7 +236,7 @@ def _tables(memory: MemoryBank | None, layer: int, attention: nn.Module) -> Memo
     return MemoryTables(m.index, m.keys, m.values, m.encoder, memory.id, found).to(device)
 
 
-def _report(model: nn.Module, decoder: backbones.Decoder, state: _Patched) -> PatchReport:
+def _report(model: nn.Module, decoder: backbones.Decoder, state: PatchedState) -> PatchReport:
     rows = []
     nbytes = sum(edit.nbytes for edit in state.edits.values())
     for i, ffn in sorted(state.ffns.items()):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,11 +13,8 @@ from torch import nn
 from .. import backbones
 from ..artifacts.memory import MemoryBank
 from ..errors import PatchError
-from ..nn import (
-    Explanation,
-    PromptState,
-)
-from .session import _Block, _Patched, _require
+from ..nn import PromptState, Selection, Trace
+from .session import PatchedState, require_state
 
 
 @contextmanager
@@ -29,8 +27,13 @@ def rows(
 ) -> Iterator[None]:
     """Inside the block, each row of a batch has its own edits.
 
-    Rows are expanded for beams: R selections serve a batch of R * n rows, n in a run for each. As torch.no_grad, it
-    holds for the thread that enters it.
+    Rows are expanded for beams: R selections serve a batch of R * n rows, n in a run for each.
+
+    The block belongs to the logical call that enters it: to the asyncio task, to threads that run in a copy of its
+    context (asyncio.to_thread does), or to the generator, and then not to its consumer. Blocks may be left in any order.
+    A pass without a block of its own is an error while another call has one open that gives some row less than
+    everything, unless `patch` was told default="none". What torch.compile has compiled knows one selection: calls that
+    select otherwise than the block entered last are refused.
 
     Args:
         model: a patched model.
@@ -42,9 +45,10 @@ def rows(
 
     Raises:
         PatchError: the model is not patched, or an edit id is unknown.
+        TypeError: a row is a string.
         ValueError: the arguments disagree about the number of rows; the batch is not a multiple of it.
     """
-    state = _require(model)
+    state = require_state(model)
     given = {"edits": edits, "memory": memory, "prompt_lengths": prompt_lengths}
     counts = {name: len(value) for name, value in given.items() if value is not None}
     if len(set(counts.values())) > 1 or 0 in counts.values():
@@ -55,8 +59,7 @@ def rows(
         isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in prompt_lengths
     ):
         raise ValueError(f"prompt_lengths: expected integers of at least 1, got {list(prompt_lengths)}")
-    device, own = backbones.device_of(model), state.context.now()
-    outer = chosen = _Block(own.rows, own.prompt, own.edits, own.remembers, own.remembers_in)
+    device, chosen = backbones.device_of(model), state.context.selection() or Selection()
     if counts:
         chosen = replace(chosen, rows=next(iter(counts.values())))
     if prompt_lengths is not None and state.config.needs_prompt_lengths:
@@ -65,50 +68,33 @@ def rows(
     if edits is not None:
         chosen = replace(chosen, edits=tuple(map(tuple, edits)))
     if memory is not None:
-        chosen = _remembering(chosen, memory, state.memory, device)
-    chosen.hold_in(own)
-    with state.lock:
-        state.blocks.append(chosen)
-        _trace(state)
-    try:
+        chosen = replace(chosen, **_memory_ranges(memory, state.memory, device))
+    with state.context.selecting(chosen):
         yield
-    finally:
-        outer.hold_in(own)
-        with state.lock:
-            state.blocks = [block for block in state.blocks if block is not chosen]
-            _trace(state)
 
 
 @contextmanager
-def explain(model: nn.Module) -> Iterator[Explanation]:
-    """Inside the block, each pass tells what its layers did: entries, scores, gates, neurons, and how long it took.
+def explain(model: nn.Module) -> Iterator[Trace]:
+    """Inside the block, each pass records what its layers did: entries, scores, gates, neurons, and how long it took.
 
-    It computes these things beside the output, which does not change. As torch.no_grad, it holds for the thread that
-    enters it; passes that torch.compile has traced tell nothing.
+    It computes these things beside the output, which does not change. The block belongs to the logical call that
+    enters it, as that of `rows` does; passes that torch.compile has traced record nothing.
 
     Raises PatchError if the model is not patched.
     """
-    own = _require(model).context.now()
-    outer, own.explanation = own.explanation, Explanation()
-    try:
-        yield own.explanation
-    finally:
-        own.explanation = outer
+    with require_state(model).context.traces.entered(Trace()) as block:
+        yield block.value
 
 
-@contextmanager
-def selecting(model: nn.Module, edits: Sequence[Sequence[str]]) -> Iterator[None]:
-    """As `rows`, for edits that were put into the patched FFNs by hand: the ids are not looked up."""
-    own = _require(model).context.now()
-    outer = own.rows, own.edits
-    own.rows, own.edits = len(edits), tuple(map(tuple, edits))
-    try:
-        yield
-    finally:
-        own.rows, own.edits = outer
+def selecting(model: nn.Module, edits: Sequence[Sequence[str]]) -> AbstractContextManager[None]:
+    """As `rows`, for neurons that were put in by `set_layers`: the ids are not looked up."""
+    context = require_state(model).context
+    chosen = context.selection() or Selection()
+    return context.selecting(replace(chosen, rows=len(edits), edits=tuple(map(tuple, edits))))
 
 
-def _remembering(block: _Block, rows: Sequence[bool | str], memory: MemoryBank | None, device: torch.device) -> _Block:
+def _memory_ranges(rows: Sequence[bool | str], memory: MemoryBank | None, device: torch.device) -> Mapping[str, Any]:
+    """The entries that each row may retrieve, as a `Selection` has them."""
     named = {use for use in rows if isinstance(use, str)}
     tenants = memory.tenants if memory is not None else {}
     if unknown := sorted(named - set(tenants)):
@@ -116,19 +102,13 @@ def _remembering(block: _Block, rows: Sequence[bool | str], memory: MemoryBank |
     ranges = [
         [tenants[use].start, tenants[use].stop] if isinstance(use, str) else [-1, -1] if use else [0, 0] for use in rows
     ]
-    where = memory.id if memory is not None and named else None
-    return replace(block, remembers=torch.tensor(ranges, dtype=torch.int64, device=device), remembers_in=where)
+    return {
+        "memory_ranges": torch.tensor(ranges, dtype=torch.int64, device=device),
+        "ranges_memory_id": memory.id if memory is not None and named else None,
+    }
 
 
-def _trace(state: _Patched) -> None:
-    """What torch.compile traces knows no threads: it reads the context and the stores, which follow the last block."""
-    block = state.blocks[-1] if state.blocks else _Block()
-    block.hold_in(state.context)
-    for ffn in state.ffns.values():
-        ffn.edits.select(block.edits)
-
-
-def _check_rows(edits: Sequence[Sequence[str]], state: _Patched) -> None:
+def _check_rows(edits: Sequence[Sequence[str]], state: PatchedState) -> None:
     for r, row in enumerate(edits):
         if isinstance(row, str):
             raise TypeError(f"edits[{r}]: expected a list of edit ids, got the string {row!r}")

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from .. import backbones
@@ -14,13 +17,7 @@ from ..artifacts.edit import Edit
 from ..artifacts.memory import MemoryBank
 from ..config import Config
 from ..errors import PatchError
-from ..nn import (
-    Context,
-    MemoryAttention,
-    ModelContext,
-    PatchedFFN,
-    PromptState,
-)
+from ..nn import MemoryAttention, ModelContext, PatchedFFN, Version
 
 _ATTRIBUTE = "_unike"
 
@@ -32,78 +29,126 @@ _log = logging.getLogger("unike_kernels")
 
 
 @dataclass
-class _Decode:
-    """Forward pre-hook of the decoder: tells the patched modules about this pass. Picklable with the model."""
+class DecoderHook:
+    """Forward pre-hook of the decoder: begins a pass. Picklable with the model."""
 
     context: ModelContext
     image_token: int | None  # given where image placeholders must be told from text
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.context.begin(kwargs.get("past_key_values"))
-        context = self.context.now()
+        context, cache = self.context, kwargs.get("past_key_values")
+        if module.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            _bind_checkpoints(module, context)
         ids = kwargs.get("input_ids", args[0] if args else None)
         source = ids if ids is not None else kwargs.get("inputs_embeds")
-        if source is None:
-            return
+        batch, tokens = (1, 0) if source is None else (source.shape[0], source.shape[1])
+        text, context.local.text = context.local.text, None  # it is about this pass alone
         if ids is not None and self.image_token is not None:
-            context.text = ids != self.image_token
-        elif self.image_token is not None and context.text is None:
+            text = ids != self.image_token
+        elif self.image_token is not None and text is None:
             raise ValueError("inputs_embeds: Config(tokens='text') tells images from text by input_ids; give those")
         mask = kwargs.get("attention_mask")
         plain = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
-        past = 0
-        if context.prompt is not None:
+        past, selection = 0, context.in_force()
+        if selection is not None and selection.prompt is not None:
             if mask is not None and plain is None:
                 raise ValueError(
                     "attention_mask: alpha='last', retrieval='sequence' and tokens='answer' find the prompt's end in a "
                     "mask [batch, tokens]; a prepared one (static cache) does not tell"
                 )
-            if kwargs.get("past_key_values") is not None:
-                past = int(kwargs["past_key_values"].get_seq_length())
-        context.enter(source.shape[0], source.shape[1], past, plain)
-        context.text = None  # it was about this pass alone
+            past = 0 if cache is None else int(cache.get_seq_length())
+        context.begin(selection, cache, batch=batch, tokens=tokens, past=past, attention_mask=plain, text=text)
 
 
 @dataclass
-class _Embed:
+class DecoderEndHook:
+    """Forward hook of the decoder, which runs after failures too: ends the pass. Picklable with the model."""
+
+    context: ModelContext
+
+    def __call__(self, *_: Any) -> None:
+        self.context.end()
+
+
+@dataclass
+class EmbeddingHook:
     """Forward pre-hook of the embedding: notes which tokens are text. Picklable with the model."""
 
     context: ModelContext
     image_token: int
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        self.context.now().text = args[0] != self.image_token if args[0].dim() == 2 else None
+        self.context.local.text = args[0] != self.image_token if args[0].dim() == 2 else None
 
 
-@dataclass(frozen=True, eq=False)
-class _Block:
-    """What a `rows` block selects."""
-
-    rows: int | None = None
-    prompt: PromptState | None = None
-    edits: tuple[tuple[str, ...], ...] | None = None
-    remembers: Tensor | None = None
-    remembers_in: str | None = None
-
-    def hold_in(self, context: Context) -> None:
-        context.rows, context.prompt = self.rows, self.prompt
-        context.edits, context.remembers = self.edits, self.remembers
-        context.remembers_in = self.remembers_in
+HOOKS = (DecoderHook, DecoderEndHook, EmbeddingHook)
 
 
 @dataclass
-class _Patched:
+class BoundCheckpoint:
+    """In the place of a layer's checkpointing function: what it computes again, it computes in the first pass."""
+
+    checkpoint: Callable[..., Any]
+    context: ModelContext
+
+    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if not torch.compiler.is_compiling():
+            function = self.context.bound(function)
+        return self.checkpoint(function, *args, **kwargs)
+
+
+_CHECKPOINT = "_gradient_checkpointing_func"  # of transformers, on the layers or on the decoder
+
+
+def _bind_checkpoints(decoder: nn.Module, context: ModelContext) -> None:
+    """In each pass, as `gradient_checkpointing_enable` may have been called since the last one."""
+    for module in decoder.modules():
+        checkpoint = module.__dict__.get(_CHECKPOINT)
+        if checkpoint is not None and not isinstance(checkpoint, BoundCheckpoint):
+            module.__dict__[_CHECKPOINT] = BoundCheckpoint(checkpoint, context)
+
+
+def release_checkpoints(model: nn.Module) -> None:
+    """Give the layers their own checkpointing functions back."""
+    for module in model.modules():
+        bound = module.__dict__.get(_CHECKPOINT)
+        if isinstance(bound, BoundCheckpoint):
+            module.__dict__[_CHECKPOINT] = bound.checkpoint
+
+
+@dataclass(frozen=True, eq=False)
+class Installed(Version):
+    """A version, and the artifacts that it is made of."""
+
+    artifacts: Mapping[str, Edit] = field(default_factory=dict)
+    memory: MemoryBank | None = None
+
+
+@dataclass
+class PatchedState:
     """What `patch` installed in a model, kept on it."""
 
     context: ModelContext
     decoder: backbones.Decoder
     config: Config
-    edits: dict[str, Edit]
-    memory: MemoryBank | None
     ffns: dict[int, PatchedFFN]
     attentions: dict[int, MemoryAttention]
-    blocks: list[_Block] = field(default_factory=list)  # `rows` blocks that are open, in whatever thread
     lock: threading.RLock = field(default_factory=threading.RLock)  # of changes
+
+    @property
+    def installed(self) -> Installed:
+        """The current version."""
+        version = self.context.current
+        assert isinstance(version, Installed)
+        return version
+
+    @property
+    def edits(self) -> Mapping[str, Edit]:
+        return self.installed.artifacts
+
+    @property
+    def memory(self) -> MemoryBank | None:
+        return self.installed.memory
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "lock"}
@@ -112,19 +157,59 @@ class _Patched:
         vars(self).update(state, lock=threading.RLock())
 
 
-def _state(model: nn.Module) -> _Patched | None:
+def state_of(model: nn.Module) -> PatchedState | None:
+    """What `patch` keeps on the model, or None."""
     return model.__dict__.get(_ATTRIBUTE)
 
 
-def _require(model: nn.Module) -> _Patched:
-    state = _state(model)
+def require_state(model: nn.Module) -> PatchedState:
+    """The same. Raises PatchError if the model is not patched."""
+    state = state_of(model)
     if state is None:
         raise PatchError(f"{type(model).__name__} is not patched: call unike_kernels.patch(model, ...) first")
     return state
 
 
-def _tell(event: str, state: _Patched, **more: Any) -> None:
+def set_state(model: nn.Module, state: PatchedState | None) -> None:
+    """Keep this on the model; None: nothing."""
+    if state is None:
+        model.__dict__.pop(_ATTRIBUTE, None)
+    else:
+        model.__dict__[_ATTRIBUTE] = state
+
+
+_STRUCTURE = (
+    "_modules", "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks", "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+)  # fmt: skip
+
+
+class AllOrNothing:
+    """After any exception within the block, an interrupt too, the model has the children, hooks and state of before."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model, self._state = model, state_of(model)
+        self._before = [(m, {name: m.__dict__[name].copy() for name in _STRUCTURE}) for m in model.modules()]
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, error: type[BaseException] | None, *_: Any) -> None:
+        if error is None:
+            return
+        for module, structure in self._before:
+            for name, held in structure.items():
+                module.__dict__[name].clear()
+                module.__dict__[name].update(held)
+        set_state(self._model, self._state)
+
+
+def outside_inference_mode() -> AbstractContextManager[Any]:
+    """Within the block, tensors that are made can be written to and trained with later."""
+    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
+
+
+def log_event(event: str, state: PatchedState, **more: Any) -> None:
     """A record of level INFO for those who listen to the logger "unike_kernels"; its `unike` is a dict for machines."""
     memory = state.memory
-    told = {"event": event, "edits": len(state.edits), "memory": memory.id if memory else None, **more}
-    _log.info("%s", " ".join(f"{k}={v}" for k, v in told.items()), extra={"unike": told})
+    entry = {"event": event, "edits": len(state.edits), "memory": memory.id if memory else None, **more}
+    _log.info("%s", " ".join(f"{k}={v}" for k, v in entry.items()), extra={"unike": entry})

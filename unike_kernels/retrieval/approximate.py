@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import torch
@@ -97,8 +98,7 @@ class ApproximateIndex:
 
     def _found(self, unit: Tensor, k: int, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Scores and ids of what faiss finds among the keys start, ..., stop - 1."""
-        import faiss
-
+        faiss: Any = importlib.import_module("faiss")
         parameters = None
         if (start, stop) != (0, self._count):
             selected = faiss.IDSelectorRange(start, stop)

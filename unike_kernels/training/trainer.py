@@ -21,7 +21,7 @@ from ..backbones import device_of, find_decoder
 from ..config import Config
 from ..errors import PatchError
 from ..nn import PatchedFFN
-from ..patching import is_patched, patched, patched_ffns, selecting
+from ..patching import is_patched, patched, patched_ffns, selecting, set_layers
 from .activation_cache import Replay
 from .objectives import _activation_loss, _ffn_inputs, _Preserve, _Targets, _watched
 from .samples import (
@@ -320,10 +320,13 @@ class _Trainer:
 
     def _install(self, active: Sequence[_Training]) -> list[dict[int, EditLayer]]:
         made = [edit.neurons.layers() for edit in active]
-        for i, ffn in self.ffns.items():
-            ffn.edits.set(
-                {**self.in_force[i], **{edit.name: layers[i] for edit, layers in zip(active, made, strict=True)}}
-            )
+        set_layers(
+            self.model,
+            {
+                i: {**self.in_force[i], **{edit.name: layers[i] for edit, layers in zip(active, made, strict=True)}}
+                for i in self.ffns
+            },
+        )
         return made
 
     def _rows(self, active: Sequence[_Training], each: int) -> AbstractContextManager[None]:

@@ -52,8 +52,7 @@ class Layer:
         ]
         store = EditStore()
         store.set({str(i): edit for i, edit in enumerate(self.edits)})
-        store.select([[str(i)] for i in range(edits)])
-        self.pool = store.pool()
+        self.pool = store.pool([[str(i)] for i in range(edits)])
         self.x = normal(tokens, d)
 
     def unpatched(self) -> Tensor:

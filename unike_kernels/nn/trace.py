@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 @dataclass
-class Told:
+class LayerTrace:
     """One layer in one pass over B rows of T tokens.
 
     Attributes:
@@ -36,25 +36,32 @@ def seconds_since(start: float) -> float:
     return time.perf_counter() - start
 
 
-class Explanation:
+@dataclass(frozen=True)
+class PassTrace:
+    """Where the layers record one pass of `shape` = (rows, tokens)."""
+
+    shape: tuple[int, int]
+    layers: dict[int, LayerTrace]
+
+    def at(self, layer: int) -> LayerTrace:
+        """The record of a layer."""
+        return self.layers.setdefault(layer, LayerTrace())
+
+
+class Trace:
     """The passes of a patched model.
 
     Attributes:
-        passes: of each forward pass, layer index -> `Told`.
+        passes: of each forward pass, layer index -> `LayerTrace`.
     """
 
     def __init__(self) -> None:
-        self.passes: list[dict[int, Told]] = []
-        self.shape = 0, 0  # rows and tokens of this pass
+        self.passes: list[dict[int, LayerTrace]] = []
 
-    def begin(self, batch: int, tokens: int) -> None:
-        """A pass begins."""
+    def begin(self, batch: int, tokens: int) -> PassTrace:
+        """The record of a pass that begins."""
         self.passes.append({})
-        self.shape = batch, tokens
-
-    def at(self, layer: int) -> Told:
-        """What there is to say about a layer in this pass."""
-        return self.passes[-1].setdefault(layer, Told())
+        return PassTrace((batch, tokens), self.passes[-1])
 
     def counters(self) -> dict[str, float]:
         """Sums over passes and layers, as a server would export them.
@@ -63,10 +70,12 @@ class Explanation:
         `alpha_max` over these; `score_mean`, the best cosine of each that retrieved anything; `memory_seconds`,
         `neuron_seconds`.
         """
-        told = [t for each in self.passes for t in each.values()]
-        alphas = [t.alpha.flatten() for t in told if t.alpha is not None]
+        layers = [layer for each in self.passes for layer in each.values()]
+        alphas = [layer.alpha.flatten() for layer in layers if layer.alpha is not None]
         alpha = torch.cat(alphas) if alphas else torch.empty(0, dtype=torch.float32, device="cpu")
-        bests = [t.scores[..., 0].flatten() for t in told if t.scores is not None and t.scores.shape[-1]]
+        bests = [
+            layer.scores[..., 0].flatten() for layer in layers if layer.scores is not None and layer.scores.shape[-1]
+        ]
         best = torch.cat(bests) if bests else torch.empty(0, dtype=torch.float32, device="cpu")
         open_, found = alpha[alpha > 0], best[best.isfinite()]
         return {
@@ -76,6 +85,6 @@ class Explanation:
             "alpha_mean": float(open_.mean()) if open_.numel() else 0.0,
             "alpha_max": float(open_.max()) if open_.numel() else 0.0,
             "score_mean": float(found.mean()) if found.numel() else 0.0,
-            "memory_seconds": sum(t.memory_seconds for t in told),
-            "neuron_seconds": sum(t.neuron_seconds for t in told),
+            "memory_seconds": sum(layer.memory_seconds for layer in layers),
+            "neuron_seconds": sum(layer.neuron_seconds for layer in layers),
         }
