@@ -11,7 +11,9 @@ import torch
 import unike_kernels as uk
 from unike_kernels import _native
 from unike_kernels.config import MOST_ENTRIES
-from unike_kernels.ops.latent_attention import native_memory
+from unike_kernels.ops.cosine_topk.cpu import Keys
+from unike_kernels.ops.latent_attention.cpu import Gate, Memory
+from unike_kernels.ops.memory_attention.cpu import attend
 
 IDS = torch.tensor([[5, 6, 7, 8]])
 
@@ -68,20 +70,15 @@ def test_columns_beyond_the_entries_are_padding():
 @pytest.mark.parametrize("switches", [{}, {"retrieval": "sequence"}, {"alpha": 0.4}, {"values": "projected"}])
 def test_a_model_with_a_large_k_is_that_with_all_entries(make_model, make_memory, monkeypatch, switches):
     """The same bits, and the core is asked for no more: 50 entries, k = 100,000."""
-    asked = []
-    for name, k_of in {
-        "memory_attention": lambda args: args[3],
-        "cosine_topk": lambda args: args[2],
-        "latent_attention": lambda args: args[2].shape[1],
-        "latent_attention_backward": lambda args: args[4].shape[1],
-    }.items():
-        run = getattr(_native, name)
+    asked, core = [], _native.core()
+    k_of = {"Tokens": lambda args: args[4][2], "cosine_topk": lambda args: args[3]}
 
-        def spy(*args, _run=run, _k_of=k_of, **kwargs):
-            asked.append(_k_of(args))
-            return _run(*args, **kwargs)
+    class Spy:
+        def __getattr__(self, name):
+            run = getattr(core, name)
+            return run if name not in k_of else lambda *args: (asked.append(k_of[name](args)), run(*args))[1]
 
-        monkeypatch.setattr(_native, name, spy)
+    monkeypatch.setattr(_native, "_C", Spy())
     model, outputs = make_model("llama"), []
     ids = torch.randint(4, 40, (4, 8))
     for k in (50, 100_000):
@@ -100,9 +97,9 @@ def test_the_workspace_of_a_large_k_is_that_of_all_entries():
     """The ids of such a k alone would take 2.6 TB: the core has no room for entries that are not there."""
     x, unit = torch.randn(300, 8), uk.ops.normalize_rows(torch.randn(5, 8))
     encoder = uk.ops.SemanticEncoder(torch.randn(4, 8), torch.randn(4), torch.randn(8, 4), torch.randn(8))
-    keys, memory = _native.Keys(unit, None), native_memory(unit[:, None], unit[:, None], None, encoder)
-    gate = _native.Gate(0.3, False, True)
-    few, many = (_native.memory_attention(x, x, x, k, None, keys, memory, gate, tell=False) for k in (5, 2**30))
+    keys, memory = Keys(unit, None), Memory(unit[:, None], unit[:, None], None, encoder)
+    gate = Gate(0.3, False, True)
+    few, many = (attend(x, x, x, k, None, keys, memory, gate, details=False) for k in (5, 2**30))
     assert torch.equal(few[0], many[0])
 
 
