@@ -10,6 +10,8 @@
 #include <thread>
 #include <vector>
 
+#include "common/poll.h"
+
 namespace unike {
 namespace {
 
@@ -31,7 +33,10 @@ void on_threads_of_this_call(int threads, auto&& work) {
 
 void run_tasks(int64_t tasks, int threads, Task run, const void* context) {
   if (threads <= 1 || tasks <= 1) {
-    for (int64_t task = 0; task < tasks; ++task) run(context, task, 0);
+    for (int64_t task = 0; task < tasks; ++task) {
+      poll();
+      run(context, task, 0);
+    }
     return;
   }
   std::atomic<int64_t> next{0};
@@ -39,7 +44,10 @@ void run_tasks(int64_t tasks, int threads, Task run, const void* context) {
   std::exception_ptr error;
   const auto work = [&](int thread) {
     try {
-      for (int64_t task; (task = next.fetch_add(1)) < tasks;) run(context, task, thread);
+      for (int64_t task; (task = next.fetch_add(1)) < tasks;) {
+        poll();
+        run(context, task, thread);
+      }
     } catch (...) {
       next = tasks;
       const std::lock_guard lock(mutex);

@@ -5,6 +5,7 @@
 #include <new>
 #include <stdexcept>
 
+#include "common/poll.h"
 #include "unike/unike.h"
 
 namespace unike {
@@ -28,6 +29,8 @@ unike_status guarded(Body&& body) noexcept {
     return fail(UNIKE_INVALID_ARGUMENT, error.what());
   } catch (const std::bad_alloc&) {
     return fail(UNIKE_OUT_OF_MEMORY, "out of memory");
+  } catch (const Interrupted& error) {
+    return fail(UNIKE_INTERRUPTED, error.what());
   } catch (const std::exception& error) {
     return fail(UNIKE_INTERNAL_ERROR, error.what());
   } catch (...) {

@@ -76,9 +76,25 @@ class WorkspaceOf {
   char* data_;
 };
 
-// Raises ValueError, MemoryError or RuntimeError for a failed call.
+// While a call works, other threads of Python run, and signals are handled.
+struct ReleaseGil {
+  pybind11::gil_scoped_release released;
+
+  ReleaseGil() {
+    unike_set_poll([] {
+      const pybind11::gil_scoped_acquire gil;
+      return PyErr_CheckSignals();
+    });
+  }
+};
+
+// Raises ValueError, MemoryError or RuntimeError for a failed call, and what a signal's handler has raised. Without the GIL.
 inline void check(unike_status status) {
   if (status == UNIKE_OK) return;
+  if (status == UNIKE_INTERRUPTED) {
+    const pybind11::gil_scoped_acquire gil;
+    throw pybind11::error_already_set();
+  }
   if (status == UNIKE_INVALID_ARGUMENT) throw std::invalid_argument(unike_last_error());
   if (status == UNIKE_OUT_OF_MEMORY) throw std::bad_alloc();
   throw std::runtime_error(unike_last_error());

@@ -7,7 +7,7 @@ namespace unike::python {
 void bind_cosine_topk(pybind11::module_& module) {
   using Address = std::uintptr_t;
   using pybind11::arg;
-  const pybind11::call_guard<pybind11::gil_scoped_release> release_gil;
+  const pybind11::call_guard<ReleaseGil> release_gil;
 
   module.def(
       "normalize_rows",

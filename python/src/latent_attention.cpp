@@ -55,7 +55,7 @@ void bind_latent_attention(pybind11::module_& module) {
                           const std::array<int64_t, 4>&>(),
            arg("m"), arg("d"), arg("queries"), arg("inputs"), arg("ids"), arg("scale"), arg("eq7"), arg("match_norm"),
            arg("gate"));
-  const pybind11::call_guard<pybind11::gil_scoped_release> release_gil;
+  const pybind11::call_guard<ReleaseGil> release_gil;
 
   module.def(
       "latent_attention",

@@ -6,7 +6,7 @@ namespace unike::python {
 
 void bind_machine(pybind11::module_& module) {
   using pybind11::arg;
-  const pybind11::call_guard<pybind11::gil_scoped_release> release_gil;
+  const pybind11::call_guard<ReleaseGil> release_gil;
 
   module.def(
       "read",

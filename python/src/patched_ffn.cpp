@@ -39,7 +39,7 @@ void bind_patched_ffn(pybind11::module_& module) {
   pybind11::class_<Pool>(module, "Pool")
       .def(pybind11::init<const std::array<int64_t, 3>&, int, const std::array<Address, 11>&>(), arg("sizes"),
            arg("dtype"), arg("tables"));
-  const pybind11::call_guard<pybind11::gil_scoped_release> release_gil;
+  const pybind11::call_guard<ReleaseGil> release_gil;
 
   module.def(
       "add_extra_neurons",

@@ -39,6 +39,7 @@ typedef enum unike_status UNIKE_ENUM {
   UNIKE_INVALID_ARGUMENT = 1,
   UNIKE_OUT_OF_MEMORY = 2,
   UNIKE_INTERNAL_ERROR = 3,
+  UNIKE_INTERRUPTED = 4, /* see unike_set_poll */
 } unike_status;
 
 /* How the elements of a table are stored. All arithmetic is in float32 at least. */
@@ -66,6 +67,13 @@ UNIKE_API const char* unike_version(void);
 
 /* Why this thread's last failed call failed; "" before the first failure. Valid until this thread's next failure. */
 UNIKE_API const char* unike_last_error(void);
+
+/* Asked about 20 times a second, in the thread that has called a function, while that works: anything but 0 stops the call.
+ * It then returns UNIKE_INTERRUPTED, and what it was to write holds anything. */
+typedef int (*unike_poll)(void);
+
+/* Sets that of the calling thread, for all its later calls; null: nobody is asked. */
+UNIKE_API void unike_set_poll(unike_poll poll);
 
 /* The best instruction set that this CPU and its kernels support: "avx512bf16", "avx512vnni", "avx512", "avx2" or
  * "baseline". */
