@@ -366,6 +366,8 @@ void neurons(bool backward) {
   call.wrong("pool.rows 0", [&] { pool.rows = 0; });
   call.wrong("row_indptr not from 0", [=] { row_indptr[0] = 1; });
   call.wrong("row_indptr descending", [=] { row_indptr[rows] = -1; });
+  call.wrong("row_indptr of more than the pool",
+             [=] { row_indptr[rows] = row_indptr[rows - 1] + edits + pick(1, 1 << 20); });
   call.wrong("row_indptr monstrous", [=] { row_indptr[rows] = pick(1LL << 40, kMost); });
   if (edits > 0) {
     call.wrong("indptr beyond the neurons", [=] { indptr[edits] = pick(p + 1, kMost); });
