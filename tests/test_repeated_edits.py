@@ -61,10 +61,14 @@ def test_rows_that_are_named_by_tokens():
 
 
 def test_a_bank(make_model, make_edit):
-    bank = uk.EditBank([2, 3, 4, 5], 64, "silu")
+    bank = uk.EditBank([1, 2, 3, 4, 5], 64, "silu")
     x = torch.randn(4, 64)
     bank.add(make_edit(make_model("llama"), "kea"))
-    for use in (lambda rows: bank.apply(2, x, x, rows), lambda rows: bank.pool(2, rows)):
+    for use in (
+        lambda rows: bank.apply(2, x, x, rows),
+        lambda rows: bank.pool(2, rows),
+        lambda rows: bank.apply(1, x, x, rows),  # where no edit has neurons
+    ):
         with pytest.raises(ValueError, match=r"rows\[1\]: expected distinct edit ids, got \['kea', 'kea'\]"):
             use([["kea"], ["kea", "kea"]])
     assert bank.apply(2, x, x, [["kea"], []]).shape == x.shape

@@ -84,7 +84,8 @@ def planner() -> ctypes.CDLL:
     """plan.cpp of this folder."""
     folder = tempfile.mkdtemp()
     library = Path(folder) / "plan.so"
-    sources = [str(Path(__file__).with_name("plan.cpp")), str(ROOT / "csrc/cuda/plan.cpp")]
+    own = Path(__file__).with_name("plan.cpp")
+    sources = [str(own), *(str(ROOT / f"csrc/{name}.cpp") for name in ("cuda/plan", "common/checked"))]
     subprocess.run(["c++", "-std=c++20", "-shared", "-fPIC", *INCLUDES, *sources, "-o", str(library)], check=True)
     planned = ctypes.CDLL(str(library))
     planned.search_bytes.restype = ctypes.c_int64

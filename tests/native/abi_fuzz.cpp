@@ -94,6 +94,10 @@ class Call {
   void size(const std::string& name, int64_t& at) {
     wrong(name + " monstrous", [&at] { at = monstrous(); });
   }
+  // Each of which could be, but not both: their product is 2^66.
+  void product(const std::string& name, int64_t& a, int64_t& b) {
+    wrong(name + " too much together", [&a, &b] { a = b = int64_t{1} << 33; });
+  }
   template <typename E>
   void enumeration(const std::string& name, E& at) {
     wrong(name + " of no name", [&at] { at = static_cast<E>(std::vector<int>{9, -1, 4, 1 << 30}[pick(0, 3)]); });
@@ -224,6 +228,7 @@ void normalize() {
   call.pointer("out", out, rows);
   call.size("rows", rows);
   call.size("d", d);
+  call.product("rows and d", rows, d);
   if (rows > 0 && x.dtype == UNIKE_F32) {
     call.wrong("out overlapping x", [&, at = reinterpret_cast<uintptr_t>(x.data) + 4 * pick(0, d - 1)] {
       out = reinterpret_cast<float*>(at);
@@ -247,6 +252,7 @@ void pack() {
   call.size("n", n);
   call.size("d", d);
   call.size("stride", stride);
+  call.product("n and stride", n, stride);
   call.enumeration("scan", scan);
   const int threads = any_threads();
   call.go(
@@ -275,6 +281,8 @@ void search() {
   call.pointer("ids", ids, m * k);
   call.size("m", m);
   call.size("k", k);
+  call.product("m and k", m, k);
+  call.product("keys.n and keys.d", keys.table.n, keys.table.d);
   if (ranges != nullptr && m > 0) {
     call.wrong("ranges crooked", [&] { ranges = crooked(ranges); });
     const auto set = [ranges, i = 2 * pick(0, m - 1)](int64_t a, int64_t b) { ranges[i] = a, ranges[i + 1] = b; };
@@ -363,9 +371,13 @@ void neurons(bool backward) {
                                                                           {"pool.rows", &pool.rows}}) {
     call.size(name, *size);
   }
+  call.product("m and d", m, d);
+  call.product("pool.neurons and d", pool.neurons, d);
   call.wrong("pool.rows 0", [&] { pool.rows = 0; });
   call.wrong("row_indptr not from 0", [=] { row_indptr[0] = 1; });
   call.wrong("row_indptr descending", [=] { row_indptr[rows] = -1; });
+  call.wrong("row_indptr of more than the pool",
+             [=] { row_indptr[rows] = row_indptr[rows - 1] + edits + pick(1, 1 << 20); });
   call.wrong("row_indptr monstrous", [=] { row_indptr[rows] = pick(1LL << 40, kMost); });
   if (edits > 0) {
     call.wrong("indptr beyond the neurons", [=] { indptr[edits] = pick(p + 1, kMost); });
@@ -480,6 +492,10 @@ void attention(Kind kind) {
       call.size(name, *size);
     }
   }
+  call.product("m and d", in.m, in.d);
+  call.product("memory.n and memory.width", memory.n, memory.width);
+  call.product("encoder.r and d", encoder.r, in.d);
+  if (!searches) call.product("m and k", in.m, in.k);
   if (!given) {
     call.pointer("encoder.w2", encoder.w2, r);
     call.pointer("encoder.b1", encoder.b1, r);
