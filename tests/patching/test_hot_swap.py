@@ -174,7 +174,7 @@ def test_a_pass_sees_one_version_under_load(setup):
     threads = [threading.Thread(target=ask) for _ in range(4)]
     for thread in threads:
         thread.start()
-    for _ in range(60):
+    for _ in range(25):
         uk.add_edit(model, b)
         uk.remove_edit(model, "b")
     stop.set()
