@@ -7,11 +7,12 @@ import gc
 import pickle
 import threading
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
-from unike_kernels import Config
+from unike_kernels import Config, PatchError
 from unike_kernels.nn import ModelContext, Pass, PromptState, Selection, Trace, Version
 
 LEFT = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
@@ -194,6 +195,18 @@ def test_a_copy_has_the_version_and_no_open_blocks(copied):
         assert twin.default == "none" and isinstance(twin.current, Version)
         with twin.selecting(Selection(rows=2)):
             assert (context.selection().rows, twin.selection().rows) == (3, 2)
+
+
+def test_compiled_code_takes_the_tables_of_the_block_entered_last():
+    """As copies, but what a prompt leaves behind is one."""
+    context, state = ModelContext(NOW), prompt(2, 3)
+    selection = Selection(rows=2, memory_ranges=torch.tensor([[0, 0], [1, 2]]), prompt=state)
+    with context.selecting(selection):
+        checked = context._checked(context.traced)
+        assert torch.equal(checked.memory_ranges, selection.memory_ranges)
+        assert torch.equal(checked.prompt_lengths, state.lengths) and checked.prompt is state
+        with ThreadPoolExecutor(1) as pool, pytest.raises(PatchError, match="compiled code knows one"):
+            pool.submit(context._checked, context.traced).result()
 
 
 def test_a_context_is_not_kept_alive():

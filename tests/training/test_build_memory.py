@@ -1,5 +1,6 @@
 """From triplets to a memory: each variant's tables hold what was extracted."""
 
+import dataclasses
 import math
 
 import pytest
@@ -8,7 +9,15 @@ import torch.nn.functional as F
 
 import unike_kernels as uk
 from unike_kernels.backbones import find_decoder
-from unike_kernels.training import EncoderTraining, Triplet, build_memory, extract
+from unike_kernels.training import (
+    EditTraining,
+    EncoderTraining,
+    Sample,
+    Triplet,
+    build_memory,
+    extract,
+    train_edit,
+)
 
 TRIPLETS = [Triplet(f"w{i} w{i + 9}", f"w{i + 18}", f"w{i + 1} w{i + 5}") for i in range(12)]
 SHORT = EncoderTraining(lr=1e-3, steps=60)
@@ -91,3 +100,33 @@ def test_the_same_seed_makes_the_same_memory(make_model, processor):
 def test_what_is_refused(make_model, processor, triplets, layers, message):
     with pytest.raises(ValueError, match=message):
         build(make_model("opt"), processor, triplets, layers=layers)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference_mode"])
+def test_under_modes_without_gradients(make_model, processor, mode):
+    """A memory and an edit are made as ever; what was patched under the mode can be changed and trained after it."""
+    model = make_model("llama")
+    brief = EditTraining(neurons=2, steps=2)
+
+    def made():
+        memory = build(model, processor, layers=[4, 5]).memory
+        return memory, train_edit(model, processor, Sample("w1", "w3"), memory, training=brief, id="a", progress=False)
+
+    memory, result = made()
+    with mode():
+        again = made()
+        assert not torch.is_grad_enabled()
+        uk.patch(model, [again[1].edit], again[0])
+        given = uk.MemoryBank({i: copied(m) for i, m in memory.layers.items()}, memory.config, memory.base_model)
+    assert again[0].id == memory.id and again[1].losses == result.losses
+    uk.add_edit(model, dataclasses.replace(result.edit, id="b"))
+    uk.swap_memory(model, given, override=True)
+    x = torch.randn(1, 3, 64, requires_grad=True)
+    model(inputs_embeds=x).logits.sum().backward()
+    assert x.grad.any()
+
+
+def copied(layer):
+    """Its tensors made anew, in whatever mode this is."""
+    encoder = type(layer.encoder)(*(t.clone() for t in layer.encoder))
+    return dataclasses.replace(layer, index=layer.index.clone(), keys=layer.keys.clone(), encoder=encoder)

@@ -96,6 +96,6 @@ def _generators(frame: FrameType | None) -> Iterator[int]:
 
 def _waits(block: Block[Any]) -> bool:
     """Whether the generator that entered the block runs, in another thread, and waits for this one."""
-    return block.thread != threading.get_ident() and block.generator in _generators(
-        sys._current_frames().get(block.thread)
-    )
+    if block.thread == threading.get_ident():
+        return False
+    return block.generator in list(_generators(sys._current_frames().get(block.thread)))

@@ -56,6 +56,7 @@ class Selection:
         ranges_memory_id: id of the memory that these ranges are of; None: they hold for any.
         prompt: set by `uk.rows(..., prompt_lengths=...)`.
         csr: layer -> `edits` as (row_indptr, row_edits); for compiled code, which need not know the ids.
+        prompt_lengths: those of `prompt` as compiled code takes them; None: as they are.
     """
 
     rows: int | None = None
@@ -64,6 +65,7 @@ class Selection:
     ranges_memory_id: str | None = None
     prompt: PromptState | None = None
     csr: Mapping[int, tuple[Tensor, Tensor]] | None = None
+    prompt_lengths: Tensor | None = None
 
     @property
     def narrows(self) -> bool:
@@ -136,7 +138,8 @@ class Pass:
         prompt = selection.prompt
         if prompt is None:
             return cls(version, selection, shifted, **more)
-        last, end = _prompt_ends(prompt, batch, mask) - past, None
+        lengths = prompt.lengths if selection.prompt_lengths is None else selection.prompt_lengths
+        last, end = _prompt_ends(lengths, prompt.config, batch, mask) - past, None
         if prompt.config.tokens == "answer":
             answers = torch.arange(tokens, dtype=torch.int64, device=last.device) >= last.unsqueeze(1)
             shifted = answers if shifted is None else shifted & answers
@@ -150,13 +153,13 @@ class Pass:
         return cls(version, selection, shifted, end, prompt.saved, **more)
 
 
-def _prompt_ends(prompt: PromptState, batch: int, mask: Tensor | None) -> Tensor:
+def _prompt_ends(lengths: Tensor, config: Config, batch: int, mask: Tensor | None) -> Tensor:
     """int64 [B], index of each row's last prompt token."""
-    lengths = prompt.lengths.repeat_interleave(batch // len(prompt.lengths))
+    lengths = lengths.repeat_interleave(batch // len(lengths))
     if mask is None:
         return lengths - 1
     seen = mask.long().cumsum(-1)
-    if prompt.config.needs_whole_prompts and bool((seen[:, -1] < lengths).any()):
+    if config.needs_whole_prompts and bool((seen[:, -1] < lengths).any()):
         raise ValueError(
             f"rows: prompt_lengths {lengths.tolist()} exceed the sequences' {seen[:, -1].tolist()} tokens; "
             "the whole prompt must come in one forward pass"
@@ -244,14 +247,17 @@ class ModelContext:
             self.traced = self._traced_now(self.current)
 
     def _traced_now(self, version: Version) -> Selection | None:
-        """What compiled code selects: what the block selects that was entered last."""
+        """What compiled code selects: what the block selects that was entered last, and be it everything, in tables."""
         if not self.selections.blocks:
             return None
-        selection = self.selections.blocks[-1].value
-        if selection.edits is None:
-            return selection
+        selection, ranges = self.selections.blocks[-1].value, self.selections.blocks[-1].value.memory_ranges
         edits = {i: store for i, store in version.edits.items() if not store.empty}
-        return replace(selection, csr={i: store.csr(selection.edits) for i, store in edits.items()})
+        memory = next((m for m in version.memories.values() if m is not None), None)
+        if ranges is None and memory is not None:
+            ranges = torch.full_like(memory.all, -1)
+        return replace(
+            selection, memory_ranges=ranges, csr={i: store.csr(selection.edits) for i, store in edits.items()}
+        )
 
     def selection(self) -> Selection | None:
         """That of the logical call that asks; None: it has none."""
@@ -282,7 +288,7 @@ class ModelContext:
         return replace(
             selection,
             memory_ranges=None if ranges is None else check_selected(ranges, self._key),
-            prompt=None if prompt is None else replace(prompt, lengths=check_selected(prompt.lengths, self._key)),
+            prompt_lengths=None if prompt is None else check_selected(prompt.lengths, self._key),
             csr=None if csr is None else {i: (check_selected(ptr, self._key), ids) for i, (ptr, ids) in csr.items()},
         )
 

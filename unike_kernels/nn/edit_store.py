@@ -157,11 +157,13 @@ class EditStore(Tables):
         self.row_edits = torch.tensor(listed, dtype=torch.int64, device=self.keys.device)
         self.row_indptr = torch.tensor([0, len(position)], dtype=torch.int64, device=self.keys.device)
 
-    def csr(self, rows: Sequence[Sequence[str]]) -> tuple[Tensor, Tensor]:
-        """(row_indptr, row_edits) of rows that give the ids of their edits; ids of other layers are ignored.
+    def csr(self, rows: Sequence[Sequence[str]] | None) -> tuple[Tensor, Tensor]:
+        """(row_indptr, row_edits) of rows that give the ids of their edits, ids of other layers ignored; None: all.
 
         Raises ValueError for a row that names an edit more than once; so do `pool` and `view`.
         """
+        if rows is None:
+            return self.row_indptr, self.row_edits
         check_distinct(rows)
         return csr([[self.position[i] for i in row if i in self.position] for row in rows], self.indptr.device)
 
@@ -169,9 +171,7 @@ class EditStore(Tables):
         self, rows: Sequence[Sequence[str]] | None = None, *, selected: tuple[Tensor, Tensor] | None = None
     ) -> EditPool:
         """The neurons, and the edits of each row: by id, or as `csr` gives them; by default every row has all."""
-        if rows is not None:
-            selected = self.csr(rows)
-        row_indptr, row_edits = selected or (self.row_indptr, self.row_edits)
+        row_indptr, row_edits = selected or self.csr(rows)
         return EditPool(
             self.keys, self.key_bias, self.up, self.up_bias, self.values, self.zeta, self.beta, self.indptr,
             row_indptr, row_edits,

@@ -30,7 +30,7 @@ def rows(
     Rows are expanded for beams: R selections serve a batch of R * n rows, n in a run for each.
 
     The block belongs to the logical call that enters it: to the asyncio task, to threads that run in a copy of its
-    context (asyncio.to_thread does), or to the generator, and then not to its consumer. Blocks may be left in any order.
+    context (asyncio.to_thread does), or to the generator, and then not to its consumer. They may be left in any order.
     A pass without a block of its own is an error while another call has one open that gives some row less than
     everything, unless `patch` was told default="none". What torch.compile has compiled knows one selection: calls that
     select otherwise than the block entered last are refused.

@@ -16,7 +16,7 @@ from ..backbones import Decoder, find_decoder, project_memory, score_scale
 from ..config import Config
 from .encoders import Disentangled, EncoderTraining, disentangle
 from .extract import Hidden, extract
-from .samples import Triplet
+from .samples import Triplet, taking_gradients
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,7 @@ def _tables(decoder: Decoder, layer: int, hidden: Hidden, values: str) -> tuple[
     return keys, table, table.sum(1), negative.float().cpu().sum(1)
 
 
+@taking_gradients
 def build_memory(
     model: nn.Module,
     processor: Any,

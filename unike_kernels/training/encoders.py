@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..ops import SemanticEncoder
+from .samples import taking_gradients
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,7 @@ def _encoder(d: int, r: int, out: int) -> nn.Sequential:
     return nn.Sequential(inner, nn.GELU(), outer)
 
 
+@taking_gradients
 def disentangle(
     sem: Tensor,
     pos: Tensor,

@@ -21,7 +21,7 @@ from ..backbones import device_of, find_decoder
 from ..errors import ArtifactError, PatchError
 from ..nn import residual_of, residual_position
 from ..patching import is_patched
-from .samples import Sample, Triplet, batches, encode, evaluating, forward
+from .samples import Sample, Triplet, batches, encode, evaluating, forward, taking_gradients
 
 _PART = 1024  # triplets whose states are written together
 
@@ -64,6 +64,7 @@ def _record(modules: dict[int, nn.Module]) -> Iterator[dict[tuple[int, str], Ten
             handle.remove()
 
 
+@taking_gradients
 def extract(
     model: nn.Module,
     processor: Any,

@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ..patching import is_patched, rows
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def taking_gradients(function: Callable[P, R]) -> Callable[P, R]:
+    """`function` can take gradients, and what it makes can be trained with, whatever modes its caller is in."""
+
+    @wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        with torch.inference_mode(False), torch.enable_grad():
+            return function(*args, **kwargs)
+
+    return run
 
 
 @dataclass(frozen=True)

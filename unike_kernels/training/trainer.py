@@ -28,6 +28,7 @@ from .samples import (
     Sample,
     batches,
     evaluating,
+    taking_gradients,
     with_thinned,
 )
 from .settings import EditResult, EditTraining
@@ -112,6 +113,7 @@ def train_edit(
     return result
 
 
+@taking_gradients
 def train_edits(
     model: nn.Module,
     processor: Any,
