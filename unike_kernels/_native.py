@@ -282,6 +282,7 @@ class Pool:
             RuntimeError: without the compiled extension.
         """
         _require_extension()
+        pool = [None if t is None else t.resolve_neg() for t in pool]
         keys, zeta, row_indptr = pool[0], pool[5], pool[8]
         assert keys is not None and zeta is not None and row_indptr is not None
         self.tensors = tuple(pool)
@@ -353,9 +354,9 @@ class Memory:
         """
         _require_extension()
         n, heads, width = keys.shape
-        wide = keys.contiguous()
+        wide = keys.resolve_neg().contiguous()
         self.tensors = tuple(
-            None if t is None else t.contiguous()
+            None if t is None else t.resolve_neg().contiguous()
             for t in (wide, wide if values is keys else values, projected, *encoder)
         )
         w1 = encoder[0]
@@ -523,6 +524,7 @@ def _table(x: Tensor, name: str, dtypes: tuple[torch.dtype, ...] = tuple(_DTYPES
         raise ValueError(f"{name} must be {wanted} [N, d] on the CPU, got {_describe(x)}")
     if x.shape[1] == 0:
         raise ValueError(f"{name} must have at least one column")
+    x = x.resolve_neg()  # what torch has put off is not in memory
     return x if x.stride(1) == 1 else x.contiguous()
 
 

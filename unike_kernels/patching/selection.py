@@ -16,6 +16,7 @@ from ..nn import (
     Explanation,
     PromptState,
 )
+from ..ops import _check
 from .session import _Block, _Patched, _require
 
 
@@ -25,7 +26,7 @@ def rows(
     edits: Sequence[Sequence[str]] | None = None,
     *,
     memory: Sequence[bool | str] | None = None,
-    prompt_lengths: Sequence[int] | None = None,
+    prompt_lengths: Sequence[int] | torch.Tensor | None = None,
 ) -> Iterator[None]:
     """Inside the block, each row of a batch has its own edits.
 
@@ -51,10 +52,8 @@ def rows(
         raise ValueError(f"rows: expected one entry per row in each argument, got {counts}")
     if edits is not None:
         _check_rows(edits, state)
-    if prompt_lengths is not None and any(
-        isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in prompt_lengths
-    ):
-        raise ValueError(f"prompt_lengths: expected integers of at least 1, got {list(prompt_lengths)}")
+    if prompt_lengths is not None:
+        prompt_lengths = _check.counts("prompt_lengths", prompt_lengths)
     device, own = backbones.device_of(model), state.context.now()
     outer = chosen = _Block(own.rows, own.prompt, own.edits, own.remembers, own.remembers_in)
     if counts:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..config import Approximate
-from ..ops import cosine_topk, normalize_rows
+from ..ops import _check, cosine_topk, normalize_rows
 
 
 class ApproximateIndex:
@@ -62,8 +62,7 @@ class ApproximateIndex:
 
         Raises ValueError for a k below 1 or queries that are not [M, d].
         """
-        if k < 1:
-            raise ValueError(f"k: expected at least 1, got {k}")
+        k = _check.count("k", k)
         if queries.dim() != 2 or queries.shape[1] != self._rows.shape[1]:
             raise ValueError(f"queries: expected [M, {self._rows.shape[1]}], got {list(queries.shape)}")
         finite = queries.isfinite().all(-1)

@@ -138,13 +138,16 @@ def normalize_rows(x: Tensor) -> Tensor:
     return _normalize_rows(x)
 
 
-def check_retrieval(queries: Tensor, name: str, table: Tensor, k: int, bounds: Tensor | None) -> None:
-    """The checks that all searches share, but for the shape of the table; `name` is what the caller calls it."""
-    if not isinstance(k, int) or k < 1:
-        raise ValueError(f"k: expected an integer of at least 1, got {k!r}")
+def check_retrieval(queries: Tensor, name: str, table: Tensor, k: int, bounds: Tensor | None) -> int:
+    """The checks that all searches share, but for the shape of the table; `name` is what the caller calls it.
+
+    Returns k as an int of Python's.
+    """
+    k = _check.count("k", k)
     if bounds is not None:
         _check.integer("bounds", bounds, (queries.shape[0], 2))
     _check.same_device("queries", queries, **{name: table, "bounds": bounds})
+    return k
 
 
 def pack_keys(keys: Tensor, scan: str, direction: Tensor | None = None) -> PackedKeys | None:
@@ -210,7 +213,7 @@ def cosine_topk(
     """
     _check.rows("queries", queries)
     _check.floating("keys", keys, (None, queries.shape[1]))
-    check_retrieval(queries, "keys", keys, k, bounds)
+    k = check_retrieval(queries, "keys", keys, k, bounds)
     if normalized and keys.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"keys: expected the float32 rows of normalize_rows, got {_check.shape_of(keys)}")
     if packed is not None and not normalized:

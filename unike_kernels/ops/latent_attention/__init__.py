@@ -51,7 +51,7 @@ def native_memory(keys: Tensor, values: Tensor, projected: Tensor | None, encode
 
 def native_gate(alpha: Tensor | None, anchor: Tensor | None, blend: Blend) -> _native.Gate:
     """The gate as the native kernels take it."""
-    alpha, anchor = (None if t is None else t.float().contiguous() for t in (alpha, anchor))
+    alpha, anchor = (None if t is None else t.float().resolve_neg().contiguous() for t in (alpha, anchor))
     return _native.Gate(blend.scale, blend.convention == "eq7", blend.norm == "match", alpha, anchor)
 
 
