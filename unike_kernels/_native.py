@@ -113,24 +113,26 @@ class Keys:
         _require_extension()
         rows = None if rows is None else _table(rows, "keys", (torch.float32,))
         if rows is not None:
-            n, self.d = rows.shape
+            self.n, self.d = rows.shape
         elif packed is not None:
-            n, self.d = packed[0].shape[0], packed[2].shape[0]
+            self.n, self.d = packed[0].shape[0], packed[2].shape[0]
         else:
             raise ValueError("keys or packed must be given")
         self.tensors = (rows, packed)
         addresses = [0 if rows is None else rows.data_ptr(), 0 if rows is None else rows.stride(0), 0, 0, 0, 0]
         if packed is not None:
             codes, bounds, direction = packed
-            scan = _check_codes(codes, bounds, direction, n, self.d)
+            scan = _check_codes(codes, bounds, direction, self.n, self.d)
             addresses[2:] = scan, codes.data_ptr(), bounds.data_ptr(), direction.data_ptr()
-        self.native = _C.Keys(n, self.d, *addresses)
+        self.native = _C.Keys(self.n, self.d, *addresses)
 
 
 def cosine_topk(queries: Tensor, keys: Keys, k: int, ranges: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The k keys of highest cosine for each query: score descending, then id ascending.
 
     Where fewer than k keys are in range, the rest has id -1 and score -inf; so has all of a non-finite query.
+
+    A signal's handler runs within a fraction of a second, however long the search takes: it comes in parts.
 
     Args:
         queries: float32 or bfloat16 [m, d] on the CPU, d >= 1, any strides.
@@ -151,10 +153,48 @@ def cosine_topk(queries: Tensor, keys: Keys, k: int, ranges: Tensor | None = Non
     if k < 0:
         raise ValueError(f"k must not be negative, got {k}")
     ranges = _ranges(ranges, m)
+    threads = torch.get_num_threads()
+    work = _PART_OF_A_SEARCH * threads
+    keys_and_best = keys.n + 32 * min(k, keys.n)  # scoring one for good costs about as much as 32 estimates
+    block = max(_QUERIES_OF_A_THREAD * threads, work // max(keys_and_best * d, 1))
+    span = max(work // (min(block, max(m, 1)) * d), 1)
     scores, ids = torch.empty(m, k, dtype=torch.float32), torch.empty(m, k, dtype=torch.int64)
-    addresses = (_address(ranges), scores.data_ptr(), ids.data_ptr())
-    _C.cosine_topk(keys.native, _rows(queries), m, k, *addresses, torch.get_num_threads())
+    for first in range(0, m, block):
+        some = slice(first, first + block)
+        own = None if ranges is None else ranges[some]
+        if keys.n <= span:
+            _search(queries[some], keys, k, own, scores[some], ids[some])
+        else:
+            scores[some], ids[some] = _by_spans(queries[some], keys, k, own, span)
     return scores, ids
+
+
+# Multiply-adds of a thread in one call of the core, which nothing interrupts: about a tenth of a second.
+_PART_OF_A_SEARCH = 1 << 29
+_QUERIES_OF_A_THREAD = 8  # with fewer, keys come from memory more slowly than they are scored
+
+
+def _search(queries: Tensor, keys: Keys, k: int, ranges: Tensor | None, scores: Tensor, ids: Tensor) -> None:
+    addresses = (_address(ranges), scores.data_ptr(), ids.data_ptr())
+    _C.cosine_topk(keys.native, _rows(queries), len(queries), k, *addresses, torch.get_num_threads())
+
+
+def _by_spans(queries: Tensor, keys: Keys, k: int, ranges: Tensor | None, span: int) -> tuple[Tensor, Tensor]:
+    """A search of so many keys at a time. Scores are canonical, so it does not matter where they were computed."""
+    m = len(queries)
+    whole = torch.tensor([[0, keys.n]], dtype=torch.int64, device="cpu").expand(m, 2) if ranges is None else ranges
+    if bool((whole[:, 0] < 0).any() or (whole[:, 0] > whole[:, 1]).any() or (whole[:, 1] > keys.n).any()):
+        raise ValueError(f"ranges must be of 0 <= start <= stop <= {keys.n}")
+    best = torch.empty(m, 0, dtype=torch.float32, device="cpu")
+    numbers = torch.empty(m, 0, dtype=torch.int64, device="cpu")
+    for start in range(0, keys.n, span):
+        scores, ids = torch.empty(m, k, dtype=torch.float32), torch.empty(m, k, dtype=torch.int64)
+        _search(queries, keys, k, whole.clamp(start, start + span).contiguous(), scores, ids)
+        best, numbers = torch.cat([best, scores], 1), torch.cat([numbers, ids], 1)
+        # Ids ascend from span to span and among equal scores: a stable sort keeps that.
+        order = best.argsort(dim=1, descending=True, stable=True)[:, :k]
+        best, numbers = best.gather(1, order), numbers.gather(1, order)
+    return best, numbers
 
 
 @functools.cache

@@ -78,7 +78,7 @@ def test_what_is_refused():
     with pytest.raises(ValueError, match="NaN or infinity"):
         uk.ApproximateIndex(torch.tensor([[float("inf"), 1.0]]))
     index = uk.ApproximateIndex(clustered(10))
-    with pytest.raises(ValueError, match="k: expected at least 1, got 0"):
+    with pytest.raises(ValueError, match="k: expected an integer of at least 1, got 0"):
         index.search(clustered(1), 0)
     with pytest.raises(ValueError, match=r"queries: expected \[M, 32\], got \[1, 3\]"):
         index.search(torch.zeros(1, 3), 1)
