@@ -38,7 +38,8 @@ class PatchReport:
     Attributes:
         model: class name.
         decoder: path of the decoder in the model.
-        layers: (index, FFN child, attention child, extra neurons, memory entries) of each patched layer.
+        layers: (index, FFN child, attention child, extra neurons, memory entries) of each patched layer; "none" for a
+            child that the layer does not have.
         edits: ids.
         memory: id of the memory, or None.
         nbytes: bytes of the edits and of the memory's tables.
@@ -87,10 +88,12 @@ def patch(
     it was.
 
     Args:
-        model: a PreTrainedModel whose decoder has attention and an FFN in each layer, alone or in a multimodal model.
+        model: a PreTrainedModel whose decoder has an FFN in the layers that are edited and attention in those of the
+            memory, alone or in a multimodal model.
         edits: each adds its neurons to the layers that it names; ids must be distinct.
         memory: shifts the attention output of the layers that it names.
-        layers: patched too, though no edit or memory names them; None: where nothing names any, the last four.
+        layers: patched too, though no edit or memory names them; None: where nothing names any, the last four that
+            have an FFN.
         config: the semantics; None: the memory's, else the edits', else the defaults.
         replace: patch anew a model that is patched already, instead of an error.
         override: accept edits and memories that were not made for each other, this config or this model.
@@ -120,24 +123,35 @@ def patch(
     decoder = backbones.find_decoder(model)
     chosen = config or (memory.config if memory else None) or (edits[0].config if edits else None) or Config()
     check_belonging(model, decoder, list(edits), memory, chosen, override)
-    wanted = {i for edit in edits for i in edit.layers} | set(memory.layers if memory else ())
-    explicit = decoder.select(layers) if layers is not None or not wanted else []
-    indices = decoder.select(sorted(wanted | set(explicit)))
+    edited, remembering = sorted({i for edit in edits for i in edit.layers}), sorted(memory.layers if memory else ())
+    wanted = {*edited, *remembering}
+    for named_layers, need in ((edited, "ffn"), (remembering, "attention")):
+        if named_layers:
+            decoder.select(named_layers, need=(need,))
+    explicit = decoder.select(layers, need=("ffn",) if layers is None else ()) if layers is not None or not wanted else []
+    indices = decoder.select(sorted(wanted | set(explicit)), need=())
 
     # Everything that can fail is built first; the model is touched only after that.
     context = ModelContext()
     plan = [_build(decoder.layers[i], named, memory, chosen, context) for i in indices]
-    image_token = backbones.image_token_id(model) if memory is not None and chosen.tokens == "text" else None
+    by_text = memory is not None and chosen.tokens == "text"
+    placeholders = backbones.required_placeholder_ids(model) if by_text else None
     if _state(model) is not None:
         unpatch(model)
     state = _Patched(context, decoder, chosen, named, memory, {}, {})
     for i, (replacements, ffn, attention) in zip(indices, plan, strict=True):
         for site, module in replacements:
             site.put(module)
-        state.ffns[i], state.attentions[i] = ffn, attention
-    decoder.module.register_forward_pre_hook(_Decode(context, image_token), with_kwargs=True)
-    if image_token is not None:
-        model.get_input_embeddings().register_forward_pre_hook(_Embed(context, image_token))  # type: ignore[operator]
+        if ffn is not None:
+            state.ffns[i] = ffn
+        if attention is not None:
+            state.attentions[i] = attention
+    decoder.module.register_forward_pre_hook(_Decode(context, placeholders), with_kwargs=True)
+    if placeholders is not None:
+        embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
+        embedding.register_forward_pre_hook(_Embed(context, placeholders), with_kwargs=True)
+        for module in backbones.takers_of_ids(model, decoder):
+            module.register_forward_pre_hook(_Embed(context, placeholders, first=True), with_kwargs=True)
     _publish(state)
     model.__dict__[_ATTRIBUTE] = state
     _tell("patch", state)
@@ -188,9 +202,25 @@ def patched(model: nn.Module, *args: Any, **kwargs: Any) -> Iterator[PatchReport
 
 def _build(
     layer: backbones.Layer, edits: dict[str, Edit], memory: MemoryBank | None, config: Config, context: ModelContext
-) -> tuple[list[tuple[backbones.Site, nn.Module]], PatchedFFN, MemoryAttention]:
-    """What will stand where in one layer; nothing of the model is touched."""
-    *ffn_parts, base_attention = [site.module for site in (*layer.ffn, layer.attention)]
+) -> tuple[list[tuple[backbones.Site, nn.Module]], PatchedFFN | None, MemoryAttention | None]:
+    """What will stand where in one layer, which may lack a part; nothing of the model is touched."""
+    replacements: list[tuple[backbones.Site, nn.Module]] = []
+    ffn = attention = None
+    if layer.has("attention"):
+        attention = _attention(layer, memory, config, context)
+        replacements.append((layer.attention, attention))
+    if layer.has("ffn"):
+        ffn, through = _ffn(layer, edits, context)
+        replacements += zip(layer.ffn, (ffn, *through), strict=True)
+    if not replacements:
+        layer.ffn  # noqa: B018 (raises)
+    return replacements, ffn, attention
+
+
+def _ffn(
+    layer: backbones.Layer, edits: dict[str, Edit], context: ModelContext
+) -> tuple[PatchedFFN, list[PassThrough]]:
+    ffn_parts = [site.module for site in layer.ffn]
     ffn = PatchedFFN.from_module(
         *ffn_parts, activation=layer.activation, dense=layer.dense, context=context, layer=layer.index
     )
@@ -198,6 +228,13 @@ def _build(
     ffn.edits.set({name: e.to(backbones.device_of(ffn_parts[0])) for name, e in own.items()})
     if not any(t.requires_grad for e in own.values() for t in e.tensors().values()):
         ffn.edits.spare()
+    return ffn, [PassThrough.from_module(part) for part in ffn_parts[1:]]
+
+
+def _attention(
+    layer: backbones.Layer, memory: MemoryBank | None, config: Config, context: ModelContext
+) -> MemoryAttention:
+    base_attention = layer.attention.module
     attention = MemoryAttention.from_module(
         base_attention,
         config,
@@ -206,8 +243,7 @@ def _build(
         project=backbones.project_queries if config.values == "projected" else None,
     )
     attention.memory = _tables(memory, layer.index, base_attention)
-    through = [PassThrough.from_module(part) for part in ffn_parts[1:]]
-    return list(zip((layer.attention, *layer.ffn), (attention, ffn, *through), strict=True)), ffn, attention
+    return attention
 
 
 def _tables(memory: MemoryBank | None, layer: int, attention: nn.Module) -> MemoryTables | None:
@@ -223,12 +259,13 @@ def _tables(memory: MemoryBank | None, layer: int, attention: nn.Module) -> Memo
 def _report(model: nn.Module, decoder: backbones.Decoder, state: _Patched) -> PatchReport:
     rows = []
     nbytes = sum(edit.nbytes for edit in state.edits.values())
-    for i, ffn in sorted(state.ffns.items()):
-        tables = state.attentions[i].memory
-        neurons = ffn.edits.used[0]
+    for i in sorted({*state.ffns, *state.attentions}):
+        ffn, attention, layer = state.ffns.get(i), state.attentions.get(i), decoder.layers[i]
+        tables = None if attention is None else attention.memory
+        neurons = 0 if ffn is None else ffn.edits.used[0]
         entries = 0 if tables is None else tables.index.shape[0]
-        names = decoder.layers[i]
-        rows.append((i, " + ".join(site.name for site in names.ffn), names.attention.name, neurons, entries))
+        names = " + ".join(site.name for site in layer.ffn) if ffn is not None else "none"
+        rows.append((i, names, layer.attention.name if attention is not None else "none", neurons, entries))
         nbytes += sum(b.nbytes for b in (tables.buffers() if tables else ()))
     memory = state.memory.id if state.memory else None
     return PatchReport(type(model).__name__, decoder.path, tuple(rows), tuple(state.edits), memory, nbytes)

@@ -7,6 +7,7 @@ import threading
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from .. import backbones
@@ -36,7 +37,7 @@ class _Decode:
     """Forward pre-hook of the decoder: tells the patched modules about this pass. Picklable with the model."""
 
     context: ModelContext
-    image_token: int | None  # given where image placeholders must be told from text
+    placeholders: frozenset[int] | None  # given where those of images and the like must be told from text
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.context.begin(kwargs.get("past_key_values"))
@@ -45,9 +46,9 @@ class _Decode:
         source = ids if ids is not None else kwargs.get("inputs_embeds")
         if source is None:
             return
-        if ids is not None and self.image_token is not None:
-            context.text = ids != self.image_token
-        elif self.image_token is not None and context.text is None:
+        if ids is not None and self.placeholders is not None and context.text is None:
+            context.text = _is_text(ids, self.placeholders)
+        elif self.placeholders is not None and context.text is None:
             raise ValueError("inputs_embeds: Config(tokens='text') tells images from text by input_ids; give those")
         mask = kwargs.get("attention_mask")
         plain = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
@@ -66,13 +67,30 @@ class _Decode:
 
 @dataclass
 class _Embed:
-    """Forward pre-hook of the embedding: notes which tokens are text. Picklable with the model."""
+    """Forward pre-hook of the embedding, and of what is given the ids before: notes which tokens are text.
+
+    Ids may have been replaced when they come to the embedding, so what was noted before stands. Picklable with the
+    model.
+    """
 
     context: ModelContext
-    image_token: int
+    placeholders: frozenset[int]
+    first: bool = False  # whether its module comes before the embedding
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        self.context.now().text = args[0] != self.image_token if args[0].dim() == 2 else None
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        context, ids = self.context.now(), kwargs.get("input_ids", args[0] if args else None)
+        if isinstance(ids, Tensor) and ids.dim() == 2 and not ids.is_floating_point():
+            if self.first or context.text is None or context.text.shape != ids.shape:
+                context.text = _is_text(ids, self.placeholders)
+        elif not self.first:
+            context.text = None
+
+
+def _is_text(ids: Tensor, placeholders: frozenset[int]) -> Tensor:
+    text = torch.ones_like(ids, dtype=torch.bool)
+    for placeholder in placeholders:
+        text &= ids != placeholder
+    return text
 
 
 @dataclass(frozen=True, eq=False)

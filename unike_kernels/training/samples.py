@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..backbones import placeholder_ids
 from ..patching import is_patched, rows
 
 
@@ -148,13 +149,13 @@ def repeated(batch: Batch, times: int) -> Batch:
     return Batch(inputs, batch.ends.repeat(times), batch.lasts.repeat(times), batch.prompt_lengths * times)
 
 
-def thinned(batch: Batch, seeds: Mapping[int, int], share: float, kept_ids: set[int]) -> Batch:
+def thinned(batch: Batch, seeds: Mapping[int, int], share: float, kept_ids: Collection[int]) -> Batch:
     """The batch, in some rows without a share of the prompt's tokens.
 
     Args:
         seeds: row -> seed; what a row loses depends on it and its seed alone.
         share: chance of each token to be left out; the last one of a prompt stays.
-        kept_ids: of tokens that stay too, such as `placeholders`.
+        kept_ids: of tokens that stay too, such as `placeholder_ids`.
     """
     if not seeds:
         return batch
@@ -181,13 +182,7 @@ def with_thinned(model: nn.Module, batch: Batch, share: float, seed: int) -> Bat
     """With a share: the batch, and behind it a copy without such a share of the prompts' tokens (prompt dropout)."""
     rows, copies = len(batch.ends), 2 if share else 1
     seeds = dict.fromkeys(range(rows, copies * rows), seed)
-    return thinned(repeated(batch, copies), seeds, share, placeholders(model))
-
-
-def placeholders(model: nn.Module) -> set[int]:
-    """The ids of tokens that stand for an image."""
-    names = ("image_token_id", "image_token_index")
-    return {getattr(model.config, name) for name in names if hasattr(model.config, name)}
+    return thinned(repeated(batch, copies), seeds, share, placeholder_ids(model))
 
 
 @contextmanager
