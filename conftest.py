@@ -204,7 +204,7 @@ def make_edit():
         return uk.Edit(
             id,
             {i: layer() for i in layers},
-            find_decoder(model).layers[0].activation,
+            next(layer for layer in find_decoder(model).layers if layer.has("ffn")).activation,
             config or (memory.config if memory else uk.Config(k=7, values="pre")),
             fingerprint(model),
             memory.id if memory else None,

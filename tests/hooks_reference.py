@@ -15,11 +15,14 @@ from torch import Tensor, nn
 
 
 class Place(NamedTuple):
-    """One layer: its attention, the modules whose input and output are the FFN's, and the FFN's activation."""
+    """One layer: its attention, the modules whose input and output are the FFN's, and the FFN's activation.
 
-    attention: nn.Module
-    first: nn.Module
-    last: nn.Module
+    None for what the layer does not have.
+    """
+
+    attention: nn.Module | None
+    first: nn.Module | None
+    last: nn.Module | None
     act: Callable[[Tensor], Tensor]
 
 
@@ -112,9 +115,10 @@ def hooked(places, mask, *, edits, memory=None, config=None, remembers=None, end
         return after
 
     for index, place in enumerate(places):
-        before, after = add_neurons(index, place.act)
-        handles.append(place.first.register_forward_pre_hook(before, with_kwargs=True))
-        handles.append(place.last.register_forward_hook(after))
+        if place.first is not None:
+            before, after = add_neurons(index, place.act)
+            handles.append(place.first.register_forward_pre_hook(before, with_kwargs=True))
+            handles.append(place.last.register_forward_hook(after))
         if memory is not None and index in memory.layers:
             after = add_memory(place.attention, memory.layers[index])
             handles.append(place.attention.register_forward_hook(after, with_kwargs=True))

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 
 import unike_kernels as uk
@@ -72,3 +73,16 @@ def test_differences_are_those_that_inference_sees():
 )
 def test_needs_prompt_lengths(values, needed):
     assert uk.Config(**values).needs_prompt_lengths is needed
+
+
+def test_numbers_of_other_libraries():
+    """They are as good, and are kept as Python's, which JSON can hold."""
+    config = uk.Config(k=np.int64(3), scale=np.float32(0.5), alpha=np.float64(0.25), beta=np.int32(1))
+    assert config == uk.Config(k=3, scale=0.5, alpha=0.25, beta=1)
+    assert json.loads(json.dumps(config.to_dict())) == config.to_dict()
+    for wrong in (np.float64(3.0), np.bool_(True), "3"):
+        with pytest.raises(ValueError, match=r"Config\.k: expected an integer of at least 1"):
+            uk.Config(k=wrong)
+    for name in ("scale", "alpha", "beta"):
+        with pytest.raises(ValueError, match=f"Config.{name}: expected"):
+            uk.Config(**{name: 10**400})

@@ -79,8 +79,8 @@ def allocate(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def aligned(t: Tensor) -> Tensor:
-    """Contiguous, each element at a multiple of its size, as a view of a file need not be; a copy where it is not."""
-    t = t.contiguous()
+    """In memory as it reads: contiguous, each element at a multiple of its size, no negation that torch has put off."""
+    t = t.resolve_neg().contiguous()
     return t if t.data_ptr() % t.element_size() == 0 else t.clone()
 
 
@@ -96,6 +96,7 @@ def table(x: Tensor, name: str, dtypes: tuple[torch.dtype, ...] = tuple(DTYPES))
         raise ValueError(f"{name} must be {wanted} [N, d] on the CPU, got {describe(x)}")
     if x.shape[1] == 0:
         raise ValueError(f"{name} must have at least one column")
+    x = x.resolve_neg()
     return x if x.stride(1) == 1 and x.data_ptr() % x.element_size() == 0 else aligned(x)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -65,6 +66,10 @@ class Config:
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"Config.{name}: expected one of {', '.join(allowed)}; got {getattr(self, name)!r}")
+        for name in ("k", "scale", "alpha", "beta"):  # a number of another library is as good, but no JSON
+            value = getattr(self, name)
+            if isinstance(value, numbers.Real) and not isinstance(value, int | float):
+                object.__setattr__(self, name, int(value) if isinstance(value, numbers.Integral) else float(value))
         if isinstance(self.k, bool) or not isinstance(self.k, int) or self.k < 1:
             raise ValueError(f"Config.k: expected an integer of at least 1, got {self.k!r}")
         if self.k > MOST_ENTRIES:
@@ -108,7 +113,7 @@ class Config:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
 
 
 @dataclass(frozen=True)

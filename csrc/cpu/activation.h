@@ -17,6 +17,8 @@ inline float activate(unike_activation activation, float x) {
       return 0.5f * x * (1.0f + std::tanh(0.79788456f * (x + 0.044715f * x * x * x)));
     case UNIKE_SILU:
       return x / (1.0f + std::exp(-x));
+    case UNIKE_RELU2:
+      return x < 0.0f ? 0.0f : x * x;
   }
   return x;
 }
@@ -35,6 +37,8 @@ inline float slope(unike_activation activation, float x) {
       const float s = 1.0f / (1.0f + std::exp(-x));
       return s * (1.0f + x * (1.0f - s));
     }
+    case UNIKE_RELU2:
+      return x > 0.0f ? 2.0f * x : 0.0f;
   }
   return 1.0f;
 }

@@ -128,8 +128,8 @@ def _speed(out: Path, requests: int | None) -> None:
 
 
 def _write(path: Path, content: bytes) -> None:
-    with replacing(path) as name:
-        Path(name).write_bytes(content)
+    with replacing(path) as file:
+        file.write(content)
 
 
 def _environment(split: str, seed: int) -> str:

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from unike_kernels.artifacts.fingerprint import compare, fingerprint, validate
+from unike_kernels.artifacts.fingerprint import _sample, agree, compare, fingerprint, validate
 
 
 @pytest.mark.parametrize("kind", ["opt", "llama", "blip2-opt", "blip2-llama"])
@@ -92,3 +92,30 @@ def test_validate_refuses_what_is_no_fingerprint(make_model, broken):
     value = {**fingerprint(make_model("opt")), **broken} if broken else broken
     with pytest.raises(ValueError, match="base_model: expected"):
         validate(value)
+
+
+@pytest.mark.parametrize("kind", ["opt", "llama", "blip2-opt"])
+def test_a_token_that_is_added_makes_no_other_model(make_model, kind):
+    """With the output tied or not; nor does it where an older file has samples of the embedding, too."""
+    for tied in (False, True):
+        model = make_model(kind)
+        model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = tied
+        model.tie_weights()
+        made_for = fingerprint(model)
+        older = dict(list(model.named_parameters())[:: max(1, len(list(model.parameters())) // 12)])
+        older = made_for | {"samples": {name: _sample(p) for name, p in older.items()}}
+        assert any("embed" in name or "query_tokens" in name for name in older["samples"])
+        model.resize_token_embeddings(model.get_input_embeddings().num_embeddings + 1)
+        assert compare(made_for, model) == (None, None)
+        assert compare(older, model) == (None, None)
+    other = make_model(kind, seed=1)
+    assert "other weights" in compare(older, other)[0]
+
+
+def test_memories_of_both_samplings_can_be_joined(make_model):
+    one = fingerprint(make_model("opt"))
+    few = one | {"samples": dict(list(one["samples"].items())[::2])}
+    assert agree(one, few)
+    other = fingerprint(make_model("opt", seed=1))
+    assert not agree(few, other)
+    assert not agree(one, one | {"layers": 7})

@@ -1,5 +1,6 @@
 """Finding decoder, attention and FFN; what is said about a model of another structure."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -50,6 +51,7 @@ def test_select(make_model):
     assert decoder.select(None) == [2, 3, 4, 5]
     assert decoder.select(None, count=9) == [0, 1, 2, 3, 4, 5]
     assert decoder.select([4, 1, 4]) == [1, 4]
+    assert decoder.select([np.int64(4), torch.tensor(1)]) == [1, 4]
     for wrong in ([6], [-1], [], [True], [1.0], ["1"]):
         with pytest.raises(ValueError, match=r"layers: expected indices in 0..5"):
             decoder.select(wrong)
@@ -98,7 +100,7 @@ def with_two_decoders(make_model):
     [
         (
             lambda _: mamba(),
-            r"layer 0 \(MambaBlock\): looked for one self-attention, .*; found \{.*'mixer': \['conv1d'",
+            r"layer 0 \(MambaBlock\): looked for one FFN called mlp, .*; found \{.*'mixer': \['conv1d'",
         ),
         (lambda _: vit(), "ResNetModel: looked for one submodule with model_type 'resnet'.*found none"),
         (lambda _: nn.Linear(2, 2), "model: expected a Hugging Face PreTrainedModel, got Linear"),
@@ -118,12 +120,35 @@ def test_an_unsupported_model_is_described_and_left_alone(make_model, make_edit,
         assert dict(model.named_modules()) == before
 
 
-def test_image_token(make_model):
-    assert backbones.image_token_id(make_model("blip2-opt")) == 3
+def test_placeholders(make_model):
+    model = make_model("blip2-opt")
+    assert backbones.placeholder_ids(model) == backbones.required_placeholder_ids(model) == {3}
+    model.config.video_token_id, model.config.audio_token_index, model.config.image_start_token_id = 5, 6, 7
+    model.config.speech_token_id = None
+    assert backbones.placeholder_ids(model) == {3, 5, 6}
+    assert backbones.placeholder_ids(make_model("opt")) == frozenset()
     with pytest.raises(
         uk.UnsupportedModelError, match=r"OPTForCausalLM: Config\(tokens='text'\) needs an image_token_id"
     ):
-        backbones.image_token_id(make_model("opt"))
+        backbones.required_placeholder_ids(make_model("opt"))
+
+
+def test_a_layer_that_stands_twice(make_model):
+    model = make_model("llama")
+    model.model.layers[4] = model.model.layers[2]
+    with pytest.raises(
+        uk.UnsupportedModelError, match=r"layer 4 \(LlamaDecoderLayer\): expected a module of its own.*layer 2"
+    ):
+        backbones.find_decoder(model)
+
+
+def test_unwrap(make_model):
+    model = make_model("llama")
+    for wrapped in (model, torch.compile(model), nn.DataParallel(model), torch.compile(nn.DataParallel(model))):
+        assert backbones.unwrap(wrapped) is model
+    peft = pytest.importorskip("peft")
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    assert backbones.unwrap(torch.compile(adapted)) is model
 
 
 @pytest.mark.parametrize("kind", ["opt", "llama"])

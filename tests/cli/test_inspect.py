@@ -40,6 +40,6 @@ def test_models_that_are_not_there_or_not_known(tmp_path, capsys):
         tmp_path
     )
     assert main(["info", str(tmp_path)]) == 1
-    assert "looked for one self-attention" in capsys.readouterr().err
+    assert "looked for one FFN called" in capsys.readouterr().err
     assert main(["info", "digits-opt", "--neurons", "-1"]) == 1
     assert "neurons, entries: expected numbers" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from itertools import pairwise
 
@@ -26,6 +27,7 @@ ACT = {
     "gelu": lambda x: 0.5 * x * (1 + math.erf(x / math.sqrt(2))),
     "gelu_tanh": lambda x: 0.5 * x * (1 + math.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
     "silu": lambda x: x / (1 + math.exp(-x)),
+    "relu2": lambda x: max(x, 0.0) ** 2,
 }
 
 
@@ -428,3 +430,17 @@ def test_wrong_arguments_are_errors(change, error, message):
     ops.patched_ffn(**arguments)
     with pytest.raises(error, match=message):
         ops.patched_ffn(**change(arguments))
+
+
+def test_what_torch_has_put_off_is_computed():
+    """Tensors that are marked as negated, for the activations and for the neurons; with gradients and without."""
+    pool, lazy = make_pool(8), lambda *s: torch.complex(torch.randn(s), torch.randn(s)).conj().imag
+    x, base, values = lazy(12, 8), lazy(12, 8), lazy(*pool.values.shape)
+    assert x.is_neg() and values.is_neg()
+    plain = [t.clone() for t in (x, base, values)]
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            wanted = ops.patched_ffn(*plain[:2], pool._replace(values=plain[2]), activation="silu")
+            for some in itertools.product((False, True), repeat=3):
+                a, b, v = (t if lazy_one else p for lazy_one, t, p in zip(some, (x, base, values), plain, strict=True))
+                assert torch.equal(ops.patched_ffn(a, b, pool._replace(values=v), activation="silu"), wanted)

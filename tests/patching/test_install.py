@@ -783,3 +783,20 @@ def test_report_prints_as_a_table(setup):
     floats = 4 * (50 * (2 * 64 + 16 + 4) + 2 * 16 * 64 + 16 + 2 * 64) + 26 * (2 * 64 + 1) + 6 * 65
     assert report.nbytes == 4 * floats + 4 * 50 * 64 + 4 * 2 * 8
     assert "edits: none; memory: none; 0 bytes" in str(uk.patch(s.model, replace=True))
+
+
+def test_prompt_lengths_of_other_libraries(make_model, make_memory):
+    """A tensor, or integers that are not Python's."""
+    import numpy as np
+
+    model = make_model("llama")
+    memory, ids = make_memory(model, uk.Config(k=7, tokens="answer")), torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
+    found = []
+    with torch.no_grad(), uk.patched(model, memory=memory):
+        for lengths in ([2, 3], torch.tensor([2, 3]), np.array([2, 3])):
+            with uk.rows(model, prompt_lengths=lengths):
+                found.append(model(input_ids=ids, use_cache=False).logits)
+        for wrong in (torch.tensor([2.0, 3.0]), torch.tensor([True, True]), [0, 1], ["a", 2]):
+            with pytest.raises(ValueError, match="prompt_lengths: expected integers of at least 1, got"):
+                uk.rows(model, prompt_lengths=wrong).__enter__()
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+import signal
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -226,11 +231,11 @@ def test_a_mapped_file_stays_on_the_disk(tmp_path):
 
 
 def rewrite(path, change) -> None:
-    """Applies `change` to header and tensors of a file, and makes the header's id fit."""
+    """Applies `change` to header and tensors of a file; its checksums fit."""
     header, tensors = files.load(path, "index")
     tensors = {name: t.clone() for name, t in tensors.items()}
     change(header, tensors)
-    files.save(path, "index", header | {"id": files.digest(tensors)}, tensors)
+    files.save(path, "index", header, tensors)
 
 
 @pytest.mark.parametrize(
@@ -263,7 +268,14 @@ def test_a_file_with_other_contents_than_it_says_is_an_error(tmp_path):
     path = tmp_path / "i"
     uk.CosineIndex(torch.randn(30, 20)).save(path)
     header, tensors = files.load(path, "index")
-    files.save(path, "index", header, {**tensors, "codes": tensors["codes"] + 1})
+    content = path.read_bytes()
+    path.write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
+    with pytest.raises(uk.ArtifactError, match="tensor 'codes' does not agree with its checksum"):
+        uk.CosineIndex.load(path)
+    # Files of version 1 had an id in the place of checksums.
+    files.save(path, "index", header | {"id": files.digest(tensors)}, tensors)
+    assert len(uk.CosineIndex.load(path)) == 30
+    files.save(path, "index", header | {"id": files.digest(tensors)}, {**tensors, "codes": tensors["codes"] + 1})
     with pytest.raises(uk.ArtifactError, match="its contents have the id"):
         uk.CosineIndex.load(path)
     path.write_bytes(path.read_bytes()[:-10])
@@ -308,3 +320,79 @@ def test_a_forced_backend_is_obeyed(monkeypatch):
     with ops.backend("reference"):
         got = index.search(queries, 5)
     assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda index: pickle.loads(pickle.dumps(index))])
+@pytest.mark.parametrize("make", [dict(), dict(scan="bfloat16"), dict(scan="float32"), dict(exact=False)])
+def test_a_copy_is_an_index_of_its_own(copied, make):
+    keys, queries = torch.randn(40, 12), torch.randn(3, 12)
+    index = uk.CosineIndex(keys[:30], **make)
+    index.add(keys[30:])  # there is room behind them now
+    index.add(keys[:1])
+    before = index.search(queries, 5)
+    other = copied(index)
+    assert (repr(other), other.nbytes) == (repr(index), index.nbytes)
+    index.remove(range(20))
+    for got, wanted in zip(other.search(queries, 5), before, strict=True):
+        assert torch.equal(got, wanted)
+    other.add(keys[:1])
+    assert (len(other), len(index)) == (42, 21)
+
+
+def test_a_pickle_holds_no_room_for_keys_to_come():
+    index = uk.CosineIndex(torch.randn(2000, 64))
+    index.add(torch.randn(1, 64))
+    assert len(pickle.dumps(index)) < index.nbytes + 10_000
+
+
+def test_what_are_no_ids():
+    index = uk.CosineIndex(torch.randn(8, 16))
+    mask = torch.tensor([0, 0, 0, 1, 0, 0, 0, 1]).bool()
+    for wrong in (mask, mask.tolist(), mask.numpy(), [1.9], torch.tensor([1.0]), [True]):
+        with pytest.raises(TypeError, match="ids: expected integers, got"):
+            index.remove(wrong)
+    assert len(index) == 8
+    index.remove(mask.nonzero())
+    index.remove([])
+    index.remove(np.array([0], dtype=np.uint8))
+    index.remove(range(1))
+    assert len(index) == 4
+    queries = torch.randn(2, 16)
+    assert torch.equal(index.search(queries, np.int64(3))[1], index.search(queries, 3)[1])
+    for wrong in (True, 2.0, 0, "3", np.float64(2)):
+        with pytest.raises(ValueError, match="k: expected an integer of at least 1"):
+            index.search(queries, wrong)
+
+
+def test_what_torch_has_put_off_is_computed():
+    """A view that is marked as negated, and negated only when somebody reads it by torch's own means."""
+    z = torch.complex(torch.randn(20, 32), torch.randn(20, 32))
+    lazy = z.conj().imag
+    assert lazy.is_neg()
+    index, plain = uk.CosineIndex(lazy), lazy.clone()
+    assert not plain.is_neg()
+    assert torch.equal(index.search(lazy[:3], 4)[0], uk.CosineIndex(plain).search(plain[:3], 4)[0])
+    index.add(lazy)
+    assert torch.equal(index.search(plain[:1], 2)[1], torch.tensor([[0, 20]]))
+
+
+def test_a_search_is_interrupted():
+    """By a signal while it goes on, which it would for seconds; the index is as before."""
+
+    class AlarmError(Exception):
+        pass
+
+    def ring(*_):
+        raise AlarmError
+
+    index, queries = uk.CosineIndex(torch.randn(20_000, 64)), torch.randn(200_000, 64)
+    wanted = index.search(queries[:3], 5)
+    before = signal.signal(signal.SIGALRM, ring)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+        with pytest.raises(AlarmError):
+            index.search(queries, 5)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert all(map(torch.equal, index.search(queries[:3], 5), wanted))

@@ -56,8 +56,8 @@ def test_an_edit_comes_is_replaced_and_goes(tmp_path, edit):
 
 
 def test_what_did_not_change_is_not_loaded_again(tmp_path, edit, monkeypatch):
-    folder, loads, load = EditFolder(tmp_path), [], uk.Edit.load
-    monkeypatch.setattr(uk.Edit, "load", lambda path: (loads.append(path), load(path))[1])
+    folder, loads, load = EditFolder(tmp_path), [], uk.Edit.read
+    monkeypatch.setattr(uk.Edit, "read", lambda file, path: (loads.append(path), load(file, path))[1])
     put(tmp_path, edit("a"))
     for _ in range(3):
         folder.get("a")
@@ -182,3 +182,31 @@ def test_what_does_not_fit_is_refused(tmp_path, edit):
     (tmp_path / "d.safetensors").write_bytes(b"no")
     with pytest.raises(ArtifactError, match=r"d\.safetensors"):
         EditFolder(tmp_path).get("d")
+
+
+def test_a_key_belongs_to_the_content_that_was_read(tmp_path, edit, monkeypatch):
+    """Whatever takes the file's place, or is written to it, at that moment."""
+    put(tmp_path, edit("a"))
+    folder, read = EditFolder(tmp_path), uk.Edit.read
+
+    def replaced(file, path):
+        put(tmp_path, edit("a", seed=3))
+        return read(file, path)
+
+    monkeypatch.setattr(uk.Edit, "read", replaced)
+    old = folder.get("a")
+    assert first_key(old.edit) == first_key(edit("a"))
+    monkeypatch.setattr(uk.Edit, "read", read)
+    new = folder.get("a")
+    assert new.key != old.key
+    assert first_key(new.edit) == first_key(edit("a", seed=3))
+
+    def written_to(file, path):
+        found = read(file, path)
+        os.utime(path, ns=(1, 1))
+        return found
+
+    put(tmp_path, edit("a", seed=4))
+    monkeypatch.setattr(uk.Edit, "read", written_to)
+    with pytest.raises(ValueError, match=r"a\.safetensors was written to while it was read; replace it by renaming"):
+        folder.get("a")

@@ -157,7 +157,7 @@ def test_a_layer_that_stands_above_too_runs(make_model):
     """Shared layers: what is trained may be in them."""
     model = make_model("llama")
     model.model.layers[1] = model.model.layers[4]
-    below = replaying(model, 3)
+    below = Replay(model, list(model.model.layers), 3)
     assert below._below == [model.model.layers[0]]
     recording, weight = Recording(), model.model.layers[4].mlp.up_proj.weight
     for scale in (1.0, 1.5):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import unike_kernels as uk
+from unike_kernels.artifacts import files
 from unike_kernels.backbones import find_decoder
 from unike_kernels.errors import ArtifactError
 from unike_kernels.training import Triplet, extract
@@ -169,3 +170,41 @@ def test_a_lazy_sequence_is_looked_at_some_at_a_time(make_model, processor, pass
 
     found = extract(make_model("opt"), processor, Lazy(LONG), layers=[1], progress=False)
     assert found[1].sem_pre.shape == (11, 64)
+
+
+def test_a_stored_part_that_is_damaged(make_model, processor, tmp_path):
+    """Whatever happened to it: refused when the extraction goes on, and when a layer is read."""
+    from safetensors.torch import load_file
+
+    model, triplets = make_model("opt"), [Triplet("w1", "w2", "w3"), Triplet("w4", "w5", "w6")]
+
+    def run():
+        return extract(model, processor, triplets, layers=[2, 3], store=tmp_path, progress=False)
+
+    found = run()
+    (part,) = tmp_path.iterdir()
+    content, tensors, header = part.read_bytes(), load_file(part), files.load(part, "states")[0]
+    for at in (len(content) - 3, 12, len(content) // 2):
+        part.write_bytes(content[:at] + bytes([content[at] ^ 4]) + content[at + 1 :])
+        with pytest.raises(uk.ArtifactError, match=part.name):
+            run()
+        with pytest.raises(uk.ArtifactError, match=part.name):
+            [found[layer] for layer in (2, 3)]
+    part.unlink()  # it is mapped
+    states = tensors["3.pos_out"]
+    nan = states.clone()
+    nan[1, 5] = float("nan")
+    for wrong, message in (
+        (nan, "'3.pos_out' holds NaN"),
+        (states.to(torch.int32), "expected float32"),
+        (states.T.contiguous(), "expected float32"),
+        (None, "expected the tensors"),
+    ):
+        kept = {name: t for name, t in {**tensors, "3.pos_out": wrong}.items() if t is not None}
+        files.save(part, "states", header, kept)
+        with pytest.raises(uk.ArtifactError, match=f"{part.name}: .*{message}"):
+            run()
+        with pytest.raises(uk.ArtifactError, match=part.name):
+            found[3]
+    files.save(part, "states", header, tensors)
+    assert torch.equal(run()[3].pos_out, states)

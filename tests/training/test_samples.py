@@ -1,10 +1,21 @@
 """Prompts and answers as tokens: where the prompt ends, whatever the padding."""
 
+import copy
+
 import pytest
 import torch
 
 from unike_kernels.training import Sample
-from unike_kernels.training.samples import batches, context_length, encode, evaluating, forward, needs_image
+from unike_kernels.training.samples import (
+    accepted,
+    batches,
+    context_length,
+    encode,
+    evaluating,
+    forward,
+    needs_image,
+    thinned,
+)
 
 SAMPLES = [Sample("w1 w2 w3", "w4 w5"), Sample("w6", "w7"), Sample("w8 w9 w1 w2", "")]
 
@@ -50,7 +61,7 @@ class Merging:
 
 def test_a_prompt_that_ends_within_a_token_is_refused():
     batch = encode(Merging(), [Sample("abcd", "ef")])
-    assert "token_type_ids" not in batch.inputs
+    assert batch.inputs["token_type_ids"].shape == batch.inputs["input_ids"].shape
     with pytest.raises(ValueError, match=r"samples\[1\]: the tokens of the prompt 'abc' are not the first tokens"):
         encode(Merging(), [Sample("abcd", "ef"), Sample("abc", "ef")])
 
@@ -116,3 +127,77 @@ def test_a_sample_longer_than_the_context_is_refused(make_model, processor, kind
 
 def test_a_model_that_tells_no_context_takes_what_it_can():
     assert context_length(torch.nn.Linear(2, 2)) is None
+
+
+class Counting:
+    """A processor that counts its calls and returns more than most."""
+
+    def __init__(self, processor):
+        self.processor, self.tokenizer, self.calls = processor, processor.tokenizer, 0
+
+    def __call__(self, text, images=None, **kwargs):
+        self.calls += 1
+        encoded = dict(self.processor(text=text, images=images, **kwargs))
+        shape = encoded["input_ids"].shape
+        types = (encoded["input_ids"] == 3).long()
+        return {**encoded, "token_type_ids": types, "mm_extra": torch.ones(shape[0], 2), "labels": torch.zeros(shape)}
+
+
+@pytest.mark.parametrize("padding_side", ["left", "right"])
+def test_a_processor_runs_once_and_all_that_it_returns_is_kept(make_processor, padding_side):
+    counting = Counting(make_processor(padding_side))
+    samples = [Sample(s.prompt, s.answer, torch.rand(16, 16)) for s in SAMPLES]
+    batch = encode(counting, samples)
+    assert counting.calls == 1
+    assert set(batch.inputs) == {"input_ids", "attention_mask", "pixel_values", "token_type_ids", "mm_extra"}
+    assert batch.inputs["token_type_ids"].sum() == 4 * 3
+    cut = thinned(batch, {0: 1}, 0.9, {3})  # what is of tokens moves with them
+    assert torch.equal(cut.inputs["token_type_ids"], (cut.inputs["input_ids"] == 3).long())
+
+
+def test_token_types_are_passed_where_a_model_takes_them():
+    class Model(torch.nn.Module):
+        def forward(self, input_ids, token_type_ids=None):
+            """With types."""
+
+    ids = torch.zeros(1, 2, dtype=torch.long)
+    inputs = {"input_ids": ids, "token_type_ids": ids, "unknown": ids}
+    assert accepted(Model(), inputs).keys() == inputs.keys()
+    assert accepted(torch.nn.Identity(), inputs).keys() == {"input_ids", "unknown"}
+
+
+class WithSuffix:
+    """As PaliGemma's: the answer is given apart, and ends with an end of text."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+
+    def __call__(self, text, suffix=None, **kwargs):
+        pairs = {} if suffix is None else {"text_pair": [f"{s} </s>" for s in suffix]}
+        texts = [f"{t} w0" for t in text]  # it ends a prompt with a word of its own
+        encoded = self.tokenizer(texts, return_token_type_ids=True, **pairs, **kwargs)
+        return {**encoded, "labels": encoded["input_ids"]}
+
+
+def test_a_processor_that_takes_answers_apart(processor):
+    batch = encode(WithSuffix(processor.tokenizer), SAMPLES)
+    ids = batch.inputs["input_ids"]
+    for row, s in enumerate(SAMPLES):
+        assert ids[row, batch.ends[row]] == id_of("w0")
+        assert ids[row, batch.lasts[row]] == id_of(f"{s.prompt} w0 {s.answer}".split()[-1])
+        assert ids[row][batch.answer_mask()[row]].tolist() == [id_of(w) for w in s.answer.split()]
+    assert "labels" not in batch.inputs
+    assert encode(WithSuffix(processor.tokenizer), [Sample("w1", "")]).prompt_lengths == [2]
+
+
+def test_advice_about_prompts(processor):
+    from tokenizers.processors import TemplateProcessing
+
+    with pytest.raises(ValueError, match=r"samples\[1\]: the prompt '' has no tokens; expected at least one"):
+        encode(processor, [Sample("w1", "w2"), Sample("", "w9")])
+    with pytest.raises(ValueError, match=r"samples\[0\]: the prompt '' has no tokens"):
+        encode(processor, [Sample("", "")])
+    tokenizer = copy.deepcopy(processor.tokenizer)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    with pytest.raises(ValueError, match=r"the tokenizer ends every text with '</s>': pass one that does not"):
+        encode(tokenizer, [Sample("w1", "w2")])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -72,7 +72,7 @@ class Edit:
     """One edit, ready to patch in.
 
     Attributes:
-        id: its name, unique among the edits of a model.
+        id: its name, unique among the edits of a model; printable characters.
         layers: decoder layer index -> neurons.
         activation: of the FFNs that it was made for.
         config: the semantics under which it was trained.
@@ -90,8 +90,9 @@ class Edit:
     notes: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.id, str) or not self.id:
-            raise ValueError(f"Edit.id: expected a non-empty string, got {self.id!r}")
+        files.check_name("Edit.id", self.id)
+        if self.memory_id is not None:
+            files.check_name("Edit.memory_id", self.memory_id)
         if not self.layers:
             raise ValueError("Edit.layers: expected at least one layer, got none")
         if self.activation not in ACTIVATIONS:
@@ -153,9 +154,16 @@ class Edit:
 
         Raises:
             FileNotFoundError: there is no such file.
-            ArtifactError: truncated, of another format or version, or any field or tensor missing, wrong or left over.
+            ArtifactError: truncated, damaged, of another format or version, or any field or tensor missing, wrong or
+                left over; no regular file.
         """
-        reader = files.Reader(path, *files.load(path, "edit"))
+        with files.opened(path) as file:
+            return cls.read(file, path)
+
+    @classmethod
+    def read(cls, file: IO[bytes], path: str | os.PathLike[str]) -> Edit:
+        """`load` from a file that is open for reading in binary; `path` is what messages call it."""
+        reader = files.Reader(path, *files.read(file, path, "edit"))
         d = reader.field("hidden_size", int)
         layers = {}
         for index in reader.layers():
@@ -173,7 +181,6 @@ class Edit:
                 up=reader.tensor(prefix + "up", (n, d)) if gated else None,
                 up_bias=reader.tensor(prefix + "up_bias", (n,)) if gated else None,
             )
-        notes = reader.field("notes", dict)
         edit: Edit = reader.build(
             cls,
             id=reader.field("id", str),
@@ -182,7 +189,7 @@ class Edit:
             config=reader.build(Config.from_dict, reader.field("config", dict)),
             base_model=reader.build(validate_fingerprint, reader.field("base_model", dict)),
             memory_id=reader.field("memory_id", (str, type(None))),
-            notes={str(k): str(v) for k, v in notes.items()},
+            notes=reader.notes(),
         )
         reader.done()
         return edit

@@ -3,35 +3,67 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 _PARAMETERS = 12  # parameters sampled, spread over the model
+_VECTORS = 4  # of one dimension, sampled besides
 _VALUES = 8  # values sampled of each
+_LARGEST = torch.finfo(torch.float32).max
 _CAST = 0.02  # relative difference that a cast to 16 bits or a quantisation may cause
 
 FIELDS = ("model_type", "hidden_size", "layers", "parameters", "samples")
 
 
 def fingerprint(model: nn.Module) -> dict[str, Any]:
-    """The model's type and sizes, and a few sampled weights. Never reads more than about a hundred values.
+    """The model's type and sizes, and a few sampled weights. Never reads more than about two hundred values.
 
-    Weights that are not in memory (offloaded, on `meta`) or not floating (quantised) are left out of the samples.
+    Weights that are not in memory (offloaded, on `meta`) or not floating (quantised) are left out of the samples, and
+    so are embeddings and the output's matrix, whose shape changes with a token that is added to the vocabulary.
     """
     config: Any = getattr(model, "config", None)
     text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
     named = list(model.named_parameters())
     step = max(1, len(named) // _PARAMETERS)
-    samples = {name: values for name, p in named[::step] if (values := _sample(p)) is not None}
+    chosen = [name for name, _ in named[::step]]
+    vectors = [name for name, p in named if p.dim() == 1]  # norms and biases, which a quantisation leaves as they are
+    chosen += vectors[:: max(1, len(vectors) // _VECTORS)]
     return {
         "model_type": getattr(config, "model_type", type(model).__name__),
         "hidden_size": getattr(text, "hidden_size", None),
         "layers": getattr(text, "num_hidden_layers", None),
         "parameters": len(named),
-        "samples": samples,
+        "samples": _samples(model, chosen),
     }
+
+
+def _samples(model: nn.Module, names: Iterable[str]) -> dict[str, list[float]]:
+    """Values of the parameters of these names, as far as they can be read and are none of `_vocabulary`."""
+    found = {}
+    parameters, words = dict(model.named_parameters()), _vocabulary(model)
+    for name in names:
+        p = parameters.get(name)
+        if p is not None and id(p) not in words and (values := _sample(p)) is not None:
+            found[name] = values
+    return found
+
+
+def _vocabulary(model: nn.Module) -> set[int]:
+    """The ids of the parameters of embeddings and of the output's matrix."""
+    output: Any = getattr(model, "get_output_embeddings", lambda: None)()
+    modules = [m for m in model.modules() if isinstance(m, nn.Embedding) or m is output]
+    return {id(p) for m in modules for p in m.parameters()}
+
+
+def agree(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two fingerprints are of one model, though they may have sampled other weights."""
+    shared = one["samples"].keys() & other["samples"].keys()
+    return all(one[f] == other[f] for f in FIELDS if f != "samples") and all(
+        one["samples"][name] == other["samples"][name] for name in shared
+    )
 
 
 def _sample(p: Tensor) -> list[float] | None:
@@ -45,27 +77,31 @@ def _sample(p: Tensor) -> list[float] | None:
 
 def compare(expected: dict[str, Any], model: nn.Module) -> tuple[str | None, str | None]:
     """(error, warning) of using an artifact made for `expected` on `model`; both None where they agree exactly."""
-    found = fingerprint(model)
+    here = fingerprint(model)
     for name in ("model_type", "hidden_size", "layers"):
-        if expected[name] != found[name]:
-            return f"it was made for {name} {expected[name]!r}, this model has {found[name]!r}", None
-    shared = [name for name in expected["samples"] if name in found["samples"]]
-    if not shared:
+        if expected[name] != here[name]:
+            return f"it was made for {name} {expected[name]!r}, this model has {here[name]!r}", None
+    words = _vocabulary(model)  # older artifacts have samples of it
+    passed_over = {name for name, p in model.named_parameters() if id(p) in words}
+    wanted = {name: values for name, values in expected["samples"].items() if name not in passed_over}
+    found = _samples(model, wanted)
+    if not found:
         return None, "no weight could be compared with the base model's (quantised, offloaded or renamed)"
     worst = 0.0
-    for name in shared:
-        a, b = expected["samples"][name], found["samples"][name]
+    for name, b in found.items():
+        a = wanted[name]
         scale = max(math.sqrt(sum(v * v for v in a) / len(a)), 1e-12)
         worst = max(worst, max(abs(x - y) for x, y in zip(a, b, strict=True)) / scale)
     if worst > _CAST:
         return f"it was made for other weights: a sampled one differs by {worst:.3g} of its size", None
-    if worst > 0 or len(shared) < len(expected["samples"]):
+    if worst > 0 or len(found) < len(wanted):
         return None, f"the base model was cast or quantised since (sampled weights differ by up to {worst:.1g})"
     return None, None
 
 
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def _is_weight(value: Any) -> bool:
+    """A number that a weight can be: as a float32, of which squares can be summed."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST
 
 
 def validate(value: Any) -> dict[str, Any]:
@@ -74,8 +110,13 @@ def validate(value: Any) -> dict[str, Any]:
         raise ValueError(f"base_model: expected the fields {', '.join(FIELDS)}, got {value!r:.80}")
     samples = value["samples"]
     numbers = isinstance(samples, dict) and all(
-        isinstance(v, list) and len(v) == _VALUES and all(_is_finite(x) for x in v) for v in samples.values()
+        isinstance(v, list) and len(v) == _VALUES and all(map(_is_weight, v)) for v in samples.values()
     )
     if not numbers:
-        raise ValueError("base_model: expected 'samples' to map parameter names to finite numbers")
+        raise ValueError("base_model: expected 'samples' to map parameter names to finite numbers of float32")
+    if not isinstance(value["model_type"], str):
+        raise ValueError(f"base_model: expected 'model_type' to be a string, got {value['model_type']!r:.80}")
+    for name in ("hidden_size", "layers", "parameters"):
+        if not isinstance(value[name], int | None) or isinstance(value[name], bool):
+            raise ValueError(f"base_model: expected {name!r} to be an integer, got {value[name]!r:.80}")
     return value

@@ -14,6 +14,7 @@ from ..config import Approximate, Config
 from ..errors import ArtifactError, MismatchError
 from ..ops import SemanticEncoder
 from . import files
+from .fingerprint import agree
 from .fingerprint import validate as validate_fingerprint
 
 
@@ -114,11 +115,14 @@ class MemoryBank:
         if not self.id:
             object.__setattr__(self, "id", files.digest(self._tensors()))
 
+        for what, name in [("id", self.id), *(("tenants", name) for name in self.tenants)]:
+            files.check_name(f"MemoryBank.{what}", name)
         if set(self.tenants) != set(self.parts):
             raise ValueError(
                 f"MemoryBank.tenants: expected those of parts, {sorted(self.parts)}, got {sorted(self.tenants)}"
             )
         for name, entries in self.tenants.items():
+            files.check_name(f"MemoryBank.parts[{name!r}]", self.parts[name])
             if self.search is not None:
                 raise ValueError("MemoryBank.search: expected None with tenants, whose entries are found exactly")
             if not 0 <= entries.start <= entries.stop <= len(self) or entries.step != 1:
@@ -176,7 +180,7 @@ class MemoryBank:
         return {f"layers.{i}.{name}": t for i, layer in self.layers.items() for name, t in layer.tensors().items()}
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a safetensors file, atomically."""
+        """Write a safetensors file, atomically, with checksums of all that is in it."""
         header = {
             "id": self.id,
             "layers": sorted(self.layers),
@@ -190,14 +194,21 @@ class MemoryBank:
         files.save(path, "memory", header, self._tensors())
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> MemoryBank:
+    def load(cls, path: str | os.PathLike[str], *, mmap: bool = False) -> MemoryBank:
         """Read and validate a file that `save` wrote; the contents are hashed and compared with the id.
+
+        Args:
+            path: of the file.
+            mmap: leave the tables in the file, once they are verified; processes then share them. The file must not
+                change as long as the memory lives: what is written to it shows in a running model, and reading what
+                was cut off ends the process. (`save` and renaming are safe: they leave the old file to its readers.)
 
         Raises:
             FileNotFoundError: there is no such file.
-            ArtifactError: truncated, of another format or version, or any field or tensor missing, wrong or left over.
+            ArtifactError: truncated, damaged, of another format or version, or any field or tensor missing, wrong or
+                left over; no regular file.
         """
-        reader = files.Reader(path, *files.load(path, "memory"))
+        reader = files.Reader(path, *files.load(path, "memory", mmap=mmap))
         n, d = reader.field("entries", int), reader.field("hidden_size", int)
         layers = {}
         for index in reader.layers():
@@ -216,7 +227,6 @@ class MemoryBank:
                 zeta=reader.tensor(prefix + "zeta", (None,)),
                 zeta_prime=reader.tensor(prefix + "zeta_prime", (d,)),
             )
-        notes = reader.field("notes", dict)
         tenants = reader.field("tenants", dict)
         for name, told in tenants.items():
             kinds = [type(part) for part in told] if isinstance(told, list) else []
@@ -228,7 +238,7 @@ class MemoryBank:
             layers=layers,
             config=reader.build(Config.from_dict, reader.field("config", dict)),
             base_model=reader.build(validate_fingerprint, reader.field("base_model", dict)),
-            notes={str(k): str(v) for k, v in notes.items()},
+            notes=reader.notes(),
             tenants={name: range(start, stop) for name, (start, stop, _) in tenants.items()},
             parts={name: id for name, (_, _, id) in tenants.items()},
         )
@@ -243,7 +253,7 @@ def _differences(one: MemoryBank, other: MemoryBank) -> list[str]:
     found = []
     if one.config != other.config:
         found.append("config")
-    if one.base_model != other.base_model:
+    if not agree(one.base_model, other.base_model):
         found.append("base model")
     if one.layers.keys() != other.layers.keys():
         return [*found, "layers"]

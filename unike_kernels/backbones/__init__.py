@@ -2,14 +2,25 @@
 
 No model is known by name. A decoder is the submodule whose config is the text config and that holds the list of its
 layers; a layer's attention is the child of a class called attention, its FFN the child that holds matrices and is
-none, or three children that stand inline (OPT); where a layer holds a list of sublayers (T5), they are looked for
-there. What an FFN computes is proved by computing it once from its matrices: gated, plain, or neither (a mixture of
+called or of a class called so, or three children that stand inline (OPT); where a layer holds a list of sublayers
+(T5), they are looked for there. A layer of a hybrid may have one of them alone: an edit needs the FFN, a memory the
+attention. What an FFN computes is proved by computing it once from its matrices: gated, plain, or neither (a mixture of
 experts, quantised or adapted weights), in which case the extra neurons stand beside it as they do anywhere.
 """
 
 from __future__ import annotations
 
-from .decoder import Decoder, Layer, Site, device_of, find_decoder, image_token_id
+from .decoder import (
+    Decoder,
+    Layer,
+    Site,
+    device_of,
+    find_decoder,
+    placeholder_ids,
+    required_placeholder_ids,
+    takers_of_ids,
+    unwrap,
+)
 from .ffn import configured_activation, match_activation
 from .projections import project_memory, project_queries, score_scale
 
@@ -20,9 +31,12 @@ __all__ = [
     "configured_activation",
     "device_of",
     "find_decoder",
-    "image_token_id",
     "match_activation",
+    "placeholder_ids",
     "project_memory",
     "project_queries",
+    "required_placeholder_ids",
     "score_scale",
+    "takers_of_ids",
+    "unwrap",
 ]

@@ -68,24 +68,29 @@ def _computes(modules: Sequence[nn.Module], weights: FFNWeights, activation: str
 def _functions(module: nn.Module) -> Iterator[Callable[[Tensor], Tensor]]:
     """What in an FFN may be its activation: itself or a child without parameters, or a function that it keeps."""
     for name, part in [("", module), *module.named_children(), *vars(module).items()]:
-        if callable(part) and ("act" in name.lower() or "gelu" in name.lower()):
+        if callable(part) and ("act" in name.lower() or "gelu" in name.lower() or "activation" in _home(part)):
             yield part
         elif name == "" and not any(True for _ in module.parameters()):
             yield module
+
+
+def _home(part: object) -> str:
+    """The module that a module's class is defined in: transformers has one for activations."""
+    return type(part).__module__.rpartition(".")[2] if isinstance(part, nn.Module) else ""
 
 
 def _configured(config: Any, where: str) -> Callable[[Tensor], Tensor]:
     """The activation that a config names: for experts that compute it inside."""
     from transformers.activations import ACT2FN
 
-    for key in ("hidden_act", "hidden_activation", "activation_function"):
+    for key in ("hidden_act", "hidden_activation", "activation_function", "mlp_hidden_act"):
         name = getattr(config, key, None)
         if isinstance(name, str) and name in ACT2FN:
             function: Callable[[Tensor], Tensor] = ACT2FN[name]
             return function
     raise UnsupportedModelError(
-        f"{where}: looked for its activation as a child or in the config as hidden_act, hidden_activation or "
-        "activation_function; found none"
+        f"{where}: looked for its activation as a child or in the config as hidden_act, hidden_activation, "
+        "activation_function or mlp_hidden_act; found none"
     )
 
 
@@ -98,6 +103,11 @@ def configured_activation(config: Any) -> str:
 @torch.no_grad()
 def match_activation(function: Callable[[Tensor], Tensor], where: str) -> str:
     """The name of an activation, found by what it computes. Raises UnsupportedModelError for an unknown one."""
+    if isinstance(function, nn.Module) and any(True for _ in function.parameters()):
+        raise UnsupportedModelError(
+            f"{where}: its activation {type(function).__name__} has parameters of its own, which extra neurons cannot "
+            f"share; supported are {', '.join(ACTIVATIONS)}"
+        )
     probe = torch.linspace(-6, 6, 97, dtype=torch.float32, device="cpu")
     got = function(probe.clone())
     for name in ACTIVATIONS:

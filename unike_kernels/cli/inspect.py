@@ -82,10 +82,12 @@ def describe(model: nn.Module, neurons: int, entries: int) -> str:
     cells = [head]
     for layer in decoder.layers:
         own = sum(p.numel() * p.element_size() for p in layer.module.parameters())
-        ffn = " + ".join(site.name for site in layer.ffn)
-        kind = f" ({type(layer.ffn[0].module).__name__})" if len(layer.ffn) == 1 else ""
+        sites = layer.ffn if layer.has("ffn") else ()
+        ffn = " + ".join(site.name for site in sites) or "none"
+        kind = f" ({type(sites[0].module).__name__})" if len(sites) == 1 else ""
+        attention = type(layer.attention.module).__name__ if layer.has("attention") else "none"
         cells.append((
-            f"{'*' if layer.index in usual else ' '} {layer.index}", type(layer.attention.module).__name__, ffn + kind,
+            f"{'*' if layer.index in usual else ' '} {layer.index}", attention, ffn + kind,
             _activation(layer), f"{own / 1e6:.1f}", f"{4 * edit / 1e3:.1f}", f"{4 * edit / own:.2%}",
             f"{memory / 1e6:.1f}", f"{memory / own:.1%}",
         ))  # fmt: skip
@@ -105,6 +107,6 @@ def describe(model: nn.Module, neurons: int, entries: int) -> str:
 
 def _activation(layer: backbones.Layer) -> str:
     try:
-        return layer.activation
+        return layer.activation if layer.has("ffn") else "none"
     except UnsupportedModelError:
         return "unknown"

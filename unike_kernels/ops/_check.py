@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -72,3 +73,35 @@ def frozen(**tensors: Tensor | None) -> None:
         for name, t in tensors.items():
             if t is not None and t.requires_grad:
                 raise ValueError(f"{name}: requires_grad is set, but this operator treats it as a constant; detach it")
+
+
+def ids(name: str, values: object) -> Tensor:
+    """Integers, in whatever they come, as an int64 tensor [n] on the CPU; neither floats nor a mask are ids."""
+    found = values if isinstance(values, Tensor) else torch.as_tensor(values)
+    if found.numel() and (found.dtype == torch.bool or found.is_floating_point() or found.is_complex()):
+        hint = f"; of a mask take {name}.nonzero()" if found.dtype == torch.bool else ""
+        raise TypeError(f"{name}: expected integers, got {shape_of(found)}{hint}")
+    return found.detach().to("cpu", torch.int64).reshape(-1)
+
+
+def count(name: str, value: object) -> int:
+    """An integer of at least 1, of Python or of another library; neither a float nor a truth value is one."""
+    if type(value) is int:  # which tracing knows, too
+        number = value
+    else:
+        try:
+            number = 0 if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
+        except TypeError:
+            number = 0
+    if number < 1:
+        raise ValueError(f"{name}: expected an integer of at least 1, got {value!r}")
+    return number
+
+
+def counts(name: str, values: Iterable[object]) -> list[int]:
+    """Integers of at least 1, of Python, of another library or of a tensor."""
+    values = values.tolist() if isinstance(values, Tensor) else list(values)
+    try:
+        return [count(name, value) for value in values]
+    except ValueError:
+        raise ValueError(f"{name}: expected integers of at least 1, got {values}") from None

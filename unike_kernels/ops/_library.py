@@ -58,4 +58,5 @@ def direct(like: Tensor) -> bool:
 
 def call(name: str, like: Tensor, *args: Any) -> Any:
     """`torch.ops.unike.<name>(*args)`, by the shortest way; `like` is one of its activations."""
-    return _kernels[name](*args) if direct(like) else getattr(torch.ops.unike, name)(*args)
+    lazy = any(isinstance(t, Tensor) and t.is_neg() for t in args)  # the dispatcher computes what was put off
+    return _kernels[name](*args) if direct(like) and not lazy else getattr(torch.ops.unike, name)(*args)

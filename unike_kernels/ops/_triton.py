@@ -62,6 +62,9 @@ def activate(x, NAME: tl.constexpr):
         return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
     elif NAME == "gelu_tanh":  # (1 + tanh u) / 2 = sigmoid(2 u)
         return x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+    elif NAME == "relu2":
+        r = tl.maximum(x, 0.0)
+        return r * r
     else:
         return x * tl.sigmoid(x)
 
@@ -76,6 +79,8 @@ def activate_slope(x, NAME: tl.constexpr):
     elif NAME == "gelu_tanh":
         s = tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
         return s + x * s * (1.0 - s) * 1.5957691216057308 * (1.0 + 0.134145 * x * x)
+    elif NAME == "relu2":
+        return tl.where(x > 0, 2.0 * x, 0.0)
     else:
         s = tl.sigmoid(x)
         return s * (1.0 + x * (1.0 - s))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .. import backbones
 from ..artifacts.edit import Edit, EditLayer
+from ..artifacts.fingerprint import compare
 from ..errors import MismatchError, PatchError, UnsupportedModelError
 from ..nn import Dense
 from .install import is_patched
@@ -20,7 +21,7 @@ _BIASES = ("mlp_bias",)  # and the switch of its biases, where there is one
 
 
 @torch.no_grad()
-def fold(model: nn.Module, edits: Edit | Sequence[Edit]) -> nn.Module:
+def fold(model: nn.Module, edits: Edit | Sequence[Edit], *, override: bool = False) -> nn.Module:
     """A new model with a wider FFN that computes what `patch(model, edits)` does without a memory (Eq. 3 and 6).
 
     The width of a model's FFNs is one number, so every layer grows by as many neurons as the layer with the most extra
@@ -29,41 +30,52 @@ def fold(model: nn.Module, edits: Edit | Sequence[Edit]) -> nn.Module:
 
     Args:
         model: a Hugging Face model whose decoder has plain or gated FFNs of plain weights; not patched. It is left as
-            it is.
-        edits: one edit, or several in their order; without memories.
+            it is. One that torch.compile, DataParallel or PEFT has wrapped is looked for inside.
+        edits: one edit, or several in their order.
+        override: fold edits, too, that were made for other weights or trained with a memory, which is left behind.
 
     Returns:
-        A model of the same class, on the same device and of the same dtype, which the edits are cast to.
+        A model of the same class, on the same device and of the same dtype, which the edits are cast to, with the
+        generation config, modes and frozen parameters of the other. It shares no memory with it.
 
     Raises:
-        PatchError: the model is patched.
+        PatchError: the model is patched, or has adapters that are not merged.
         UnsupportedModelError: an FFN is not dense, its width is not in the config, or the edits need biases that this
             architecture does not have.
         MismatchError: an edit is for another hidden size or activation, for layers that are not there, or relies on a
             memory, which a plain checkpoint cannot have.
     """
+    model = backbones.unwrap(model)
     if is_patched(model):
         raise PatchError(f"{type(model).__name__} is patched: unpatch it first")
+    if adapters := sum(hasattr(module, "base_layer") for module in model.modules()):
+        raise PatchError(
+            f"{type(model).__name__} has adapters in {adapters} modules: put them into its weights first, with "
+            "merge_and_unload()"
+        )
     chosen = [edits] if isinstance(edits, Edit) else list(edits)
     decoder = backbones.find_decoder(model)
     for edit in chosen:
-        _check(edit, decoder)
+        _check(edit, model, decoder, override)
     extra = [[e.layers[layer.index] for e in chosen if layer.index in e.layers] for layer in decoder.layers]
     more = max((sum(len(e.key_bias) for e in layers) for layers in extra), default=0)
     dense = [_dense(layer) for layer in decoder.layers]
-    width = dense[0].weights().w_in.shape[0]
-    config = _widened(model, width, width + more, any(_needs_biases(e) for layers in extra for e in layers))
+    width, gated = dense[0].weights().w_in.shape[0], dense[0].weights().w_up is not None
+    config = _widened(model, width, width + more, any(_needs_biases(e, gated) for layers in extra for e in layers))
     with torch.device("meta"):
         new = type(model)(config)
     names = {id(module): name for name, module in model.named_modules()}
-    state = dict(model.state_dict())
+    grown: dict[str, Tensor] = {}
     for layers, reading in zip(extra, dense, strict=True):
-        state.update(_grown(reading, layers, more, names))
+        grown.update(_grown(reading, layers, more, names))
+    kept = {name: t for name, t in model.state_dict().items() if name not in grown}
+    state = {**copy.deepcopy(kept), **grown}  # tied weights are copied as tied ones
     wanted = set(new.state_dict())
     if missing := sorted(name for name in state if name not in wanted):
         raise UnsupportedModelError(
             f"{type(model).__name__}: the edits need biases in its FFN, which this architecture does not have "
-            f"(no {missing[0]}); only neurons without biases can be folded into it"
+            f"(no {missing[0]}); only neurons without biases can be folded into it: train them with "
+            f"EditTraining(bias=False){' and Config(neurons=' + repr('gated') + ')' if gated else ''}"
         )
     new.load_state_dict(state, strict=False, assign=True)
     for name, buffer in model.named_buffers():  # what is in no state_dict
@@ -82,13 +94,27 @@ def fold(model: nn.Module, edits: Edit | Sequence[Edit]) -> nn.Module:
         tie()
     if left := [name for name, t in new.state_dict().items() if t.is_meta]:
         raise UnsupportedModelError(f"{type(model).__name__}: nothing was found for {left}")
-    return new.train(model.training)
+    _take_over(new, model)
+    return new
 
 
-def _check(edit: Edit, decoder: backbones.Decoder) -> None:
-    if edit.memory_id is not None:
+def _take_over(new: nn.Module, model: nn.Module) -> None:
+    """What a model has beside its config and its weights."""
+    if hasattr(model, "generation_config"):
+        vars(new)["generation_config"] = copy.deepcopy(model.generation_config)
+    frozen = {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    for name, p in new.named_parameters(remove_duplicate=False):
+        if name in frozen or not p.is_floating_point():
+            p.requires_grad_(False)
+    for name, module in model.named_modules():
+        new.get_submodule(name).training = module.training
+
+
+def _check(edit: Edit, model: nn.Module, decoder: backbones.Decoder, override: bool) -> None:
+    if edit.memory_id is not None and not override:
         raise MismatchError(
-            f"edit {edit.id!r}: it was trained with the memory {edit.memory_id}, which cannot be folded"
+            f"edit {edit.id!r}: it was trained with the memory {edit.memory_id}, which cannot be folded; pass "
+            "override=True to fold its neurons alone"
         )
     if edit.hidden_size != decoder.hidden_size:
         raise MismatchError(
@@ -101,6 +127,9 @@ def _check(edit: Edit, decoder: backbones.Decoder) -> None:
             raise MismatchError(
                 f"edit {edit.id!r}: it is for {edit.activation} FFNs, layer {i}'s is {decoder.layers[i].activation}"
             )
+    error, _ = compare(edit.base_model, model)
+    if error and not override:
+        raise MismatchError(f"edit {edit.id!r}: {error}. Pass override=True to fold it all the same.")
 
 
 def _dense(layer: backbones.Layer) -> Dense:
@@ -109,9 +138,10 @@ def _dense(layer: backbones.Layer) -> Dense:
     return layer.dense
 
 
-def _needs_biases(layer: EditLayer) -> bool:
+def _needs_biases(layer: EditLayer, gated: bool) -> bool:
     """Whether the neurons have biases; plain neurons of a gated FFN have the factor q 0 + 1."""
-    return bool(layer.key_bias.any()) or layer.up is None or bool(layer.up_bias is not None and layer.up_bias.any())
+    factor = gated if layer.up_bias is None else bool(layer.up_bias.any())
+    return factor or bool(layer.key_bias.any())
 
 
 def _widened(model: nn.Module, width: int, new: int, biases: bool) -> Any:
@@ -163,7 +193,7 @@ def _grown(reading: Dense, layers: Sequence[EditLayer], more: int, names: dict[i
     elif any(e.up is not None for e in layers):
         raise UnsupportedModelError("gated neurons cannot be folded into an FFN that has no gate")
     outward = torch.cat([weights.w_out, values.T], 1)
-    out_bias = weights.b_out
+    out_bias = None if weights.b_out is None else weights.b_out.clone()
     if gated and out_bias is None and inwards[0][1] is not None:
         out_bias = like.new_zeros(d, dtype=like.dtype)
     return reading.named([*inwards, (outward, out_bias)], names)

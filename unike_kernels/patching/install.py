@@ -43,7 +43,8 @@ class PatchReport:
     Attributes:
         model: class name.
         decoder: path of the decoder in the model.
-        layers: (index, FFN child, attention child, extra neurons, memory entries) of each patched layer.
+        layers: (index, FFN child, attention child, extra neurons, memory entries) of each patched layer; "none" for a
+            child that the layer does not have.
         edits: ids.
         memory: id of the memory, or None.
         nbytes: bytes of the edits and of the memory's tables.
@@ -93,10 +94,12 @@ def patch(
     model is left as it was.
 
     Args:
-        model: a PreTrainedModel whose decoder has attention and an FFN in each layer, alone or in a multimodal model.
+        model: a PreTrainedModel whose decoder has an FFN in the layers that are edited and attention in those of the
+            memory, alone or in a multimodal model.
         edits: each adds its neurons to the layers that it names; ids must be distinct.
         memory: shifts the attention output of the layers that it names.
-        layers: patched too, though no edit or memory names them; None: where nothing names any, the last four.
+        layers: patched too, though no edit or memory names them; None: where nothing names any, the last four that
+            have an FFN.
         config: the semantics; None: the memory's, else the edits', else the defaults.
         default: what a pass outside of every `rows` block uses: "all" edits and the memory, or "none". With "all", such
             a pass is an error while another logical call has a block open that gives some row less.
@@ -130,17 +133,27 @@ def patch(
     decoder = backbones.find_decoder(model)
     chosen = config or (memory.config if memory else None) or (edits[0].config if edits else None) or Config()
     check_compatibility(model, decoder, list(edits), memory, chosen, override)
-    wanted = {i for edit in edits for i in edit.layers} | set(memory.layers if memory else ())
-    explicit = decoder.select(layers) if layers is not None or not wanted else []
-    indices = decoder.select(sorted(wanted | set(explicit)))
+    edited, remembering = sorted({i for edit in edits for i in edit.layers}), sorted(memory.layers if memory else ())
+    wanted = {*edited, *remembering}
+    if edited:
+        decoder.select(edited, need=("ffn",))
+    if remembering:
+        decoder.select(remembering, need=("attention",))
+    explicit = (
+        decoder.select(layers, need=("ffn",) if layers is None else ()) if layers is not None or not wanted else []
+    )
+    indices = decoder.select(sorted(wanted | set(explicit)), need=())
+    chosen_layers = [decoder.layers[i] for i in indices]
 
     # Everything that can fail is built first; the model is touched only after that.
     with outside_inference_mode():
-        stores = {i: _store(decoder.layers[i], named) for i in indices}
-        tables = {i: make_tables(memory, i, decoder.layers[i].attention.module) for i in indices}
+        stores = {layer.index: _store(layer, named) for layer in chosen_layers if layer.has("ffn")}
+        with_attention = [layer for layer in chosen_layers if layer.has("attention")]
+        tables = {layer.index: make_tables(memory, layer.index, layer.attention.module) for layer in with_attention}
     context = ModelContext(Installed(stores, tables, named, memory), default, in_model=True)
-    plan = [_build(decoder.layers[i], chosen, context) for i in indices]
-    image_token = backbones.image_token_id(model) if memory is not None and chosen.tokens == "text" else None
+    plan = [_build(layer, chosen, context) for layer in chosen_layers]
+    by_text = memory is not None and chosen.tokens == "text"
+    placeholders = backbones.required_placeholder_ids(model) if by_text else None
     state = PatchedState(context, decoder, chosen, {}, {})
     with AllOrNothing(model):
         if state_of(model) is not None:
@@ -148,12 +161,18 @@ def patch(
         for i, (replacements, ffn, attention) in zip(indices, plan, strict=True):
             for site, module in replacements:
                 site.put(module)
-            state.ffns[i], state.attentions[i] = ffn, attention
-        decoder.module.register_forward_pre_hook(DecoderHook(context, image_token), with_kwargs=True)
+            if ffn is not None:
+                state.ffns[i] = ffn
+            if attention is not None:
+                state.attentions[i] = attention
+        decoder.module.register_forward_pre_hook(DecoderHook(context, placeholders), with_kwargs=True)
         decoder.module.register_forward_hook(DecoderEndHook(context), always_call=True)
-        if image_token is not None:
-            embedding = model.get_input_embeddings()  # type: ignore[operator]
-            embedding.register_forward_pre_hook(EmbeddingHook(context, image_token))
+        if placeholders is not None:
+            embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
+            embedding.register_forward_pre_hook(EmbeddingHook(context, placeholders), with_kwargs=True)
+            for module in backbones.takers_of_ids(model, decoder):
+                hook = EmbeddingHook(context, placeholders, first=True)
+                module.register_forward_pre_hook(hook, with_kwargs=True)
         set_state(model, state)
     log_event("patch", state)
     return _report(model, decoder, state)
@@ -209,21 +228,38 @@ def _store(layer: backbones.Layer, edits: dict[str, Edit]) -> EditStore:
 
 def _build(
     layer: backbones.Layer, config: Config, context: ModelContext
-) -> tuple[list[tuple[backbones.Site, nn.Module]], PatchedFFN, MemoryAttention]:
-    """What will stand where in one layer; nothing of the model is touched."""
-    *ffn_parts, base_attention = [site.module for site in (*layer.ffn, layer.attention)]
+) -> tuple[list[tuple[backbones.Site, nn.Module]], PatchedFFN | None, MemoryAttention | None]:
+    """What will stand where in one layer, which may lack a part; nothing of the model is touched."""
+    replacements: list[tuple[backbones.Site, nn.Module]] = []
+    ffn = attention = None
+    if layer.has("attention"):
+        attention = _attention(layer, config, context)
+        replacements.append((layer.attention, attention))
+    if layer.has("ffn"):
+        ffn, through = _ffn(layer, context)
+        replacements += zip(layer.ffn, (ffn, *through), strict=True)
+    if not replacements:
+        layer.ffn  # noqa: B018 (raises)
+    return replacements, ffn, attention
+
+
+def _ffn(layer: backbones.Layer, context: ModelContext) -> tuple[PatchedFFN, list[PassThrough]]:
+    ffn_parts = [site.module for site in layer.ffn]
     ffn = PatchedFFN.from_module(
         *ffn_parts, activation=layer.activation, dense=layer.dense, context=context, layer=layer.index
     )
-    attention = MemoryAttention.from_module(
+    return ffn, [PassThrough.from_module(part) for part in ffn_parts[1:]]
+
+
+def _attention(layer: backbones.Layer, config: Config, context: ModelContext) -> MemoryAttention:
+    base_attention = layer.attention.module
+    return MemoryAttention.from_module(
         base_attention,
         config,
         context=context,
         layer=layer.index,
         project=backbones.project_queries if config.values == "projected" else None,
     )
-    through = [PassThrough.from_module(part) for part in ffn_parts[1:]]
-    return list(zip((layer.attention, *layer.ffn), (attention, ffn, *through), strict=True)), ffn, attention
 
 
 def make_tables(memory: MemoryBank | None, layer: int, attention: nn.Module) -> MemoryTables | None:
@@ -239,12 +275,13 @@ def make_tables(memory: MemoryBank | None, layer: int, attention: nn.Module) -> 
 def _report(model: nn.Module, decoder: backbones.Decoder, state: PatchedState) -> PatchReport:
     rows = []
     nbytes = sum(edit.nbytes for edit in state.edits.values())
-    for i, ffn in sorted(state.ffns.items()):
-        tables = state.attentions[i].memory
-        neurons = ffn.edits.used[0]
+    for i in sorted({*state.ffns, *state.attentions}):
+        ffn, attention, layer = state.ffns.get(i), state.attentions.get(i), decoder.layers[i]
+        tables = None if attention is None else attention.memory
+        neurons = 0 if ffn is None else ffn.edits.used[0]
         entries = 0 if tables is None else tables.index.shape[0]
-        names = decoder.layers[i]
-        rows.append((i, " + ".join(site.name for site in names.ffn), names.attention.name, neurons, entries))
+        names = " + ".join(site.name for site in layer.ffn) if ffn is not None else "none"
+        rows.append((i, names, layer.attention.name if attention is not None else "none", neurons, entries))
         nbytes += sum(b.nbytes for b in (tables.buffers() if tables else ()))
     memory = state.memory.id if state.memory else None
     return PatchReport(type(model).__name__, decoder.path, tuple(rows), tuple(state.edits), memory, nbytes)

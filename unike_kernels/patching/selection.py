@@ -14,6 +14,7 @@ from .. import backbones
 from ..artifacts.memory import MemoryBank
 from ..errors import PatchError
 from ..nn import PromptState, Selection, Trace
+from ..ops import _check
 from .session import PatchedState, require_state
 
 
@@ -23,7 +24,7 @@ def rows(
     edits: Sequence[Sequence[str]] | None = None,
     *,
     memory: Sequence[bool | str] | None = None,
-    prompt_lengths: Sequence[int] | None = None,
+    prompt_lengths: Sequence[int] | torch.Tensor | None = None,
 ) -> Iterator[None]:
     """Inside the block, each row of a batch has its own edits.
 
@@ -55,10 +56,8 @@ def rows(
         raise ValueError(f"rows: expected one entry per row in each argument, got {counts}")
     if edits is not None:
         _check_rows(edits, state)
-    if prompt_lengths is not None and any(
-        isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in prompt_lengths
-    ):
-        raise ValueError(f"prompt_lengths: expected integers of at least 1, got {list(prompt_lengths)}")
+    if prompt_lengths is not None:
+        prompt_lengths = _check.counts("prompt_lengths", prompt_lengths)
     device, chosen = backbones.device_of(model), state.context.selection() or Selection()
     if counts:
         chosen = replace(chosen, rows=next(iter(counts.values())))

@@ -33,7 +33,7 @@ class DecoderHook:
     """Forward pre-hook of the decoder: begins a pass. Picklable with the model."""
 
     context: ModelContext
-    image_token: int | None  # given where image placeholders must be told from text
+    placeholders: frozenset[int] | None  # given where those of images and the like must be told from text
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         context, cache = self.context, kwargs.get("past_key_values")
@@ -43,9 +43,9 @@ class DecoderHook:
         source = ids if ids is not None else kwargs.get("inputs_embeds")
         batch, tokens = (1, 0) if source is None else (source.shape[0], source.shape[1])
         text, context.local.text = context.local.text, None  # it is about this pass alone
-        if ids is not None and self.image_token is not None:
-            text = ids != self.image_token
-        elif self.image_token is not None and text is None:
+        if ids is not None and self.placeholders is not None and text is None:
+            text = _is_text(ids, self.placeholders)
+        elif source is not None and self.placeholders is not None and text is None:
             raise ValueError("inputs_embeds: Config(tokens='text') tells images from text by input_ids; give those")
         mask = kwargs.get("attention_mask")
         plain = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
@@ -67,18 +67,36 @@ class DecoderEndHook:
     context: ModelContext
 
     def __call__(self, *_: Any) -> None:
+        self.context.local.text = None  # an embedding inside of the decoder has noted it for nobody
         self.context.end()
 
 
 @dataclass
 class EmbeddingHook:
-    """Forward pre-hook of the embedding: notes which tokens are text. Picklable with the model."""
+    """Forward pre-hook of the embedding, and of what is given the ids before: notes which tokens are text.
+
+    Ids may have been replaced when they come to the embedding, so what was noted before stands. Picklable with the
+    model.
+    """
 
     context: ModelContext
-    image_token: int
+    placeholders: frozenset[int]
+    first: bool = False  # whether its module comes before the embedding
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        self.context.local.text = args[0] != self.image_token if args[0].dim() == 2 else None
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        local, ids = self.context.local, kwargs.get("input_ids", args[0] if args else None)
+        if isinstance(ids, Tensor) and ids.dim() == 2 and not ids.is_floating_point():
+            if self.first or local.text is None or local.text.shape != ids.shape:
+                local.text = _is_text(ids, self.placeholders)
+        elif not self.first:
+            local.text = None
+
+
+def _is_text(ids: Tensor, placeholders: frozenset[int]) -> Tensor:
+    text = torch.ones_like(ids, dtype=torch.bool)
+    for placeholder in placeholders:
+        text &= ids != placeholder
+    return text
 
 
 HOOKS = (DecoderHook, DecoderEndHook, EmbeddingHook)

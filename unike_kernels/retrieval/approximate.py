@@ -72,7 +72,7 @@ class ApproximateIndex:
         """
         _check.rows("queries", queries)
         _check.sized("queries", queries, (None, self.d))
-        check_retrieval(queries, "index", torch.empty(0, dtype=torch.float32, device=self.device), k, ranges)
+        k = check_retrieval(queries, "index", torch.empty(0, dtype=torch.float32, device=self.device), k, ranges)
         finite = queries.isfinite().all(-1, keepdim=True)
         unit = torch.nn.functional.normalize(torch.where(finite, queries, 0).float(), dim=-1)
         scores = torch.full((len(queries), k), float("-inf"), dtype=torch.float32, device="cpu")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -139,7 +140,7 @@ class CosineIndex:
         """
         _check.rows("queries", queries)
         _check.sized("queries", queries, (None, self.d))
-        check_retrieval(queries, "index", self._table(), k, ranges)
+        k = check_retrieval(queries, "index", self._table(), k, ranges)
         queries = _native.native_dtype(queries)
         if self._native is not None and (self._keys is None or _backend.takes_native(queries)):
             return self._native.search(queries, k, ranges)
@@ -208,10 +209,11 @@ class CosineIndex:
 
         Raises:
             IndexError: an id outside 0, ..., N - 1.
+            TypeError: ids that are no integers; a mask becomes ids by `mask.nonzero()`.
             ValueError: the index is on a CUDA device.
         """
         self._on_cpu()
-        gone = torch.as_tensor(ids, dtype=torch.int64, device="cpu").reshape(-1)
+        gone = _check.ids("ids", ids)
         outside = gone[(gone < 0) | (gone >= len(self))]
         if len(outside):
             raise IndexError(f"ids: expected 0 to {len(self) - 1}, got {int(outside[0])}")
@@ -223,10 +225,8 @@ class CosineIndex:
         self._set(self.scan, None if self._keys is None else _kept(self._keys, keep), packed, self.exact)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a safetensors file, atomically."""
-        tensors = self._tensors()
-        header = {"keys": len(self), "d": self.d, "scan": self.scan, "id": files.digest(tensors)}
-        files.save(path, "index", header, tensors)
+        """Write a safetensors file, atomically, with checksums of all that is in it."""
+        files.save(path, "index", {"keys": len(self), "d": self.d, "scan": self.scan}, self._tensors())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, mmap: bool = False) -> CosineIndex:
@@ -235,16 +235,19 @@ class CosineIndex:
         Args:
             path: of the file.
             mmap: leave the tables in the file, for the system to page in as searches touch them. Their contents are
-                then trusted; otherwise they are hashed and compared with the header.
+                then trusted, and the file must not change as long as the index lives: what is written to it shows in
+                searches, and reading what was cut off ends the process. Otherwise they are verified, and in memory of
+                their own.
 
         Raises:
             FileNotFoundError: there is no such file.
-            ArtifactError: truncated, of another format or version, or any field or tensor missing, wrong or left over.
+            ArtifactError: truncated, damaged, of another format or version, or any field or tensor missing, wrong or
+                left over; no regular file.
         """
-        header, tensors = files.load(path, "index")
+        header, tensors = files.load(path, "index", mmap=mmap, verify=not mmap)
+        stated = header.pop("id", None)  # of a file of version 1, in the place of checksums
         reader = files.Reader(path, header, {})
-        n, d = reader.field("keys", int), reader.field("d", int)
-        scan, stated = reader.field("scan", str), reader.field("id", str)
+        n, d, scan = reader.field("keys", int), reader.field("d", int), reader.field("scan", str)
         reader.done()
         if scan not in SCANS or n < 0 or d < 1:
             raise ArtifactError(f"{path}: there is no index of {n} keys of width {d} for a scan of {scan!r:.80}")
@@ -255,26 +258,38 @@ class CosineIndex:
         if not found or found not in (wanted, {"rows": wanted["rows"]}, codes):
             raise ArtifactError(f"{path}: expected the tensors {wanted}, got {found}")
         if not mmap:
-            tensors = {name: _kept(t, slice(None)) for name, t in tensors.items()}
-            contents = files.digest(tensors)
-            if contents != stated:
+            if stated is not None and (contents := files.digest(tensors)) != stated:
                 raise ArtifactError(f"{path}: its contents have the id {contents}, the header says {stated!r:.80}")
             for name, t in tensors.items():
                 if t.is_floating_point() and not t.isfinite().all():
                     raise ArtifactError(f"{path}: tensor {name!r} holds NaN or infinity")
+        index = cls.__new__(cls)
+        try:
+            index._restore(scan, tensors)
+        except BackendUnavailableError as error:
+            raise ArtifactError(f"{path}: {error}") from error
+        return index
+
+    def _restore(self, scan: str, tensors: dict[str, Tensor]) -> None:
+        """From what `_tensors` gave, here or on a machine that packs as this one does, or packs nothing."""
         rows = tensors.get("rows")
         packed = PackedKeys(*(tensors[f] for f in ("codes", "bounds", "direction"))) if "codes" in tensors else None
         if not _native.available():
             if rows is None:
-                raise ArtifactError(
-                    f"{path}: it holds codes without rows, which nothing can search: {_native.reason()}"
+                raise BackendUnavailableError(
+                    f"it holds codes without rows, which nothing can search: {_native.reason()}"
                 )
             packed = None
-        elif packed is None and rows is not None:
+        elif packed is None and rows is not None and rows.device.type == "cpu":
             packed = pack_keys(rows, scan)
-        index = cls.__new__(cls)
-        index._set(scan, rows, packed, rows is not None)
-        return index
+        self._set(scan, rows, packed, rows is not None)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickling and copying: the tables, without the room for keys to come."""
+        return {"scan": self.scan, "tensors": {name: _whole(t) for name, t in self._tensors().items()}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._restore(state["scan"], state["tensors"])
 
 
 def _layout(n: int, d: int, scan: str) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
@@ -294,6 +309,11 @@ def _kept(table: Tensor, keep: Tensor | slice) -> Tensor:
     copy = _pages.empty(*rows.shape, dtype=rows.dtype)
     copy.copy_(rows)
     return copy
+
+
+def _whole(table: Tensor) -> Tensor:
+    """The table itself, or a copy of one that is a part of a larger memory, which would be copied with it."""
+    return table if table.untyped_storage().nbytes() == table.nbytes else table.clone()
 
 
 def _prepare(keys: Tensor, scan: str, direction: Tensor | None) -> tuple[Tensor, PackedKeys | None]:

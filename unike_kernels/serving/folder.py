@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..artifacts.edit import Edit
-from ..artifacts.files import replacing
+from ..artifacts.files import lives, opened, replacing
 
 _NAME = re.compile(r"\w[\w.-]*")
 _RETAINED = ".retained"
@@ -79,11 +79,14 @@ class EditFolder:
             raise ValueError(f"edit: expected an id of letters, digits, '_', '.' and '-', got {id!r:.80}")
         file = self.path / f"{id}.safetensors"
         try:
-            key = _key(id, file.stat())
-            version = self._held.get(key)
-            if version is not None:
-                return version
-            edit = Edit.load(file)
+            with opened(file) as content:  # of one file, whatever takes its place meanwhile
+                key = _key(id, os.fstat(content.fileno()))
+                version = self._held.get(key)
+                if version is not None:
+                    return version
+                edit = Edit.read(content, file)
+                if _key(id, os.fstat(content.fileno())) != key:
+                    raise ValueError(f"edit: {file.name} was written to while it was read; replace it by renaming")
         except FileNotFoundError:
             raise ValueError(f"edit: there is no edit {id!r}") from None
         if edit.id != id:
@@ -137,8 +140,8 @@ class EditFolder:
             with contextlib.suppress(FileNotFoundError), source.open("rb") as file:
                 content = file.read()
                 if source != current or _key(id, os.fstat(file.fileno())) == key:
-                    with replacing(place) as part:
-                        Path(part).write_bytes(content)
+                    with replacing(place, durable=False) as part:
+                        part.write(content)
                     return
         self.held(key).edit.save(place)
 
@@ -151,19 +154,9 @@ class EditFolder:
         """Remove what processes of this machine left behind that are no more."""
         for folder in (self.path / _RETAINED).glob(f"{socket.gethostname()}-*"):
             pid = folder.name.rpartition("-")[2]
-            if pid.isdecimal() and not _lives(int(pid)):
+            if pid.isdecimal() and not lives(int(pid)):
                 shutil.rmtree(folder, ignore_errors=True)
 
 
 def _key(id: str, state: os.stat_result) -> str:
     return f"{id}@{state.st_mtime_ns:x}-{state.st_size:x}-{state.st_ino:x}"
-
-
-def _lives(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

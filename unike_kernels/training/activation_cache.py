@@ -7,6 +7,7 @@ replayed pass is the whole pass bit for bit, whatever the model.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -14,7 +15,7 @@ from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map
 
 _BUDGET = 1 << 30  # bytes that recordings may take together; a batch beyond it runs whole
 
@@ -114,7 +115,7 @@ class Replay:
             if layer:
                 recording.states = _copied(out)
             else:
-                recording.beside.append((module, out))
+                recording.beside.append((module, _copied(out)))
             return out
 
         return run
@@ -125,9 +126,9 @@ class Replay:
         played, self._played = self._played, self._played + 1
         if played == len(recording.beside) or recording.beside[played][0] is not module:
             raise RuntimeError(f"replay: call {played} of {type(module).__name__} is none of the recorded pass")
-        return recording.beside[played][1]
+        return _copied(recording.beside[played][1])
 
 
-def _copied(states: Any) -> Any:
-    """As the next layer may write to them."""
-    return tree_map_only(Tensor, Tensor.clone, states)
+def _copied(out: Any) -> Any:
+    """Of its own: who gets it may write to its tensors, and put other ones into it."""
+    return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else copy.deepcopy(leaf), out)

@@ -76,7 +76,7 @@ def build_memory(
         processor: its processor or tokenizer.
         triplets: knowledge that the model gets wrong.
         config: the semantics; with values="projected" and no scale, the scale of the model's own attention is set.
-        layers: None: the last four.
+        layers: None: the last four that have attention.
         training: of the encoders.
         batch_size: triplets per forward pass of the extraction.
         store: a folder for the extracted states, as for `extract`: for thousands of triplets of a large model.
@@ -89,7 +89,8 @@ def build_memory(
     config = config or Config()
     decoder = find_decoder(model)
     if config.values == "projected" and config.scale is None:
-        config = Config(**{**config.to_dict(), "scale": score_scale(decoder.layers[0].attention.module)})
+        first = decoder.select(layers, need=("attention",))[0]
+        config = Config(**{**config.to_dict(), "scale": score_scale(decoder.layers[first].attention.module)})
     hidden = extract(model, processor, triplets, layers=layers, batch_size=batch_size, store=store, progress=progress)
     tables, spaces = {}, {}
     for i, h in hidden.items():

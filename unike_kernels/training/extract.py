@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..artifacts import files
-from ..artifacts.fingerprint import fingerprint
+from ..artifacts.fingerprint import compare, fingerprint, validate
 from ..backbones import device_of, find_decoder
 from ..errors import ArtifactError, PatchError
 from ..nn import residual_of, residual_position
@@ -82,7 +83,7 @@ def extract(
         processor: its processor or tokenizer.
         triplets: at least two (one has no negatives to be told from). They are looked at some at a time, so that a lazy
             sequence need not hold all images.
-        layers: decoder layers; None: the last four.
+        layers: decoder layers; None: the last four that have attention.
         batch_size: triplets per forward pass.
         store: a folder for the states. They are written there in parts as they are made, so that memory holds one layer
             at most, and an extraction that was interrupted goes on after its last part. None: all stay in memory.
@@ -102,7 +103,7 @@ def extract(
         raise ValueError(f"triplets: expected at least 2, got {len(triplets)}")
     if is_patched(model):
         raise PatchError("extract: the model is patched; unpatch it first")
-    chosen = find_decoder(model).select(layers)
+    chosen = find_decoder(model).select(layers, need=("attention",))
     starts = range(0, len(triplets), _PART)
     parts: list[dict[int, Hidden]] = []
     with tqdm(total=len(triplets), desc="extract", disable=not progress) as bar:
@@ -117,13 +118,37 @@ def extract(
                 else:
                     tensors = {f"{i}.{name}": t for i, h in found.items() for name, t in vars(h).items()}
                     files.save(file, "states", header, tensors)
-            elif (have := files.load(file, "states", only=())[0]) != header:
-                other = [name for name in header if have.get(name) != header[name]]
-                raise ArtifactError(f"{file}: its {' and '.join(other)} are others; give another store")
+            else:
+                _check_part(file, model, header)
             bar.update(len(part))
     if store is None:
         return {i: _joined([part[i] for part in parts]) for i in chosen}
     return _Stored([Path(store) / f"states-{start:07d}.safetensors" for start in starts], chosen)
+
+
+def _check_part(file: Path, model: nn.Module, header: dict[str, Any]) -> None:
+    """Whether a stored part is whole, and of this model and these triplets."""
+    have, tensors = files.load(file, "states", mmap=True)
+    same = {name: have.get(name) == value for name, value in header.items()}
+    with contextlib.suppress(ValueError):  # one of another version has sampled other weights
+        same["model"] = compare(validate(have.get("model")), model) == (None, None)
+    if not all(same.values()):
+        other = [name for name, value in same.items() if not value]
+        raise ArtifactError(f"{file}: its {' and '.join(other)} are others; give another store")
+    _checked(file, tensors, header["layers"])
+
+
+def _checked(file: Path, tensors: dict[str, Tensor], layers: Sequence[int]) -> None:
+    """Whether these are the states of these layers: one shape, float32, finite."""
+    wanted = {f"{i}.{name}" for i in layers for name in Hidden.__dataclass_fields__}
+    if tensors.keys() != wanted:
+        raise ArtifactError(f"{file}: expected the tensors {sorted(wanted)}, got {sorted(tensors)}")
+    shapes = {(t.dtype, t.shape) for t in tensors.values()}
+    if len(shapes) != 1 or next(iter(shapes))[0] != torch.float32 or len(next(iter(shapes))[1]) != 2:
+        raise ArtifactError(f"{file}: expected float32 [N, d] in one shape, got {sorted(map(str, shapes))}")
+    for name, t in tensors.items():
+        if not t.isfinite().all():
+            raise ArtifactError(f"{file}: tensor {name!r} holds NaN or infinity")
 
 
 def _header(model: nn.Module, layers: Sequence[int], start: int, part: Sequence[Triplet]) -> dict[str, Any]:
@@ -152,9 +177,13 @@ class _Stored(Mapping[int, Hidden]):
     def __getitem__(self, layer: int) -> Hidden:
         if layer not in self._layers:
             raise KeyError(layer)
-        wanted = {f"{layer}.{name}" for name in Hidden.__dataclass_fields__}
-        parts = [files.load(file, "states", wanted)[1] for file in self._files]
-        return _joined([Hidden(**{name.partition(".")[2]: t for name, t in part.items()}) for part in parts])
+        wanted = [f"{layer}.{name}" for name in Hidden.__dataclass_fields__]
+        parts = []
+        for file in self._files:
+            part = files.load(file, "states", wanted)[1]
+            _checked(file, part, [layer])
+            parts.append(Hidden(**{name.partition(".")[2]: t for name, t in part.items()}))
+        return _joined(parts)
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..artifacts.edit import EditLayer
-from ..backbones import device_of
+from ..backbones import device_of, placeholder_ids
 from ..nn import PatchedFFN
 from .activation_cache import Recording, Replay
 from .samples import (
@@ -20,7 +20,6 @@ from .samples import (
     batches,
     encode,
     forward,
-    placeholders,
     repeated,
     telling_prompts,
     thinned,
@@ -111,7 +110,7 @@ class _Preserve:
         for group in batches(every, training.preserve_batch):
             batch = encode(processor, [every[i] for i in group], device_of(model))
             seeds = {row: training.seed + i for row, i in enumerate(group) if i >= len(samples)}
-            batch = thinned(batch, seeds, share, placeholders(model))
+            batch = thinned(batch, seeds, share, placeholder_ids(model))
             self.batches.append(batch)
             self.targets.append(self._logits(model, batch).float().log_softmax(-1))
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import wraps
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from ..backbones import placeholder_ids
 from ..patching import is_patched, rows
 
 P = ParamSpec("P")
@@ -73,9 +74,12 @@ class Batch:
 def encode(processor: Any, samples: Sequence[Sample], device: torch.device | str = "cpu") -> Batch:
     """Tokenise `prompt + " " + answer` with a Hugging Face processor (or tokenizer, for text alone).
 
+    A processor that takes what follows a prompt apart from it, as `suffix` (PaliGemma), is given the answer so. All
+    inputs that the processor makes are kept but for labels.
+
     Raises:
-        ValueError: no samples; some with and some without an image; or a prompt whose tokens are not the first ones of
-            the prompt with its answer, so that the answer's tokens cannot be told.
+        ValueError: no samples; some with and some without an image; a prompt without tokens; or one whose tokens are
+            not the first ones of the prompt with its answer, so that the answer's tokens cannot be told.
     """
     if not samples:
         raise ValueError("samples: expected at least one, got none")
@@ -83,30 +87,86 @@ def encode(processor: Any, samples: Sequence[Sample], device: torch.device | str
     if any(with_image) != all(with_image):
         raise ValueError("samples: expected all with an image or none, got both; encode them apart")
 
-    def run(texts: list[str]) -> dict[str, Tensor]:
-        images = {"images": [s.image for s in samples]} if all(with_image) else {}
-        with torch.device("cpu"):  # processors know no device of their own
-            encoded = processor(text=texts, padding=True, return_tensors="pt", **images)
-        return {k: v for k, v in encoded.items() if k != "token_type_ids"}
+    given: dict[str, Any] = {"images": [s.image for s in samples]} if all(with_image) else {}
+    answered = any(s.answer for s in samples)
+    apart = answered and "suffix" in inspect.signature(type(processor).__call__).parameters
+    given["text"] = [s.prompt if apart else _whole(s) for s in samples]
+    if apart:
+        given["suffix"] = [s.answer for s in samples]
+    with torch.device("cpu"):  # processors know no device of their own
+        encoded = processor(**given, padding=True, return_tensors="pt")
+    inputs = {name: t.to(device) for name, t in encoded.items() if isinstance(t, Tensor) and name != "labels"}
+    if not answered:
+        answers = [_Answer(0, 0)] * len(samples)
+    else:
+        answers = _suffixes(inputs) if apart else _answers(processor, samples, inputs)
+    ends, lasts, lengths = [], [], []
+    for row, answer in enumerate(answers):
+        positions = inputs["attention_mask"][row].nonzero().flatten()
+        last = len(positions) - 1 - answer.behind
+        end = last - answer.tokens
+        if end < 0:
+            raise ValueError(f"samples[{row}]: the prompt {samples[row].prompt!r} has no tokens; expected at least one")
+        ends.append(int(positions[end]))
+        lasts.append(int(positions[last]))
+        lengths.append(end + 1)
+    first, behind = (torch.tensor(t, dtype=torch.int64, device=device) for t in (ends, lasts))
+    return Batch(inputs, first, behind, lengths)
 
-    whole = run([f"{s.prompt} {s.answer}" if s.answer else s.prompt for s in samples])
-    prompts = run([s.prompt for s in samples])
-    ends, lasts = [], []
-    for row in range(len(samples)):
-        positions = whole["attention_mask"][row].nonzero().flatten()
-        tokens = whole["input_ids"][row][positions]
-        head = prompts["input_ids"][row][prompts["attention_mask"][row].bool()]
-        if not torch.equal(tokens[: len(head)], head):
+
+def _whole(sample: Sample) -> str:
+    return f"{sample.prompt} {sample.answer}" if sample.answer else sample.prompt
+
+
+class _Answer(NamedTuple):
+    """Where an answer is in its row, counted from the row's end: its tokens, and those behind it."""
+
+    tokens: int
+    behind: int
+
+
+def _suffixes(inputs: Mapping[str, Tensor]) -> list[_Answer]:
+    """Of a processor that was given the answers apart: their token types are 1, and the last one ends the text."""
+    of_answer = (inputs["token_type_ids"] == 1) & inputs["attention_mask"].bool()
+    return [_Answer(int(n) - 1, 1) for n in of_answer.sum(-1)]
+
+
+def _answers(processor: Any, samples: Sequence[Sample], inputs: Mapping[str, Tensor]) -> list[_Answer]:
+    """By the tokenizer: what comes behind the tokens of the prompt alone. Images need not be looked at for that."""
+    tokenizer = getattr(processor, "tokenizer", processor)
+    with torch.device("cpu"):
+        prompts = tokenizer(text=[s.prompt for s in samples], padding=True, return_tensors="pt")
+        text = inputs
+        if tokenizer is not processor:
+            text = tokenizer(text=[_whole(s) for s in samples], padding=True, return_tensors="pt")
+    found = []
+    for row, sample in enumerate(samples):
+        head, tokens, own = (
+            t["input_ids"][row][t["attention_mask"][row].bool()].tolist() for t in (prompts, text, inputs)
+        )
+        if tokens[: len(head)] != head:
+            end = getattr(tokenizer, "eos_token_id", None)
+            if head and head[-1] == end and tokens[: len(head) - 1] == head[:-1]:
+                advice = (
+                    f"the tokenizer ends every text with {tokenizer.eos_token!r}: pass one that does not "
+                    "(add_eos_token=False)"
+                )
+            else:
+                advice = "end the prompt at a word boundary"
             raise ValueError(
-                f"samples[{row}]: the tokens of the prompt {samples[row].prompt!r} are not the first tokens of the "
-                "prompt with its answer; end the prompt at a word boundary"
+                f"samples[{row}]: the tokens of the prompt {sample.prompt!r} are not the first tokens of the prompt "
+                f"with its answer; {advice}"
             )
-        ends.append(int(positions[len(head) - 1]))
-        lasts.append(int(positions[-1]))
-    lengths = [int(n) for n in prompts["attention_mask"].sum(-1)]
-    inputs = {name: t.to(device) for name, t in whole.items()}
-    first, last = (torch.tensor(t, dtype=torch.int64, device=device) for t in (ends, lasts))
-    return Batch(inputs, first, last, lengths)
+        if not head:
+            raise ValueError(f"samples[{row}]: the prompt {sample.prompt!r} has no tokens; expected at least one")
+        tail = tokens[len(head) :]
+        if own[len(own) - len(tail) :] != tail:
+            raise ValueError(
+                f"samples[{row}]: the processor's tokens do not end with those of the answer {sample.answer!r}, so "
+                "that they cannot be told"
+            )
+        found.append(_Answer(len(tail), 0))
+    return found
 
 
 def batches(samples: Sequence[Sample], size: int) -> Iterator[list[int]]:
@@ -140,8 +200,15 @@ def forward(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
         raise ValueError(
             f"samples[{longest}]: {int(lengths[longest])} tokens with its answer, but the model's context is {most}"
         )
-    logits: Tensor = taker(model, inputs)(**inputs, use_cache=False).logits
+    into = taker(model, inputs)
+    logits: Tensor = into(**accepted(into, inputs), use_cache=False).logits
     return logits
+
+
+def accepted(model: nn.Module, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The inputs, without token types where the model knows none: many tokenizers return them for all models."""
+    known = inspect.signature(model.forward).parameters
+    return {name: t for name, t in inputs.items() if name != "token_type_ids" or name in known}
 
 
 def context_length(model: nn.Module) -> int | None:
@@ -165,13 +232,13 @@ def repeated(batch: Batch, times: int) -> Batch:
     return Batch(inputs, batch.ends.repeat(times), batch.lasts.repeat(times), batch.prompt_lengths * times)
 
 
-def thinned(batch: Batch, seeds: Mapping[int, int], share: float, kept_ids: set[int]) -> Batch:
+def thinned(batch: Batch, seeds: Mapping[int, int], share: float, kept_ids: Collection[int]) -> Batch:
     """The batch, in some rows without a share of the prompt's tokens.
 
     Args:
         seeds: row -> seed; what a row loses depends on it and its seed alone.
         share: chance of each token to be left out; the last one of a prompt stays.
-        kept_ids: of tokens that stay too, such as `placeholders`.
+        kept_ids: of tokens that stay too, such as `placeholder_ids`.
     """
     if not seeds:
         return batch
@@ -201,13 +268,7 @@ def with_thinned(model: nn.Module, batch: Batch, share: float, seed: int) -> Bat
     """With a share: the batch, and behind it a copy without such a share of the prompts' tokens (prompt dropout)."""
     rows, copies = len(batch.ends), 2 if share else 1
     seeds = dict.fromkeys(range(rows, copies * rows), seed)
-    return thinned(repeated(batch, copies), seeds, share, placeholders(model))
-
-
-def placeholders(model: nn.Module) -> set[int]:
-    """The ids of tokens that stand for an image."""
-    names = ("image_token_id", "image_token_index")
-    return {getattr(model.config, name) for name in names if hasattr(model.config, name)}
+    return thinned(repeated(batch, copies), seeds, share, placeholder_ids(model))
 
 
 @contextmanager

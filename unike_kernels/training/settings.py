@@ -13,6 +13,8 @@ class EditTraining:
 
     Attributes:
         neurons: per layer (the paper's 10).
+        bias: whether neurons have biases. Without, an edit can be folded into FFNs that have none (`fold`), which gated
+            FFNs take of gated neurons alone (Config.neurons); the biases of the edit are zeros.
         lr: of Adam.
         steps: at most.
         stop_loss: stop when every target token is predicted and the target's loss is below this ...
@@ -32,6 +34,7 @@ class EditTraining:
     """
 
     neurons: int = 10
+    bias: bool = True
     lr: float = 1e-2
     steps: int = 100
     stop_loss: float = 0.05

@@ -7,6 +7,7 @@ import uuid
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -54,16 +55,21 @@ def _initial_layers(
     """Keys as in T-Patcher: with pre-activation 1 where the target is to be produced; 0 at the usual FFN input.
 
     K = (q - m) / |q - m|^2 and b = -K m, q the inputs at the target positions [P, d], m the mean usual input [d].
+    Without biases: K = r / |r|^2 and b = 0, r what of q is orthogonal to m; the factor of gated neurons is such a one,
+    too.
     """
     generator = torch.Generator("cpu").manual_seed(training.seed)
     layers = {}
     for i, q in wrong.items():
         turns = torch.arange(training.neurons, dtype=torch.int64, device=q.device) % len(q)
-        away = (q - usual[i])[turns].float()
+        q, m = q[turns].float(), usual[i].float()
+        away = q - m if training.bias else q - torch.outer(q @ m, m) / (m @ m).clamp(min=1e-12)
         noise = torch.randn(away.shape, generator=generator, dtype=torch.float32, device="cpu").to(away.device)
         away = away + 0.1 * noise * away.norm(dim=-1, keepdim=True) / away.shape[-1] ** 0.5
         keys = away / (away * away).sum(-1, keepdim=True).clamp(min=1e-12)
-        layers[i] = fresh_layer(keys, -(keys @ usual[i].float()), zeta[i], gated=gated)
+        layers[i] = fresh_layer(keys, -(keys @ m) if training.bias else keys.new_zeros(len(keys)), zeta[i], gated=gated)
+        if gated and not training.bias:  # with a factor of 0 nothing would ever be learned
+            layers[i] = replace(layers[i], up=keys.clone(), up_bias=torch.zeros_like(layers[i].key_bias))
     return layers
 
 
@@ -253,7 +259,7 @@ class _Trainer:
         for row, edit in enumerate(edits):
             wrong = {i: targets.producing(q, row) for i, q in produced.items()}
             layers = _initial_layers(wrong, usual, zeta, config.neurons == "gated", self.training)
-            edit.neurons = _Neurons(layers, config, memory)
+            edit.neurons = _Neurons(layers, config, memory, self.training.bias)
             edit.optimizer = torch.optim.Adam(edit.neurons.parameters, lr=self.training.lr)
             edit.divergences = deque([math.inf] * len(self.kept.batches) if self.kept else [0.0])
 
@@ -339,8 +345,10 @@ class _Trainer:
 class _Neurons:
     """The tensors that an edit trains, and the layers that they make up."""
 
-    def __init__(self, start: dict[int, EditLayer], config: Config, memory: MemoryBank | None) -> None:
-        trained = ("keys", "key_bias", "values", "up", "up_bias")
+    def __init__(
+        self, start: dict[int, EditLayer], config: Config, memory: MemoryBank | None, bias: bool = True
+    ) -> None:
+        trained = ("keys", "values", "up", *(("key_bias", "up_bias") if bias else ()))
         self._leaves = {
             i: {name: t.clone().requires_grad_(name in trained) for name, t in layer.tensors().items()}
             for i, layer in start.items()

@@ -13,6 +13,7 @@ typedef enum unike_activation UNIKE_ENUM {
   UNIKE_GELU = 1,
   UNIKE_GELU_TANH = 2,
   UNIKE_SILU = 3,
+  UNIKE_RELU2 = 4, /* the square of relu */
 } unike_activation;
 
 /* The neurons of all edits of a layer, and which row of the batch uses which edits. All arrays are contiguous. */

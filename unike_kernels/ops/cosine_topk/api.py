@@ -107,15 +107,18 @@ def normalize_rows(x: Tensor) -> Tensor:
     return _normalize_rows(x)
 
 
-def check_retrieval(queries: Tensor, name: str, table: Tensor, k: int, ranges: Tensor | None) -> None:
-    """The checks that all searches share, but for the shape of the table; `name` is what the caller calls it."""
-    if not isinstance(k, int) or k < 1:
-        raise ValueError(f"k: expected an integer of at least 1, got {k!r}")
+def check_retrieval(queries: Tensor, name: str, table: Tensor, k: int, ranges: Tensor | None) -> int:
+    """The checks that all searches share, but for the shape of the table; `name` is what the caller calls it.
+
+    Returns k as an int of Python's.
+    """
+    k = _check.count("k", k)
     if k > (most := max(MOST_RESULTS, len(table))):
         raise ValueError(f"k: expected at most {most}, got {k}")
     if ranges is not None:
         _check.integer("ranges", ranges, (queries.shape[0], 2))
     _check.same_device("queries", queries, **{name: table, "ranges": ranges})
+    return k
 
 
 def pack_keys(keys: Tensor, scan: str, direction: Tensor | None = None) -> PackedKeys | None:
@@ -183,7 +186,7 @@ def cosine_topk(
     """
     _check.rows("queries", queries)
     _check.floating("keys", keys, (None, queries.shape[1]))
-    check_retrieval(queries, "keys", keys, k, ranges)
+    k = check_retrieval(queries, "keys", keys, k, ranges)
     if normalized and keys.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"keys: expected the float32 rows of normalize_rows, got {_check.shape_of(keys)}")
     if packed is not None and not normalized:

@@ -229,7 +229,7 @@ def memory_attention(
     """
     _check.rows("hidden", hidden)
     _check.floating("index", index, (None, hidden.shape[1]))
-    check_retrieval(hidden, "index", index, k, ranges)
+    k = check_retrieval(hidden, "index", index, k, ranges)
     queries, keys = with_heads(hidden if queries is None else queries), with_heads(keys_given := keys)
     values = keys if values is keys_given else with_heads(values)
     projected = None if projected is None else with_heads(projected)

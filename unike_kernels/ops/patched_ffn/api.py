@@ -241,7 +241,7 @@ def patched_ffn(x: Tensor, base: Tensor | FFNWeights, pool: EditPool, *, activat
         x: [..., d], any float dtype; the FFN's input.
         base: FFN(x), [..., d], computed elsewhere; or the weights, to compute both together.
         pool: the extra neurons of all edits, and the edits of each row; see `EditPool`.
-        activation: "relu", "gelu", "gelu_tanh" or "silu": the base FFN's own.
+        activation: "relu", "gelu", "gelu_tanh", "silu" or "relu2": the base FFN's own.
 
     Returns:
         [..., d] in the dtype of the base output.

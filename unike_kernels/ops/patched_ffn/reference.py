@@ -18,11 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")
+ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu", "relu2")
 
 
 def activate(name: str, x: Tensor) -> Tensor:
-    """Act(x): "relu", "gelu" (exact, erf), "gelu_tanh" or "silu"."""
+    """Act(x): "relu", "gelu" (exact, erf), "gelu_tanh", "silu" or "relu2" (the square of relu)."""
     if name == "relu":
         return F.relu(x)
     if name == "gelu":
@@ -31,6 +31,8 @@ def activate(name: str, x: Tensor) -> Tensor:
         return F.gelu(x, approximate="tanh")
     if name == "silu":
         return F.silu(x)
+    if name == "relu2":
+        return F.relu(x).square()
     raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}; got {name!r}")
 
 
@@ -47,6 +49,8 @@ def activate_slope(name: str, x: Tensor) -> Tensor:
     if name == "silu":
         s = torch.sigmoid(x)
         return s * (1 + x * (1 - s))
+    if name == "relu2":
+        return 2 * F.relu(x)
     raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}; got {name!r}")
 
 
