@@ -50,9 +50,9 @@ def faults(source: str) -> list[str]:
     found = []
     for node in ast.walk(tree):
         # A factory that is kept or passed on would be called where this test cannot see it.
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in aliases:
-            if node.attr in FACTORIES and id(node) not in called:
-                found.append(f"{node.lineno}: torch.{node.attr} is not called")
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) in aliases:
+            loose = node.attr in FACTORIES and id(node) not in called
+            found += [f"{node.lineno}: torch.{node.attr} is not called"] if loose else []
         if not isinstance(node, ast.Call):
             continue
         name, holder = None, ""

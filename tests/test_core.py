@@ -46,7 +46,7 @@ def test_the_example_in_c(tmp_path, core):
     assert nearest == "nearest 7 1.000000"
     assert shifted.startswith("alpha 0.50 shifted ")
     assert edited == "edited 1 untouched 1"
-    assert refused == "refused 1: the number of queries and their stride must not be negative"
+    assert refused == "refused 1: m: expected a size of at least 0, got -1"
 
 
 def test_the_engine_in_cpp(tmp_path, core, make_model, make_memory, make_edit):

@@ -89,9 +89,9 @@ def test_a_model_with_a_large_k_is_that_with_all_entries(make_model, make_memory
 
 def test_what_a_pass_tells_still_has_k_columns(make_model, make_memory):
     model = make_model("llama")
-    with torch.no_grad(), uk.patched(model, memory=make_memory(model, uk.Config(k=60, values="pre"))):
-        with uk.explain(model) as told:
-            model(input_ids=IDS)
+    memory = make_memory(model, uk.Config(k=60, values="pre"))
+    with torch.no_grad(), uk.patched(model, memory=memory), uk.explain(model) as told:
+        model(input_ids=IDS)
     told = told.passes[0][3]
     assert told.entries.shape == told.scores.shape == (1, 4, 60)
     assert (told.entries[..., 50:] == -1).all() and (told.scores[..., 50:] == float("-inf")).all()
@@ -104,14 +104,15 @@ def test_sizes_that_wrap_are_refused_by_the_core(size):
     core = _native._C
     x, out, ids = torch.randn(4, 8), torch.full((4, 8), 7.0), torch.zeros(4, 1, dtype=torch.int64)
     rows, at = (x.data_ptr(), 0, 8), x.data_ptr()
-    keys = core.Keys(4, 8, at, 8, 0, 0, 0, 0)
+    keys, many = core.Keys(4, 8, at, 8, 0, 0, 0, 0), core.Keys(size, 8, at, 8, 0, 0, 0, 0)
+    outputs = (0, out.data_ptr(), ids.data_ptr(), 1)
     calls = [
-        lambda: core.cosine_topk(keys, rows, 4, size, 0, out.data_ptr(), ids.data_ptr(), 1),
-        lambda: core.cosine_topk(keys, rows, size, 1, 0, out.data_ptr(), ids.data_ptr(), 1),
-        lambda: core.cosine_topk(core.Keys(size, 8, at, 8, 0, 0, 0, 0), rows, 4, 1, 0, out.data_ptr(), ids.data_ptr(), 1),
+        lambda: core.cosine_topk(keys, rows, 4, size, *outputs),
+        lambda: core.cosine_topk(keys, rows, size, 1, *outputs),
+        lambda: core.cosine_topk(many, rows, 4, 1, *outputs),
         lambda: core.normalize_rows(rows, size, 8, out.data_ptr(), 1),
         lambda: core.normalize_rows((at, 0, size), 4, 8, out.data_ptr(), 1),
-    ]  # fmt: skip
+    ]
     for call in calls:
         with pytest.raises(ValueError, match=r"size|large|at least"):
             call()

@@ -13,7 +13,7 @@ constexpr const char* kNames[] = {"baseline", "avx2", "avx512", "avx512vnni", "a
 
 // The features of a level are exactly the compile flags of its folder in setup.py.
 Isa detect() {
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(UNIKE_ONLY_BASELINE)
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

@@ -13,7 +13,8 @@ Isa active_isa();
 }  // namespace unike
 
 // The kernel `name` of the active ISA; UNIKE_PICK_NARROW for those that have one for narrow products too.
-#if defined(__x86_64__)
+// UNIKE_ONLY_BASELINE: a core without the others, for tests that have to compile it.
+#if defined(__x86_64__) && !defined(UNIKE_ONLY_BASELINE)
 #define UNIKE_PICK(name)                                          \
   (::unike::active_isa() >= ::unike::Isa::kAvx512 ? name##_avx512 \
    : ::unike::active_isa() == ::unike::Isa::kAvx2 ? name##_avx2   \

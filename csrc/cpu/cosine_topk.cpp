@@ -108,7 +108,8 @@ class Search {
                                            : sizeof(float),
                                  length_) +
                     64) {
-    threads_ = useful_threads(static_cast<double>(p.m) * static_cast<double>(keys_.n) * static_cast<double>(keys_.d), threads);
+    threads_ =
+        useful_threads(static_cast<double>(p.m) * static_cast<double>(keys_.n) * static_cast<double>(keys_.d), threads);
     group_ = std::min(kQueryBlock, ceil_div(p.m, threads_));
     slots_ = group_ >= kQueriesPerThread || threads_ == 1 ? 1 : threads_;
     if (slots_ > 1) group_ = std::min(kQueryBlock, p.m);

@@ -479,7 +479,8 @@ void check(const Problem& p) {
   check_dtype("encoder.dtype", encoder.dtype);
   check_rows("queries", in.queries, in.m, memory.heads * memory.width);
   check_rows("inputs", in.inputs, in.m, d);
-  require(memory.keys != memory.values || rows == 0 || memory.width == in.d, "keys serve as values only where their width is d");
+  require(memory.keys != memory.values || rows == 0 || memory.width == in.d,
+          "keys serve as values only where their width is d");
   require(in.m == 0 || (in.id_rows >= 1 && in.m % in.id_rows == 0), "the tokens cannot be split evenly among the ids");
   if (blend.alpha == nullptr) {
     require(encoder.w1 != nullptr || memory.projected != nullptr || r == 0,

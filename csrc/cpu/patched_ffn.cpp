@@ -448,9 +448,12 @@ extern "C" unike_status unike_add_extra_neurons_backward(unike_rows grad, unike_
     const int64_t p = pool->neurons, e = pool->edits;
     require((out->up != nullptr && out->up_bias != nullptr) || pool->up == nullptr || p == 0,
             "out.up and out.up_bias must not be null for gated neurons");
-    for (const auto& [name, data, count] : {Gradient{"out.x", out->x, m * d}, {"out.keys", out->keys, p * d},
-                                            {"out.key_bias", out->key_bias, p}, {"out.values", out->values, p * d},
-                                            {"out.zeta", out->zeta, e * d}, {"out.beta", out->beta, e},
+    for (const auto& [name, data, count] : {Gradient{"out.x", out->x, m * d},
+                                            {"out.keys", out->keys, p * d},
+                                            {"out.key_bias", out->key_bias, p},
+                                            {"out.values", out->values, p * d},
+                                            {"out.zeta", out->zeta, e * d},
+                                            {"out.beta", out->beta, e},
                                             {"out.up", out->up, pool->up == nullptr ? 0 : p * d},
                                             {"out.up_bias", out->up_bias, pool->up == nullptr ? 0 : p}}) {
       check_array(name, data, count);

@@ -230,7 +230,9 @@ void neurons(int threads) {
   Ids indptr = {0}, row_indptr = {0}, row_edits;
   for (int64_t e = 0; e < edits; ++e) indptr.push_back(indptr.back() + pick(0, 7));
   for (int64_t row = 0; row < rows; ++row) {
-    for (int64_t e = pick(0, 3); e > 0; --e) row_edits.push_back(pick(0, edits - 1));
+    for (int64_t e = edits - 1; e >= 0; --e) {  // in another order than the pool's
+      if (pick(0, 1)) row_edits.push_back(e);
+    }
     row_indptr.push_back(static_cast<int64_t>(row_edits.size()));
   }
   const int64_t p = indptr.back();

@@ -90,8 +90,8 @@ def encode(processor: Any, samples: Sequence[Sample], device: torch.device | str
         lasts.append(int(positions[-1]))
     lengths = [int(n) for n in prompts["attention_mask"].sum(-1)]
     inputs = {name: t.to(device) for name, t in whole.items()}
-    places = (torch.tensor(t, dtype=torch.int64, device=device) for t in (ends, lasts))
-    return Batch(inputs, *places, lengths)
+    first, last = (torch.tensor(t, dtype=torch.int64, device=device) for t in (ends, lasts))
+    return Batch(inputs, first, last, lengths)
 
 
 def batches(samples: Sequence[Sample], size: int) -> Iterator[list[int]]:

@@ -306,14 +306,19 @@ inline Ints load_ints(const void* p) {
   return v;
 }
 
+// Wraps: lanes beyond the keys of a tile hold anything.
+inline Vec without(Ints products, int32_t offset) {
+  return __builtin_convertvector((Ints)((Bits)products - static_cast<uint32_t>(offset)), Vec);
+}
+
 int64_t survivors(const void* high, const int32_t* low, bool integers, const TileBounds& keys, const QueryBounds& query,
                   float threshold, int32_t* out) {
   int64_t count = 0;
   const float left = low ? query.low_norm : query.norm;
   for (int64_t i = 0; i < kTile; i += kLanes) {
     const Ints raw = load_ints(static_cast<const int32_t*>(high) + i);
-    Vec product = integers ? __builtin_convertvector(raw - query.high_offset, Vec) : (Vec)raw;
-    if (low) product += __builtin_convertvector(load_ints(low + i) - query.low_offset, Vec) * (1.0f / kLowSteps);
+    Vec product = integers ? without(raw, query.high_offset) : (Vec)raw;
+    if (low) product += without(load_ints(low + i), query.low_offset) * (1.0f / kLowSteps);
     const Vec score = query.along * load(keys.along + i) + query.scale * load(keys.scale + i) * product;
     const Vec error = query.residual * load(keys.residual + i) + left * load(keys.norm + i) + query.slack;
     for (unsigned set = lanes_set((Ints)(score + error >= threshold)); set != 0; set &= set - 1) {

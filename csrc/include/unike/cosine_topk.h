@@ -58,7 +58,7 @@ UNIKE_API int64_t unike_pack_keys_workspace(int64_t d, int threads);
  * id -1 and score -inf; a query with a NaN or an infinity gets nothing else.
  * queries: [m, d], of any norm. m, n, k may be 0.
  * ranges: null, or [m, 2] int64 with 0 <= start <= stop <= n: query i sees the keys start, ..., stop - 1.
- * scores: [m, k] float32; ids: [m, k] int64; both contiguous. The result does not depend on `threads`. */
+ * scores: [m, k] float32; ids: [m, k] int64; both contiguous. The work and the workspace are those of min(k, n). The result does not depend on `threads`. */
 UNIKE_API unike_status unike_cosine_topk(const unike_keys* keys, unike_rows queries, int64_t m, int64_t k,
                                          const int64_t* ranges, float* scores, int64_t* ids, void* workspace,
                                          int64_t workspace_bytes, int threads);

@@ -52,6 +52,7 @@ typedef struct unike_latent_inputs {
  *
  * A token whose ids are all -1 gets the bits of h, and alpha 0. A token's result depends on its own inputs only, not on
  * the others and not on `threads`.
+ * encoder: its arrays are needed where alpha is computed, and may be null elsewhere.
  * out: [m, d] in the dtype of inputs, may be inputs; alpha_out: [m], or null. */
 UNIKE_API unike_status unike_latent_attention(const unike_latent_inputs* in, const unike_memory* memory,
                                               const unike_semantic_encoder* encoder, const unike_blend* blend,
@@ -74,7 +75,8 @@ UNIKE_API int64_t unike_latent_attention_backward_workspace(const unike_latent_i
                                                             const unike_semantic_encoder* encoder, int threads);
 
 /* unike_cosine_topk followed by unike_latent_attention with the ids that it found. hidden: [m, index->d], what retrieves;
- * in->ids is ignored, in->k is the number of entries. ids: [m, k], written, or null. */
+ * in->ids is ignored, in->k is the number of entries; more than memory->n cost no more than that. ids: [m, k], written,
+ * -1 where there are no more entries, or null. */
 UNIKE_API unike_status unike_memory_attention(const unike_keys* index, unike_rows hidden, const int64_t* ranges,
                                               const unike_latent_inputs* in, const unike_memory* memory,
                                               const unike_semantic_encoder* encoder, const unike_blend* blend,

@@ -29,7 +29,7 @@ typedef struct unike_edit_pool {
   const int64_t*
       indptr; /* [E + 1], ascending from 0 to P at most: edit e owns neurons indptr[e], ..., indptr[e + 1] - 1 */
   const int64_t* row_indptr; /* [R + 1], ascending from 0 to the length of row_edits at most */
-  const int64_t* row_edits;  /* row r uses the edits row_edits[row_indptr[r]], ... in this order; each in 0..E-1 */
+  const int64_t* row_edits;  /* row r uses row_edits[row_indptr[r]], ... in this order; each in 0..E-1, none twice */
   const int64_t* token_rows; /* [m], the row of each token; null: the m tokens belong to the R rows in equal runs */
 } unike_edit_pool;
 
@@ -38,7 +38,7 @@ typedef struct unike_edit_pool {
  *
  * A token whose row has no edit gets the bits of `base`. A token's result depends on x, base and its own row's edits
  * only, not on `threads`.
- * x, base, out: [m, d]; out has the dtype of base and may be base. */
+ * x, base, out: [m, d]; out has the dtype of base and may be base, or x. */
 UNIKE_API unike_status unike_add_extra_neurons(unike_rows x, unike_rows base, int64_t m, int64_t d,
                                                const unike_edit_pool* pool, unike_activation activation,
                                                unike_rows_out out, void* workspace, int64_t workspace_bytes,
@@ -50,7 +50,8 @@ typedef struct unike_extra_gradients {
   float *x, *keys, *key_bias, *up, *up_bias, *values, *zeta, *beta;
 } unike_extra_gradients;
 
-/* The gradients of the extra neurons for `grad`, [m, d], that of out. Sums over tokens are taken in their order. */
+/* The gradients of the extra neurons for `grad`, [m, d], that of out. Sums over tokens are taken in their order; without
+ * tokens they are zeros. */
 UNIKE_API unike_status unike_add_extra_neurons_backward(unike_rows grad, unike_rows x, int64_t m, int64_t d,
                                                         const unike_edit_pool* pool, unike_activation activation,
                                                         const unike_extra_gradients* out, void* workspace,

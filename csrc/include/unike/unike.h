@@ -4,8 +4,17 @@
  * workspace for all that a call needs beside its arguments. No function throws, keeps a pointer after it returns, or holds
  * state of its own; all may be called concurrently.
  *
- * Threads are those of OpenMP. A workspace is memory of any alignment and content, at least as large as the function named
- * like the operation with `_workspace` says for the same arguments; it is free again when the call returns. */
+ * Arguments are checked, and UNIKE_INVALID_ARGUMENT with a message that names one is the answer to: null where there are
+ * elements (an array of none may be null), a pointer that is not aligned to the size of its elements, an enum of no name, a
+ * negative size or stride, a product of sizes that no memory has room for (2^48 bytes), a number in an index list that is
+ * out of its range or repeated, written rows that overlap one another, and written rows that partly share memory with
+ * the rows that are read (x, base, inputs, queries, an anchor). Where a function says that an output may be an input, it has
+ * the same address, stride and dtype. What an array holds beyond its stated size cannot be seen, and other outputs must
+ * share no memory with anything else. A call without tokens needs no workspace.
+ *
+ * Threads are those of OpenMP; fewer than 1 count as 1, more than 1024 as 1024. A workspace is memory of any alignment and content, at least as large as the function named
+ * like the operation with `_workspace` says for the same arguments (0: the call will refuse them); it is free again when
+ * the call returns. */
 #ifndef UNIKE_UNIKE_H_
 #define UNIKE_UNIKE_H_
 
@@ -38,14 +47,14 @@ typedef enum unike_dtype UNIKE_ENUM {
   UNIKE_BF16 = 1,
 } unike_dtype;
 
-/* Rows to read: row i begins at element i * stride, stride >= 0. */
+/* Rows to read: row i begins at element i * stride, stride >= 0; 0: all rows are one. */
 typedef struct unike_rows {
   const void* data;
   unike_dtype dtype;
   int64_t stride;
 } unike_rows;
 
-/* Rows to write. */
+/* Rows to write; the stride is at least the width where there are several. */
 typedef struct unike_rows_out {
   void* data;
   unike_dtype dtype;
