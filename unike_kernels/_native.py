@@ -31,14 +31,40 @@ def reason() -> str:
 
 
 def isa() -> str:
-    """The best instruction set that this CPU and the kernels support: "avx512bf16", "avx512vnni", "avx512",
-    "avx2" or "baseline".
+    """The instruction set of the kernels in use, one of `isas()`.
+
+    It is what the environment variable UNIKE_ISA named when it was first needed, else the best; "invalid UNIKE_ISA"
+    where that names none of them, and then the kernels raise ValueError.
 
     Raises:
         RuntimeError: without the compiled extension.
     """
     _require_extension()
     return _C.cpu_isa()
+
+
+def isas() -> list[str]:
+    """The instruction sets that this CPU has and the kernels are compiled for, from "baseline" to the best.
+
+    Raises:
+        RuntimeError: without the compiled extension.
+    """
+    _require_extension()
+    return _C.available_isas()
+
+
+def set_isa(name: str | None) -> None:
+    """Use other kernels in the whole process: for tests and measurements.
+
+    Args:
+        name: one of `isas()`; None: what UNIKE_ISA says, or the best.
+
+    Raises:
+        ValueError: for another name.
+        RuntimeError: without the compiled extension.
+    """
+    _require_extension()
+    _C.set_isa(name)
 
 
 def normalize_rows(x: Tensor) -> Tensor:
@@ -290,7 +316,7 @@ class Pool:
 
 
 def add_extra_neurons(x: Tensor, base: Tensor, pool: Pool, activation: int) -> Tensor:
-    """`base` plus the extra neurons of each token's edits (csrc/include/unike/patched_ffn.h).
+    """`base` plus the extra neurons of each token's edits (csrc/include/unike/extra_neurons.h).
 
     Args:
         x, base: float32 or bfloat16 [m, d] on the CPU, any strides.
