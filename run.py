@@ -86,7 +86,8 @@ def install_smollm2() -> None:
 
 def lint() -> None:
     """Every linter, in the order of their speed."""
-    cpp = sorted(path for folder in BUILD_FOLDERS for path in (ROOT / folder).rglob("*") if path.is_file())
+    folders = (*BUILD_FOLDERS, "examples")
+    cpp = sorted(path for folder in folders for path in (ROOT / folder).rglob("*.*") if path.suffix != ".md")
     step("ruff check", PYTHON, "-m", "ruff", "check", ".")
     step("ruff format", PYTHON, "-m", "ruff", "format", "--check", ".")
     step("clang-format", VENV / "bin" / "clang-format", "--dry-run", "-Werror", *cpp)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 import re
@@ -19,21 +20,40 @@ from setuptools import Command, Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+ISA_FOLDER = Path("csrc/cpu/isa")
 CXX_FLAGS = shlex.split(
     # No contraction: the canonical arithmetic must not depend on what a compiler chooses to fuse.
-    "-std=c++20 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -pthread -fopenmp -Wall -Wextra -Werror"
+    "-std=c++20 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -pthread -fopenmp -Wall -Wextra"
 )
-# Only the files of these folders get these flags. They run after unike_cpu_isa() has found the same features, and keep
-# their functions in unnamed namespaces: the linker could otherwise take their copy of a shared inline function.
-# In them multiplications and additions may be fused: canonical products are exact.
+# Warnings are errors for those who can mend them, not for users with a newer compiler.
+WERROR = os.environ.get("UNIKE_WERROR", "") == "1"
+
+# The instruction sets of a machine beside its baseline, and the flags of csrc/cpu/isa/LEVEL.cpp; nothing else gets any.
+# These files run where csrc/cpu/isa.cpp has found the same features, and keep their functions in unnamed namespaces:
+# the linker could otherwise take their copy of a shared inline function. In them multiplications and additions may be
+# fused: canonical products are exact.
 AVX2 = "-mavx2 -mfma -mf16c -ffp-contract=fast"
 AVX512 = f"{AVX2} -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512"
-X86_ISA_FLAGS = {
-    "csrc/cpu/avx2": shlex.split(AVX2),
-    "csrc/cpu/avx512": shlex.split(AVX512),
-    "csrc/cpu/avx512vnni": shlex.split(f"{AVX512} -mavx512vnni"),
-    "csrc/cpu/avx512bf16": shlex.split(f"{AVX512} -mavx512vnni -mavx512bf16"),
+ISA_FLAGS = {
+    "x86_64": {
+        "avx2": AVX2,
+        "avx512": AVX512,
+        "avx512vnni": f"{AVX512} -mavx512vnni",
+        "avx512bf16": f"{AVX512} -mavx512vnni -mavx512bf16",
+    },
+    "aarch64": {},
 }
+
+
+@functools.cache
+def isa_flags() -> dict[str, list[str]]:
+    """The flags of each level, by its file's name, for the machine that the compiler compiles for."""
+    try:
+        command = [*shlex.split(os.environ.get("CXX", "c++")), "-dumpmachine"]
+        machine = subprocess.run(command, capture_output=True, text=True, check=True).stdout.partition("-")[0]
+    except OSError:
+        machine = platform.machine()  # no compiler: a source distribution needs none
+    return {level: shlex.split(flags) for level, flags in ISA_FLAGS.get(machine, {}).items()}
 
 
 CUDA_ARCHS = ("80", "86", "89", "90", "100", "120")
@@ -71,21 +91,23 @@ class Cuda:
         return None if nvcc is None else cls(nvcc)
 
     def compile_flags(self) -> list[str]:
-        """The flags of a .cu file. A spill is an error."""
+        """The flags of a .cu file."""
         codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in self.archs]
         codes.append(f"-gencode=arch=compute_{self.archs[-1]},code=compute_{self.archs[-1]}")
-        warnings = shlex.split("-Xptxas --warn-on-spills -Xptxas -Werror --Werror all-warnings")
+        warnings = shlex.split("-Xptxas --warn-on-spills")
+        if WERROR:
+            warnings += shlex.split("-Xptxas -Werror --Werror all-warnings")
         host = shlex.split("-Xcompiler -fPIC -Xcompiler -fvisibility=hidden")
         return ["-std=c++20", "-O3", *codes, *warnings, *host, *(f"-I{ROOT / f}" for f in ("csrc", "csrc/include"))]
 
 
 def find_sources(*folders: str) -> list[str]:
-    """All sources, relative to the root; the per-ISA ones only where the target machine has that ISA."""
+    """All sources, relative to the root; of the instruction sets' those that the target machine may have."""
     suffixes = (".cpp", ".cu") if Cuda.find() else (".cpp",)
     paths = [path.relative_to(ROOT) for folder in folders for path in (ROOT / folder).rglob("*")]
-    is_x86 = platform.machine() == "x86_64"
-    wanted = [path for path in paths if path.suffix in suffixes and (is_x86 or str(path.parent) not in X86_ISA_FLAGS)]
-    return sorted(map(str, wanted))
+    levels = {"baseline", *isa_flags()}
+    wanted = [path for path in paths if path.parent != ISA_FOLDER or path.stem in levels]
+    return sorted(str(path) for path in wanted if path.suffix in suffixes)
 
 
 def compile_flags(source: Path, cuda: Cuda | None) -> list[str]:
@@ -93,13 +115,15 @@ def compile_flags(source: Path, cuda: Cuda | None) -> list[str]:
     if source.suffix == ".cu":
         assert cuda is not None
         return cuda.compile_flags()
-    flags = [*CXX_FLAGS, f"-I{ROOT / 'csrc/include'}", *X86_ISA_FLAGS.get(str(source.parent), [])]
+    flags = [*CXX_FLAGS, *(["-Werror"] if WERROR else []), f"-I{ROOT / 'csrc/include'}"]
+    if source.parent == ISA_FOLDER:
+        flags += isa_flags().get(source.stem, [])
     if cuda is not None and str(source.parent) == "csrc/cuda":
         flags += ["-DUNIKE_WITH_CUDA", *cuda.includes]
     if source.parts[0] == "csrc":
         flags.append(f"-I{ROOT / 'csrc'}")
     else:
-        # -isystem: the warnings of other people's headers are not errors of ours.
+        # -isystem: the warnings of other people's headers are none of ours.
         flags += [f"-isystem{folder}" for folder in (sysconfig.get_path("include"), pybind11.get_include())]
     return flags + shlex.split(os.environ.get("CXXFLAGS", ""))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -29,7 +30,7 @@ def run(*command: object, **environment: str) -> str:
 
 def build_core(folder: Path, **environment: str) -> list[str]:
     """Builds the core into a folder; the flags that compile and link a program with it."""
-    run(sys.executable, "setup.py", "-q", "build_core", "--output", folder, **environment)
+    run(sys.executable, "setup.py", "-q", "build_core", "--output", folder, UNIKE_WERROR="1", **environment)
     return [f"-I{folder}/include", f"-L{folder}/lib", "-lunike", f"-Wl,-rpath,{folder}/lib"]
 
 
@@ -40,7 +41,7 @@ def core(tmp_path_factory):
 
 
 def test_the_example_in_c(tmp_path, core):
-    source, program = ROOT / "csrc/examples/search_and_edit.c", tmp_path / "example"
+    source, program = ROOT / "examples/search_and_edit.c", tmp_path / "example"
     run("cc", "-std=c11", *WARNINGS, source, *core, "-lm", "-o", program)
     nearest, shifted, edited, refused = run(program).splitlines()
     assert nearest == "nearest 7 1.000000"
@@ -60,7 +61,7 @@ def test_the_engine_in_cpp(tmp_path, core, make_model, make_memory, make_edit):
     batch = {name: torch.randn(4, 64) for name in ("hidden", "attention", "ffn_in", "ffn_out")}
     save_file(batch, tmp_path / "batch.safetensors")
     program, out = tmp_path / "engine", tmp_path / "out.bin"
-    run("c++", "-std=c++20", *WARNINGS, ROOT / "csrc/examples/engine.cpp", *core, "-o", program)
+    run("c++", "-std=c++20", *WARNINGS, ROOT / "examples/engine.cpp", *core, "-o", program)
     files = [tmp_path / f"{name}.safetensors" for name in ("memory", "batch")]
     run(program, 3, 5, *files, out, *(tmp_path / f"{edit.id}.safetensors" for edit in edits))
     shifted, edited = torch.frombuffer(bytearray(out.read_bytes()), dtype=torch.float32).reshape(2, 4, 64)
@@ -96,4 +97,25 @@ def test_the_core_under_sanitizers(kind, tmp_path):
     program = tmp_path / "core_test"
     run("c++", "-std=c++20", *sanitize.split(), "-O1", "-g", "tests/native/core_test.cpp", *flags, "-o", program)
     passed = run(program).splitlines()
+    assert passed[0] == "baseline passed" and all(line.endswith(" passed") for line in passed)
+
+
+# Each compiler that is to build the core, and the Debian package that has it.
+COMPILERS = {"clang++": "clang", "g++-11": "g++-11", "aarch64-linux-gnu-g++": "g++-aarch64-linux-gnu"}
+
+
+@pytest.mark.parametrize("compiler", COMPILERS)
+def test_other_compilers_and_machines(compiler, tmp_path):
+    """The core compiles without a warning, and passes its own test: natively, or on an emulator if there is one."""
+    if shutil.which(compiler) is None:
+        pytest.skip(f"there is no {compiler}; Debian: apt install {COMPILERS[compiler]}")
+    openmp = {"CXXFLAGS": "-O1 -fno-openmp", "LDFLAGS": "-fno-openmp"}  # clang's runtime is a package of its own
+    flags = build_core(tmp_path, CXX=compiler, UNIKE_CUDA="0", **openmp)
+    program, emulator = tmp_path / "core_test", []
+    run(compiler, "-std=c++20", *WARNINGS, "-O1", "-pthread", "tests/native/core_test.cpp", *flags, "-o", program)
+    if compiler.startswith("aarch64") and os.uname().machine != "aarch64":
+        if shutil.which("qemu-aarch64") is None:
+            pytest.skip("it compiles; to run it there is no qemu-aarch64; Debian: apt install qemu-user")
+        emulator = ["qemu-aarch64", "-L", "/usr/aarch64-linux-gnu"]
+    passed = run(*emulator, program).splitlines()
     assert passed[0] == "baseline passed" and all(line.endswith(" passed") for line in passed)

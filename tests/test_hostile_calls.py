@@ -1,4 +1,4 @@
-"""The C ABI and csrc/examples/engine.cpp against arguments and files of somebody who means harm, under sanitizers.
+"""The C ABI and examples/engine.cpp against arguments and files of somebody who means harm, under sanitizers.
 
 A few seconds of each run with all tests. For more: UNIKE_FUZZ_TRIES=100000 UNIKE_FUZZ_SEED=7 pytest -s
 tests/test_hostile_calls.py, where the calls take about 0.3 ms each and a file 60 ms.
@@ -198,7 +198,7 @@ def files(make_model, make_memory, make_edit, tmp_path) -> dict[str, Path]:
 
 
 def run_engine(folder: Path, files: dict[str, Path], layer: str = "3", k: str = "5") -> subprocess.CompletedProcess:
-    engine, (memory, batch, edit) = program("csrc/examples/engine.cpp"), files.values()
+    engine, (memory, batch, edit) = program("examples/engine.cpp"), files.values()
     command = [engine, layer, k, memory, batch, folder / "out.bin", edit, edit]
     return subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=30)
 

@@ -136,7 +136,7 @@ PLANTED = {
     "unike_kernels/serving/b.py": "from unike_kernels.training import Sample",
     "unike_kernels/cli/tune.py": "def f():\n    import unike_bench.tune",
     "unike_kernels/patching/c.py": "from unike_eval import metrics",
-    "csrc/cpu/baseline/a.cpp": "#include <Python.h>",
+    "csrc/cpu/isa/a.cpp": "#include <Python.h>",
     "csrc/common/b.h": '#  include "pybind11/pybind11.h"',
     "csrc/include/unike/c.h": "#include <torch/extension.h>",
     "python/src/d.cpp": "#include <ATen/ATen.h>",

@@ -14,11 +14,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from kernels import kernels_of
 
 from unike_kernels import _native
 from unike_kernels.ops.cosine_topk import cpu
-
-LEVELS = ("baseline", "avx2", "avx512", "avx512vnni", "avx512bf16")
 
 # Around the 16 lanes, and larger than what one thread takes.
 WIDTHS = (1, 3, 15, 16, 17, 31, 576, 1000)
@@ -54,7 +53,7 @@ def unit_rows(n: int, d: int) -> torch.Tensor:
 def test_the_extension_is_there():
     assert _native.available()
     assert _native.reason() == ""
-    assert _native.isa() in LEVELS
+    assert _native.isa() in _native.isas()
 
 
 @pytest.mark.parametrize("d", WIDTHS)
@@ -188,15 +187,13 @@ else:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-AVAILABLE = LEVELS[: LEVELS.index(_native.isa()) + 1]
 SCANS = (torch.float32, torch.float16, torch.bfloat16, torch.uint8)
 
 
-@pytest.fixture(params=AVAILABLE)
-def isa(request, monkeypatch):
-    monkeypatch.setenv("UNIKE_ISA", request.param)
-    assert _native.isa() == request.param
-    return request.param
+@pytest.fixture(params=_native.isas())
+def isa(request):
+    with kernels_of(request.param):
+        yield request.param
 
 
 def pack(rows: torch.Tensor, dtype: torch.dtype, direction: torch.Tensor | None = None):
@@ -402,9 +399,8 @@ def test_every_scan_of_anything(m, n, d, k, kind, seed, data):
         x[torch.rand(m + n, d, generator=g) < 0.02] *= 1000
     rows = cpu.normalize_rows(x[m:])
     bounds = torch.randint(0, n + 1, (m, 2), generator=g).sort(-1).values if data.draw(st.booleans()) else None
-    scan, level = data.draw(st.sampled_from(SCANS)), data.draw(st.sampled_from(AVAILABLE))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("UNIKE_ISA", level)
+    scan, level = data.draw(st.sampled_from(SCANS)), data.draw(st.sampled_from(_native.isas()))
+    with kernels_of(level):
         check_scan(x[:m], rows, k, scan, bounds)
 
 

@@ -70,7 +70,14 @@ def test_the_wheel_of_the_sdist_works_elsewhere(tmp_path):
     (sdist,) = tmp_path.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    assert {"csrc/include/unike/unike.h", "csrc/common/topk.h", "python/src/bindings.h", "LICENSE"} <= names
+    assert {
+        "csrc/include/unike/unike.h",
+        "csrc/cpu/isa/avx2.cpp",
+        "csrc/cpu/EXACTNESS.md",
+        "python/src/bindings.h",
+        "examples/engine.cpp",
+        "LICENSE",
+    } <= names
     build = [*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", tmp_path, sdist]
     subprocess.run(build, check=True, env=os.environ | {"UNIKE_CUDA": "0"})
     (wheel,) = tmp_path.glob("*.whl")

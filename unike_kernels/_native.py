@@ -36,13 +36,38 @@ def core() -> Any:
 
 
 def isa() -> str:
-    """The best instruction set that this CPU and the kernels support: "avx512bf16", "avx512vnni", "avx512",
-    "avx2" or "baseline".
+    """The instruction set of the kernels in use, one of `isas()`.
+
+    It is what the environment variable UNIKE_ISA named when it was first needed, else the best; "invalid UNIKE_ISA"
+    where that names none of them, and then the kernels raise ValueError.
 
     Raises:
         RuntimeError: without the compiled extension.
     """
     return str(core().cpu_isa())
+
+
+def isas() -> list[str]:
+    """The instruction sets that this CPU has and the kernels are compiled for, from "baseline" to the best.
+
+    Raises:
+        RuntimeError: without the compiled extension.
+    """
+    found: list[str] = core().available_isas()
+    return found
+
+
+def set_isa(name: str | None) -> None:
+    """Use other kernels in the whole process: for tests and measurements.
+
+    Args:
+        name: one of `isas()`; None: what UNIKE_ISA says, or the best.
+
+    Raises:
+        ValueError: for another name.
+        RuntimeError: without the compiled extension.
+    """
+    core().set_isa(name)
 
 
 def read(*tables: Tensor) -> None:

@@ -10,7 +10,9 @@ struct BFloat16 {
   uint16_t bits;
 };
 
-// IEEE 754 binary16.
-using Float16 = _Float16;
+// IEEE 754 binary16. Not _Float16, which not every compiler has for every machine.
+struct Float16 {
+  uint16_t bits;
+};
 
 }  // namespace unike

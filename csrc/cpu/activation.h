@@ -3,7 +3,7 @@
 
 #include <cmath>
 
-#include "unike/patched_ffn.h"
+#include "unike/extra_neurons.h"
 
 namespace unike {
 

@@ -2,11 +2,10 @@
 #include <algorithm>
 
 #include "common/checked.h"
-#include "common/cpu_isa.h"
 #include "common/parallel.h"
 #include "common/status.h"
 #include "common/workspace.h"
-#include "cpu/cosine_topk.h"
+#include "cpu/isa.h"
 
 namespace unike {
 namespace {
@@ -37,7 +36,7 @@ extern "C" unike_status unike_normalize_rows(unike_rows x, int64_t rows, int64_t
     const auto written = reinterpret_cast<uintptr_t>(out);
     const auto bytes = static_cast<uintptr_t>(rows * d) * sizeof(float);
     require(rows == 0 || written + bytes <= read.first || read.end() <= written, "out must not overlap x");
-    const auto normalize = UNIKE_PICK_NARROW(scan_kernels).normalize[x.dtype];
+    const auto normalize = scan_kernels().normalize[x.dtype];
     const int64_t stride = x.stride * size_of(x.dtype);
     each_row(rows, static_cast<double>(d), threads,
              [&](int64_t row, int) { normalize(static_cast<const char*>(x.data) + row * stride, d, out + row * d); });
@@ -82,7 +81,7 @@ extern "C" unike_status unike_pack_keys(const float* rows, int64_t n, int64_t d,
     float* rest = take_rest(memory, d, threads);
     double uu = 0;
     for (int64_t i = 0; i < d; ++i) uu += static_cast<double>(direction[i]) * direction[i];
-    const auto pack = UNIKE_PICK_NARROW(scan_kernels).pack_key[scan];
+    const auto pack = scan_kernels().pack_key[scan];
     each_row(n, 8.0 * static_cast<double>(d), threads, [&](int64_t row, int thread) {
       const KeyBounds of =
           pack(rows + row * stride, direction, uu, d, rest + thread * (padded_bytes(sizeof(float), d) / 4),

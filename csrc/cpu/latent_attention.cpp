@@ -14,11 +14,10 @@
 #include <limits>
 
 #include "common/checked.h"
-#include "common/cpu_isa.h"
 #include "common/parallel.h"
 #include "common/status.h"
 #include "common/workspace.h"
-#include "cpu/rows.h"
+#include "cpu/isa.h"
 
 namespace unike {
 namespace {
@@ -89,7 +88,7 @@ class LatentAttention {
       count_ = std::min(block_, in_.m - first_);
       attend();
       if (blend_->alpha == nullptr) {
-        hide();
+        hidden_layer();
         activate(hidden_);
         each_weight_tile([&](int64_t tile, int thread) { measure_tile(tile, thread, hidden_, nullptr); });
       }
@@ -114,7 +113,7 @@ class LatentAttention {
       attend();
       const bool computed = blend_->alpha == nullptr;
       if (computed) {
-        hide();
+        hidden_layer();
         std::copy_n(hidden_, count_ * encoder_.r, activated_);
         activate(activated_);
         each_weight_tile([&](int64_t tile, int thread) { measure_tile(tile, thread, activated_, sem_); });
@@ -145,7 +144,7 @@ class LatentAttention {
   // h_know of all tokens and, from projected values, the hidden layer without its bias.
   void attend() {
     const int64_t heads = memory_.heads, d = in_.d, r = encoder_.r;
-    for (int64_t t = 0; t < count_; ++t) open(t);
+    for (int64_t t = 0; t < count_; ++t) load_token(t);
     std::fill_n(know_, count_ * d, 0.0f);
     std::fill_n(hidden_, count_ * r, 0.0f);
     const int threads = threads_of(in_.k * (query_size_ + heads * d));
@@ -178,7 +177,7 @@ class LatentAttention {
     });
   }
 
-  void open(int64_t t) {
+  void load_token(int64_t t) {
     const int64_t token = first_ + t, d = in_.d;
     const auto as_float = [&](const unike_rows& table, int64_t size, float* converted) {
       const void* data = row(table.data, table.dtype, token * table.stride);
@@ -250,7 +249,7 @@ class LatentAttention {
   }
 
   // The hidden layer before its activation.
-  void hide() {
+  void hidden_layer() {
     const int64_t r = encoder_.r;
     if (memory_.projected == nullptr) {
       parallel_for(ceil_div(r, kWeightRows), threads_of(r * in_.d), [&](int64_t tile, int thread) {
@@ -344,9 +343,9 @@ class LatentAttention {
     const float grad_gate = sign * (g_know * scale - g_h) + to.grad_alpha[token];
     float to_h = 0.0f, to_know = 0.0f;  // what the norms add: multiples of h and of h_know
     if (blend_->match_norm) {
-      const float along = part * g_know, inverse_know = inverse(norm(know));
-      to_h = along * inverse_know * inverse(norm(of.h));
-      to_know = -scale * along * inverse_know * inverse_know;
+      const float projection = part * g_know, inverse_know = inverse(norm(know));
+      to_h = projection * inverse_know * inverse(norm(of.h));
+      to_know = -scale * projection * inverse_know * inverse_know;
     }
     kernels_.blend(g, 1.0f - part, of.h, to_h, d, grad_h);
     kernels_.blend(g, part * scale, know, to_know, d, grad_know);
@@ -466,7 +465,12 @@ void check_sizes(const Problem& p) {
   for (const int64_t columns : {memory.width, in.d, p.encoder.r}) times(memory.n, memory.heads, columns, size);
 }
 
-void check(const Problem& p) {
+// The rows of the tokens that are read.
+struct TokenRows {
+  Extent queries, inputs;
+};
+
+TokenRows check(const Problem& p) {
   check_sizes(p);
   const unike_latent_inputs& in = p.in;
   const unike_memory& memory = p.memory;
@@ -477,8 +481,8 @@ void check(const Problem& p) {
   check_table("memory.values", memory.values, memory.dtype, rows * d);
   if (memory.projected != nullptr) check_array("memory.projected", memory.projected, rows * r);
   check_dtype("encoder.dtype", encoder.dtype);
-  check_rows("queries", in.queries, in.m, memory.heads * memory.width);
-  check_rows("inputs", in.inputs, in.m, d);
+  const TokenRows tokens{check_rows("queries", in.queries, in.m, memory.heads * memory.width),
+                         check_rows("inputs", in.inputs, in.m, d)};
   require(memory.keys != memory.values || rows == 0 || memory.width == in.d,
           "keys serve as values only where their width is d");
   require(in.m == 0 || (in.id_rows >= 1 && in.m % in.id_rows == 0), "the tokens cannot be split evenly among the ids");
@@ -497,6 +501,7 @@ void check(const Problem& p) {
   require(blend.anchor == nullptr || (blend.anchors >= 1 && in.m % blend.anchors == 0),
           "the tokens cannot be split evenly among the anchors");
   if (blend.anchor != nullptr) check_array("blend.anchor", blend.anchor, times(blend.anchors, d));
+  return tokens;
 }
 
 void check_ids(const unike_latent_inputs& in, int64_t n) {
@@ -513,7 +518,7 @@ int64_t workspace_bytes_of(const unike_latent_inputs* in, const unike_memory* me
     const Problem problem{*in, *memory, *encoder, nullptr};
     check_sizes(problem);
     Workspace workspace;
-    LatentAttention(problem, UNIKE_PICK(row_kernels), threads_of_call(threads), backward, workspace);
+    LatentAttention(problem, row_kernels(), threads_of_call(threads), backward, workspace);
     return workspace.bytes();
   });
 }
@@ -534,12 +539,12 @@ extern "C" unike_status unike_latent_attention(const unike_latent_inputs* in, co
   return guarded([&] {
     require(in != nullptr && memory != nullptr && encoder != nullptr && blend != nullptr, "a null argument");
     const Problem problem{*in, *memory, *encoder, blend};
-    check(problem);
+    const TokenRows read = check(problem);
     check_ids(*in, memory->n);
     const Extent written = check_rows_out("out", out, in->m, in->d);
     require(out.dtype == in->inputs.dtype, "out must have the dtype of the inputs");
-    check_apart("out", written, check_rows("inputs", in->inputs, in->m, in->d));
-    check_apart("out", written, check_rows("queries", in->queries, in->m, memory->heads * memory->width));
+    check_apart("out", written, read.inputs);
+    check_apart("out", written, read.queries);
     if (blend->anchor != nullptr && in->m > 0) {
       const auto anchor = reinterpret_cast<uintptr_t>(blend->anchor);
       const auto bytes = static_cast<uintptr_t>(blend->anchors * in->d) * sizeof(float);
@@ -548,7 +553,7 @@ extern "C" unike_status unike_latent_attention(const unike_latent_inputs* in, co
     if (alpha_out != nullptr) check_array("alpha_out", alpha_out, in->m);
     if (in->m == 0) return;
     Workspace pieces(workspace, workspace_bytes);
-    LatentAttention(problem, UNIKE_PICK(row_kernels), threads_of_call(threads), false, pieces).forward(out, alpha_out);
+    LatentAttention(problem, row_kernels(), threads_of_call(threads), false, pieces).forward(out, alpha_out);
   });
 }
 
@@ -579,77 +584,7 @@ extern "C" unike_status unike_latent_attention_backward(const unike_latent_input
     if (grad_anchor != nullptr) check_array("grad_anchor", grad_anchor, m * d);
     if (m == 0) return;
     Workspace pieces(workspace, workspace_bytes);
-    LatentAttention(problem, UNIKE_PICK(row_kernels), threads_of_call(threads), true, pieces)
+    LatentAttention(problem, row_kernels(), threads_of_call(threads), true, pieces)
         .backward({grad, grad_alpha, grad_queries, grad_inputs, grad_given, grad_anchor});
   });
-}
-
-namespace unike {
-namespace {
-
-// What is searched for: no more entries than there are. `in` with that k, and ids to come.
-unike_latent_inputs retrieving(const unike_latent_inputs& in, const unike_memory& memory) {
-  check_size("m", in.m, 0);
-  check_size("k", in.k, 0);
-  check_size("memory.n", memory.n, 0);
-  unike_latent_inputs found = in;
-  found.k = std::min(in.k, memory.n);
-  found.ids = nullptr;
-  found.id_rows = in.m;
-  return found;
-}
-
-}  // namespace
-}  // namespace unike
-
-extern "C" int64_t unike_memory_attention_workspace(const unike_keys* index, const unike_latent_inputs* in,
-                                                    const unike_memory* memory, const unike_semantic_encoder* encoder,
-                                                    int threads) {
-  using namespace unike;
-  return guarded_bytes([&] {
-    require(index != nullptr && in != nullptr && memory != nullptr && encoder != nullptr, "a null argument");
-    const unike_latent_inputs found = retrieving(*in, *memory);
-    Workspace workspace;
-    workspace.take<float>(times(found.m, found.k));  // scores, which nobody wants
-    workspace.take<int64_t>(times(found.m, found.k));
-    const int64_t search = unike_cosine_topk_workspace(index, found.m, found.k, threads);
-    const int64_t attention = unike_latent_attention_workspace(&found, memory, encoder, threads);
-    require(search > 0 && attention > 0, unike_last_error());
-    return workspace.bytes() + std::max(search, attention);  // one after the other, the two share it
-  });
-}
-
-extern "C" unike_status unike_memory_attention(const unike_keys* index, unike_rows hidden, const int64_t* ranges,
-                                               const unike_latent_inputs* in, const unike_memory* memory,
-                                               const unike_semantic_encoder* encoder, const unike_blend* blend,
-                                               unike_rows_out out, float* alpha_out, int64_t* ids, void* workspace,
-                                               int64_t workspace_bytes, int threads) {
-  using namespace unike;
-  unike_status status = UNIKE_OK;
-  const unike_status checked = guarded([&] {
-    require(index != nullptr && in != nullptr && memory != nullptr, "a null argument");
-    require(index->n == memory->n, "index and memory must have the same entries");
-    unike_latent_inputs found = retrieving(*in, *memory);
-    const int64_t wanted = in->k, k = found.k;
-    if (ids != nullptr) check_array("ids", ids, times(found.m, wanted));
-    float* scores = nullptr;
-    int64_t* own_ids = nullptr;
-    Workspace::Rest rest{nullptr, 0};
-    if (found.m > 0) {
-      Workspace pieces(workspace, workspace_bytes);
-      scores = pieces.take<float>(times(found.m, k));
-      own_ids = pieces.take<int64_t>(times(found.m, k));
-      rest = pieces.rest();
-    }
-    const auto [room, bytes] = rest;
-    status = unike_cosine_topk(index, hidden, found.m, k, ranges, scores, own_ids, room, bytes, threads);
-    if (status != UNIKE_OK) return;
-    found.ids = own_ids;
-    status = unike_latent_attention(&found, memory, encoder, blend, out, alpha_out, room, bytes, threads);
-    if (status != UNIKE_OK || ids == nullptr) return;
-    for (int64_t t = 0; t < found.m; ++t) {
-      std::fill_n(std::copy_n(own_ids + t * k, k, ids + t * wanted), wanted - k, -1);
-    }
-  });
-  return checked == UNIKE_OK ? status : checked;
 }

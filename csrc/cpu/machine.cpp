@@ -4,10 +4,9 @@
 #include <atomic>
 
 #include "common/checked.h"
-#include "common/cpu_isa.h"
 #include "common/parallel.h"
 #include "common/status.h"
-#include "cpu/cosine_topk.h"
+#include "cpu/isa.h"
 
 extern "C" unike_status unike_read(const void* data, int64_t bytes, int threads) {
   using namespace unike;
@@ -15,7 +14,7 @@ extern "C" unike_status unike_read(const void* data, int64_t bytes, int threads)
     check_size("bytes", bytes, 0);
     check_memory("data", data, bytes, 1);
     constexpr int64_t kPart = 1 << 16;
-    const auto read = UNIKE_PICK_NARROW(scan_kernels).read;
+    const auto read = scan_kernels().read;
     std::atomic<uint64_t> sum{0};  // so that nothing is left out
     parallel_for((bytes + kPart - 1) / kPart, threads_of_call(threads), [&](int64_t part, int) {
       const auto* first = static_cast<const char*>(data) + part * kPart;
@@ -31,7 +30,7 @@ extern "C" unike_status unike_multiply_add(unike_scan scan, int64_t rounds, int 
     check_size("rounds", rounds, 0);
     check_array("count", count, 1);
     threads = threads_of_call(threads);
-    const auto run = UNIKE_PICK_NARROW(scan_kernels).multiply_add[scan];
+    const auto run = scan_kernels().multiply_add[scan];
     std::atomic<int64_t> of_a_thread{0};
     parallel_for(threads, threads, [&](int64_t, int) { of_a_thread = run(rounds); });
     *count = static_cast<double>(of_a_thread) * threads;

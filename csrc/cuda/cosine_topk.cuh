@@ -1,26 +1,27 @@
 // Exact cosine top-k in one launch: no [m, n] matrix, no second kernel, no host in between.
 //
-// What it computes: for each query the k keys of highest canonical score (unike/cosine_topk.h). A scan of the keys in 4, 2
-// or 1 bytes a number gives each score to within a proved bound (csrc/cpu/cosine_topk.cpp has the proof); keys whose upper
-// bound reaches the k-th best lower bound are suspects, and only these are scored canonically, from their float32 rows.
+// What it computes: for each query the k keys of highest canonical score (unike/cosine_topk.h). A scan of the keys in
+// 4, 2 or 1 bytes a number gives each score to within a proved bound (cpu/EXACTNESS.md has the proof); keys whose upper
+// bound reaches the k-th best lower bound are candidates, and only these are scored canonically, from their float32
+// rows.
 //
 // How it is tiled: a block takes a tile of queries, 8 or 64, and a part of the keys. It
 //   1. prepares queries (unit rows, codes, bounds), each of them in one block, for all;
 //   2. multiplies its keys with its queries on tensor cores: keys go straight from memory to registers, 16 bytes a lane,
 //      each once; the codes of the queries come from shared memory, where they are copied while others are multiplied;
 //   3. tells the others lower bounds, meets them once, and so knows a threshold that is close to the final one;
-//   4. keeps its suspects in a list of its own; if the list is full, scores them, keeps the best k and goes on;
-//   5. scores its suspects, meets the others again, and writes each of its suspects to its place among all of them.
+//   4. keeps its candidates in a list of its own; if the list is full, scores them, keeps the best k and goes on;
+//   5. scores its candidates, meets the others again, and writes each of its candidates to its place among all of them.
 // Blocks need not be resident together: one that has waited too long goes on without what it waited for, and the block
 // that arrives last finishes for all (blocks.cuh). The result does not depend on who waited: order and arithmetic are
 // canonical.
 //
-// Why this is bound by memory: for one query the scan reads n d bytes of int8 codes; it executes 0.08 warp instructions for
-// each of them (0.014 for float16, 0.023 for float32; counted by executing the PTX). An H100 issues 132 x 4 a clock, about
-// 900 G a second, and reads 3.35 TB: 0.08 x 3350 G = 270 G, three tenths of what it could issue. With 8 queries it is 0.19,
-// seven tenths. With 64 it is 1.3: tensor cores and their operands are the limit, not memory. 64 registers a thread let two
-// blocks of 512 threads live on a multiprocessor; each lane has 64 bytes on their way (few queries), which is 64 KB a
-// multiprocessor, four times what the latency of an H100's memory asks for at its full rate.
+// Why this is bound by memory: for one query the scan reads n d bytes of int8 codes; it executes 0.08 warp instructions
+// for each of them (0.014 for float16, 0.023 for float32; counted by executing the PTX). An H100 issues 132 x 4 a
+// clock, about 900 G a second, and reads 3.35 TB: 0.08 x 3350 G = 270 G, three tenths of what it could issue. With 8
+// queries it is 0.19, seven tenths. With 64 it is 1.3: tensor cores and their operands are the limit, not memory. 64
+// registers a thread let two blocks of 512 threads live on a multiprocessor; each lane has 64 bytes on their way (few
+// queries), which is 64 KB a multiprocessor, four times what the latency of an H100's memory asks for at its full rate.
 #pragma once
 
 #include "cuda/blocks.cuh"
@@ -39,10 +40,10 @@ constexpr int kPrefetched = 1024;
 template <bool kMany>
 struct Shared {
   KeyBounds keys[Shape<kMany>::kRows];
-  QueryBounds queries[Shape<kMany>::kQueries];
+  DeviceQueryBounds queries[Shape<kMany>::kQueries];
   int64_t starts[Shape<kMany>::kQueries], stops[Shape<kMany>::kQueries];
   float thresholds[Shape<kMany>::kQueries];  // no key with a lower score is among the k best
-  int counts[Shape<kMany>::kQueries];        // of suspects
+  int counts[Shape<kMany>::kQueries];        // of candidates
   double sums[kWarps];
   int bins[kWarps][32];
   Counters* counters;             // here, so that no phase keeps it in registers for the next
@@ -52,7 +53,7 @@ struct Shared {
   int tile, tiles;                // of the block's keys
   int group, query, query_count;  // of the block
   int others_known;               // their lower bounds may be read
-  int full;                       // a list of suspects has no room for another tile
+  int full;                       // a list of candidates has no room for another tile
   unsigned generations[2];        // of the barriers when the launch began
 };
 
@@ -179,12 +180,12 @@ class Block {
     const Row row(p.queries, query);
     float* unit_row = p.units + static_cast<int64_t>(query) * p.d;
     const double norm = block_norm(row);
-    double along = 0.0;
+    double projection = 0.0;
     for (int i = thread(); i < p.d; i += kThreads) {
       unit_row[i] = unit(row[i], norm);
-      if (p.direction) along += static_cast<double>(unit_row[i]) * p.direction[i];
+      if (p.direction) projection += static_cast<double>(unit_row[i]) * p.direction[i];
     }
-    const auto g = static_cast<float>(block_sum(along));
+    const auto g = static_cast<float>(block_sum(projection));
     double rest = 0.0, left = 0.0;
     for (int i = thread(); i < columns; i += kThreads) {
       const float w = i < p.d ? unit_row[i] - (p.direction ? g * p.direction[i] : 0.0f) : 0.0f;
@@ -351,10 +352,10 @@ class Block {
     return row < shared.rows && shared.starts[q] <= id && id < shared.stops[q];
   }
 
-  __device__ Suspect estimate(int q, int row) const {
-    const QueryBounds& query = shared.queries[q];
+  __device__ Candidate estimate(int q, int row) const {
+    const DeviceQueryBounds& query = shared.queries[q];
     const KeyBounds& key = shared.keys[row];
-    const float score = query.along * key.along + key.scale * products_[q * Tile::kProductStride + row];
+    const float score = query.projection * key.projection + key.scale * products_[q * Tile::kProductStride + row];
     const float error = query.residual * key.residual + query.norm * key.norm + query.slack;
     return {score, p.rows ? error : 0.0f, shared.first + row};
   }
@@ -362,8 +363,8 @@ class Block {
   __device__ float* lower_bounds(int q) const {
     return p.lower + static_cast<int64_t>(shared.query + q) * p.groups * p.slots;
   }
-  __device__ Suspect* suspects(int query, int group) const {
-    return p.suspects + (static_cast<int64_t>(query) * p.groups + group) * p.capacity;
+  __device__ Candidate* candidates(int query, int group) const {
+    return p.candidates + (static_cast<int64_t>(query) * p.groups + group) * p.capacity;
   }
 
   // Tells the other blocks of the best keys of the tile, one for each slot.
@@ -371,7 +372,7 @@ class Block {
     float best = -INFINITY;
     for (int row = lane(); row < shared.rows; row += 32) {
       if (!in_range(q, row)) continue;
-      const Suspect key = estimate(q, row);
+      const Candidate key = estimate(q, row);
       best = fmaxf(best, key.score - key.error);
     }
     for (int width = 16; width >= p.slots; width /= 2) best = fmaxf(best, __shfl_xor_sync(kAllLanes, best, width));
@@ -388,15 +389,15 @@ class Block {
   }
 
   __device__ void collect(int q) {
-    Suspect* list = suspects(shared.query + q, shared.group);
+    Candidate* list = candidates(shared.query + q, shared.group);
     const float threshold = shared.thresholds[q];
     int count = shared.counts[q];
     for (int first = 0; first < shared.rows; first += 32) {
       const int row = first + lane();
-      const Suspect key = in_range(q, row) ? estimate(q, row) : Suspect{};
-      const bool suspect = in_range(q, row) && key.score + key.error >= threshold;
-      const Place place = place_of(suspect);
-      if (suspect) list[count + place.before] = key;
+      const Candidate key = in_range(q, row) ? estimate(q, row) : Candidate{};
+      const bool candidate = in_range(q, row) && key.score + key.error >= threshold;
+      const Place place = place_of(candidate);
+      if (candidate) list[count + place.before] = key;
       count += place.count;
     }
     if (lane() == 0) shared.counts[q] = count;
@@ -409,7 +410,7 @@ class Block {
     const auto is_full = [&](int q) { return shared.counts[q] + shared.rows > p.capacity; };
     for_my_queries([&](int q) {
       if (!is_full(q)) return;
-      const Suspect* list = suspects(shared.query + q, shared.group);
+      const Candidate* list = candidates(shared.query + q, shared.group);
       const auto lower = [=](int i) { return list[i].score - list[i].error; };
       drop(q, kth_largest(shared.counts[q], p.k, 8, shared.bins[warp()], lower));
       if (lane() == 0 && is_full(q)) shared.full = 1;
@@ -421,7 +422,7 @@ class Block {
     for_my_queries([&](int q) {
       if (!is_full(q)) return;
       const float last =
-          keep_best(suspects(shared.query + q, shared.group), shared.counts[q], p.k, shared.bins[warp()]);
+          keep_best(candidates(shared.query + q, shared.group), shared.counts[q], p.k, shared.bins[warp()]);
       if (lane() == 0) {
         shared.thresholds[q] = fmaxf(shared.thresholds[q], last);
         shared.counts[q] = p.k;
@@ -433,7 +434,7 @@ class Block {
   // Raises the threshold and drops what it rules out.
   __device__ void drop(int q, float threshold) {
     threshold = fmaxf(shared.thresholds[q], threshold);
-    const int kept = keep(suspects(shared.query + q, shared.group), shared.counts[q], threshold, INT_MAX);
+    const int kept = keep(candidates(shared.query + q, shared.group), shared.counts[q], threshold, INT_MAX);
     if (lane() == 0) {
       shared.thresholds[q] = threshold;
       shared.counts[q] = kept;
@@ -441,34 +442,34 @@ class Block {
     __syncwarp();
   }
 
-  // Gives all suspects of the block their canonical scores. A warp takes two of a query at a time.
+  // Gives all candidates of the block their canonical scores. A warp takes two of a query at a time.
   __device__ void resolve() {
     if (p.rows == nullptr) return;
     for (int q = 0; q < shared.query_count; ++q) {
-      Suspect* list = suspects(shared.query + q, shared.group);
+      Candidate* list = candidates(shared.query + q, shared.group);
       const int n = shared.counts[q];
       for (int e = 2 * (warp() - q & kWarps - 1); e < n; e += 2 * kWarps) {
-        Suspect& suspect = list[min(e + lane() / 16, n - 1)];
-        const Suspect known = suspect;
+        Candidate& candidate = list[min(e + lane() / 16, n - 1)];
+        const Candidate known = candidate;
         if (__all_sync(kAllLanes, known.error == 0.0f)) continue;
         const double score =
             canonical_dot(p.units + static_cast<int64_t>(shared.query + q) * p.d, p.rows + known.id * p.stride, p.d);
-        if (lane() % 16 == 0) suspect = {static_cast<float>(score) + 0.0f, 0.0f, known.id};
+        if (lane() % 16 == 0) candidate = {static_cast<float>(score) + 0.0f, 0.0f, known.id};
       }
     }
   }
 
-  // Finds the places of a group's suspects of a query among those of all groups, and writes them there. Suspects below the
-  // threshold have none.
+  // Finds the places of a group's candidates of a query among those of all groups, and writes them there. Candidates
+  // below the threshold have none.
   __device__ void rank(int query, int group, float threshold) const {
     const int* counts = p.counts + static_cast<int64_t>(query) * p.groups;
     const int n = __ldcg(counts + group), first = warp() - query & kWarps - 1;
     for (int e = first; e < n; e += kWarps) {
-      const Suspect mine = load(suspects(query, group) + e);
+      const Candidate mine = load(candidates(query, group) + e);
       if (mine.score < threshold) continue;
       int place = 0;
       for (int other = lane(); other < p.groups; other += 32) {
-        const Suspect* list = suspects(query, other);
+        const Candidate* list = candidates(query, other);
         const int count = __ldcg(counts + other);
         for (int i = 0; i < count; ++i) place += better(load(list + i), mine);
       }

@@ -8,8 +8,8 @@ namespace {
 
 // Queries of one launch: what they share of the keys comes from the L2 cache, which more would not improve.
 constexpr int64_t kMostQueries = 1024;
-// Fewer share a launch where all suspects would need more than this.
-constexpr int64_t kSuspectsBytes = 128 << 20;
+// Fewer share a launch where all candidates would need more than this.
+constexpr int64_t kCandidatesBytes = 128 << 20;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -23,7 +23,7 @@ int64_t groups_of(int64_t n, int64_t m, const Device& device) {
   return std::max<int64_t>(std::min({ceil_div(ceil_div(n, rows), even) * even, most, ceil_div(n, 16)}), 1);
 }
 
-// Suspects of a query that a block has room for: all its keys, or the k best and as many again, and those of a tile.
+// Candidates of a query that a block has room for: all its keys, or the k best and as many again, and those of a tile.
 int64_t capacity_of(int64_t n, int64_t m, int64_t k, int64_t groups) {
   const int64_t rows = is_many(m) ? Shape<true>::kRows : Shape<false>::kRows;
   return std::max<int64_t>(std::min(2 * std::min(k, n) + rows, ceil_div(n, groups)), 1);
@@ -35,9 +35,9 @@ int64_t queries_of_launch(const unike_keys& keys, int64_t m, int64_t k, const De
   int64_t queries = std::min(m, kMostQueries);
   const auto bytes = [&] {
     const int64_t groups = groups_of(keys.n, queries, device);
-    return times(queries, groups, capacity_of(keys.n, queries, k, groups), sizeof(Suspect));
+    return times(queries, groups, capacity_of(keys.n, queries, k, groups), sizeof(Candidate));
   };
-  while (queries > Shape<false>::kQueries && bytes() > kSuspectsBytes) queries = (queries + 1) / 2;
+  while (queries > Shape<false>::kQueries && bytes() > kCandidatesBytes) queries = (queries + 1) / 2;
   return queries;
 }
 
@@ -67,12 +67,12 @@ Launch plan(const unike_keys& keys, int64_t m, int64_t k, const Device& device, 
   s.residual = static_cast<float>(0x1.01p-11 + 0x1.01p-25 * std::sqrt(static_cast<double>(d)));
 
   s.counters = workspace.take<Counters>(1);
-  s.query_bounds = workspace.take<QueryBounds>(m);
+  s.query_bounds = workspace.take<DeviceQueryBounds>(m);
   s.units = workspace.take<float>(times(m, d));
   s.codes = workspace.take<uint16_t>(times(ceil_div(m, many ? 16 : 8), many ? 16 : 8, s.slabs, columns));
   s.lower = workspace.take<float>(times(m, groups, s.slots));
   s.counts = workspace.take<int>(times(m, groups));
-  s.suspects = workspace.take<Suspect>(times(m, groups, s.capacity));
+  s.candidates = workspace.take<Candidate>(times(m, groups, s.capacity));
 
   const int64_t tiles = ceil_div(m, many ? Shape<true>::kQueries : Shape<false>::kQueries);
   return {s, many, static_cast<int>(groups * tiles), many ? Shape<true>::kSharedBytes : Shape<false>::kSharedBytes};

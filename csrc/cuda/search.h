@@ -3,7 +3,8 @@
 
 #include <cstdint>
 
-#include "cpu/cosine_topk.h"
+#include "common/candidate.h"
+#include "cpu/scan_kernels.h"
 
 namespace unike::cuda {
 
@@ -32,16 +33,10 @@ struct Shape {
 constexpr int kSlabBytes = 64;
 constexpr int slab_columns(unike_scan scan) { return scan == UNIKE_SCAN_F32 ? 16 : scan == UNIKE_SCAN_I8 ? 64 : 32; }
 
-// A key that may be among the k best: its score is within `error` of `score`, and 0 for a canonical score.
-struct alignas(16) Suspect {
-  float score, error;
-  int64_t id;
-};
-
-// A query as the scan knows it: q = along u + w, and the products are made with codes c' = w - z. The score of a key is
-// along key.along + key.scale (c' . codes), within residual key.residual + norm key.norm + slack.
-struct alignas(16) QueryBounds {
-  float along;
+// A query as the scan knows it: q = projection u + w, and the products are made with codes c' = w - z. The score of a
+// key is projection key.projection + key.scale (c' . codes), within residual key.residual + norm key.norm + slack.
+struct alignas(16) DeviceQueryBounds {
+  float projection;
   float residual;  // >= |w|
   float norm;      // >= |z| + what summing the products may lose of |c'|
   float slack;
@@ -62,7 +57,7 @@ struct Search {
   int d, m, k;
   int groups;    // blocks that share the keys, all with the same queries
   int slots;     // of a group, for each query: lower bounds of the scores of different keys
-  int capacity;  // of a group's suspects of a query
+  int capacity;  // of a group's candidates of a query
 
   const char* scanned;    // the codes, or the rows
   int64_t scanned_bytes;  // from one key to the next
@@ -83,12 +78,12 @@ struct Search {
   char* gathered;
 
   Counters* counters;
-  QueryBounds* query_bounds;  // [m]
-  float* units;               // [m, d]
-  uint16_t* codes;            // [m up to whole tiles of 8 or 16, columns of all slabs]
-  float* lower;               // [m, groups, slots]
-  int* counts;                // [m, groups]
-  Suspect* suspects;          // [m, groups, capacity]
+  DeviceQueryBounds* query_bounds;  // [m]
+  float* units;                     // [m, d]
+  uint16_t* codes;                  // [m up to whole tiles of 8 or 16, columns of all slabs]
+  float* lower;                     // [m, groups, slots]
+  int* counts;                      // [m, groups]
+  Candidate* candidates;            // [m, groups, capacity]
 };
 
 }  // namespace unike::cuda

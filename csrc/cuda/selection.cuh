@@ -1,4 +1,4 @@
-// What a warp does with numbers and suspects that lie in memory, all lanes together.
+// What a warp does with numbers and candidates that lie in memory, all lanes together.
 #pragma once
 
 #include "cuda/canonical.cuh"
@@ -65,14 +65,14 @@ __device__ float kth_largest(int n, int k, int passes, int* bins, const Value& v
 }
 
 // Past the L1 cache, which knows nothing of what other blocks write.
-__device__ inline Suspect load(const Suspect* p) {
+__device__ inline Candidate load(const Candidate* p) {
   const int4 bits = __ldcg(reinterpret_cast<const int4*>(p));
-  Suspect suspect;
-  memcpy(&suspect, &bits, sizeof suspect);
-  return suspect;
+  Candidate candidate;
+  memcpy(&candidate, &bits, sizeof candidate);
+  return candidate;
 }
 
-__device__ inline bool better(const Suspect& a, const Suspect& b) {
+__device__ inline bool better(const Candidate& a, const Candidate& b) {
   return a.score > b.score || (a.score == b.score && a.id < b.id);
 }
 
@@ -87,16 +87,16 @@ __device__ inline Place place_of(bool flag) {
 
 // Moves those to the front whose upper bound is above the threshold, and the first `ties` that are just there; the order
 // stays. Returns how many are kept.
-__device__ inline int keep(Suspect* list, int n, float threshold, int ties) {
+__device__ inline int keep(Candidate* list, int n, float threshold, int ties) {
   int kept = 0;
   for (int first = 0; first < n; first += 32) {
     const int i = first + lane();
-    const Suspect suspect = i < n ? list[i] : Suspect{};
-    const float upper = suspect.score + suspect.error;
+    const Candidate candidate = i < n ? list[i] : Candidate{};
+    const float upper = candidate.score + candidate.error;
     const Place tie = place_of(i < n && upper == threshold);
     const bool stays = i < n && (upper > threshold || (upper == threshold && tie.before < ties));
     const Place place = place_of(stays);
-    if (stays) list[kept + place.before] = suspect;
+    if (stays) list[kept + place.before] = candidate;
     kept += place.count;
     ties -= tie.count;
   }
@@ -105,7 +105,7 @@ __device__ inline int keep(Suspect* list, int n, float threshold, int ties) {
 }
 
 // Keeps the k best by canonical scores of at least as many, with ascending ids. Returns the score of the last of them.
-__device__ inline float keep_best(Suspect* list, int n, int k, int* bins) {
+__device__ inline float keep_best(Candidate* list, int n, int k, int* bins) {
   const float last = kth_largest(n, k, 8, bins, [=](int i) { return list[i].score; });
   int above = 0;
   for (int i = lane(); i < n; i += 32) above += list[i].score > last;

@@ -9,6 +9,7 @@
 #include <new>
 #include <stdexcept>
 #include <tuple>
+#include <utility>
 
 #include "unike/cosine_topk.h"
 #include "unike/unike.h"
@@ -17,9 +18,10 @@ namespace unike::python {
 
 void bind_cosine_topk(pybind11::module_& module);
 void bind_cuda(pybind11::module_& module);
+void bind_extra_neurons(pybind11::module_& module);
 void bind_latent_attention(pybind11::module_& module);
 void bind_machine(pybind11::module_& module);
-void bind_patched_ffn(pybind11::module_& module);
+void bind_memory_attention(pybind11::module_& module);
 
 template <typename T>
 T* pointer(std::uintptr_t address) {
@@ -52,30 +54,6 @@ struct Keys {
               pointer<const float>(direction)} {}
 };
 
-// Memory for the length of a call. A thread keeps it for its next call, as the system would clear it anew each time, which
-// takes longer than many a call; more than 64 MB are given back.
-class WorkspaceOf {
- public:
-  explicit WorkspaceOf(int64_t bytes) : bytes_(bytes) {
-    thread_local std::unique_ptr<char[]> kept;
-    thread_local int64_t kept_bytes = 0;
-    if (bytes > (64 << 20)) {
-      own_.reset(new char[bytes]);
-    } else if (bytes > kept_bytes) {
-      kept.reset(new char[bytes]);
-      kept_bytes = bytes;
-    }
-    data_ = own_ ? own_.get() : kept.get();
-  }
-  void* data() const { return data_; }
-  int64_t bytes() const { return bytes_; }
-
- private:
-  int64_t bytes_;
-  std::unique_ptr<char[]> own_;
-  char* data_;
-};
-
 // While a call works, other threads of Python run, and signals are handled.
 struct ReleaseGil {
   pybind11::gil_scoped_release released;
@@ -98,6 +76,30 @@ inline void check(unike_status status) {
   if (status == UNIKE_INVALID_ARGUMENT) throw std::invalid_argument(unike_last_error());
   if (status == UNIKE_OUT_OF_MEMORY) throw std::bad_alloc();
   throw std::runtime_error(unike_last_error());
+}
+
+struct KeptWorkspace {
+  std::unique_ptr<char[]> memory;
+  int64_t bytes = 0;
+};
+inline thread_local KeptWorkspace kept_workspace;
+
+// Calls run(workspace, bytes) with as much memory as it needs, and raises what `check` does. A thread keeps its
+// workspace from call to call, as the system would clear it anew each time, which takes longer than many a call; more
+// than 64 MB are given back. Only a call that refuses what is there asks needed(), which looks at the arguments as the
+// call itself does.
+template <typename Needed, typename Run>
+void with_workspace(const Needed& needed, const Run& run) {
+  KeptWorkspace& kept = kept_workspace;
+  unike_status status = run(kept.memory.get(), kept.bytes);
+  if (status == UNIKE_INVALID_ARGUMENT) {
+    if (const int64_t bytes = needed(); bytes > kept.bytes) {
+      KeptWorkspace grown{std::unique_ptr<char[]>(new char[bytes]), bytes};
+      status = run(grown.memory.get(), bytes);
+      if (bytes <= 64 << 20) kept = std::move(grown);
+    }
+  }
+  check(status);
 }
 
 }  // namespace unike::python

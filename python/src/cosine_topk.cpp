@@ -24,10 +24,12 @@ void bind_cosine_topk(pybind11::module_& module) {
       "pack_keys",
       [](Address rows, int64_t n, int64_t d, int64_t stride, int scan, Address direction, Address codes, Address bounds,
          int threads) {
-        const WorkspaceOf workspace(unike_pack_keys_workspace(d, threads));
-        check(unike_pack_keys(pointer<const float>(rows), n, d, stride, static_cast<unike_scan>(scan),
-                              pointer<const float>(direction), pointer<void>(codes), pointer<float>(bounds),
-                              workspace.data(), workspace.bytes(), threads));
+        with_workspace([&] { return unike_pack_keys_workspace(d, threads); },
+                       [&](void* workspace, int64_t bytes) {
+                         return unike_pack_keys(pointer<const float>(rows), n, d, stride, static_cast<unike_scan>(scan),
+                                                pointer<const float>(direction), pointer<void>(codes),
+                                                pointer<float>(bounds), workspace, bytes, threads);
+                       });
       },
       release_gil, arg("rows"), arg("n"), arg("d"), arg("stride"), arg("scan"), arg("direction"), arg("codes"),
       arg("bounds"), arg("threads"));
@@ -40,10 +42,12 @@ void bind_cosine_topk(pybind11::module_& module) {
       "cosine_topk",
       [](const Keys& keys, const Rows& queries, int64_t m, int64_t k, Address ranges, Address scores, Address ids,
          int threads) {
-        const WorkspaceOf workspace(unike_cosine_topk_workspace(&keys.table, m, k, threads));
-        check(unike_cosine_topk(&keys.table, queries.to_read(), m, k, pointer<const int64_t>(ranges),
-                                pointer<float>(scores), pointer<int64_t>(ids), workspace.data(), workspace.bytes(),
-                                threads));
+        with_workspace([&] { return unike_cosine_topk_workspace(&keys.table, m, k, threads); },
+                       [&](void* workspace, int64_t bytes) {
+                         return unike_cosine_topk(&keys.table, queries.to_read(), m, k, pointer<const int64_t>(ranges),
+                                                  pointer<float>(scores), pointer<int64_t>(ids), workspace, bytes,
+                                                  threads);
+                       });
       },
       release_gil, arg("keys"), arg("queries"), arg("m"), arg("k"), arg("ranges"), arg("scores"), arg("ids"),
       arg("threads"));

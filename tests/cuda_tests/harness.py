@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 INCLUDES = [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc/include'}"]
 SCANS = {"float32": 0, "float16": 1, "bfloat16": 2, "int8": 3}  # unike_scan
 SOURCES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "int8": "i8"}
-PARTS = ("counters", "query_bounds", "units", "codes", "lower", "counts", "suspects")
+PARTS = ("counters", "query_bounds", "units", "codes", "lower", "counts", "candidates")
 
 
 class Keys(ctypes.Structure):

@@ -28,12 +28,12 @@ void workspace_parts(const Request* r, int64_t* bytes) {
   const Search s = plan(r->keys, r->m, r->k, {r->multiprocessors, r->blocks_of_each}, none).search;
   const int64_t m = s.m, whole = (m + 15) / 16 * 16;
   const int64_t parts[] = {sizeof(Counters),
-                           m * static_cast<int64_t>(sizeof(QueryBounds)),
+                           m * static_cast<int64_t>(sizeof(DeviceQueryBounds)),
                            m * s.d * 4,
                            (is_many(m) ? whole : m) * s.slabs * slab_columns(r->keys.scan) * 2,
                            m * s.groups * s.slots * 4,
                            m * s.groups * 4,
-                           m * s.groups * s.capacity * static_cast<int64_t>(sizeof(Suspect))};
+                           m * s.groups * s.capacity * static_cast<int64_t>(sizeof(Candidate))};
   std::memcpy(bytes, parts, sizeof parts);
 }
 
@@ -52,12 +52,12 @@ void make_search(const Request* r, void* const* parts, void* search, int64_t* la
   s.value_bytes = r->value_bytes;
   s.gathered = r->gathered;
   s.counters = static_cast<Counters*>(parts[0]);
-  s.query_bounds = static_cast<QueryBounds*>(parts[1]);
+  s.query_bounds = static_cast<DeviceQueryBounds*>(parts[1]);
   s.units = static_cast<float*>(parts[2]);
   s.codes = static_cast<uint16_t*>(parts[3]);
   s.lower = static_cast<float*>(parts[4]);
   s.counts = static_cast<int*>(parts[5]);
-  s.suspects = static_cast<Suspect*>(parts[6]);
+  s.candidates = static_cast<Candidate*>(parts[6]);
   std::memcpy(search, &s, sizeof s);
   const int64_t shape[] = {l.blocks, kThreads, l.shared_bytes, l.many, s.groups, s.capacity, s.slots};
   std::memcpy(launch, shape, sizeof shape);

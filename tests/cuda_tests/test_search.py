@@ -125,7 +125,7 @@ def test_bfloat16_queries_and_rows_that_are_far_apart():
 
 
 @pytest.mark.parametrize("scan", ["float32", slow("float16"), slow("bfloat16"), "int8"])
-def test_suspects_that_do_not_fit_are_resolved_on_the_way(scan):
+def test_candidates_that_do_not_fit_are_resolved_on_the_way(scan):
     """Keys so much alike that no bound tells them apart: each block's list overflows, several times."""
     base = torch.randn(24)
     rows = unit(base + 1e-5 * torch.randn(700, 24))
@@ -177,7 +177,7 @@ def test_keys_are_read_once(scan, size, m, most):
     n, d = 512, 256
     found = check(torch.randn(m, d), unit(torch.randn(n, d)), 5, scan, device=(4, 1))
     loads, counts = found.launch.loads, found.parts["counts"].view(np.int32)
-    # Two suspects of a list are scored at a time, from the rows: an odd one twice.
+    # Two candidates of a list are scored at a time, from the rows: an odd one twice.
     rescored = int((counts + counts % 2).sum()) * d * 4 / 32
     scanned = loads["rows"].sectors - rescored if scan == "float32" else loads["codes"].sectors
     assert scanned <= most * n * d * size / 32

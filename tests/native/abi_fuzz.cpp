@@ -16,9 +16,10 @@
 #include <vector>
 
 #include "unike/cosine_topk.h"
+#include "unike/extra_neurons.h"
 #include "unike/latent_attention.h"
 #include "unike/machine.h"
-#include "unike/patched_ffn.h"
+#include "unike/memory_attention.h"
 
 namespace {
 

@@ -1,5 +1,5 @@
 // Every function of the core on small random problems, against loops in double: run under the sanitizers, for each
-// instruction set (UNIKE_ISA) and 1 to 3 threads. All arrays have exactly the size that they need.
+// instruction set of this machine and 1 to 3 threads. All arrays have exactly the size that they need.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -11,13 +11,15 @@
 #include <vector>
 
 #include "unike/cosine_topk.h"
+#include "unike/extra_neurons.h"
 #include "unike/latent_attention.h"
-#include "unike/patched_ffn.h"
 
 namespace {
 
 using Floats = std::vector<float>;
 using Ids = std::vector<int64_t>;
+
+constexpr uint64_t kBits = 0x41e8152aa7c3fa52;  // of the results of bits()
 
 std::mt19937 random_bits(1);
 
@@ -331,16 +333,50 @@ void large_topk(int threads) {
   }
 }
 
+// The search's results are the same bits on every machine, from every compiler and with every scan.
+void bits(unike_scan scan, int threads) {
+  const int64_t n = 400, d = 70, m = 5, k = 9;
+  std::mt19937 source(7);
+  const auto number = [&] { return static_cast<float>(source() % 4001) / 1024.0f - 2.0f; };
+  Floats raw(n * d), rows(n * d), queries(m * d), direction(d, 0.0f), bounds(n * UNIKE_KEY_BOUNDS), scores(m * k);
+  for (float& x : raw) x = number();
+  for (float& x : queries) x = number();
+  Ids ids(m * k);
+  ok(unike_normalize_rows({raw.data(), UNIKE_F32, d}, n, d, rows.data(), threads), "normalize");
+  std::vector<char> codes(n * unike_code_bytes(scan, d)), room(unike_pack_keys_workspace(d, threads));
+  if (scan != UNIKE_SCAN_F32) {
+    ok(unike_pack_keys(rows.data(), n, d, d, scan, direction.data(), codes.data(), bounds.data(), room.data(),
+                       static_cast<int64_t>(room.size()), threads),
+       "pack");
+  }
+  const unike_keys keys{n, d, rows.data(), d, scan, codes.data(), bounds.data(), direction.data()};
+  room.resize(unike_cosine_topk_workspace(&keys, m, k, threads));
+  ok(unike_cosine_topk(&keys, {queries.data(), UNIKE_F32, d}, m, k, nullptr, scores.data(), ids.data(), room.data(),
+                       static_cast<int64_t>(room.size()), threads),
+     "search");
+  uint64_t hash = 14695981039346656037u;
+  const auto add = [&](uint64_t value) { hash = (hash ^ value) * 1099511628211u; };
+  for (int64_t i = 0; i < m * k; ++i) {
+    uint32_t score;
+    __builtin_memcpy(&score, &scores[i], sizeof score);
+    add(score);
+    add(static_cast<uint64_t>(ids[i]));
+  }
+  if (hash != kBits) std::printf("hash %#llx\n", static_cast<unsigned long long>(hash));
+  expect(hash == kBits, "the bits of every machine");
+}
+
 }  // namespace
 
 int main() {
-  for (const char* isa : {"baseline", "avx2", "avx512", "avx512vnni", "avx512bf16"}) {
-    setenv("UNIKE_ISA", isa, 1);
-    if (std::string(unike_cpu_isa()) != isa) continue;  // this CPU lacks it
+  for (int i = 0; const char* isa = unike_available_isa(i); ++i) {
+    ok(unike_set_isa(isa), isa);
     for (int round = 0; round < 12; ++round) {
       const int threads = 1 + round % 3;
-      for (const unike_scan scan : {UNIKE_SCAN_F32, UNIKE_SCAN_F16, UNIKE_SCAN_BF16, UNIKE_SCAN_I8})
+      for (const unike_scan scan : {UNIKE_SCAN_F32, UNIKE_SCAN_F16, UNIKE_SCAN_BF16, UNIKE_SCAN_I8}) {
         topk(scan, threads);
+        bits(scan, threads);
+      }
       attention(threads);
       neurons(threads);
     }

@@ -21,7 +21,7 @@ FLAGS = (
 CORE = [
     *sorted(ROOT.glob("csrc/common/*.cpp")),
     *sorted(ROOT.glob("csrc/cpu/*.cpp")),
-    *sorted(ROOT.glob("csrc/cpu/baseline/*.cpp")),
+    *sorted(ROOT.glob("csrc/cpu/isa/baseline.cpp")),
 ]
 
 

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from threading import Thread
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from kernels import kernels_of
 
 from unike_kernels import _native, ops
 from unike_kernels.ops import _library
 from unike_kernels.ops.patched_ffn import PreparedNeurons
 
-LEVELS = ("baseline", "avx2", "avx512", "avx512vnni", "avx512bf16")
-AVAILABLE = LEVELS[: LEVELS.index(_native.isa()) + 1]
 
-
-@pytest.fixture(params=AVAILABLE)
-def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setenv("UNIKE_ISA", request.param)
-    assert _native.isa() == request.param
-    return request.param
+@pytest.fixture(params=_native.isas())
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    with kernels_of(request.param):
+        yield request.param
 
 
 def both(run):
@@ -83,9 +83,8 @@ def test_latent_attention(d: int, m: int, k: int, heads: int, seed: int, data: s
             q, h, keys, values, ids, ops.SemanticEncoder(*cast(encoder, dtype)), **gates, **switches
         )
 
-    for level in AVAILABLE:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("UNIKE_ISA", level)
+    for level in _native.isas():
+        with kernels_of(level):
             (got, gate), (wanted, wanted_gate) = both(run)
         # A cosine of vectors that nearly cancel is as uncertain as the vectors: an absolute bound for alpha.
         torch.testing.assert_close(gate.double(), wanted_gate, rtol=0, atol=5e-4)
@@ -187,9 +186,8 @@ def test_gradients_of_extra_neurons(
         trained = [t for t in leaves if t is not None and t.requires_grad]
         return list(torch.autograd.grad(out, trained, grad.to(wide)))
 
-    level = data.draw(st.sampled_from(AVAILABLE))
-    with pytest.MonkeyPatch.context() as patch, ops.backend("native"):
-        patch.setenv("UNIKE_ISA", level)
+    level = data.draw(st.sampled_from(_native.isas()))
+    with kernels_of(level), ops.backend("native"):
         got = run(torch.float32)
     with ops.backend("reference"):
         wanted = run(torch.float64)
@@ -254,9 +252,8 @@ def test_gradients_of_latent_attention(d: int, m: int, k: int, heads: int, seed:
         grads = torch.autograd.grad([out, alpha], trained, [grad.to(wide), grad_alpha.to(wide)])
         return [alpha.detach(), *grads]
 
-    level = data.draw(st.sampled_from(AVAILABLE))
-    with pytest.MonkeyPatch.context() as patch, ops.backend("native"):
-        patch.setenv("UNIKE_ISA", level)
+    level = data.draw(st.sampled_from(_native.isas()))
+    with kernels_of(level), ops.backend("native"):
         got = run(torch.float32)
     with ops.backend("reference"):
         wanted = run(torch.float64)
@@ -399,8 +396,33 @@ def test_indices_out_of_range_are_refused() -> None:
     assert run(slice(0, 4))[0].isfinite().all()
 
 
-def test_an_unknown_instruction_set_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("UNIKE_ISA", "avx1024")
-    with pytest.raises(ValueError, match="UNIKE_ISA"):
-        attention(2)(slice(0, 2))
-    assert _native.isa() == "invalid UNIKE_ISA"
+def test_a_pool_that_grows_in_place_finds_its_workspace() -> None:
+    """What a thread keeps of memory is too small then; the tables are read at each call."""
+    d, rows = 40, 64
+    generator = torch.Generator().manual_seed(1)
+    n = lambda *size: torch.randn(*size, generator=generator)  # noqa: E731
+    indptr = torch.arange(0, 1001, 10)
+    pool = [n(1000, d), n(1000), None, None, n(1000, d), n(100, d), n(100), indptr, torch.zeros(rows + 1).long(),
+            torch.arange(100).repeat(rows), None]  # fmt: skip
+    plan, x, base = _native.Pool(pool), n(rows, d), n(rows, d)
+    results = []
+
+    def calls() -> None:
+        for edits in (0, 1, 100, 3):
+            pool[8].copy_(torch.arange(rows + 1) * edits)
+            results.append(
+                (_native.add_extra_neurons(x, base, plan, 0), _native.add_extra_neurons(x, base, _native.Pool(pool), 0))
+            )
+        pool[9][0] = 100
+        with pytest.raises(ValueError, match="row_edits must name edits of the pool"):
+            _native.add_extra_neurons(x, base, plan, 0)
+        results.append("refused")
+
+    thread = Thread(target=calls)  # of its own: it keeps no memory yet
+    thread.start()
+    thread.join()
+    assert results.pop() == "refused"
+    assert len(results) == 4
+    for one, another in results:
+        assert torch.equal(one, another)
+    assert torch.equal(results[0][0], base) and not torch.equal(results[1][0], results[2][0])

@@ -77,7 +77,7 @@ def frozen(**tensors: Tensor | None) -> None:
 
 def ids(name: str, values: object) -> Tensor:
     """Integers, in whatever they come, as an int64 tensor [n] on the CPU; neither floats nor a mask are ids."""
-    found = values if isinstance(values, Tensor) else torch.as_tensor(values)
+    found = values if isinstance(values, Tensor) else torch.as_tensor(values, dtype=None, device="cpu")
     if found.numel() and (found.dtype == torch.bool or found.is_floating_point() or found.is_complex()):
         hint = f"; of a mask take {name}.nonzero()" if found.dtype == torch.bool else ""
         raise TypeError(f"{name}: expected integers, got {shape_of(found)}{hint}")

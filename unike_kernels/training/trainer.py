@@ -67,7 +67,9 @@ def _initial_layers(
         noise = torch.randn(away.shape, generator=generator, dtype=torch.float32, device="cpu").to(away.device)
         away = away + 0.1 * noise * away.norm(dim=-1, keepdim=True) / away.shape[-1] ** 0.5
         keys = away / (away * away).sum(-1, keepdim=True).clamp(min=1e-12)
-        layers[i] = fresh_layer(keys, -(keys @ m) if training.bias else keys.new_zeros(len(keys)), zeta[i], gated=gated)
+        layers[i] = fresh_layer(
+            keys, -(keys @ m) if training.bias else keys.new_zeros(len(keys), dtype=keys.dtype), zeta[i], gated=gated
+        )
         if gated and not training.bias:  # with a factor of 0 nothing would ever be learned
             layers[i] = replace(layers[i], up=keys.clone(), up_bias=torch.zeros_like(layers[i].key_bias))
     return layers

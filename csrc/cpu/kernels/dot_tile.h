@@ -24,7 +24,6 @@ constexpr int64_t kStreamBytes = 32768;  // of queries in the L1 cache
 constexpr int kKeys = 4;
 constexpr int kQueries = kLanes == 16 ? 6 : 2;  // 4 + 1 registers for the operands, of 32 or 16
 
-using Ints = int32_t __attribute__((vector_size(kLanes * sizeof(int32_t))));
 using FourFloats = float __attribute__((vector_size(16)));
 using FourInts = int32_t __attribute__((vector_size(16)));
 
@@ -105,15 +104,11 @@ struct Bytes {
 // Four sums, those of the lanes of s[0], ..., s[3].
 template <typename C>
 inline typename C::Four fold(const typename C::Sum* s) {
-  Ints single, pairs;  // within each 128 bits: (a0 b0 a1 b1) of a and b, then (a0 a1 b0 b1)
-  for (int j = 0; j < kLanes; j += 4) {
-    for (int l = 0; l < 4; ++l) {
-      single[j + l] = (l % 2) * kLanes + j + l / 2;
-      pairs[j + l] = (l / 2) * kLanes + j + l % 2;
-    }
-  }
-  const auto halve = [](typename C::Sum a, typename C::Sum b, Ints low) {
-    return __builtin_shuffle(a, b, low) + __builtin_shuffle(a, b, low + 2);
+  // Within each 128 bits: (a0 b0 a1 b1) of a and b, then (a0 a1 b0 b1); and the same two numbers further on.
+  const auto single = [](int l) { return l % 2 * kLanes + l / 4 * 4 + l % 4 / 2; };
+  const auto pairs = [](int l) { return l % 4 / 2 * kLanes + l / 4 * 4 + l % 2; };
+  const auto halve = [](typename C::Sum a, typename C::Sum b, auto low) {
+    return shuffle(a, b, low) + shuffle(a, b, [](int l) { return decltype(low){}(l) + 2; });
   };
   const typename C::Sum quads = halve(halve(s[0], s[1], single), halve(s[2], s[3], single), pairs);
   typename C::Four parts[kLanes / 4];
@@ -157,10 +152,10 @@ inline void dot_block(const typename C::Query* const* queries, const typename C:
   }
 }
 
-// out[q * ld + i] = queries[q] . keys[i] for Q queries. `onward`: what lies behind a key is wanted next.
+// out[q * ld + i] = queries[q] . keys[i] for Q queries. `prefetch_next`: what lies behind a key is wanted next.
 template <typename C, int Q>
 void dot_stream(const typename C::Query* const* queries, const typename C::Key* const* keys, int64_t n, int64_t length,
-                bool onward, typename C::Element* out, int64_t ld) {
+                bool prefetch_next, typename C::Element* out, int64_t ld) {
   constexpr int kFours = (Q + 3) / 4;     // sums are folded four at a time
   constexpr int kParts = Q <= 2 ? 4 : 2;  // of each sum, to hide the latency of the additions
   constexpr int64_t kAhead = 8192 / sizeof(typename C::Key);
@@ -174,7 +169,7 @@ void dot_stream(const typename C::Query* const* queries, const typename C::Key* 
     }
     const auto step = [&](int part, int64_t j) {
       const auto k = C::load_key(key + j);
-      if (onward) __builtin_prefetch(key + j + kAhead);
+      if (prefetch_next) __builtin_prefetch(key + j + kAhead);
       for (int q = 0; q < Q; ++q) s[part][q] = C::add_product(s[part][q], k, C::load_query(query[q] + j));
     };
     int64_t j = 0;
@@ -207,16 +202,17 @@ inline void with_constant(int64_t count, const Body& body) {
 }
 
 // out[q * ld + i] = queries[q] . keys[i]; ld >= n, rounded up to a multiple of kKeys. A sum has the same order whatever the
-// numbers of rows are. `onward`: the keys lie in memory at equal distances, and more follow.
+// numbers of rows are. `prefetch_next`: the keys lie in memory at equal distances, and more follow.
 template <typename C>
 void dot_blocks(const typename C::Query* const* queries, int64_t count, const typename C::Key* const* keys, int64_t n,
-                int64_t length, bool onward, typename C::Element* out, int64_t ld) {
+                int64_t length, bool prefetch_next, typename C::Element* out, int64_t ld) {
   constexpr int64_t kChunk = kChunkBytes / sizeof(typename C::Key);
   const auto key = [&](int64_t i) {
     return keys[i < n ? i : n - 1];
   };  // the last one stands for those that are not there
-  // A group of queries with the keys from, ..., to - 1, in the columns of a chunk.
-  const auto group = [&](int64_t q, int64_t from, int64_t to, int64_t start) {
+  // A group of queries with the keys from, ..., to - 1, in the columns of a chunk. Out of line: two copies of all its cases
+  // are slower than a call.
+  const auto group = [&](int64_t q, int64_t from, int64_t to, int64_t start) __attribute__((noinline)) {
     const int64_t chunk = length - start < kChunk ? length - start : kChunk;
     const typename C::Query* query[kQueries];
     for (int64_t l = 0; l < kQueries; ++l) query[l] = queries[q + l < count ? q + l : q] + start;
@@ -228,7 +224,7 @@ void dot_blocks(const typename C::Query* const* queries, int64_t count, const ty
           block[l] = key(i + l) + start;
           ahead[l] = last && n > 1 ? block[l] + (keys[1] - keys[0]) * kKeys : key(i + kKeys + l) + start;
         }
-        const bool fetch = q == 0 && (!last || onward);
+        const bool fetch = q == 0 && (!last || prefetch_next);
         dot_block<C, Q>(query, block, chunk, fetch ? ahead : nullptr, start > 0, out + q * ld + i, ld);
       }
     });
@@ -248,11 +244,11 @@ void dot_blocks(const typename C::Query* const* queries, int64_t count, const ty
 // The same, but a float sum may have another order for a few queries than for many.
 template <typename C>
 void dot_tile(const typename C::Query* const* queries, int64_t count, const typename C::Key* const* keys, int64_t n,
-              int64_t length, bool onward, typename C::Element* out, int64_t ld) {
+              int64_t length, bool prefetch_next, typename C::Element* out, int64_t ld) {
   if (count <= kQueries && count * length * static_cast<int64_t>(sizeof(typename C::Query)) <= kStreamBytes) {
-    with_constant(count, [&]<int Q> { dot_stream<C, Q>(queries, keys, n, length, onward, out, ld); });
+    with_constant(count, [&]<int Q> { dot_stream<C, Q>(queries, keys, n, length, prefetch_next, out, ld); });
   } else {
-    dot_blocks<C>(queries, count, keys, n, length, onward, out, ld);
+    dot_blocks<C>(queries, count, keys, n, length, prefetch_next, out, ld);
   }
 }
 

@@ -6,8 +6,6 @@
 namespace unike {
 namespace {
 
-using Signed = int32_t __attribute__((vector_size(kLanes * sizeof(int32_t))));
-
 inline Vec fill(float x) { return Vec{} + x; }
 inline Vec at_most(Vec v, float limit) { return v < limit ? v : fill(limit); }
 inline Vec at_least(Vec v, float limit) { return v > limit ? v : fill(limit); }
@@ -40,7 +38,7 @@ inline Vec exp_of_negative(Vec x) {
   constexpr float kOverFactorials[] = {1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f,
                                        4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f};
   const Vec p = polynomial(r, kOverFactorials) * r * r + r + 1.0f;
-  return (Vec)((Signed)p + (__builtin_convertvector(n, Signed) << 23));
+  return (Vec)((Ints)p + (__builtin_convertvector(n, Ints) << 23));
 }
 
 inline Vec gelu(Vec x) { return 0.5f * x * (1.0f + erf(x * 0.70710678f)); }

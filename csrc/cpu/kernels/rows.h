@@ -3,7 +3,7 @@
 
 #include "cpu/kernels/dot_tile.h"
 #include "cpu/kernels/gelu.h"
-#include "cpu/rows.h"
+#include "cpu/row_kernels.h"
 
 namespace unike {
 namespace {
@@ -79,9 +79,9 @@ void add_gathered(const float* weights, const T* const* rows, int64_t n, int64_t
 }
 
 template <typename T>
-void dots(const float* const* x, int64_t tokens, const void* const* rows, int64_t n, int64_t d, bool onward, float* out,
-          int64_t ld) {
-  dot_blocks<Floats<T>>(x, tokens, reinterpret_cast<const T* const*>(rows), n, d, onward, out, ld);
+void dots(const float* const* x, int64_t tokens, const void* const* rows, int64_t n, int64_t d, bool prefetch_next,
+          float* out, int64_t ld) {
+  dot_blocks<Floats<T>>(x, tokens, reinterpret_cast<const T* const*>(rows), n, d, prefetch_next, out, ld);
 }
 
 template <typename T>
@@ -140,7 +140,7 @@ void blend(const float* a, float own, const float* b, float other, int64_t d, fl
   for (; i < d; ++i) out[i] = own * a[i] + other * b[i];
 }
 
-constexpr RowKernels row_kernels{
+constexpr RowKernels rows{
     {load_row<float>, load_row<BFloat16>},
     {store_row<float>, store_row<BFloat16>},
     {dots<float>, dots<BFloat16>},

@@ -1,4 +1,5 @@
-// The few float32 primitives of the kernels, in GCC's vector types: one register of SSE, AVX2 or AVX-512. Rows may be
+// The few float32 primitives of the kernels, in the vector types of GCC and clang: one register of SSE,
+// AVX2, AVX-512 or AdvSIMD. Rows may be
 // stored as float or BFloat16: they are loaded as float32, and stored rounded to nearest, ties to even.
 //
 // Files that include this are compiled once for each ISA. Everything lives in an unnamed namespace, and no inline
@@ -10,6 +11,7 @@
 #endif
 
 #include <cstdint>
+#include <utility>
 
 #include "common/half.h"
 
@@ -26,11 +28,62 @@ constexpr int64_t kLanes = 4;
 using Vec = float __attribute__((vector_size(kLanes * sizeof(float))));
 using Unaligned = float __attribute__((vector_size(kLanes * sizeof(float)), aligned(4), may_alias));
 
+using Ints = int32_t __attribute__((vector_size(kLanes * sizeof(int32_t))));
 using Bits = uint32_t __attribute__((vector_size(kLanes * sizeof(uint32_t))));
 using Halves = uint16_t __attribute__((vector_size(kLanes * sizeof(uint16_t)), aligned(2), may_alias));
 
+// The lanes lane(0), lane(1), ... of a and b, those of b counted from kLanes on; `lane`: without captures.
+template <typename V, typename Lane, int... l>
+inline V shuffle(V a, V b, Lane, std::integer_sequence<int, l...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, Lane{}(l)...);
+#else  // GCC has the other one from 12 on
+  return __builtin_shuffle(a, b, Ints{Lane{}(l)...});
+#endif
+}
+template <typename V, typename Lane>
+inline V shuffle(V a, V b, Lane lane) {
+  return shuffle(a, b, lane, std::make_integer_sequence<int, kLanes>{});
+}
+
 inline Vec load(const float* p) { return *reinterpret_cast<const Unaligned*>(p); }
 inline void store(float* p, Vec v) { *reinterpret_cast<Unaligned*>(p) = v; }
+
+// One element as float32, and back.
+inline float get(const float* p) { return *p; }
+inline float get(const BFloat16* p) { return __builtin_bit_cast(float, static_cast<uint32_t>(p->bits) << 16); }
+inline float get(const Float16* p) {
+  const uint32_t sign = (p->bits & 0x8000u) << 16, rest = (p->bits & 0x7fffu) << 13;
+  uint32_t bits;
+  if (rest >= 0x0f800000) {  // infinities and NaNs
+    bits = rest | 0x7f800000;
+  } else if (rest >= 0x00800000) {
+    bits = rest + (112u << 23);
+  } else {  // below the normal numbers
+    bits = __builtin_bit_cast(uint32_t, __builtin_bit_cast(float, rest + (113u << 23)) - 0x1p-14f);
+  }
+  return __builtin_bit_cast(float, sign | bits);
+}
+inline void put(float* p, float x) { *p = x; }
+inline void put(BFloat16* p, float x) {
+  const auto bits = __builtin_bit_cast(uint32_t, x);
+  p->bits = static_cast<uint16_t>(x != x ? (bits >> 16) | 0x40 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+inline void put(Float16* p, float x) {
+  const auto all = __builtin_bit_cast(uint32_t, x);
+  const uint32_t sign = all >> 16 & 0x8000, rest = all & 0x7fffffff;
+  uint32_t bits;
+  if (rest > 0x7f800000) {
+    bits = 0x7e00 | (rest >> 13 & 0x3ff);  // NaN
+  } else if (rest >= 0x47800000) {
+    bits = 0x7c00;
+  } else if (rest >= 0x38800000) {
+    bits = (rest - (112u << 23) + 0xfff + (rest >> 13 & 1)) >> 13;
+  } else {  // the last place of 0.5 is the unit below the normal numbers
+    bits = __builtin_bit_cast(uint32_t, __builtin_bit_cast(float, rest) + 0.5f) - 0x3f000000;
+  }
+  p->bits = static_cast<uint16_t>(sign | bits);
+}
 
 inline Vec load(const BFloat16* p) {
   return (Vec)(__builtin_convertvector(*reinterpret_cast<const Halves*>(p), Bits) << 16);
@@ -42,7 +95,7 @@ inline Vec load(const Float16* p) {
   return (Vec)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 #else
   Vec v{};
-  for (int j = 0; j < kLanes; ++j) v[j] = static_cast<float>(p[j]);
+  for (int j = 0; j < kLanes; ++j) v[j] = get(p + j);
   return v;
 #endif
 }
@@ -58,18 +111,8 @@ inline void store(Float16* p, Vec v) {
 #elif defined(__F16C__)
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
 #else
-  for (int j = 0; j < kLanes; ++j) p[j] = static_cast<Float16>(v[j]);
+  for (int j = 0; j < kLanes; ++j) put(p + j, v[j]);
 #endif
-}
-
-// One element as float32, and back.
-inline float get(const float* p) { return *p; }
-inline float get(const BFloat16* p) { return __builtin_bit_cast(float, static_cast<uint32_t>(p->bits) << 16); }
-inline float get(const Float16* p) { return static_cast<float>(*p); }
-inline void put(float* p, float x) { *p = x; }
-inline void put(BFloat16* p, float x) {
-  const auto bits = __builtin_bit_cast(uint32_t, x);
-  p->bits = static_cast<uint16_t>(x != x ? (bits >> 16) | 0x40 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
 inline float sum(Vec v) {

@@ -1,8 +1,8 @@
 /* What all headers of the native core share: the version, the status of a call, and what the CPU can do.
  *
  * A C ABI without Python or torch: plain pointers, sizes, row strides in elements, an explicit number of threads, and a
- * workspace for all that a call needs beside its arguments. No function throws, keeps a pointer after it returns, or holds
- * state of its own; all may be called concurrently.
+ * workspace for all that a call needs beside its arguments. No function throws or keeps a pointer after it returns, and
+ * only unike_set_isa() leaves anything behind; all may be called concurrently.
  *
  * Arguments are checked, and UNIKE_INVALID_ARGUMENT with a message that names one is the answer to: null where there are
  * elements (an array of none may be null), a pointer that is not aligned to the size of its elements, an enum of no name, a
@@ -12,9 +12,10 @@
  * the same address, stride and dtype. What an array holds beyond its stated size cannot be seen, and other outputs must
  * share no memory with anything else. A call without tokens needs no workspace.
  *
- * Threads are those of OpenMP; fewer than 1 count as 1, more than 1024 as 1024. A workspace is memory of any alignment and content, at least as large as the function named
- * like the operation with `_workspace` says for the same arguments (0: the call will refuse them); it is free again when
- * the call returns. */
+ * Threads are those of OpenMP; fewer than 1 count as 1, more than 1024 as 1024. A workspace is memory of any alignment
+ * and content, at least as large as the function named like the operation with `_workspace` says for the same arguments
+ * (0: the call will refuse them); it is free again when the call returns. A smaller one is refused before any result is
+ * written, so that a caller may try with what it has. */
 #ifndef UNIKE_UNIKE_H_
 #define UNIKE_UNIKE_H_
 
@@ -75,9 +76,17 @@ typedef int (*unike_poll)(void);
 /* Sets that of the calling thread, for all its later calls; null: nobody is asked. */
 UNIKE_API void unike_set_poll(unike_poll poll);
 
-/* The best instruction set that this CPU and its kernels support: "avx512bf16", "avx512vnni", "avx512", "avx2" or
- * "baseline". */
+/* The instruction set of the kernels in use, "invalid UNIKE_ISA" where they would fail: what the environment variable
+ * UNIKE_ISA named at the first call of anything that has kernels, else the best that this machine has. */
 UNIKE_API const char* unike_cpu_isa(void);
+
+/* Those that this machine has, from "baseline" to the best; null for an index beyond. On x86-64 "avx2", "avx512",
+ * "avx512vnni" and "avx512bf16". */
+UNIKE_API const char* unike_available_isa(int index);
+
+/* Another one for the whole process, or, with null, again what UNIKE_ISA says: for tests and measurements, between
+ * calls. */
+UNIKE_API unike_status unike_set_isa(const char* name);
 
 #ifdef __cplusplus
 }

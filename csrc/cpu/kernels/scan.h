@@ -1,11 +1,11 @@
-// Canonical arithmetic, and the packing and scanning of keys and queries, compiled once for each ISA. cosine_topk.cpp says
-// what the numbers mean and proves the bounds.
+// Canonical arithmetic, and the packing and scanning of keys and queries, compiled once for each ISA. ../EXACTNESS.md
+// says what the numbers mean and proves the bounds.
 #pragma once
 
 #include <math.h>  // the plain C functions: see vector.h
 
-#include "cpu/cosine_topk.h"
 #include "cpu/kernels/dot_tile.h"
+#include "cpu/scan_kernels.h"
 
 namespace unike {
 namespace {
@@ -151,8 +151,8 @@ float subtract(const float* x, float b, const float* u, int64_t d, float* rest) 
 }
 
 void take_out(const float* x, const float* u, int64_t d, float* rest, QueryBounds* bounds) {
-  bounds->along = u ? static_cast<float>(wide_dot(x, u, d)) : 0.0f;
-  subtract(x, bounds->along, u ? u : x, d, rest);
+  bounds->projection = u ? static_cast<float>(wide_dot(x, u, d)) : 0.0f;
+  subtract(x, bounds->projection, u ? u : x, d, rest);
   bounds->residual = raised(::sqrt(wide_dot(rest, rest, d)));
 }
 
@@ -237,52 +237,50 @@ KeyBounds pack_key(const float* x, const float* u, double uu, int64_t d, float* 
   Pair cu{}, cc{};
   each_vector(u, d, [&](int64_t i, const float* direction) {
     C::encode(load(rest + i), inverse, codes + i);
-    const Pair c = widen(C::decode(codes + i)), along = widen(load(direction));
+    const Pair c = widen(C::decode(codes + i)), u_i = widen(load(direction));
     for (int part = 0; part < 2; ++part) {
-      cu.half[part] += c.half[part] * along.half[part];
+      cu.half[part] += c.half[part] * u_i.half[part];
       cc.half[part] += c.half[part] * c.half[part];
     }
   });
   const int64_t length = padded_bytes(sizeof(typename C::Code), d) / static_cast<int64_t>(sizeof(typename C::Code));
   for (int64_t i = (d + kLanes - 1) / kLanes * kLanes; i < length; i += kLanes) C::encode(Vec{}, inverse, codes + i);
   // Once more along u, now that the codes are known: nothing of the residual is left there.
-  const double codes_along = scale * total(cu);
-  const auto b = static_cast<float>(uu > 0 ? (xu - codes_along) / uu : 0.0);
+  const double codes_projection = scale * total(cu);
+  const auto b = static_cast<float>(uu > 0 ? (xu - codes_projection) / uu : 0.0);
   Pair rr{};
   each_vector(x, d, [&](int64_t i, const float* part) {
     float direction[kLanes] = {};
     __builtin_memcpy(direction, u + i, (d - i < kLanes ? d - i : kLanes) * sizeof(float));
-    const Pair value = widen(load(part)), along = widen(load(direction)), c = widen(C::decode(codes + i));
+    const Pair value = widen(load(part)), u_i = widen(load(direction)), c = widen(C::decode(codes + i));
     for (int half = 0; half < 2; ++half) {
-      const Wide r = value.half[half] - along.half[half] * b - c.half[half] * scale;
+      const Wide r = value.half[half] - u_i.half[half] * b - c.half[half] * scale;
       rr.half[half] += r * r;
     }
   });
-  return {scale, static_cast<float>(b + codes_along), raised(::sqrt(total(rr))), raised(scale * ::sqrt(total(cc)))};
+  return {scale, static_cast<float>(b + codes_projection), raised(::sqrt(total(rr))),
+          raised(scale * ::sqrt(total(cc)))};
 }
 
 // Transposes the bounds of kTile keys.
 void load_bounds(const KeyBounds* keys, TileBounds* out) {
   static_assert(sizeof(KeyBounds) == 4 * sizeof(float));
   constexpr int kHalf = kLanes / 2;
-  Ints even, odd, low;  // of two registers: the first and second numbers of their keys, the others, the lower halves
-  for (int l = 0; l < kHalf; ++l) {
-    even[l] = 4 * l;
-    even[l + kHalf] = 4 * l + 1;
-    low[l] = l;
-    low[l + kHalf] = kLanes + l;
-  }
-  odd = even + 2;
+  // Of two registers: the first and second numbers of their keys, the others; the lower halves, the upper ones.
+  const auto even = [](int l) { return 4 * (l % kHalf) + l / kHalf; };
+  const auto odd = [](int l) { return 4 * (l % kHalf) + l / kHalf + 2; };
+  const auto low = [](int l) { return l % kHalf + l / kHalf * kLanes; };
+  const auto high = [](int l) { return l % kHalf + l / kHalf * kLanes + kHalf; };
   const auto* numbers = reinterpret_cast<const float*>(keys);
   for (int64_t i = 0; i < kTile; i += kLanes) {
     Vec v[4];
     for (int part = 0; part < 4; ++part) v[part] = load(numbers + 4 * i + part * kLanes);
-    const Vec first[2] = {__builtin_shuffle(v[0], v[1], even), __builtin_shuffle(v[2], v[3], even)};
-    const Vec second[2] = {__builtin_shuffle(v[0], v[1], odd), __builtin_shuffle(v[2], v[3], odd)};
-    store(out->scale + i, __builtin_shuffle(first[0], first[1], low));
-    store(out->along + i, __builtin_shuffle(first[0], first[1], low + kHalf));
-    store(out->residual + i, __builtin_shuffle(second[0], second[1], low));
-    store(out->norm + i, __builtin_shuffle(second[0], second[1], low + kHalf));
+    const Vec first[2] = {shuffle(v[0], v[1], even), shuffle(v[2], v[3], even)};
+    const Vec second[2] = {shuffle(v[0], v[1], odd), shuffle(v[2], v[3], odd)};
+    store(out->scale + i, shuffle(first[0], first[1], low));
+    store(out->projection + i, shuffle(first[0], first[1], high));
+    store(out->residual + i, shuffle(second[0], second[1], low));
+    store(out->norm + i, shuffle(second[0], second[1], high));
   }
 }
 
@@ -319,7 +317,7 @@ int64_t survivors(const void* high, const int32_t* low, bool integers, const Til
     const Ints raw = load_ints(static_cast<const int32_t*>(high) + i);
     Vec product = integers ? without(raw, query.high_offset) : (Vec)raw;
     if (low) product += without(load_ints(low + i), query.low_offset) * (1.0f / kLowSteps);
-    const Vec score = query.along * load(keys.along + i) + query.scale * load(keys.scale + i) * product;
+    const Vec score = query.projection * load(keys.projection + i) + query.scale * load(keys.scale + i) * product;
     const Vec error = query.residual * load(keys.residual + i) + left * load(keys.norm + i) + query.slack;
     for (unsigned set = lanes_set((Ints)(score + error >= threshold)); set != 0; set &= set - 1) {
       out[count++] = static_cast<int32_t>(i) + __builtin_ctz(set);
@@ -329,10 +327,10 @@ int64_t survivors(const void* high, const int32_t* low, bool integers, const Til
 }
 
 template <typename C>
-void tile(const void* const* queries, int64_t count, const void* const* keys, int64_t n, int64_t length, bool onward,
-          void* out) {
+void tile(const void* const* queries, int64_t count, const void* const* keys, int64_t n, int64_t length,
+          bool prefetch_next, void* out) {
   dot_tile<C>(reinterpret_cast<const typename C::Query* const*>(queries), count,
-              reinterpret_cast<const typename C::Key* const*>(keys), n, length, onward,
+              reinterpret_cast<const typename C::Key* const*>(keys), n, length, prefetch_next,
               static_cast<typename C::Element*>(out), kTile);
 }
 
@@ -384,7 +382,7 @@ using BFloat16Scan = Pairs;
 using BFloat16Scan = Floats<BFloat16>;
 #endif
 
-constexpr ScanKernels scan_kernels{
+constexpr ScanKernels scan{
     {normalize<float>, normalize<BFloat16>},
     {nullptr, pack_key<HalfCodes<Float16>>, pack_key<HalfCodes<BFloat16>>, pack_key<ByteCodes>},
     take_out,

@@ -1,4 +1,4 @@
-// Operations on rows that the latent attention and the patched FFN are made of.
+// Operations on rows that the latent attention and the extra neurons are made of.
 #pragma once
 
 #include <cstdint>
@@ -13,9 +13,9 @@ struct RowKernels {
   void (*store_row[2])(const float* row, int64_t d, void* out);
 
   // out[t * ld + j] = x[t] . rows[j], in an order of additions that depends on d alone; ld: n up to a multiple of 4.
-  // onward: the rows lie in memory at equal distances, and more follow.
+  // prefetch_next: the rows lie in memory at equal distances, and more follow.
   using Dots = void (*)(const float* const* x, int64_t tokens, const void* const* rows, int64_t n, int64_t d,
-                        bool onward, float* out, int64_t ld);
+                        bool prefetch_next, float* out, int64_t ld);
   Dots dots[2];  // by the dtype of the rows
 
   // sums[t] += sum over j of weights[t][j] rows[j], in the order of j. Gathered rows serve one token.
@@ -35,7 +35,5 @@ struct RowKernels {
   // out = own a + other b.
   void (*blend)(const float* a, float own, const float* b, float other, int64_t d, float* out);
 };
-
-extern const RowKernels row_kernels_baseline, row_kernels_avx2, row_kernels_avx512;
 
 }  // namespace unike

@@ -2,7 +2,7 @@
  * what was found, and adds the neurons of an edit to the output of an FFN. Plain C, without Python.
  *
  *   python3 setup.py build_core --output core
- *   cc csrc/examples/search_and_edit.c -Icore/include -Lcore/lib -lunike -lm -Wl,-rpath,core/lib -o example && ./example
+ *   cc examples/search_and_edit.c -Icore/include -Lcore/lib -lunike -lm -Wl,-rpath,core/lib -o example && ./example
  */
 #include <math.h>
 #include <stdio.h>
@@ -10,8 +10,9 @@
 #include <string.h>
 
 #include "unike/cosine_topk.h"
+#include "unike/extra_neurons.h"
 #include "unike/latent_attention.h"
-#include "unike/patched_ffn.h"
+#include "unike/memory_attention.h"
 
 enum { N = 1000, D = 64, R = 8, K = 5, TOKENS = 3, NEURONS = 2, THREADS = 2 };
 

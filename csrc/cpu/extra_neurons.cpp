@@ -5,18 +5,17 @@
 // own, and adds this to the base once: the base is no part of the extra neurons' rounding. Tokens without edits are copied.
 // Backward, each slot gets the gradients of its activations, each token the sum of its slots for x, and each edit the
 // sums over its slots, in the order of the tokens.
-#include "unike/patched_ffn.h"
+#include "unike/extra_neurons.h"
 
 #include <algorithm>
 #include <cmath>
 
 #include "common/checked.h"
-#include "common/cpu_isa.h"
 #include "common/parallel.h"
 #include "common/status.h"
 #include "common/workspace.h"
 #include "cpu/activation.h"
-#include "cpu/rows.h"
+#include "cpu/isa.h"
 
 namespace unike {
 namespace {
@@ -34,6 +33,12 @@ struct Slot {
   int64_t place;    // among the slots of its edit
   float total;      // sum o
   float steered;    // zeta . grad
+};
+
+// How much room the rows of a pool need, in neurons up to a multiple of 4.
+struct PoolSizes {
+  int64_t most_edits = 0, most_neurons = 0;  // of a row
+  int64_t largest = 0;                       // edit
 };
 
 struct Problem {
@@ -58,29 +63,18 @@ void clear_gradients(const unike_edit_pool& pool, int64_t d, const unike_extra_g
 
 class ExtraNeurons {
  public:
-  ExtraNeurons(const Problem& p, const RowKernels& kernels, int threads, bool backward, Workspace& workspace)
+  ExtraNeurons(const Problem& p, const PoolSizes& sizes, const RowKernels& kernels, int threads, bool backward,
+               Workspace& workspace)
       : p_(p), pool_(p.pool), kernels_(kernels), threads_(threads), block_(std::min(p.m, kTokenBlock)) {
-    int64_t most_edits = 0, most_neurons = 0, largest = 0;  // of a row; the largest edit
-    for (int64_t row = 0; row < pool_.rows; ++row) {
-      int64_t edits = 0, neurons = 0;
-      each_edit(row, [&](int64_t e) {
-        const int64_t n = padded(size(e));
-        ++edits;
-        neurons = plus(neurons, n);
-        largest = std::max(largest, n);
-      });
-      most_edits = std::max(most_edits, edits);
-      most_neurons = std::max(most_neurons, neurons);
-    }
     refuse_repeats(workspace.take<int64_t>(pool_.edits));
     first_slots_ = workspace.take<int64_t>(block_ + 1);
-    slots_ = workspace.take<Slot>(times(block_, most_edits));
+    slots_ = workspace.take<Slot>(times(block_, sizes.most_edits));
     x_ = workspace.take<const float*>(block_);
     if (p.x.dtype != UNIKE_F32) converted_x_ = workspace.take<float>(times(block_, p.d));
-    const auto per_neuron = [&] { return workspace.take<float>(times(block_, most_neurons)); };
+    const auto per_neuron = [&] { return workspace.take<float>(times(block_, sizes.most_neurons)); };
     o_ = per_neuron();
     up_ = per_neuron();
-    rows_ = std::max(largest, backward ? block_ : 0);
+    rows_ = std::max(sizes.largest, backward ? block_ : 0);
     pointers_ = workspace.take<const void*>(times(threads, rows_));
     if (!backward) {
       sums_ = workspace.take<float>(times(threads, p.d));
@@ -92,13 +86,13 @@ class ExtraNeurons {
     grad_ups_ = per_neuron();
     grads_ = workspace.take<float>(times(block_, p.d));
     edit_slots_ = workspace.take<int64_t>(pool_.edits + 1);
-    slots_of_edits_ = workspace.take<int64_t>(times(block_, most_edits));
+    slots_of_edits_ = workspace.take<int64_t>(times(block_, sizes.most_edits));
     columns_ = workspace.take<float>(times(threads, 3, block_));
   }
 
   void forward(unike_rows base, unike_rows_out out) {
     for (first_ = 0; first_ < p_.m; first_ += block_) {
-      open();
+      load_block();
       parallel_for(slot_count_, threads_of_slots(), [&](int64_t s, int thread) { activate_slot(slots_[s], thread); });
       const int threads = threads_of_slots();
       const int64_t slices = count_ >= 2 * threads ? 1 : ceil_div(p_.d, kColumns), width = ceil_div(p_.d, slices);
@@ -112,7 +106,7 @@ class ExtraNeurons {
   void backward(unike_rows grad, const unike_extra_gradients& out) {
     clear_gradients(pool_, p_.d, out);
     for (first_ = 0; first_ < p_.m; first_ += block_) {
-      open();
+      load_block();
       group_by_edit();
       parallel_for(count_, threads_of(1), [&](int64_t t, int) {
         kernels_.load_row[grad.dtype](at(grad.data, grad.dtype, (first_ + t) * grad.stride), p_.d, grads_ + t * p_.d);
@@ -163,7 +157,7 @@ class ExtraNeurons {
   }
 
   // The slots of the next block, and its rows of x.
-  void open() {
+  void load_block() {
     count_ = std::min(block_, p_.m - first_);
     slot_count_ = neurons_ = 0;
     for (int64_t t = 0; t < count_; ++t) {
@@ -336,29 +330,39 @@ class ExtraNeurons {
   float* columns_ = nullptr;  // [threads, ...]
 };
 
-void check_ascending(const char* name, const int64_t* indptr, int64_t count, const char* message) {
-  check_array(name, indptr, count + 1);
-  require(indptr[0] == 0 && std::is_sorted(indptr, indptr + count + 1), message);
-}
-
 // Which rows use which edits, and all sizes; the tables are for check_tables.
-void check(const unike_edit_pool& pool, int64_t m, int64_t d) {
+PoolSizes check(const unike_edit_pool& pool, int64_t m, int64_t d) {
   check_size("m", m, 0);
   check_size("d", d, 1);
   check_size("pool.neurons", pool.neurons, 0);
   check_size("pool.edits", pool.edits, 0);
   check_size("pool.rows", pool.rows, 1);
   for (const int64_t rows : {m, pool.neurons, pool.edits}) times(rows, d, sizeof(float));
-  check_ascending("indptr", pool.indptr, pool.edits, "indptr must ascend from 0");
-  require(pool.indptr[pool.edits] <= pool.neurons, "indptr must not end beyond the neurons");
-  check_ascending("row_indptr", pool.row_indptr, pool.rows, "row_indptr must ascend from 0");
+  check_array("indptr", pool.indptr, pool.edits + 1);
+  check_array("row_indptr", pool.row_indptr, pool.rows + 1);
+  PoolSizes sizes;
+  require(pool.indptr[0] == 0, "indptr must ascend from 0");
+  for (int64_t e = 0; e < pool.edits; ++e) {
+    require(pool.indptr[e] <= pool.indptr[e + 1], "indptr must ascend from 0");
+    require(pool.indptr[e + 1] <= pool.neurons, "indptr must not end beyond the neurons");
+    sizes.largest = std::max(sizes.largest, padded(pool.indptr[e + 1] - pool.indptr[e]));
+  }
+  require(pool.row_indptr[0] == 0, "row_indptr must ascend from 0");
   for (int64_t row = 0; row < pool.rows; ++row) {
-    const int64_t listed = pool.row_indptr[row + 1] - pool.row_indptr[row];
-    if (listed > pool.edits) refuse("row_indptr", "rows of distinct edits, no more than the pool has", listed);
+    const int64_t from = pool.row_indptr[row], to = pool.row_indptr[row + 1];
+    require(from <= to, "row_indptr must ascend from 0");
+    if (to - from > pool.edits) refuse("row_indptr", "rows of distinct edits, no more than the pool has", to - from);
+    sizes.most_edits = std::max(sizes.most_edits, to - from);
   }
   check_array("row_edits", pool.row_edits, pool.row_indptr[pool.rows]);
-  for (int64_t i = 0; i < pool.row_indptr[pool.rows]; ++i) {
-    require(0 <= pool.row_edits[i] && pool.row_edits[i] < pool.edits, "row_edits must name edits of the pool");
+  for (int64_t row = 0; row < pool.rows; ++row) {
+    int64_t neurons = 0;
+    for (int64_t i = pool.row_indptr[row]; i < pool.row_indptr[row + 1]; ++i) {
+      const int64_t e = pool.row_edits[i];
+      require(0 <= e && e < pool.edits, "row_edits must name edits of the pool");
+      neurons = plus(neurons, padded(pool.indptr[e + 1] - pool.indptr[e]));
+    }
+    sizes.most_neurons = std::max(sizes.most_neurons, neurons);
   }
   if (pool.token_rows == nullptr) {
     require(m % pool.rows == 0, "the tokens cannot be split evenly among the rows");
@@ -367,6 +371,7 @@ void check(const unike_edit_pool& pool, int64_t m, int64_t d) {
     const auto valid = [&](int64_t row) { return 0 <= row && row < pool.rows; };
     require(std::all_of(pool.token_rows, pool.token_rows + m, valid), "token_rows must name rows of the pool");
   }
+  return sizes;
 }
 
 void check_tables(const unike_edit_pool& pool, int64_t d, unike_activation activation) {
@@ -392,11 +397,11 @@ struct Gradient {
 int64_t workspace_bytes_of(int64_t m, int64_t d, const unike_edit_pool* pool, int threads, bool backward) {
   return guarded_bytes([&] {
     require(pool != nullptr, "pool must not be null");
-    check(*pool, m, d);
+    const PoolSizes sizes = check(*pool, m, d);
     Workspace workspace;
     // Rows of bfloat16 need room to be converted; nothing else depends on them.
     const Problem problem{{nullptr, UNIKE_BF16, 0}, m, d, *pool, UNIKE_RELU};
-    ExtraNeurons(problem, UNIKE_PICK(row_kernels), threads_of_call(threads), backward, workspace);
+    ExtraNeurons(problem, sizes, row_kernels(), threads_of_call(threads), backward, workspace);
     return workspace.bytes();
   });
 }
@@ -415,7 +420,7 @@ extern "C" unike_status unike_add_extra_neurons(unike_rows x, unike_rows base, i
   using namespace unike;
   return guarded([&] {
     require(pool != nullptr, "pool must not be null");
-    check(*pool, m, d);
+    const PoolSizes sizes = check(*pool, m, d);
     check_tables(*pool, d, activation);
     const Extent read_x = check_rows("x", x, m, d), read_base = check_rows("base", base, m, d);
     const Extent written = check_rows_out("out", out, m, d);
@@ -425,7 +430,7 @@ extern "C" unike_status unike_add_extra_neurons(unike_rows x, unike_rows base, i
     if (m == 0) return;
     Workspace pieces(workspace, workspace_bytes);
     const Problem problem{x, m, d, *pool, activation};
-    ExtraNeurons(problem, UNIKE_PICK(row_kernels), threads_of_call(threads), false, pieces).forward(base, out);
+    ExtraNeurons(problem, sizes, row_kernels(), threads_of_call(threads), false, pieces).forward(base, out);
   });
 }
 
@@ -441,7 +446,7 @@ extern "C" unike_status unike_add_extra_neurons_backward(unike_rows grad, unike_
   using namespace unike;
   return guarded([&] {
     require(pool != nullptr && out != nullptr, "pool and out must not be null");
-    check(*pool, m, d);
+    const PoolSizes sizes = check(*pool, m, d);
     check_tables(*pool, d, activation);
     check_rows("grad", grad, m, d);
     check_rows("x", x, m, d);
@@ -464,6 +469,6 @@ extern "C" unike_status unike_add_extra_neurons_backward(unike_rows grad, unike_
       return;
     }
     Workspace pieces(workspace, workspace_bytes);
-    ExtraNeurons(problem, UNIKE_PICK(row_kernels), threads_of_call(threads), true, pieces).backward(grad, *out);
+    ExtraNeurons(problem, sizes, row_kernels(), threads_of_call(threads), true, pieces).backward(grad, *out);
   });
 }

@@ -1,4 +1,4 @@
-#include "unike/patched_ffn.h"
+#include "unike/extra_neurons.h"
 
 #include <array>
 
@@ -34,7 +34,7 @@ struct Pool {
 
 }  // namespace
 
-void bind_patched_ffn(pybind11::module_& module) {
+void bind_extra_neurons(pybind11::module_& module) {
   using pybind11::arg;
   pybind11::class_<Pool>(module, "Pool")
       .def(pybind11::init<const std::array<int64_t, 3>&, int, const std::array<Address, 11>&>(), arg("sizes"),
@@ -45,10 +45,12 @@ void bind_patched_ffn(pybind11::module_& module) {
       "add_extra_neurons",
       [](const Rows& x, const Rows& base, int64_t m, int64_t d, const Pool& of, int activation, const Rows& out,
          int threads) {
-        const WorkspaceOf workspace(unike_add_extra_neurons_workspace(m, d, &of.pool, threads));
-        check(unike_add_extra_neurons(x.to_read(), base.to_read(), m, d, &of.pool,
-                                      static_cast<unike_activation>(activation), out.to_write(), workspace.data(),
-                                      workspace.bytes(), threads));
+        with_workspace([&] { return unike_add_extra_neurons_workspace(m, d, &of.pool, threads); },
+                       [&](void* workspace, int64_t bytes) {
+                         return unike_add_extra_neurons(x.to_read(), base.to_read(), m, d, &of.pool,
+                                                        static_cast<unike_activation>(activation), out.to_write(),
+                                                        workspace, bytes, threads);
+                       });
       },
       release_gil, arg("x"), arg("base"), arg("m"), arg("d"), arg("pool"), arg("activation"), arg("out"),
       arg("threads"));
@@ -60,10 +62,12 @@ void bind_patched_ffn(pybind11::module_& module) {
         const unike_extra_gradients gradients{pointer<float>(out[0]), pointer<float>(out[1]), pointer<float>(out[2]),
                                               pointer<float>(out[3]), pointer<float>(out[4]), pointer<float>(out[5]),
                                               pointer<float>(out[6]), pointer<float>(out[7])};
-        const WorkspaceOf workspace(unike_add_extra_neurons_backward_workspace(m, d, &of.pool, threads));
-        check(unike_add_extra_neurons_backward(grad.to_read(), x.to_read(), m, d, &of.pool,
-                                               static_cast<unike_activation>(activation), &gradients, workspace.data(),
-                                               workspace.bytes(), threads));
+        with_workspace([&] { return unike_add_extra_neurons_backward_workspace(m, d, &of.pool, threads); },
+                       [&](void* workspace, int64_t bytes) {
+                         return unike_add_extra_neurons_backward(grad.to_read(), x.to_read(), m, d, &of.pool,
+                                                                 static_cast<unike_activation>(activation), &gradients,
+                                                                 workspace, bytes, threads);
+                       });
       },
       release_gil, arg("grad"), arg("x"), arg("m"), arg("d"), arg("pool"), arg("activation"), arg("out"),
       arg("threads"));

@@ -1,6 +1,6 @@
 /* The extra key-value neurons of edited FFNs (UniKE, Eq. 3 and 6), added to the output of a base FFN. */
-#ifndef UNIKE_PATCHED_FFN_H_
-#define UNIKE_PATCHED_FFN_H_
+#ifndef UNIKE_EXTRA_NEURONS_H_
+#define UNIKE_EXTRA_NEURONS_H_
 
 #include "unike/unike.h"
 
@@ -64,4 +64,4 @@ UNIKE_API int64_t unike_add_extra_neurons_backward_workspace(int64_t m, int64_t 
 }
 #endif
 
-#endif /* UNIKE_PATCHED_FFN_H_ */
+#endif /* UNIKE_EXTRA_NEURONS_H_ */

@@ -2,7 +2,7 @@
 // safetensors files, and runs one layer's shift and neurons on a batch whose rows have edits of their own.
 //
 //   python3 setup.py build_core --output core
-//   c++ -std=c++20 csrc/examples/engine.cpp -Icore/include -Lcore/lib -lunike -Wl,-rpath,core/lib -o engine
+//   c++ -std=c++20 examples/engine.cpp -Icore/include -Lcore/lib -lunike -Wl,-rpath,core/lib -o engine
 //   ./engine LAYER K memory.safetensors batch.safetensors out.bin edit.safetensors...
 //
 // The batch holds float32 hidden, attention, ffn_in and ffn_out, each [rows, d]; row i uses the first i edits. The output
@@ -28,8 +28,9 @@
 #include <vector>
 
 #include "unike/cosine_topk.h"
+#include "unike/extra_neurons.h"
 #include "unike/latent_attention.h"
-#include "unike/patched_ffn.h"
+#include "unike/memory_attention.h"
 
 namespace {
 

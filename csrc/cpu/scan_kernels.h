@@ -23,21 +23,22 @@ constexpr float kLowSteps = 254.0f;
 // A key as the scan knows it: x = b u + scale c + r, with u the direction and c the codes.
 struct KeyBounds {
   float scale;
-  float along;     // b + scale (u.c)
-  float residual;  // >= |r|
-  float norm;      // >= |scale c|
+  float projection;  // b + scale (u.c)
+  float residual;    // >= |r|
+  float norm;        // >= |scale c|
 };
 static_assert(sizeof(KeyBounds) == UNIKE_KEY_BOUNDS * sizeof(float));
 
 // The bounds of a tile of keys, transposed.
 struct TileBounds {
-  float scale[kTile], along[kTile], residual[kTile], norm[kTile];
+  float scale[kTile], projection[kTile], residual[kTile], norm[kTile];
 };
 
-// A query as the scan knows it: q = along u + w, with w = scale (high + low / kLowSteps) + z for an int8 scan. The score of
-// a key is along key.along + scale key.scale (codes . key codes), within residual key.residual + norm key.norm + slack.
+// A query as the scan knows it: q = projection u + w, with w = scale (high + low / kLowSteps) + z for an int8 scan. The
+// score of a key is projection key.projection + scale key.scale (codes . key codes), within residual key.residual +
+// norm key.norm + slack.
 struct QueryBounds {
-  float scale, along;
+  float scale, projection;
   float residual;        // >= |w|
   float norm, low_norm;  // >= |z| without and with the low codes, or the rounding of float products
   float slack;
@@ -51,7 +52,7 @@ struct ScanKernels {
   // Packs a unit row, with uu = u.u, into `codes` padded to unike_code_bytes; rest: d floats, padded to 64 bytes.
   KeyBounds (*pack_key[4])(const float* x, const float* u, double uu, int64_t d, float* rest, void* codes);  // by scan
 
-  // Takes u (null: nothing) out of a unit row. rest = w, padded to 64 bytes; fills in along and residual.
+  // Takes u (null: nothing) out of a unit row. rest = w, padded to 64 bytes; fills in projection and residual.
   void (*take_out)(const float* x, const float* u, int64_t d, float* rest, QueryBounds* bounds);
   // Quantises w, padded to 64 bytes, into high and low; fills in the scale, the norms and the offsets.
   void (*quantize)(const float* rest, int64_t d, int8_t* high, int8_t* low, QueryBounds* bounds);
@@ -62,9 +63,9 @@ struct ScanKernels {
 
   // out[q * kTile + i] = queries[q] . keys[i], int32 for UNIKE_SCAN_I8 (of signed query codes and offset key codes), else
   // float32. queries: count rows of float32, int8 or narrow bfloat16; keys: n <= kTile rows, as packed; all of `length` elements.
-  // onward: the keys lie in memory at equal distances, and more follow.
+  // prefetch_next: the keys lie in memory at equal distances, and more follow.
   using Tile = void (*)(const void* const* queries, int64_t count, const void* const* keys, int64_t n, int64_t length,
-                        bool onward, void* out);
+                        bool prefetch_next, void* out);
   Tile tile[4];  // by scan
 
   // Transposes the bounds of kTile keys.
@@ -87,8 +88,5 @@ struct ScanKernels {
   int lanes;
 };
 constexpr int64_t kDepth = 64;
-
-extern const ScanKernels scan_kernels_baseline, scan_kernels_avx2, scan_kernels_avx512, scan_kernels_avx512vnni,
-    scan_kernels_avx512bf16;
 
 }  // namespace unike

@@ -1,7 +1,0 @@
-#include "cpu/kernels/cosine_topk.h"
-
-namespace unike {
-
-const ScanKernels scan_kernels_avx512vnni = scan_kernels;
-
-}  // namespace unike
