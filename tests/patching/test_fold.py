@@ -80,7 +80,7 @@ def test_what_cannot_be_folded(make_model, make_edit, make_memory):
     for edit, error, message in [
         (make_edit(model, "m", memory), uk.MismatchError, "'m': it was trained with the memory .* cannot be folded"),
         (make_edit(model, "far", layers=(7,)), uk.MismatchError, r"names the layers \[7\], the model has 6"),
-        (make_edit(make_model("llama"), "silu"), uk.MismatchError, "it is for silu FFNs, layer 2's is relu"),
+        (make_edit(make_model("llama"), "silu"), uk.MismatchError, "it is for silu FFNs, the model's are relu"),
         (make_edit(model, "gated", gated=True), uk.UnsupportedModelError, "gated neurons cannot be folded"),
     ]:
         with pytest.raises(error, match=message):

@@ -665,7 +665,7 @@ WRONG = {
     "other activation": (
         lambda s: {"edits": [changed(s.edits[0], activation="gelu")], "memory": s.memory},
         uk.MismatchError,
-        r"edit 'a': it is for gelu FFNs, the model's are \['relu'\]",
+        "edit 'a': it is for gelu FFNs, the model's are relu",
     ),
     "other model": (
         lambda s: {"edits": [changed(s.edits[0], base_model=s.other, memory_id=None)]},

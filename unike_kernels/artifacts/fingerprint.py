@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 _PARAMETERS = 12  # parameters sampled, spread over the model
@@ -75,16 +79,61 @@ def _sample(p: Tensor) -> list[float] | None:
     return [float(v) for v in p.detach()[index].double().tolist()]
 
 
+@dataclass(frozen=True)
+class Identity:
+    """Which model something is.
+
+    Attributes:
+        model_type, hidden_size, layers: as in a fingerprint.
+        samples: names -> the values of those weights that can be read here; see `_sample`.
+        passed_over: weights that are no part of it, such as those of embeddings.
+    """
+
+    model_type: str | None
+    hidden_size: int | None
+    layers: int | None
+    samples: Callable[[Iterable[str]], dict[str, list[float]]]
+    passed_over: frozenset[str] = frozenset()
+
+
+def identity(model: nn.Module) -> Identity:
+    """That of a model in memory."""
+    here, words = fingerprint(model), _vocabulary(model)
+    passed_over = frozenset(name for name, p in model.named_parameters() if id(p) in words)
+    return Identity(
+        here["model_type"], here["hidden_size"], here["layers"], lambda names: _samples(model, names), passed_over
+    )
+
+
+def samples_of_checkpoint(folder: str | os.PathLike[str], names: Iterable[str]) -> dict[str, list[float]]:
+    """As `_samples`, from the safetensors files of a folder; without those that are not there under these names."""
+    found: dict[str, list[float]] = {}
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        with safe_open(str(path), framework="pt") as file:
+            for name in set(names) & set(file.keys()):
+                stored = file.get_slice(name)
+                shape = stored.get_shape()
+                if (count := math.prod(shape)) == 0 or not stored.get_dtype().startswith(("F", "BF")):
+                    continue
+                where = torch.linspace(0, count - 1, _VALUES, dtype=torch.float64, device="cpu").long()
+                places = torch.stack(torch.unravel_index(where, tuple(shape)), 1).tolist()
+                found[name] = [float(stored[tuple(slice(i, i + 1) for i in at)].double().item()) for at in places]
+    return found
+
+
 def compare(expected: dict[str, Any], model: nn.Module) -> tuple[str | None, str | None]:
-    """(error, warning) of using an artifact made for `expected` on `model`; both None where they agree exactly."""
-    here = fingerprint(model)
+    """`judge` for a model in memory."""
+    return judge(expected, identity(model))
+
+
+def judge(expected: dict[str, Any], here: Identity) -> tuple[str | None, str | None]:
+    """(error, warning) of using an artifact made for `expected` on a model; both None where they agree exactly."""
     for name in ("model_type", "hidden_size", "layers"):
-        if expected[name] != here[name]:
-            return f"it was made for {name} {expected[name]!r}, this model has {here[name]!r}", None
-    words = _vocabulary(model)  # older artifacts have samples of it
-    passed_over = {name for name, p in model.named_parameters() if id(p) in words}
-    wanted = {name: values for name, values in expected["samples"].items() if name not in passed_over}
-    found = _samples(model, wanted)
+        if expected[name] != getattr(here, name):
+            return f"it was made for {name} {expected[name]!r}, this model has {getattr(here, name)!r}", None
+    # Older artifacts have samples of the vocabulary.
+    wanted = {name: values for name, values in expected["samples"].items() if name not in here.passed_over}
+    found = here.samples(wanted)
     if not found:
         return None, "no weight could be compared with the base model's (quantised, offloaded or renamed)"
     worst = 0.0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .compatibility import check_compatibility
+from .compatibility import check_artifacts
 from .fold import fold
 from .hot_swap import add_edit, remove_edit, set_beta, set_layers, swap_memory
 from .install import PatchReport, is_patched, patch, patched, patched_ffns, unpatch
@@ -11,7 +11,7 @@ from .selection import explain, rows, selecting
 __all__ = [
     "PatchReport",
     "add_edit",
-    "check_compatibility",
+    "check_artifacts",
     "explain",
     "fold",
     "is_patched",

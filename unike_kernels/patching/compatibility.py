@@ -2,52 +2,45 @@
 
 from __future__ import annotations
 
-import warnings
+from collections.abc import Sequence
 
 from torch import nn
 
 from .. import backbones
+from ..artifacts.compatibility import ModelDescription, check_compatibility
 from ..artifacts.edit import Edit
-from ..artifacts.fingerprint import compare
+from ..artifacts.fingerprint import identity
 from ..artifacts.memory import MemoryBank
 from ..config import Config
-from ..errors import MismatchError
 
 
-def check_compatibility(
+def describe(model: nn.Module, decoder: backbones.Decoder) -> ModelDescription:
+    """What the judgement must know of a model."""
+    activation = lambda i: decoder.layers[i].activation  # noqa: E731
+    return ModelDescription(decoder.hidden_size, activation, len(decoder.layers), identity=identity(model))
+
+
+def check_artifacts(
     model: nn.Module,
     decoder: backbones.Decoder,
-    edits: list[Edit],
+    edits: Sequence[Edit],
     memory: MemoryBank | None,
     config: Config,
     override: bool,
 ) -> None:
-    """Whether edits, memory, config and model fit. Shapes must; the rest may be overridden."""
-    artifacts = [(f"edit {e.id!r}", e) for e in edits] + ([(f"memory {memory.id}", memory)] if memory else [])
-    total = len(decoder.layers)
-    for name, artifact in artifacts:
-        if artifact.hidden_size != decoder.hidden_size:
-            raise MismatchError(f"{name}: its hidden size is {artifact.hidden_size}, the model's {decoder.hidden_size}")
-        beyond = [i for i in artifact.layers if i >= total]
-        if beyond:
-            raise MismatchError(f"{name}: it names the layers {beyond}, the model has {total}")
-        problems = []
-        error, warning = compare(artifact.base_model, model)
-        if error:
-            problems.append(error)
-        if differing := config.differences(artifact.config):
-            problems.append(f"its Config differs ({'; '.join(differing)})")
-        if isinstance(artifact, Edit):
-            activation = {decoder.layers[i].activation for i in artifact.layers}
-            if activation != {artifact.activation}:
-                raise MismatchError(
-                    f"{name}: it is for {artifact.activation} FFNs, the model's are {sorted(activation)}"
-                )
-            if artifact.memory_id not in (memory.ids if memory else (None,)):
-                problems.append(
-                    f"it was trained with the memory {artifact.memory_id}, this one is {memory.id if memory else None}"
-                )
-        if problems and not override:
-            raise MismatchError(f"{name}: {'; '.join(problems)}. Pass override=True to use it all the same.")
-        if warning:
-            warnings.warn(f"{name}: {warning}", stacklevel=3)
+    """`check_compatibility` of each edit and of the memory that are to be used together.
+
+    Args:
+        model: the model.
+        decoder: its decoder.
+        edits: the edits.
+        memory: the memory in force, or None.
+        config: the switches in force.
+        override: see `check_compatibility`.
+    """
+    description = describe(model, decoder)
+    memories = (memory.id, *memory.ids) if memory else (None,)
+    for edit in edits:
+        check_compatibility(edit, description, config=config, memories=memories, override=override)
+    if memory is not None:
+        check_compatibility(memory, description, config=config, override=override)

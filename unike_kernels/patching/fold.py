@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from .. import backbones
+from ..artifacts.compatibility import check_compatibility
 from ..artifacts.edit import Edit, EditLayer
-from ..artifacts.fingerprint import compare
 from ..errors import MismatchError, PatchError, UnsupportedModelError
 from ..nn import Dense
+from .compatibility import describe
 from .install import is_patched
 
 _SIZES = ("ffn_dim", "intermediate_size", "n_inner", "ffn_hidden_size", "d_ff")  # what configs call the FFN's width
@@ -116,20 +117,7 @@ def _check(edit: Edit, model: nn.Module, decoder: backbones.Decoder, override: b
             f"edit {edit.id!r}: it was trained with the memory {edit.memory_id}, which cannot be folded; pass "
             "override=True to fold its neurons alone"
         )
-    if edit.hidden_size != decoder.hidden_size:
-        raise MismatchError(
-            f"edit {edit.id!r}: its hidden size is {edit.hidden_size}, the model's {decoder.hidden_size}"
-        )
-    if beyond := [i for i in edit.layers if i >= len(decoder.layers)]:
-        raise MismatchError(f"edit {edit.id!r}: it names the layers {beyond}, the model has {len(decoder.layers)}")
-    for i in edit.layers:
-        if decoder.layers[i].activation != edit.activation:
-            raise MismatchError(
-                f"edit {edit.id!r}: it is for {edit.activation} FFNs, layer {i}'s is {decoder.layers[i].activation}"
-            )
-    error, _ = compare(edit.base_model, model)
-    if error and not override:
-        raise MismatchError(f"edit {edit.id!r}: {error}. Pass override=True to fold it all the same.")
+    check_compatibility(edit, describe(model, decoder), override=override)
 
 
 def _dense(layer: backbones.Layer) -> Dense:

@@ -15,7 +15,7 @@ from ..artifacts.edit import Edit
 from ..artifacts.memory import MemoryBank
 from ..errors import PatchError
 from ..nn import EditStore
-from .compatibility import check_compatibility
+from .compatibility import check_artifacts
 from .install import make_tables
 from .session import Installed, PatchedState, Running, log_event, outside_inference_mode, require_state
 
@@ -45,7 +45,7 @@ def add_edit(model: nn.Module, edit: Edit, *, override: bool = False, running: R
             raise PatchError(f"edit: {edit.id!r} is installed already; remove it first")
         if missing := sorted(set(edit.layers) - set(state.ffns)):
             raise PatchError(f"edit {edit.id!r}: its layers {missing} are not patched; patch(model, layers=...) them")
-        check_compatibility(model, state.decoder, [edit], state.memory, state.config, override)
+        check_artifacts(model, state.decoder, [edit], state.memory, state.config, override)
         stores = {}
         for i, layer in edit.layers.items():
             ffn = state.ffns[i]
@@ -104,7 +104,7 @@ def swap_memory(
         if missing := sorted(set(layers) - set(state.attentions)):
             raise PatchError(f"memory: its layers {missing} are not patched; patch(model, layers=...) them")
         edits = list(state.edits.values())
-        check_compatibility(model, state.decoder, edits, memory, state.config, override)
+        check_artifacts(model, state.decoder, edits, memory, state.config, override)
         tables = {i: make_tables(memory, i, attention.originals[0]) for i, attention in state.attentions.items()}
         _publish(state, running, memories=tables, memory=memory)
         log_event("swap_memory", state)

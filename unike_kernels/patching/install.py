@@ -16,7 +16,7 @@ from ..config import Config
 from ..errors import PatchError
 from ..nn import EditStore, MemoryAttention, MemoryTables, ModelContext, PassThrough, PatchedFFN, original
 from ..retrieval.approximate import ApproximateIndex
-from .compatibility import check_compatibility
+from .compatibility import check_artifacts
 from .session import (
     HOOKS,
     AllOrNothing,
@@ -132,7 +132,7 @@ def patch(
 
     decoder = backbones.find_decoder(model)
     chosen = config or (memory.config if memory else None) or (edits[0].config if edits else None) or Config()
-    check_compatibility(model, decoder, list(edits), memory, chosen, override)
+    check_artifacts(model, decoder, list(edits), memory, chosen, override)
     edited, remembering = sorted({i for edit in edits for i in edit.layers}), sorted(memory.layers if memory else ())
     wanted = {*edited, *remembering}
     if edited:

@@ -7,8 +7,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from ..artifacts.compatibility import ModelDescription, check_compatibility
 from ..artifacts.edit import Edit
-from ..errors import MismatchError, PatchError
+from ..errors import PatchError
 from ..nn import EditStore
 from ..nn.edit_store import check_distinct, token_rows
 from ..ops import ACTIVATIONS, EditPool
@@ -160,14 +161,12 @@ class EditBank:
 
     def check(self, edit: Edit) -> None:
         """Raises MismatchError for another hidden size or activation, or layers that the bank does not have."""
-        if edit.hidden_size != self.hidden_size:
-            raise MismatchError(
-                f"edit {edit.id!r}: its hidden size is {edit.hidden_size}, the bank's {self.hidden_size}"
-            )
-        if edit.activation != self.activation:
-            raise MismatchError(f"edit {edit.id!r}: it is for {edit.activation} FFNs, the bank's are {self.activation}")
-        if missing := sorted(set(edit.layers) - set(self._stores)):
-            raise MismatchError(f"edit {edit.id!r}: the bank has no layers {missing}, it has {sorted(self._stores)}")
+        check_compatibility(edit, self.description)
+
+    @property
+    def description(self) -> ModelDescription:
+        """What an edit must fit."""
+        return ModelDescription(self.hidden_size, lambda _: self.activation, editable=self._stores.keys(), what="bank")
 
     def _set(self, edit: Edit) -> None:
         for layer, neurons in edit.layers.items():

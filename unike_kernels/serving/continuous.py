@@ -21,7 +21,7 @@ from .. import backbones
 from ..artifacts.edit import Edit
 from ..artifacts.memory import MemoryBank
 from ..errors import PatchError
-from ..patching import check_compatibility, is_patched
+from ..patching import check_artifacts, is_patched
 from .flat import FlatModel, Share, remembers
 from .folder import EditFolder, Version
 
@@ -83,7 +83,7 @@ class EditingManager(ContinuousBatchingManager):
         self._folder = None if edits is None else EditFolder(edits, self._check)
         self._memory = memory
         if memory is not None:
-            check_compatibility(model, self._decoder, [], memory, memory.config, override=False)
+            check_artifacts(model, self._decoder, [], memory, memory.config, override=False)
         layers = self._decoder.layers
         device = backbones.device_of(layers[0].module)
         self._flat = FlatModel(
@@ -129,7 +129,7 @@ class EditingManager(ContinuousBatchingManager):
 
     def _check(self, edit: Edit) -> None:
         config = self._memory.config if self._memory is not None else edit.config
-        check_compatibility(self.model, self._decoder, [edit], self._memory, config, override=False)
+        check_artifacts(self.model, self._decoder, [edit], self._memory, config, override=False)
         self._flat.check(edit)
 
     def _create_batch_processor(self) -> Any:

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..artifacts.compatibility import check_compatibility
 from ..artifacts.edit import Edit
 from ..artifacts.memory import MemoryBank
-from ..errors import MismatchError
 from ..nn import MemoryTables, shift_tokens
 from .bank import EditBank
 from .folder import Version
@@ -82,12 +82,8 @@ class FlatModel:
 
     def check(self, edit: Edit) -> None:
         """Raises MismatchError for an edit that cannot be served: other layers, sizes or memory."""
-        self.bank.check(edit)
-        of_this = self.memory.id if self.memory else None
-        if edit.memory_id not in (self.memory.ids if self.memory else (None,)):
-            raise MismatchError(
-                f"edit {edit.id!r}: it was trained with the memory {edit.memory_id}, this one is {of_this}"
-            )
+        memories = (self.memory.id, *self.memory.ids) if self.memory else (None,)
+        check_compatibility(edit, self.bank.description, memories=memories)
 
     def hold(self, version: Version, needed: Sequence[str] = ()) -> None:
         """Make an edit resident under its key. Where too many are, the oldest that are not `needed` go."""

@@ -15,7 +15,9 @@ Start vLLM with `--additional-config '{"unike": {"edits": "FOLDER", "memory": "F
 from __future__ import annotations
 
 import functools
+import os
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -24,11 +26,13 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
+from ..artifacts.compatibility import ModelDescription, check_compatibility
 from ..artifacts.edit import Edit
+from ..artifacts.fingerprint import Identity, samples_of_checkpoint
 from ..artifacts.memory import MemoryBank
 from ..backbones import configured_activation
-from ..errors import MismatchError, UnsupportedModelError
-from .flat import FlatModel, Share, remembers
+from ..errors import UnsupportedModelError
+from .flat import FlatModel, Share, check_memory, remembers
 from .folder import EditFolder, Retained
 
 KEY = "unike"  # in additional_config, and of what the front-end tells the worker about a request
@@ -143,28 +147,35 @@ class _Served:
         self.memory = MemoryBank.load(settings["memory"]) if settings.get("memory") else None
         last = range(max(self.total - _LAYERS, 0), self.total)
         self.layers = sorted(settings.get("layers") or (self.memory.layers if self.memory else last))
+        self._path = vllm_config.model_config.model
         if self.memory is not None:
-            self._belongs(f"memory {self.memory.id}", self.memory)
+            check_memory(self.memory)
+            self._judge(self.memory)
         self.model: FlatModel | None = None
         self.folder = EditFolder(settings["edits"], self.check) if settings.get("edits") else None
         self._admitted: deque[tuple[float, Retained]] = deque()
 
-    def _belongs(self, name: str, artifact: Edit | MemoryBank) -> None:
-        made = artifact.base_model
-        found = {"model_type": self.config.model_type, "hidden_size": self.hidden_size, "layers": self.total}
-        for what, value in found.items():
-            if made[what] != value:
-                raise MismatchError(f"{name}: it was made for {what} {made[what]!r}, this model has {value!r}")
+    def _judge(self, artifact: Edit | MemoryBank) -> None:
+        """Whether it was made for this model: by its config, and by its checkpoint where that lies in a folder."""
+        samples = lambda names: samples_of_checkpoint(self._path, names) if os.path.isdir(self._path) else {}  # noqa: E731
+        identity = Identity(self.config.model_type, self.hidden_size, self.total, samples)
+        description = ModelDescription(
+            self.hidden_size, lambda _: self.activation, self.total, self.layers, identity, what="server"
+        )
+        memories = (self.memory.id, *self.memory.ids) if self.memory else (None,)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # an engine casts and quantises as it likes
+            check_compatibility(artifact, description, memories=memories)
 
     def flat(self, device: torch.device | str = "cpu") -> FlatModel:
-        """Of the worker; elsewhere it only checks what could be served."""
+        """Of the worker alone: the tables of a memory take time and room."""
         if self.model is None:
             self.model = FlatModel(self.layers, self.hidden_size, self.activation, self.memory, device=device)
         return self.model
 
     def check(self, edit: Edit) -> None:
-        self._belongs(f"edit {edit.id!r}", edit)
-        self.flat().check(edit)
+        """Raises MismatchError for an edit that cannot be served. Builds nothing."""
+        self._judge(edit)
 
     def admit(self, request: Any) -> None:
         """Look up what a request asks for, and note it in the request and in its cache salt."""
