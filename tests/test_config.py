@@ -81,7 +81,7 @@ def test_numbers_of_other_libraries():
     assert config == uk.Config(k=3, scale=0.5, alpha=0.25, beta=1)
     assert json.loads(json.dumps(config.to_dict())) == config.to_dict()
     for wrong in (np.float64(3.0), np.bool_(True), "3"):
-        with pytest.raises(ValueError, match="Config.k: expected an integer of at least 1"):
+        with pytest.raises(ValueError, match=r"Config\.k: expected an integer of at least 1"):
             uk.Config(k=wrong)
     for name in ("scale", "alpha", "beta"):
         with pytest.raises(ValueError, match=f"Config.{name}: expected"):

@@ -124,7 +124,10 @@ def test_the_other_kind_another_version_no_header(saved, kind):
         ({"id": 5}, "'id': expected str, got 5"),
         ({"config": {}}, "Config: expected the fields"),
         ({"config": {**uk.Config().to_dict(), "k": 0}}, "Config.k: expected an integer of at least 1, got 0"),
-        ({"config": {**uk.Config().to_dict(), "beta": 10**400}}, "its header cannot be read: .*it holds the number 1000"),
+        (
+            {"config": {**uk.Config().to_dict(), "beta": 10**400}},
+            "its header cannot be read: .*it holds the number 1000",
+        ),
         ({"config": {**uk.Config().to_dict(), "scale": float("inf")}}, "it holds the number inf"),
         ({"notes": {"answer": "\ud800"}}, "its header cannot be read: UnicodeEncodeError"),
         ({"notes": {"answer": [[[[[[[[[[[[[[[[[[]]]]]]]]]]]]]]]]]]}}, "it is nested more than 16 deep"),
@@ -329,7 +332,7 @@ def test_changed_contents_are_found_by_the_memorys_id(saved):
 @pytest.mark.parametrize("kind", BOTH)
 def test_no_such_file(saved, tmp_path, kind):
     _, cls = saved[kind]
-    with pytest.raises(FileNotFoundError, match="missing.safetensors: there is no such file"):
+    with pytest.raises(FileNotFoundError, match=r"missing.safetensors: there is no such file"):
         cls.load(tmp_path / "missing.safetensors")
 
 
@@ -450,7 +453,7 @@ def test_what_cannot_be_written_leaves_nothing(saved, tmp_path):
         with pytest.raises(uk.ArtifactError, match=message):
             dataclasses.replace(edit, notes=notes).save(tmp_path / "new")
     for name in ("a\n", "a\x1b[0m", "\ud800", ""):
-        with pytest.raises(ValueError, match="Edit.id: expected"):
+        with pytest.raises(ValueError, match=r"Edit.id: expected"):
             dataclasses.replace(edit, id=name)
     assert "new" not in os.listdir(tmp_path)
 

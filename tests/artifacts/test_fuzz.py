@@ -152,9 +152,8 @@ def test_mutants(kind, checksums, tmp_path):
         try:
             loaded = kind.load(path)
         except uk.ArtifactError as error:
-            assert str(path) in str(error)
-            assert len(str(error)) < 2000
-            ends["refused"] += 1
+            clear = str(path) in str(error) and len(str(error)) < 2000
+            ends["refused" if clear else f"unclear: {error!s:.80}"] += 1
         except Exception as error:
             ends[f"{type(error).__name__} (number {number})"] += 1
         else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from backbones.zoo import BASE, EXPERT, GQA, HEADS, PLAIN, SEES, Family, gelu_tanh, of
+from backbones.zoo import EXPERT, GQA, HEADS, Family, gelu_tanh, of
 from torch import Tensor
 
 

@@ -74,7 +74,9 @@ def test_what_is_chosen_and_what_is_refused(hybrid, make_edit, make_memory):
     for without in set(range(4)) - set(hybrid.ffn):
         edit = make_edit(model, layers=hybrid.ffn)
         moved = uk.Edit("a", {without: edit.layers[hybrid.ffn[0]]}, edit.activation, edit.config, edit.base_model, None)
-        with pytest.raises(uk.UnsupportedModelError, match=rf"layer {without} \(.*: looked for one FFN called .*; found"):
+        with pytest.raises(
+            uk.UnsupportedModelError, match=rf"layer {without} \(.*: looked for one FFN called .*; found"
+        ):
             uk.patch(model, [moved])
     assert not uk.is_patched(model)
 
@@ -94,8 +96,8 @@ def test_a_memory_is_made_and_an_edit_trained_with_it(processor):
 
 
 def test_an_activation_with_parameters_of_its_own_is_refused():
-    from transformers import ApertusConfig, ApertusForCausalLM
     from backbones.zoo import GQA
+    from transformers import ApertusConfig, ApertusForCausalLM
 
     model = ApertusForCausalLM(ApertusConfig(**GQA))
     with pytest.raises(uk.UnsupportedModelError, match=r"layer 0 .*XIELUActivation has parameters of its own"):

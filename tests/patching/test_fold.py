@@ -53,7 +53,10 @@ def test_gated_neurons_without_biases_fold_into_any_gated_ffn(name, make_edit):
     model = model_of(ZOO[name], torch.float32)
     edit = make_edit(model, "a", layers=LAYERS, gated=True)
     if name in ("qwen2", "phi3"):
-        with pytest.raises(uk.UnsupportedModelError, match=r"the edits need biases in its FFN.*EditTraining\(bias=False\) and Config\(neurons='gated'\)"):
+        with pytest.raises(
+            uk.UnsupportedModelError,
+            match=r"the edits need biases in its FFN.*EditTraining\(bias=False\) and Config\(neurons='gated'\)",
+        ):
             uk.fold(model, edit)
     assert_folds(model, [unbiased(edit)])
 
@@ -164,7 +167,7 @@ def test_override_folds_an_edit_without_its_memory(make_model, make_edit, make_m
     with torch.no_grad(), uk.patched(model, [edit], override=True):
         torch.testing.assert_close(logits(new, IDS), logits(model, IDS), rtol=1e-4, atol=1e-4)
     other = make_model("opt", seed=1)
-    with pytest.raises(uk.MismatchError, match="made for other weights.*Pass override=True"):
+    with pytest.raises(uk.MismatchError, match=r"made for other weights.*Pass override=True"):
         uk.fold(other, make_edit(model, "o"))
     uk.fold(other, make_edit(model, "o"), override=True)
 

@@ -797,7 +797,9 @@ def test_prompt_lengths_of_other_libraries(make_model, make_memory):
             with uk.rows(model, prompt_lengths=lengths):
                 found.append(model(input_ids=ids, use_cache=False).logits)
         for wrong in (torch.tensor([2.0, 3.0]), torch.tensor([True, True]), [0, 1], ["a", 2]):
-            with pytest.raises(ValueError, match="prompt_lengths: expected integers of at least 1, got"):
-                with uk.rows(model, prompt_lengths=wrong):
-                    pass
+            with (
+                pytest.raises(ValueError, match="prompt_lengths: expected integers of at least 1, got"),
+                uk.rows(model, prompt_lengths=wrong),
+            ):
+                pass
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])

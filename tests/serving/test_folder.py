@@ -208,5 +208,5 @@ def test_a_key_belongs_to_the_content_that_was_read(tmp_path, edit, monkeypatch)
 
     put(tmp_path, edit("a", seed=4))
     monkeypatch.setattr(uk.Edit, "read", written_to)
-    with pytest.raises(ValueError, match="a.safetensors was written to while it was read; replace it by renaming"):
+    with pytest.raises(ValueError, match=r"a\.safetensors was written to while it was read; replace it by renaming"):
         folder.get("a")

@@ -87,7 +87,9 @@ def test_an_edit_of_an_image_is_trained(name, processor):
 def test_token_types_reach_the_model(name, processor):
     """They switch its attention mask on, so that states are others without them."""
     model = model_of(ZOO[name], torch.float32)
-    inputs = encode(Processor(name, model, processor.tokenizer), [Sample("w1 w2 w3", "w9", torch.rand(3, 16, 16))]).inputs
+    inputs = encode(
+        Processor(name, model, processor.tokenizer), [Sample("w1 w2 w3", "w9", torch.rand(3, 16, 16))]
+    ).inputs
     with_types = forward(model, inputs)
     assert torch.equal(with_types, model(**inputs, use_cache=False).logits)
     without = forward(model, {k: v for k, v in inputs.items() if k != "token_type_ids"})
@@ -101,7 +103,9 @@ def shifted_tokens(model, memory, run):
         return uk.patching.session._state(model).context.now().shifted
 
 
-@pytest.mark.parametrize(("name", "beyond"), [("llava", False), ("gemma3", True), ("paligemma", True), ("qwen2_vl", False)])
+@pytest.mark.parametrize(
+    ("name", "beyond"), [("llava", False), ("gemma3", True), ("paligemma", True), ("qwen2_vl", False)]
+)
 @torch.no_grad()
 def test_no_placeholder_is_shifted(name, beyond, processor, make_memory):
     """Of an image or a video, though the model may replace its id before the embedding sees it."""

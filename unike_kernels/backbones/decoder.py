@@ -175,9 +175,7 @@ class Decoder:
     layers: tuple[Layer, ...]
     hidden_size: int
 
-    def select(
-        self, indices: Sequence[int] | None, count: int = 4, *, need: Sequence[Part] = ("ffn",)
-    ) -> list[int]:
+    def select(self, indices: Sequence[int] | None, count: int = 4, *, need: Sequence[Part] = ("ffn",)) -> list[int]:
         """Validated layer indices, ascending; None: the last `count` (the paper's four) of those that are suitable.
 
         Args:

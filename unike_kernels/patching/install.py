@@ -125,10 +125,11 @@ def patch(
     check_belonging(model, decoder, list(edits), memory, chosen, override)
     edited, remembering = sorted({i for edit in edits for i in edit.layers}), sorted(memory.layers if memory else ())
     wanted = {*edited, *remembering}
-    for named_layers, need in ((edited, "ffn"), (remembering, "attention")):
-        if named_layers:
-            decoder.select(named_layers, need=(need,))
-    explicit = decoder.select(layers, need=("ffn",) if layers is None else ()) if layers is not None or not wanted else []
+    if edited:
+        decoder.select(edited, need=("ffn",))
+    if remembering:
+        decoder.select(remembering, need=("attention",))
+    explicit = decoder.select(layers, need=()) if layers is not None else [] if wanted else decoder.select(None)
     indices = decoder.select(sorted(wanted | set(explicit)), need=())
 
     # Everything that can fail is built first; the model is touched only after that.
@@ -217,9 +218,7 @@ def _build(
     return replacements, ffn, attention
 
 
-def _ffn(
-    layer: backbones.Layer, edits: dict[str, Edit], context: ModelContext
-) -> tuple[PatchedFFN, list[PassThrough]]:
+def _ffn(layer: backbones.Layer, edits: dict[str, Edit], context: ModelContext) -> tuple[PatchedFFN, list[PassThrough]]:
     ffn_parts = [site.module for site in layer.ffn]
     ffn = PatchedFFN.from_module(
         *ffn_parts, activation=layer.activation, dense=layer.dense, context=context, layer=layer.index

@@ -123,7 +123,9 @@ def _answers(processor: Any, samples: Sequence[Sample], inputs: Mapping[str, Ten
         text = tokenizer(text=[_whole(s) for s in samples], padding=True, return_tensors="pt")
     found = []
     for row, sample in enumerate(samples):
-        head, tokens, own = (t["input_ids"][row][t["attention_mask"][row].bool()].tolist() for t in (told, text, inputs))
+        head, tokens, own = (
+            t["input_ids"][row][t["attention_mask"][row].bool()].tolist() for t in (told, text, inputs)
+        )
         if tokens[: len(head)] != head:
             end = getattr(tokenizer, "eos_token_id", None)
             if head and head[-1] == end and tokens[: len(head) - 1] == head[:-1]:
