@@ -184,7 +184,7 @@ def _by_spans(queries: Tensor, keys: Keys, k: int, ranges: Tensor | None, span: 
     m = len(queries)
     whole = torch.tensor([[0, keys.n]], dtype=torch.int64, device="cpu").expand(m, 2) if ranges is None else ranges
     if bool((whole[:, 0] < 0).any() or (whole[:, 0] > whole[:, 1]).any() or (whole[:, 1] > keys.n).any()):
-        raise ValueError(f"ranges must be of 0 <= start <= stop <= {keys.n}")
+        raise ValueError("the bounds of each query must satisfy 0 <= start <= stop <= n")
     best = torch.empty(m, 0, dtype=torch.float32, device="cpu")
     numbers = torch.empty(m, 0, dtype=torch.int64, device="cpu")
     for start in range(0, keys.n, span):

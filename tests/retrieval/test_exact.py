@@ -396,7 +396,7 @@ def test_a_search_in_parts_finds_the_same(make, monkeypatch):
             assert torch.equal(got[1], ids)
         assert len(calls) >= 2 * least / torch.get_num_threads()
         for wrong in ([[0, 271]], [[-1, 3]], [[5, 4]]):
-            with pytest.raises(ValueError, match="range"):
+            with pytest.raises(ValueError, match="0 <= start <= stop <= n"):
                 index.search(queries[:1], 3, bounds=torch.tensor(wrong))
 
 
