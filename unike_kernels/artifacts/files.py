@@ -225,6 +225,10 @@ def lives(pid: int) -> bool:
     return True
 
 
+def _at_once(name: str, flags: int) -> int:
+    return os.open(name, flags | getattr(os, "O_NONBLOCK", 0))
+
+
 @contextmanager
 def opened(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     """A regular file, open for reading; never waits for a pipe's writer.
@@ -235,9 +239,7 @@ def opened(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     """
     try:
         check_regular(path, os.stat(path))
-        file = open(  # noqa: SIM115 (closed below, where other errors have other meanings)
-            path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0))
-        )
+        file = open(path, "rb", opener=_at_once)  # noqa: SIM115 (closed below)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: there is no such file") from None
     except ValueError as error:  # of the system's, such as a NUL in the path

@@ -58,5 +58,7 @@ def direct(like: Tensor) -> bool:
 
 def call(name: str, like: Tensor, *args: Any) -> Any:
     """`torch.ops.unike.<name>(*args)`, by the shortest way; `like` is one of its activations."""
-    lazy = any(isinstance(t, Tensor) and t.is_neg() for t in args)  # the dispatcher computes what was put off
-    return _kernels[name](*args) if direct(like) and not lazy else getattr(torch.ops.unike, name)(*args)
+    # The dispatcher computes what torch has put off.
+    if direct(like) and not any(isinstance(t, Tensor) and t.is_neg() for t in args):
+        return _kernels[name](*args)
+    return getattr(torch.ops.unike, name)(*args)
