@@ -91,8 +91,8 @@ struct Bytes {
   static Ints add_product(Ints sum, __m256i key, __m256i query) { return sum + (Ints)_mm256_madd_epi16(key, query); }
 #else
   static constexpr int64_t kStep = kLanes;
-  using Unsigned = uint8_t __attribute__((vector_size(kLanes), aligned(1), may_alias));
-  using Signed = int8_t __attribute__((vector_size(kLanes), aligned(1), may_alias));
+  typedef uint8_t Unsigned __attribute__((vector_size(kLanes), aligned(1), may_alias));
+  typedef int8_t Signed __attribute__((vector_size(kLanes), aligned(1), may_alias));
   static Ints load_key(const uint8_t* p) {
     return __builtin_convertvector(*reinterpret_cast<const Unsigned*>(p), Ints);
   }

@@ -15,7 +15,7 @@ constexpr int64_t kBytes = kLanes * sizeof(float);  // of a register
 // float64 registers, two for one of float32.
 constexpr int kWide = kLanes / 2;
 using Wide = double __attribute__((vector_size(kWide * sizeof(double))));
-using Narrow = float __attribute__((vector_size(kWide * sizeof(float)), aligned(4), may_alias));
+typedef float Narrow __attribute__((vector_size(kWide * sizeof(float)), aligned(4), may_alias));
 
 inline Wide widen(const float* p) { return __builtin_convertvector(*reinterpret_cast<const Narrow*>(p), Wide); }
 inline Wide widen(const BFloat16* p) {
@@ -161,7 +161,7 @@ inline float step_of(float largest) { return largest > 0x1p-60f ? largest / 127.
 inline float inverse_of(float step) { return step > 0.0f ? 1.0f / step : 0.0f; }
 
 void quantize(const float* rest, int64_t d, int8_t* high, int8_t* low, QueryBounds* bounds) {
-  using Codes = int8_t __attribute__((vector_size(kLanes), aligned(1), may_alias));
+  typedef int8_t Codes __attribute__((vector_size(kLanes), aligned(1), may_alias));
   Vec largest{};
   for (int64_t i = 0; i < d; i += kLanes) largest = larger(largest, abs(load(rest + i)));
   float most = 0.0f;
@@ -216,7 +216,7 @@ struct HalfCodes {
 };
 struct ByteCodes {
   using Code = uint8_t;
-  using Codes = uint8_t __attribute__((vector_size(kLanes), aligned(1), may_alias));
+  typedef uint8_t Codes __attribute__((vector_size(kLanes), aligned(1), may_alias));
   static float scale(float largest) { return step_of(largest); }
   static void encode(Vec v, float inverse, uint8_t* codes) {
     const Ints steps = __builtin_convertvector(nearest(v * inverse), Ints) + kCodeOffset;

@@ -26,11 +26,13 @@ constexpr int64_t kLanes = 8;
 constexpr int64_t kLanes = 4;
 #endif
 using Vec = float __attribute__((vector_size(kLanes * sizeof(float))));
-using Unaligned = float __attribute__((vector_size(kLanes * sizeof(float)), aligned(4), may_alias));
+// As they lie in memory. With typedef: clang drops the alignment of an alias by `using`, without a word.
+typedef float Unaligned __attribute__((vector_size(kLanes * sizeof(float)), aligned(4), may_alias));
+typedef uint16_t Halves __attribute__((vector_size(kLanes * sizeof(uint16_t)), aligned(2), may_alias));
+static_assert(alignof(Unaligned) == alignof(float) && alignof(Halves) == alignof(uint16_t));
 
 using Ints = int32_t __attribute__((vector_size(kLanes * sizeof(int32_t))));
 using Bits = uint32_t __attribute__((vector_size(kLanes * sizeof(uint32_t))));
-using Halves = uint16_t __attribute__((vector_size(kLanes * sizeof(uint16_t)), aligned(2), may_alias));
 
 // The lanes lane(0), lane(1), ... of a and b, those of b counted from kLanes on; `lane`: without captures.
 template <typename V, typename Lane, int... l>
