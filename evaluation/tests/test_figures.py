@@ -1,5 +1,6 @@
 """Figures: images of what was measured, and spaces in which right and wrong answers lie apart or do not."""
 
+import pytest
 import torch
 from unike_eval import evaluate, figures
 from unike_eval.experiments import Run
@@ -20,6 +21,7 @@ def test_a_sweep():
     assert figures.sweep(results, "unike").startswith(PNG)
 
 
+@pytest.mark.slow
 def test_the_spaces_of_a_memory():
     found, told = figures.spaces("digits-opt", limit=60)
     assert told.startswith("digits-opt, layer 5, 60 requests; held out: truthfulness ")

@@ -10,7 +10,7 @@ import unike_kernels as uk
 from unike_kernels.nn import patched_ffn
 
 
-@pytest.mark.parametrize("name", ["llama", "opt"])
+@pytest.mark.parametrize("name", ["llama", pytest.param("opt", marks=pytest.mark.slow)])
 def test_launches_of_a_layer(name, launched, make_edit, make_memory, monkeypatch):
     model = model_of(ZOO[name], torch.float32)
     memory = make_memory(model, entries=20, layers=(1, 3))

@@ -19,7 +19,9 @@ def sizes(module, end):
     return module.Tiles(**{name: values[end] for name, values in module.CANDIDATES.items()})
 
 
-@pytest.mark.parametrize("end", [0, -1], ids=["smallest", "largest"])
+@pytest.mark.parametrize(
+    "end", [pytest.param(0, id="smallest", marks=pytest.mark.slow), pytest.param(-1, id="largest")]
+)
 @pytest.mark.parametrize("op", ["patched_ffn", "add_extra_neurons", "latent_attention"])
 def test_the_ends_of_the_candidates(op, end, launched):
     module = {"patched_ffn": fused, "add_extra_neurons": side, "latent_attention": latent}[op]
