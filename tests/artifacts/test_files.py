@@ -239,6 +239,9 @@ def test_any_byte_that_changes_is_found(saved, kind):
         path.write_bytes(content[:at] + bytes([content[at] ^ 1 << at % 8]) + content[at + 1 :])
         with pytest.raises(uk.ArtifactError, match=path.name):
             cls.load(path)
+    path.write_bytes(content.replace(b'"version": "2"', b'"version": "1"'))  # which would need no checksums
+    with pytest.raises(uk.ArtifactError, match="it does not agree with its checksum"):
+        cls.load(path)
     path.write_bytes(content)
     cls.load(path)
 
