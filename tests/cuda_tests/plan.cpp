@@ -33,7 +33,7 @@ void workspace_parts(const Request* r, int64_t* bytes) {
                            (is_many(m) ? whole : m) * s.slabs * slab_columns(r->keys.scan) * 2,
                            m * s.groups * s.slots * 4,
                            m * s.groups * 4,
-                           m * s.groups * s.capacity * static_cast<int64_t>(sizeof(Candidate))};
+                           m * s.groups * s.capacity * static_cast<int64_t>(sizeof(unike::Candidate))};
   std::memcpy(bytes, parts, sizeof parts);
 }
 
@@ -57,7 +57,7 @@ void make_search(const Request* r, void* const* parts, void* search, int64_t* la
   s.codes = static_cast<uint16_t*>(parts[3]);
   s.lower = static_cast<float*>(parts[4]);
   s.counts = static_cast<int*>(parts[5]);
-  s.candidates = static_cast<Candidate*>(parts[6]);
+  s.candidates = static_cast<unike::Candidate*>(parts[6]);
   std::memcpy(search, &s, sizeof s);
   const int64_t shape[] = {l.blocks, kThreads, l.shared_bytes, l.many, s.groups, s.capacity, s.slots};
   std::memcpy(launch, shape, sizeof shape);
