@@ -375,7 +375,7 @@ PoolSizes check(const unike_edit_pool& pool, int64_t m, int64_t d) {
 }
 
 void check_tables(const unike_edit_pool& pool, int64_t d, unike_activation activation) {
-  if (activation < UNIKE_RELU || activation > UNIKE_SILU) refuse("activation", "one of unike_activation", activation);
+  if (activation < UNIKE_RELU || activation > UNIKE_RELU2) refuse("activation", "one of unike_activation", activation);
   const int64_t p = pool.neurons;
   check_table("pool.keys", pool.keys, pool.dtype, p * d);
   check_table("pool.values", pool.values, pool.dtype, p * d);
