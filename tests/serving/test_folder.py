@@ -1,5 +1,6 @@
 """A folder of edits: what is there now, what somebody still holds, and what other processes can reach."""
 
+import errno
 import gc
 import os
 import signal
@@ -11,6 +12,7 @@ import threading
 import pytest
 
 import unike_kernels as uk
+from unike_kernels.artifacts import files
 from unike_kernels.errors import ArtifactError
 from unike_kernels.serving import EditFolder
 from unike_kernels.serving import folder as module
@@ -135,21 +137,36 @@ def test_what_dead_processes_retained_is_swept(tmp_path, edit, request):
     """Whatever their machines and numbers: who lives holds a lock."""
     put(tmp_path, edit("a"))
     process, name = request.getfixturevalue("holder")
-    other = f"{socket.gethostname()}-0-{process.pid}"  # as a machine may be called, another one's number
-    (tmp_path / ".retained" / name).rename(tmp_path / ".retained" / other)
-    (tmp_path / ".retained" / f"{name}.lock").rename(tmp_path / ".retained" / f"{other}.lock")
-    folder = EditFolder(tmp_path)
-    retained = folder.retain(folder.get("a").key)
-    own = folder._own.folder.name
-    assert folders(tmp_path) == {other, f"{other}.lock", own, f"{own}.lock"}
+    machine, number, _ = name.split("-")
+    assert machine == files.machine() and number == str(process.pid)
+
+    def with_locks(*names):
+        return {*names, *(f"{name}.lock" for name in names)}
+
+    def retaining():
+        folder = EditFolder(tmp_path)
+        return folder, folder.retain(folder.get("a").key), folder._own.folder.name
+
+    # Other machines' that show us no locks, called as ours with a number; one of them has left its own long ago.
+    new, old = f"{machine[:-1]}-{number}-1", f"{machine}0-{number}-1"
+    for other in (new, old):
+        (tmp_path / ".retained" / other).mkdir()
+        (tmp_path / ".retained" / f"{other}.lock").touch()
+    os.utime(tmp_path / ".retained" / old, (1, 1))
+    first = retaining()
+    assert folders(tmp_path) == with_locks(name, new, old, first[2])
+    for path in (tmp_path / ".retained").glob(f"{name}*"):
+        os.utime(path, (1, 1))  # not even then: it lives
+    os.utime(tmp_path / ".retained" / f"{old}.lock", (1, 1))
+    second = retaining()
+    assert folders(tmp_path) == with_locks(name, new, first[2], second[2])
     process.kill()
     process.wait()
-    second = EditFolder(tmp_path)
-    again = second.retain(second.get("a").key)
-    assert folders(tmp_path) == {own, f"{own}.lock", second._own.folder.name, f"{second._own.folder.name}.lock"}
-    del retained, again, folder, second
+    third = retaining()
+    assert folders(tmp_path) == with_locks(new, first[2], second[2], third[2])
+    del first, second, third
     gc.collect()
-    assert folders(tmp_path) == set()
+    assert folders(tmp_path) == with_locks(new)
 
 
 def test_folders_without_a_lock_are_swept_after_a_day(tmp_path, edit):
@@ -165,6 +182,18 @@ def test_folders_without_a_lock_are_swept_after_a_day(tmp_path, edit):
     own = folder._own.folder.name
     assert folders(tmp_path) == {new, own, f"{own}.lock"}
     del retained
+
+
+def test_a_file_system_without_locks(tmp_path, edit, monkeypatch):
+    def refuse(descriptor):
+        raise OSError(errno.ENOLCK, "no locks")
+
+    monkeypatch.setattr(module, "_take", refuse)
+    put(tmp_path, edit("a"))
+    folder = EditFolder(tmp_path)
+    version = folder.get("a")
+    assert folder.retain(version.key).version is version
+    assert folders(tmp_path) == set()
 
 
 def test_a_lock_that_was_swept_before_it_was_taken(tmp_path, edit, monkeypatch):

@@ -12,7 +12,6 @@ import os
 import re
 import secrets
 import shutil
-import socket
 import threading
 import time
 import weakref
@@ -21,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..artifacts.edit import Edit
-from ..artifacts.files import opened, replacing
+from ..artifacts.files import machine, opened, replacing
 from ..errors import ArtifactError
 
 try:
@@ -99,19 +98,20 @@ class _Own:
         parent.mkdir(exist_ok=True)
         self.pid = os.getpid()
         while True:
-            self.folder = parent / f"{socket.gethostname()}-{self.pid}-{secrets.token_hex(8)}"
+            self.folder = parent / f"{machine()}-{self.pid}-{secrets.token_hex(8)}"
             lock = _lock_of(self.folder)
             self.descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
             try:
-                taken = _take(self.descriptor)
-            except OSError:  # a file system without locks: nobody could tell that the folder is in use
+                taken = _take(self.descriptor) and lock.exists()
+                if taken:
+                    self.folder.mkdir()
+            except OSError:  # such as that of a file system without locks: nobody could tell that it is in use
                 os.close(self.descriptor)
                 lock.unlink(missing_ok=True)
                 raise
-            if taken and lock.exists():
+            if taken:
                 break
             os.close(self.descriptor)  # a sweep came between the file and its lock
-        self.folder.mkdir()
         weakref.finalize(self, _leave, self.folder, self.descriptor, self.pid)
 
 
@@ -317,18 +317,29 @@ def _remove(folder: Path) -> None:
 
 
 def _sweep(parent: Path) -> None:
-    """Remove what processes left behind that are surely no more, on whatever machine: nobody holds their locks."""
+    """Remove what processes left behind that are surely no more: nobody holds their locks.
+
+    Not every file system shows a lock to other machines, and older versions had none: theirs must be a day old, too.
+    """
     for entry in parent.glob("*"):
+        folder = entry.with_suffix("") if entry.suffix == ".lock" else entry
         with contextlib.suppress(OSError):
-            if entry.suffix == ".lock":
+            if entry == folder:
+                if not _lock_of(folder).exists() and _is_old(folder):
+                    _remove(folder)
+            elif folder.name.startswith(f"{machine()}-") or _is_old(folder):
                 descriptor = os.open(entry, os.O_RDWR)
                 try:
                     if _take(descriptor):
-                        _remove(entry.with_suffix(""))
+                        _remove(folder)
                 finally:
                     os.close(descriptor)
-            elif not _lock_of(entry).exists() and time.time() - entry.stat().st_mtime > _STALE:
-                _remove(entry)
+
+
+def _is_old(folder: Path) -> bool:
+    """Whether it and its lock file, if there are such, have not been touched for a day."""
+    states = [path.stat() for path in (folder, _lock_of(folder)) if path.exists()]
+    return all(time.time() - state.st_mtime > _STALE for state in states)
 
 
 def _short(key: str) -> str:
