@@ -236,6 +236,7 @@ if not (child := os.fork()):
     os.read(done[0], 1)  # lives on when the parent is gone
     sys.exit()
 folder._lock.release()
+os.close(ready[1])  # the read ends when the child does
 assert os.read(ready[0], 1) == b"1"
 assert files() == {own}
 if sys.argv[2] == "the child ends first":
