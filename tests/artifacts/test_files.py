@@ -406,7 +406,7 @@ def test_what_killed_writers_left_is_swept(saved, tmp_path):
         edit.save(folder / "b")
         assert left in os.listdir(folder)  # its writer lives
         writer.kill()
-    other = left.replace(files._machine(), "0" * 12)
+    other = left.replace(files.machine(), "0" * 12)
     old = other.replace(".tmp", "0.tmp")
     for name in (other, old, ".unike-notes", ".a.x1y2.tmp"):
         (folder / name).write_bytes(b"")

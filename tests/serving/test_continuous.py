@@ -143,7 +143,7 @@ def test_a_memory_and_its_tenants(model, make_edit, make_memory, running, tokens
     edits = [loud(make_edit(model, name, memory, seed=seed)) for seed, name in enumerate("ab")]
     for edit in edits:
         edit.save(tmp_path / f"{edit.id}.safetensors")
-    uses = ["acme", "globex", False, True, None, "acme", "globex"]
+    uses = ["acme", "globex", False, False, None, "acme", "globex"]
     ids = prompts(len(SETS))
     given = list(zip(ids, SETS, [memory] * len(SETS), [bool(u) if u is None else u for u in uses], strict=True))
     wanted = [expected(model, edits, i, s, m, u) for i, s, m, u in given]
@@ -157,6 +157,8 @@ def test_a_memory_and_its_tenants(model, make_edit, make_memory, running, tokens
         manager.add_request(ids[0], unike_memory="initech")
     with pytest.raises(ValueError, match="unike_memory: expected true, false or the name of a tenant, got 7"):
         manager.add_request(ids[0], unike_memory=7)
+    with pytest.raises(ValueError, match="this memory has tenants: expected false or the name of one, got True"):
+        manager.add_request(ids[0], unike_memory=True)
 
 
 def test_several_answers_to_one_request(model, edits, running, tmp_path):

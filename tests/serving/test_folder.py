@@ -1,7 +1,9 @@
 """A folder of edits: what is there now, what somebody still holds, and what other processes can reach."""
 
+import errno
 import gc
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -10,8 +12,10 @@ import threading
 import pytest
 
 import unike_kernels as uk
+from unike_kernels.artifacts import files
 from unike_kernels.errors import ArtifactError
 from unike_kernels.serving import EditFolder
+from unike_kernels.serving import folder as module
 
 
 @pytest.fixture
@@ -99,23 +103,234 @@ def test_another_process_reaches_what_is_retained(tmp_path, edit):
     (tmp_path / "a.safetensors").unlink()
     del again
     gc.collect()
-    assert [p for p in tmp_path.rglob("*") if p.is_file()] == []
+    assert list(tmp_path.rglob("*.safetensors")) == []
     with pytest.raises(ValueError, match="replaced or revoked"):
         worker.held(key)
 
 
-def test_what_dead_processes_retained_is_swept(tmp_path, edit):
+HOLD = """
+import sys
+from unike_kernels.serving import EditFolder
+folder = EditFolder(sys.argv[1])
+retained = folder.retain(folder.get("a").key)
+print(folder._own.folder.name, flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """Another process that retains the edit a, and the name of its folder."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    yield process, process.stdout.readline().strip()
+    process.kill()
+    process.communicate()
+
+
+def folders(path):
+    return {entry.name for entry in (path / ".retained").iterdir()}
+
+
+def test_what_dead_processes_retained_is_swept(tmp_path, edit, request):
+    """Whatever their machines and numbers: who lives holds a lock."""
+    put(tmp_path, edit("a"))
+    process, name = request.getfixturevalue("holder")
+    machine, number, _ = name.split("-")
+    assert machine == files.machine() and number == str(process.pid)
+
+    def with_locks(*names):
+        return {*names, *(f"{name}.lock" for name in names)}
+
+    def retaining():
+        folder = EditFolder(tmp_path)
+        return folder, folder.retain(folder.get("a").key), folder._own.folder.name
+
+    # Other machines' that show us no locks, called as ours with a number; one of them has left its own long ago.
+    new, old = f"{machine[:-1]}-{number}-1", f"{machine}0-{number}-1"
+    for other in (new, old):
+        (tmp_path / ".retained" / other).mkdir()
+        (tmp_path / ".retained" / f"{other}.lock").touch()
+    os.utime(tmp_path / ".retained" / old, (1, 1))
+    first = retaining()
+    assert folders(tmp_path) == with_locks(name, new, old, first[2])
+    for path in (tmp_path / ".retained").glob(f"{name}*"):
+        os.utime(path, (1, 1))  # not even then: it lives
+    os.utime(tmp_path / ".retained" / f"{old}.lock", (1, 1))
+    second = retaining()
+    assert folders(tmp_path) == with_locks(name, new, first[2], second[2])
+    process.kill()
+    process.wait()
+    third = retaining()
+    assert folders(tmp_path) == with_locks(new, first[2], second[2], third[2])
+    del first, second, third
+    gc.collect()
+    assert folders(tmp_path) == with_locks(new)
+
+
+def test_folders_without_a_lock_are_swept_after_a_day(tmp_path, edit):
     put(tmp_path, edit("a"))
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    host = socket.gethostname()
-    for name in (f"{host}-{dead.pid}", f"elsewhere-{dead.pid}", f"{host}-{os.getppid()}"):
+    old, new = f"{socket.gethostname()}-{dead.pid}", f"{socket.gethostname()}-0-{dead.pid}"
+    for name in (old, new):
         (tmp_path / ".retained" / name).mkdir(parents=True)
+    os.utime(tmp_path / ".retained" / old, (1, 1))
     folder = EditFolder(tmp_path)
     retained = folder.retain(folder.get("a").key)
-    names = {path.name for path in (tmp_path / ".retained").iterdir()}
-    assert names == {f"elsewhere-{dead.pid}", f"{host}-{os.getppid()}", f"{host}-{os.getpid()}"}
+    own = folder._own.folder.name
+    assert folders(tmp_path) == {new, own, f"{own}.lock"}
     del retained
+
+
+def test_a_file_system_without_locks(tmp_path, edit, monkeypatch):
+    def refuse(descriptor):
+        raise OSError(errno.ENOLCK, "no locks")
+
+    monkeypatch.setattr(module, "_take", refuse)
+    put(tmp_path, edit("a"))
+    folder = EditFolder(tmp_path)
+    version = folder.get("a")
+    assert folder.retain(version.key).version is version
+    assert folders(tmp_path) == set()
+
+
+def test_a_lock_that_was_swept_before_it_was_taken(tmp_path, edit, monkeypatch):
+    put(tmp_path, edit("a"))
+    folder, take, taken = EditFolder(tmp_path), module._take, []
+
+    def sweeping(descriptor):
+        if not taken:
+            (lock,) = (tmp_path / ".retained").glob("*.lock")
+            lock.unlink()
+        taken.append(take(descriptor))
+        return taken[-1]
+
+    monkeypatch.setattr(module, "_take", sweeping)
+    retained = folder.retain(folder.get("a").key)
+    assert len(taken) == 2
+    own = folder._own.folder.name
+    assert folders(tmp_path) == {own, f"{own}.lock"}
+    del retained
+
+
+FORK = """
+import gc, os, sys
+from unike_kernels.serving import EditFolder
+folder = EditFolder(sys.argv[1])
+key = folder.get("a").key
+retained = folder.retain(key)
+own = folder._own.folder.name
+files = lambda: {p.parent.name for p in folder._retained_files(key)}
+ready, done = os.pipe(), os.pipe()
+folder._lock.acquire()  # as another thread may have it
+if not (child := os.fork()):
+    again = folder.retain(key)
+    assert again is not retained and folder._own.folder.name != own
+    assert files() == {own, folder._own.folder.name}
+    del again, retained
+    gc.collect()
+    assert files() == {own}
+    os.write(ready[1], b"1")
+    os.read(done[0], 1)  # lives on when the parent is gone
+    sys.exit()
+folder._lock.release()
+os.close(ready[1])  # the read ends when the child does
+assert os.read(ready[0], 1) == b"1"
+assert files() == {own}
+if sys.argv[2] == "the child ends first":
+    os.write(done[1], b"1")
+    assert os.waitpid(child, 0)[1] == 0
+    assert files() == {own}
+else:
+    print(child, own, flush=True)
+    os._exit(0)  # without a word
+"""
+
+
+def test_a_forked_child_leaves_the_parents_files(tmp_path, edit):
+    put(tmp_path, edit("a"))
+    subprocess.run([sys.executable, "-c", FORK, tmp_path, "the child ends first"], check=True, timeout=60)
+    assert folders(tmp_path) == set()
+
+
+def test_a_forked_child_does_not_keep_the_parents_lock(tmp_path, edit):
+    put(tmp_path, edit("a"))
+    parent = [sys.executable, "-c", FORK, tmp_path, "the parent ends first"]
+    with subprocess.Popen(parent, stdout=subprocess.PIPE, text=True) as process:
+        child, own = process.stdout.readline().split()
+        process.wait(60)
+        try:
+            assert own in folders(tmp_path)
+            folder = EditFolder(tmp_path)
+            retained = folder.retain(folder.get("a").key)
+            assert own not in folders(tmp_path)
+            del retained
+        finally:
+            os.kill(int(child), signal.SIGKILL)
+
+
+def test_a_folder_that_cannot_be_written(tmp_path, edit, caplog):
+    """Requests go on; of a version that is replaced, only this process knows."""
+    for id in "ab":
+        put(tmp_path, edit(id))
+    (tmp_path / ".retained").write_bytes(b"")  # in the way; nobody is refused as root
+    folder = EditFolder(tmp_path)
+    key = folder.get("a").key
+    retained = [folder.retain(key), folder.retain(folder.get("b").key)]
+    assert folder.retain(key) is retained[0]
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith("edits: versions that are replaced cannot be kept for other processes")
+    assert EditFolder(tmp_path).held(key).key == key
+    put(tmp_path, edit("a", seed=3))
+    folder._last.clear()
+    gc.collect()
+    assert folder.held(key).key == key
+    with pytest.raises(ValueError, match="'a' was replaced or revoked"):
+        EditFolder(tmp_path).retain(key)
+
+
+def test_what_was_asked_for_lately_is_kept(tmp_path, edit, monkeypatch):
+    monkeypatch.setattr(module, "_RECENT", 3)
+    folder = EditFolder(tmp_path)
+    for id in "abc":
+        put(tmp_path, edit(id))
+        folder.get(id)
+    folder.get("a")
+    assert list(folder._last) == ["b", "c", "a"]
+    (tmp_path / "c.safetensors").unlink()
+    put(tmp_path, edit("d"))
+    folder.get("d")
+    assert list(folder._last) == ["b", "a", "d"]  # the revoked one went
+    put(tmp_path, edit("e"))
+    folder.get("e")
+    assert list(folder._last) == ["a", "d", "e"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (3, "names: expected the id of an edit or a list"),
+        ({"a": 1}, "names: expected the id of an edit or a list"),
+        (None, "names: expected the id of an edit or a list"),
+        ([["a"]], "expected an id of letters"),
+        ([{"a": 1}], "expected an id of letters"),
+        (["a", "b", "c", "d"], "names: expected at most 3 edits, got 4"),
+        (["a", "b", "a"], "names: expected distinct ids"),
+    ],
+)
+def test_what_a_request_may_name(asked, message):
+    with pytest.raises(ValueError, match=message):
+        module.check_ids("names", asked, 3)
+    assert module.check_ids("names", "a", 3) == ["a"]
+    assert module.check_ids("names", ["b", "a"], 3) == ["b", "a"]
+
+
+@pytest.mark.parametrize("most", [0, -1, True, 2.0, "3", None])
+def test_limits_are_counts(most):
+    with pytest.raises(ValueError, match="max_edits: expected an integer of at least 1"):
+        module.check_most(most)
 
 
 def test_a_version_whose_file_is_gone_can_be_retained_by_who_holds_it(tmp_path, edit):
@@ -159,13 +374,15 @@ def test_versions_are_retained_and_let_go_at_once(tmp_path, edit):
     assert failed == []
 
 
-@pytest.mark.parametrize("id", ["../a", "", ".a", "a/b", 3, "a b"])
+@pytest.mark.parametrize(
+    "id", ["../a", "", ".a", "..", "a/b", 3, "a b", "a\0", "a\n", "a" * 200, "a" * 10_000, None, True, ["a"], {"a": 1}]
+)
 def test_ids_are_names(tmp_path, id):
     with pytest.raises(ValueError, match="expected an id of letters"):
         EditFolder(tmp_path).get(id)
 
 
-def test_what_does_not_fit_is_refused(tmp_path, edit):
+def test_what_does_not_fit_is_refused(tmp_path, edit, caplog):
     with pytest.raises(FileNotFoundError, match="there is no folder"):
         EditFolder(tmp_path / "none")
 
@@ -180,8 +397,12 @@ def test_what_does_not_fit_is_refused(tmp_path, edit):
     with pytest.raises(ValueError, match="holds the edit 'b'; its name must be its id"):
         EditFolder(tmp_path).get("c")
     (tmp_path / "d.safetensors").write_bytes(b"no")
-    with pytest.raises(ArtifactError, match=r"d\.safetensors"):
+    with pytest.raises(ArtifactError, match=r"^edit: the file of 'd' is not valid$"):
         EditFolder(tmp_path).get("d")
+    assert f"{tmp_path / 'd.safetensors'}: not a complete safetensors file" in caplog.text  # for the log alone
+    (tmp_path / "e.safetensors").symlink_to("e.safetensors")
+    with pytest.raises(ValueError, match=r"^edit: the file of 'e' cannot be read$"):
+        EditFolder(tmp_path).get("e")
 
 
 def test_a_key_belongs_to_the_content_that_was_read(tmp_path, edit, monkeypatch):

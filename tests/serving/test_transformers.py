@@ -1,15 +1,20 @@
 """transformers' own server with a real client: edited models by their names."""
 
 import dataclasses
+import gc
+import json
 import socket
 import time
+import urllib.error
+import urllib.request
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
 import unike_kernels as uk
-from unike_kernels.serving import EditFolder
+from unike_kernels.serving import EditFolder, transformers
 from unike_kernels.serving.transformers import EditedModels, serve, sharing_weights
 
 openai = pytest.importorskip("openai")
@@ -51,6 +56,49 @@ def test_names(make_model, make_edit, tmp_path):
         models.split("x+a+b")
 
 
+def test_edited_models_go_with_their_model(make_model, make_edit, tmp_path):
+    model = make_model("llama")
+    make_edit(model, "a").save(tmp_path / "a.safetensors")
+    models = EditedModels(EditFolder(tmp_path))
+    edited = weakref.ref(models.edited(model, models.split("x+a")[1]))
+    weight = weakref.ref(model.get_input_embeddings().weight)
+    gc.collect()
+    assert edited() is not None
+    del model
+    gc.collect()
+    assert edited() is None and weight() is None
+
+
+@pytest.mark.parametrize("config", [{"tokens": "answer"}, {"alpha": "last"}, {"retrieval": "sequence"}])
+def test_edited_models_know_where_prompts_end(make_model, make_edit, make_memory, tmp_path, config):
+    """A memory whose config needs it, as with `rows(prompt_lengths=...)`."""
+    model = make_model("llama")
+    memory = make_memory(model, uk.Config(**{"k": 7, "values": "out", "alpha": 0.4, **config}))
+    edit = loud(make_edit(model, "a", memory))
+    edit.save(tmp_path / "a.safetensors")
+    models = EditedModels(EditFolder(tmp_path), memory)
+    edited = models.edited(model, models.split("x+a")[1])
+    ids = torch.tensor([[5, 6, 7, 8, 9]])
+    settings = {"max_new_tokens": NEW, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    with uk.patched(model, [edit], memory), uk.rows(model, prompt_lengths=[5]):
+        wanted = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **settings)
+    found = edited.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **settings)
+    assert all(torch.equal(a, b) for a, b in zip(found.logits, wanted.logits, strict=True))
+
+
+def test_memories_that_cannot_be_served_are_refused_at_start(make_model, make_memory, tmp_path):
+    one = make_memory(make_model("llama"), uk.Config(k=7, values="out", tokens="answer"))
+    one.save(tmp_path / "one")
+    uk.MemoryBank.joined({"acme": one}).save(tmp_path / "joined")
+    for continuous in (False, True):
+        with pytest.raises(ValueError, match="memory: expected one without tenants"):
+            serve(tmp_path, tmp_path / "joined", continuous_batching=continuous)
+    with pytest.raises(ValueError, match="with compile=True transformers' masks do not tell where prompts end"):
+        serve(tmp_path, tmp_path / "one", compile=True)
+    with pytest.raises(ValueError, match="max_edits: expected an integer"):
+        serve(tmp_path, max_edits=0)
+
+
 @pytest.fixture
 def server(make_model, make_edit, processor, tmp_path, request):
     """(client, name of the model, the model, the edits' folder) of a server that runs."""
@@ -75,7 +123,45 @@ def server(make_model, make_edit, processor, tmp_path, request):
         running.kill_server()
 
 
-def test_each_name_has_its_edits(server, make_edit, processor):
+def refused(client, model):
+    """Status and error of a request for this model, and the whole reply."""
+    body = json.dumps({"model": model, "prompt": PROMPT, "max_tokens": 1}).encode()
+    request = urllib.request.Request(f"{client.base_url}completions", body, {"Content-Type": "application/json"})
+    with pytest.raises(urllib.error.HTTPError) as error:
+        urllib.request.urlopen(request, timeout=60)
+    text = error.value.read().decode()
+    return error.value.code, json.loads(text)["error"], text
+
+
+def check_hostile_names(client, name, folder):
+    """Errors of their requests, in OpenAI's form, that tell no more than what was asked for."""
+    (folder / "broken.safetensors").write_bytes(b"no")
+    (folder / "loop.safetensors").symlink_to("loop.safetensors")
+    for model, status, message in [
+        (f"{name}+none", 404, "there is no edit 'none'"),
+        (f"{name}+broken", 400, "the file of 'broken' is not valid"),
+        (f"{name}+loop", 400, "the file of 'loop' cannot be read"),
+        (f"{name}+a+a", 400, "expected distinct ids, got ['a', 'a']"),
+        (f"{name}{'+a' * 10_000}", 400, "expected at most 16 edits, got 10000"),
+        (f"{name}+{'a' * 300}", 400, "expected an id of letters"),
+        (f"{name}+..", 400, "expected an id of letters"),
+        (f"{name}+../a", 400, "expected an id of letters"),
+        (f"{name}+a\0", 400, "expected an id of letters"),
+        (f"{name}+", 400, "expected an id of letters"),
+        ("no-such-model-of-ours/anywhere/at-all+a", 404, "'no-such-model-of-ours/anywhere/at-all' cannot be loaded"),
+        (None, 400, "expected the name of a model, got None"),
+        (["x+a"], 400, "expected the name of a model, got ['x+a']"),
+        ({"x": 1}, 400, "expected the name of a model"),
+        (7, 400, "expected the name of a model, got 7"),
+    ]:
+        code, error, text = refused(client, model)
+        assert (code, error["type"], error["param"]) == (status, "invalid_request_error", "model")
+        assert message in error["message"]
+        assert error["code"] == ("model_not_found" if status == 404 else None)
+        assert str(folder) not in text and len(text) < 400
+
+
+def test_each_name_has_its_edits(server, make_model, make_edit, processor):
     client, name, model, folder = server
     tokenizer = processor.tokenizer
     inputs = tokenizer(PROMPT, return_tensors="pt")
@@ -109,13 +195,18 @@ def test_each_name_has_its_edits(server, make_edit, processor):
     with pytest.raises(openai.NotFoundError):
         asked("c")
     assert asked().choices[0].text == texts[0]
+    check_hostile_names(client, name, folder)
+    make_edit(make_model("opt"), "other").save(folder / "other.safetensors")
+    assert refused(client, f"{name}+other")[0] == 400
+    assert asked("b").model == f"{name}+b"
+    assert {part.model for part in asked("a", "b", stream=True)} == {f"{name}+a+b"}
 
 
 # Without a size the cache takes most of the machine's memory.
 @pytest.mark.parametrize(
     "server", [{"continuous_batching": True, "cb_num_blocks": 64, "cb_max_batch_tokens": 64}], indirect=True
 )
-def test_requests_with_different_edits_in_one_batch(server, processor):
+def test_requests_with_different_edits_in_one_batch(server, make_edit, processor):
     """Continuous batching: all at once, plain and streamed; an unknown edit is an error of its request alone."""
     client, name, model, folder = server
     tokenizer = processor.tokenizer
@@ -152,3 +243,29 @@ def test_requests_with_different_edits_in_one_batch(server, processor):
     with pytest.raises(openai.NotFoundError):
         asked("a")
     assert asked("b").choices[0].text == texts["b"]
+    assert asked("b").model == f"{name}+b"
+    assert {part.model for part in asked("b", stream=True)} == {f"{name}+b"}
+    make_edit(model, "a").save(folder / "a.safetensors")
+    check_hostile_names(client, name, folder)
+    assert asked("").choices[0].text == texts[""]
+
+
+def test_workers_are_bounded():
+    """transformers keeps one for each name that was ever asked for."""
+    from transformers.cli.serving.utils import GenerationState
+
+    get, state = (
+        transformers._managing(getattr(GenerationState.get_manager, "original", GenerationState.get_manager)),
+        GenerationState(),
+    )
+    plain = get(state, "m@main")
+    made = set()
+    for i in range(3 * transformers._KEPT):
+        token = transformers._asked.set(transformers._Asked(("a",), "m@main"))
+        worker = get(state, f"m+{i}")
+        assert get(state, f"m+{i}") is worker
+        transformers._asked.reset(token)
+        made.add(worker)
+    assert len(made) == transformers._KEPT and plain not in made
+    assert get(state, "m@main") is plain
+    assert len(state._generate_managers) == transformers._KEPT + 1

@@ -113,7 +113,7 @@ def replacing(path: str | os.PathLike[str], *, durable: bool = True) -> Iterator
     target = Path(os.path.realpath(path))
     target.parent.mkdir(parents=True, exist_ok=True)
     _sweep(target.parent)
-    name = target.parent / f"{_TEMPORARY}{_machine()}-{os.getpid()}-{secrets.token_hex(8)}.tmp"
+    name = target.parent / f"{_TEMPORARY}{machine()}-{os.getpid()}-{secrets.token_hex(8)}.tmp"
     try:
         before = _state(target)
         descriptor = os.open(name, _WRITE, 0o666 if before is None else stat.S_IMODE(before.st_mode))
@@ -184,7 +184,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 @functools.cache
-def _machine() -> str:
+def machine() -> str:
     """Tells apart the places where a process id means another process: machines, their starts, containers."""
     known = [socket.gethostname()]
     with contextlib.suppress(OSError):
@@ -210,7 +210,7 @@ def _abandoned(entry: os.DirEntry[str]) -> bool:
         return False
     if len(parts) != 3 or not parts[1].isdecimal() or not stat.S_ISREG(state.st_mode):
         return False
-    gone = parts[0] == _machine() and os.name != "nt" and not lives(int(parts[1]))
+    gone = parts[0] == machine() and os.name != "nt" and not lives(int(parts[1]))
     return gone or time.time() - state.st_mtime > _STALE
 
 

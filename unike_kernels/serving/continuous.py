@@ -23,7 +23,7 @@ from ..artifacts.memory import MemoryBank
 from ..errors import PatchError
 from ..patching import check_artifacts, is_patched
 from .flat import FlatModel, Share, remembers
-from .folder import EditFolder, Version
+from .folder import EditFolder, Version, check_ids
 
 _KEY = "unike"  # of what a request's state carries: it follows the request when it is forked or put off
 
@@ -104,15 +104,13 @@ class EditingManager(ContinuousBatchingManager):
         Args:
             args, kwargs: transformers'.
             unike_edit: the ids of its edits, or one.
-            unike_memory: whether the memory shifts it, or the tenant whose entries alone do; None: it does, unless the
-                memory has tenants.
+            unike_memory: whether the memory shifts it, or the tenant whose entries alone do, which must be named where
+                there are tenants; None: it does, unless the memory has tenants.
 
         Raises:
-            ValueError: no such edit or tenant, or one that does not fit this model.
+            ValueError: no such edit or tenant, or one that does not fit this model; ids that are none, or not distinct.
         """
-        ids = [unike_edit] if isinstance(unike_edit, str) else list(unike_edit)
-        if len(set(ids)) != len(ids):
-            raise ValueError(f"unike_edit: expected distinct ids, got {ids}")
+        ids = check_ids("unike_edit", unike_edit)
         if ids and self._folder is None:
             raise ValueError("unike_edit: this manager was made without a folder of edits")
         versions = tuple(self._folder.get(id) for id in ids) if self._folder is not None else ()

@@ -166,14 +166,19 @@ def remembers(memory: MemoryBank | None, asked: bool | str | None) -> bool | str
         asked: whether it shall shift the request, or the tenant whose entries alone shall; None: it does, unless it
             has tenants.
 
-    Raises ValueError for an unknown tenant, a tenant where there is no memory, or another type.
+    Raises ValueError for an unknown tenant, a tenant where there is no memory, a memory of tenants of which none is
+    named, or another type. Messages name no tenant but the one that was asked for.
     """
     if asked is None:
         return memory is not None and not memory.tenants
     if isinstance(asked, str):
         if memory is None:
-            raise ValueError(f"unike_memory: there is no memory for the tenant {asked!r}")
-        memory.entries(asked)
-    elif asked not in (True, False):
+            raise ValueError(f"unike_memory: there is no memory for the tenant {asked!r:.80}")
+        if asked not in memory.tenants:
+            raise ValueError(f"unike_memory: unknown tenant {asked!r:.80}")
+        return asked
+    if not isinstance(asked, int | float) or asked not in (True, False):
         raise ValueError(f"unike_memory: expected true, false or the name of a tenant, got {asked!r:.80}")
-    return asked if isinstance(asked, str) else bool(asked) and memory is not None
+    if asked and memory is not None and memory.tenants:
+        raise ValueError(f"unike_memory: this memory has tenants: expected false or the name of one, got {asked!r}")
+    return bool(asked) and memory is not None

@@ -7,22 +7,56 @@ continuous batching they are one model, whose requests have their own edits. Gen
 from __future__ import annotations
 
 import copy
+import functools
+import logging
 from collections.abc import Callable
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
+from weakref import WeakKeyDictionary
 
 from torch import nn
 
 from ..artifacts.memory import MemoryBank
-from ..patching import patch
+from ..errors import PatchError, UnsupportedModelError
+from ..patching import patch, rows
 from .continuous import EditingManager
 from .flat import check_memory
-from .folder import EditFolder, Version
+from .folder import MOST_EDITS, EditFolder, NoSuchEditError, Version, check_ids, check_most
 
 M = TypeVar("M", bound=nn.Module)
-_KEPT = 64  # edited models that are kept while others are asked for
-_asked: ContextVar[list[str]] = ContextVar("asked")  # the edits of the HTTP request that is handled
+_KEPT = 64  # edited models of a model, and workers for them, that are kept while others are asked for
+_log = logging.getLogger("unike_kernels")
+
+
+class _Asked(NamedTuple):
+    """What the HTTP request that is handled asked for: the edits, and transformers' name of the model without."""
+
+    edits: tuple[str, ...] = ()
+    base: str | None = None
+
+
+_NOTHING = _Asked()
+_asked: ContextVar[_Asked] = ContextVar("asked", default=_NOTHING)
+
+
+class RequestError(Exception):
+    """What a client asked for and cannot have; it is told in the form of OpenAI's errors."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+    @classmethod
+    def of(cls, error: Exception) -> RequestError:
+        """404 for an edit that is not there, 400 for all else."""
+        return cls(404 if isinstance(error, NoSuchEditError) else 400, f"model: {error}")
+
+    def body(self) -> dict[str, Any]:
+        """The reply."""
+        code = "model_not_found" if self.status == 404 else None
+        told = {"message": str(self), "type": "invalid_request_error", "param": "model", "code": code}
+        return {"error": told}
 
 
 def sharing_weights(model: M) -> M:
@@ -37,76 +71,132 @@ class EditedModels:
     Args:
         edits: the folder with the edits.
         memory: for edited models; None: none.
+        max_edits: of one name.
+
+    Raises ValueError for a memory of tenants: a name does not tell whose entries it may use.
     """
 
-    def __init__(self, edits: EditFolder, memory: MemoryBank | None = None) -> None:
-        self._folder, self._memory = edits, memory
-        self._made: dict[tuple[int, tuple[str, ...]], tuple[Any, list[Version]]] = {}
+    def __init__(self, edits: EditFolder, memory: MemoryBank | None = None, max_edits: int = MOST_EDITS) -> None:
+        if memory is not None and memory.tenants:
+            raise ValueError("memory: expected one without tenants: the name of an edited model does not name a tenant")
+        self._folder, self._memory, self._most = edits, memory, check_most(max_edits)
+        # By the model, with which all that shares its weights shall go.
+        self._made: WeakKeyDictionary[Any, dict[tuple[str, ...], Any]] = WeakKeyDictionary()
 
     def split(self, name: str) -> tuple[str, list[Version]]:
         """The base model's name, and the versions of the edits that follow it.
 
-        Raises ValueError for an edit that is not there.
+        Raises ValueError for an edit that is not there (NoSuchEditError), a name that is none, or too many.
         """
         base, *ids = name.split("+")
+        ids = check_ids("edits", ids, self._most)
         return base, [self._folder.get(id) for id in ids]
 
     def edited(self, model: Any, versions: list[Version]) -> Any:
         """The model with these edits, or itself with none. Raises as `patch` does."""
         if not versions:
             return model
-        key = id(model), tuple(version.key for version in versions)
-        if key not in self._made:
+        known, key = self._made.setdefault(model, {}), tuple(version.key for version in versions)
+        if key not in known:
             made = sharing_weights(model)
             patch(made, [version.edit for version in versions], self._memory)
-            while len(self._made) >= _KEPT:
-                del self._made[next(iter(self._made))]
-            self._made[key] = made, versions
-        return self._made[key][0]
+            if self._memory is not None and self._memory.config.needs_prompt_lengths:
+                made.generate = _knowing_prompts(made)
+            while len(known) >= _KEPT:
+                del known[next(iter(known))]
+            known[key] = made
+        return known[key]
 
     def manager(self, model: Any, **settings: Any) -> Any:
         """Of continuous batching: its requests have the edits of the HTTP requests that they come from."""
         return _Manager(model, self._folder.path, self._memory, **settings)
 
 
+def _knowing_prompts(model: Any) -> Callable[..., Any]:
+    """Its `generate`, which says where prompts end: the server gives it one, without padding."""
+    generate = model.generate
+
+    @functools.wraps(generate)
+    def told(*args: Any, **kwargs: Any) -> Any:
+        batch, tokens = kwargs["input_ids"].shape
+        with rows(model, prompt_lengths=[tokens] * batch):
+            return generate(*args, **kwargs)
+
+    return told
+
+
 class _Manager(EditingManager):
     """Of a server, which adds requests without saying for whom."""
 
     def add_request(self, *args: Any, **kwargs: Any) -> str | None:
-        from fastapi import HTTPException
-
-        ids = _asked.get()
+        ids = _asked.get().edits
         try:
             return super().add_request(*args, unike_edit=ids, unike_memory=None if ids else False, **kwargs)
         except ValueError as error:
             self.output_router.result_handlers.pop(kwargs["request_id"], None)  # nothing will come
-            raise HTTPException(status_code=404, detail=f"model: {error}") from error
+            raise RequestError.of(error) from error
 
 
 def _resolving(original: Callable[..., Any], models: EditedModels) -> Callable[..., Any]:
     """For transformers' request handlers: which model a request's body names."""
 
     def resolve(self: Any, body: dict[str, Any]) -> Any:
-        from fastapi import HTTPException
-
-        _asked.set([])
+        _asked.set(_NOTHING)
         asked = body.get("model")
-        if not isinstance(asked, str) or "+" not in asked:
+        if asked is None and self.model_manager.force_model is not None:
+            return original(self, body)
+        if not isinstance(asked, str):
+            raise RequestError(400, f"model: expected the name of a model, got {asked!r:.80}")
+        if "+" not in asked:
             return original(self, body)
         try:
             base, versions = models.split(asked)
-            model_id, model, processor = original(self, {**body, "model": base})
+            try:
+                model_id, model, processor = original(self, {**body, "model": base})
+            except (OSError, ValueError) as error:
+                _log.warning("model %r: %s", base, error)
+                raise RequestError(404, f"model: {base!r:.80} cannot be loaded") from error
+            _asked.set(_Asked(tuple(version.edit.id for version in versions), model_id))
             body["model"] = asked
-            if _batches(self, model, processor):
-                _asked.set([version.edit.id for version in versions])
-                return model_id, model, processor
-            edited = models.edited(model, versions)
-        except ValueError as error:
-            raise HTTPException(status_code=404, detail=f"model: {error}") from error
-        # With the versions: transformers keeps a worker for each of these.
-        return "+".join([base, *(version.key for version in versions)]), edited, processor
+            # The name that came is the one in the reply; see `_managing`.
+            return asked, model if _batches(self, model, processor) else models.edited(model, versions), processor
+        except (ValueError, PatchError, UnsupportedModelError) as error:
+            raise RequestError.of(error) from error
 
     return resolve
+
+
+def _managing(original: Callable[..., Any]) -> Callable[..., Any]:
+    """For transformers' state, which keeps a worker, a thread, for each name of a model."""
+
+    def get_manager(self: Any, model_id: str, use_cb: bool = False) -> Any:
+        asked, workers = _asked.get(), self._generate_managers
+        if asked.edits and use_cb:  # all in one batch
+            return original(self, asked.base, use_cb)
+        if asked.edits and model_id not in workers:
+            edited = [name for name in workers if "+" in name]
+            if len(edited) >= _KEPT:  # threads do not end: the one that was begun first works for this name now
+                workers[model_id] = workers.pop(edited[0])
+        return original(self, model_id, use_cb)
+
+    return get_manager
+
+
+def _answering(original: Callable[..., Any]) -> Callable[..., Any]:
+    """For transformers' maker of the application: with answers to what cannot be had."""
+
+    @functools.wraps(original)
+    def build(*args: Any, **kwargs: Any) -> Any:
+        from fastapi.responses import JSONResponse
+
+        async def answer(request: Any, error: Any) -> Any:
+            return JSONResponse(error.body(), status_code=error.status)
+
+        app = original(*args, **kwargs)
+        app.add_exception_handler(RequestError, answer)
+        return app
+
+    return build
 
 
 def _batches(handler: Any, model: Any, processor: Any) -> bool:
@@ -130,12 +220,22 @@ def _starting(models: EditedModels) -> Callable[..., None]:
     return init_cb
 
 
-def serve(edits: str | Path, memory: str | Path | None = None, **options: Any) -> Any:
+def _replace(owner: Any, name: str, around: Callable[..., Any], *args: Any) -> None:
+    """Put `around` what transformers has there, and not around what was put there before."""
+    original = getattr(owner, name)
+    original = getattr(original, "original", original)
+    made = around(original, *args)
+    made.original = original
+    setattr(owner, name, made)
+
+
+def serve(edits: str | Path, memory: str | Path | None = None, *, max_edits: int = MOST_EDITS, **options: Any) -> Any:
     """transformers' server, which knows edited models by their names.
 
     Args:
         edits: a folder of edits, `<id>.safetensors`; they may come, change and go while the server runs.
         memory: a file that edited models use; None: none.
+        max_edits: of one request.
         options: of `transformers serve`, such as host, port, dtype, continuous_batching, non_blocking.
 
     Returns:
@@ -144,19 +244,25 @@ def serve(edits: str | Path, memory: str | Path | None = None, **options: Any) -
     Raises:
         ImportError: transformers' server is not installed.
         FileNotFoundError, ArtifactError: no such folder or memory, or not a valid one.
-        ValueError: with continuous_batching=True, a memory that `FlatModel` does not take.
+        ValueError: a memory of tenants; with continuous_batching=True, one that `FlatModel` does not take; with
+            compile=True, one that needs to know where prompts end.
     """
     from transformers.cli.serve import Serve
-    from transformers.cli.serving.utils import BaseHandler, CBGenerateManager
+    from transformers.cli.serving import server
+    from transformers.cli.serving.utils import BaseHandler, CBGenerateManager, GenerationState
 
     loaded = None if memory is None else MemoryBank.load(memory)
     if loaded is not None and options.get("continuous_batching"):
         check_memory(loaded)
-    models = EditedModels(EditFolder(edits), loaded)
+    if loaded is not None and options.get("compile") and loaded.config.needs_prompt_lengths:
+        raise ValueError(
+            "memory: with compile=True transformers' masks do not tell where prompts end; expected one with "
+            f"retrieval='token', alpha='token' or a number, and tokens='all' or 'text'; got {loaded.config}"
+        )
+    models = EditedModels(EditFolder(edits), loaded, max_edits)
     # Handlers and managers are made by the server itself.
-    original = getattr(BaseHandler._resolve_model, "original", BaseHandler._resolve_model)
-    resolve = _resolving(original, models)
-    resolve.original = original  # type: ignore[attr-defined]
-    BaseHandler._resolve_model = resolve  # type: ignore[method-assign]
+    _replace(BaseHandler, "_resolve_model", _resolving, models)
+    _replace(GenerationState, "get_manager", _managing)
+    _replace(server, "build_server", _answering)
     CBGenerateManager.init_cb = _starting(models)  # type: ignore[method-assign]
     return Serve(**options)

@@ -1,12 +1,14 @@
 """A plugin of vLLM: each request with its own edits, and a memory for all (entry point `vllm.general_plugins`).
 
 Start vLLM with `--additional-config '{"unike": {"edits": "FOLDER", "memory": "FILE"}}'`; both are optional, and so is
-"layers", the decoder layers that edits may name (the last four). A request names its edits in
-`SamplingParams(extra_args={"unike_edit": "capital-of-peru"})`, several as a list, over HTTP in the field `vllm_xargs`;
-`"unike_memory": 0` declines the memory, `"unike_memory": "acme"` lets a tenant's entries alone shift it.
+"layers", the decoder layers that edits may name (the last four), and "max_edits", of one request (16). A request names
+its edits in `SamplingParams(extra_args={"unike_edit": "capital-of-peru"})`, several as a list, over HTTP in the field
+`vllm_xargs`; `"unike_memory": 0` declines the memory, `"unike_memory": "acme"` lets a tenant's entries alone shift it.
+Clients are not told apart: who may name which edit or tenant is for what stands before the server to decide.
 
 * In the front-end a request's edits are looked up. An unknown one is an error of that request alone. Versions of edits
-  enter its cache salt, so that no two requests share a prefix whose keys and values an edit has changed.
+  and the use of the memory enter its cache salt, hashed with the client's own: no two requests share a prefix whose
+  keys and values differ, whatever salt a client sends.
 * In the engine's process it gets hold of those versions: what happens to the files later does not concern it.
 * In the worker the model's FFNs and attentions call two operators, opaque to torch.compile, which compute with what
   the runner said the step holds. A step without edits passes through them.
@@ -15,6 +17,8 @@ Start vLLM with `--additional-config '{"unike": {"edits": "FOLDER", "memory": "F
 from __future__ import annotations
 
 import functools
+import hashlib
+import json
 import os
 import time
 import warnings
@@ -33,7 +37,7 @@ from ..artifacts.memory import MemoryBank
 from ..backbones import configured_activation
 from ..errors import UnsupportedModelError
 from .flat import FlatModel, Share, check_memory, remembers
-from .folder import EditFolder, Retained
+from .folder import MOST_EDITS, EditFolder, Retained, check_ids, check_most
 
 KEY = "unike"  # in additional_config, and of what the front-end tells the worker about a request
 _LAYERS = 4
@@ -137,9 +141,10 @@ class _Served:
     """A server's settings, as a process of it needs them."""
 
     def __init__(self, vllm_config: Any, settings: dict[str, Any]) -> None:
-        unknown = sorted(set(settings) - {"edits", "memory", "layers"})
+        unknown = sorted(set(settings) - {"edits", "memory", "layers", "max_edits"})
         if unknown:
-            raise ValueError(f"additional_config.unike: expected edits, memory and layers, got {unknown}")
+            raise ValueError(f"additional_config.unike: expected edits, memory, layers and max_edits, got {unknown}")
+        self._most = check_most(settings.get("max_edits", MOST_EDITS))
         self.config = vllm_config.model_config.hf_config
         text = vllm_config.model_config.hf_text_config
         self.total, self.hidden_size = int(text.num_hidden_layers), int(text.hidden_size)
@@ -178,13 +183,14 @@ class _Served:
         self._judge(edit)
 
     def admit(self, request: Any) -> None:
-        """Look up what a request asks for, and note it in the request and in its cache salt."""
+        """Look up what a request asks for, and note it in the request and in its cache salt.
+
+        Raises ValueError for what is not there or does not fit, and for anything else than ids, or too many.
+        """
         params = request.sampling_params
         extra = (params.extra_args or {}) if params is not None else {}
-        asked, memory = extra.get("unike_edit", []), remembers(self.memory, extra.get("unike_memory"))
-        ids = [asked] if isinstance(asked, str) else asked
-        if not isinstance(ids, list) or len(set(map(str, ids))) != len(ids):
-            raise ValueError(f"unike_edit: expected the id of an edit or a list of distinct ones, got {asked!r:.80}")
+        memory = remembers(self.memory, extra.get("unike_memory"))
+        ids = check_ids("unike_edit", extra.get("unike_edit", []), self._most)
         if ids and self.folder is None:
             raise ValueError("unike_edit: this server was started without a folder of edits")
         versions = [self.folder.get(id) for id in ids] if self.folder is not None else []
@@ -197,9 +203,10 @@ class _Served:
                 self._admitted.popleft()
         if params is not None:
             params.extra_args = {**extra, KEY: {"edits": keys, "memory": memory}}
-        marks = [*keys, *([] if self.memory is None or memory is True else [f"memory {memory!r}"])]
-        if marks:
-            request.cache_salt = "|".join([request.cache_salt or "", KEY, *marks])
+        # No salt is that of a request as everybody sends it; a client's own is never taken as it came.
+        if keys or memory != remembers(self.memory, None) or request.cache_salt is not None:
+            told = json.dumps([request.cache_salt, keys, memory])
+            request.cache_salt = f"{KEY}|{hashlib.sha256(told.encode()).hexdigest()}"
 
 
 _known: dict[int, tuple[Any, _Served]] = {}

@@ -1,0 +1,140 @@
+"""What vLLM's front-end makes of requests, without vLLM: cache salts that nobody can choose, errors of one request."""
+
+import dataclasses
+import itertools
+from types import SimpleNamespace
+
+import pytest
+
+import unike_kernels as uk
+from unike_kernels.serving import vllm
+
+
+@pytest.fixture
+def served(make_model, make_edit, make_memory, tmp_path):
+    """Makes a server's settings: with no memory, one for all, or one of tenants."""
+    model = make_model("llama")
+    config = SimpleNamespace(
+        model_config=SimpleNamespace(hf_config=model.config, hf_text_config=model.config, model=str(tmp_path / "none"))
+    )
+    one = make_memory(model, uk.Config(k=7, values="out"))
+    flipped = {i: dataclasses.replace(m, index=-m.index, values=-m.values) for i, m in one.layers.items()}
+    joined = uk.MemoryBank.joined({"acme": one, "globex": uk.MemoryBank(flipped, one.config, one.base_model)})
+
+    def make(kind="tenants", **more):
+        memory = {"none": None, "one": one, "tenants": joined}[kind]
+        folder = tmp_path / kind
+        folder.mkdir()
+        for seed, id in enumerate("abc"):
+            make_edit(model, id, memory, seed=seed).save(folder / f"{id}.safetensors")
+        settings = {"edits": folder, **more}
+        if memory is not None:
+            memory.save(tmp_path / f"{kind}.memory")
+            settings["memory"] = tmp_path / f"{kind}.memory"
+        return vllm._Served(config, settings)
+
+    made = make
+    made.replace = lambda served, id, seed: make_edit(model, id, served.memory, seed=seed).save(
+        served.folder.path / f"{id}.safetensors"
+    )
+    return made
+
+
+def asked(served, extra=None, salt=None):
+    """The request after it was admitted."""
+    request = SimpleNamespace(sampling_params=SimpleNamespace(extra_args=extra), cache_salt=salt)
+    served.admit(request)
+    return request
+
+
+@pytest.mark.parametrize(
+    ("kind", "uses"),
+    [("none", [None, 0, 1, True]), ("one", [None, 0, 1, False]), ("tenants", [None, 0, False, "acme", "globex"])],
+)
+def test_equal_salts_are_equal_computations(served, kind, uses):
+    """Whatever salts clients send: those that came out before, too."""
+    server = served(kind)
+    edits, seen, salts = [None, [], "a", ["a"], ["b"], ["a", "b"], ["b", "a"]], {}, [None, "", "s", "t"]
+    old = '|unike|memory "acme"', "|unike|memory 'acme'", "unike|memory False", f"|unike|{server.folder.get('a').key}"
+    salts += old
+
+    def ask_for_all():
+        for salt, chosen, use in itertools.product(list(salts), edits, uses):
+            extra = {} if chosen is None else {"unike_edit": chosen}
+            extra |= {} if use is None else {"unike_memory": use}
+            request = asked(server, extra, salt)
+            told = request.sampling_params.extra_args["unike"]
+            computed = salt, tuple(told["edits"]), told["memory"]
+            assert seen.setdefault(request.cache_salt, computed) == computed
+            plain = not chosen and told["memory"] == (kind == "one")
+            assert (request.cache_salt is None) == (plain and salt is None)
+            assert request.cache_salt is None or request.cache_salt.startswith("unike|")
+            assert request.cache_salt is None or request.cache_salt != salt
+
+    ask_for_all()
+    before = len(seen)
+    salts[:] = [None, *(salt for salt in seen if salt is not None)][:40]  # what a client may have found out
+    ask_for_all()
+    assert len(seen) > 2 * before
+    salts[:], before = [None], len(seen)
+    served.replace(server, "a", 9)
+    ask_for_all()
+    new = {computed[1:] for computed in seen.values()}
+    assert len(seen) > before and len({keys for keys, _ in new}) == 8  # with other versions, other salts
+
+
+def test_nobody_takes_a_tenants_prefix(served):
+    server = served()
+    victim = asked(server, {"unike_memory": "acme"}).cache_salt
+    for salt in (victim, "|unike|memory 'acme'", victim.removeprefix("unike|"), "acme"):
+        assert asked(server, {"unike_memory": 0}, salt).cache_salt != victim
+        assert asked(server, {"unike_memory": "globex"}, salt).cache_salt != victim
+        assert asked(server, {"unike_memory": "acme"}, salt).cache_salt != victim
+
+
+@pytest.mark.parametrize("use", [1, True, 1.0])
+def test_all_tenants_at_once_cannot_be_asked_for(served, use):
+    with pytest.raises(ValueError, match="unike_memory: this memory has tenants: expected false or the name of one"):
+        asked(served(), {"unike_memory": use})
+
+
+def test_an_unknown_tenant_is_the_only_one_that_is_named(served):
+    with pytest.raises(ValueError, match=r"^unike_memory: unknown tenant 'initech'$"):
+        asked(served(), {"unike_memory": "initech"})
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"unike_edit": 3},
+        {"unike_edit": None},
+        {"unike_edit": {"a": 1}},
+        {"unike_edit": [["a"]]},
+        {"unike_edit": [{"a": 1}]},
+        {"unike_edit": ["a", "a"]},
+        {"unike_edit": "a" * 300},
+        {"unike_edit": "a\0"},
+        {"unike_edit": "../a"},
+        {"unike_edit": "loop"},
+        {"unike_edit": "broken"},
+        {"unike_edit": ["a", "b", "c"]},
+        {"unike_memory": [1]},
+        {"unike_memory": {"acme": 1}},
+        {"unike_memory": 7},
+        {"unike_memory": "x" * 10_000},
+    ],
+)
+def test_what_is_wrong_is_an_error_of_its_request(served, tmp_path, extra):
+    """A ValueError, which the servers answer with the status 400; it tells no path, and is not long."""
+    server = served(max_edits=2)
+    (server.folder.path / "loop.safetensors").symlink_to("loop.safetensors")
+    (server.folder.path / "broken.safetensors").write_bytes(b"no")
+    with pytest.raises(ValueError, match=r"^(unike_edit|edit|unike_memory): ") as error:
+        asked(server, extra)
+    assert str(tmp_path) not in str(error.value) and len(str(error.value)) < 250
+    assert len(asked(server, {"unike_edit": ["a", "b"]}).sampling_params.extra_args["unike"]["edits"]) == 2
+
+
+def test_a_limit_that_is_none_is_refused_at_start(served):
+    with pytest.raises(ValueError, match="max_edits: expected an integer of at least 1, got 0"):
+        served(max_edits=0)
