@@ -13,7 +13,7 @@ from kernels import kernels_of
 
 from unike_kernels import _native, ops
 from unike_kernels.ops import _library
-from unike_kernels.ops.patched_ffn import PreparedNeurons
+from unike_kernels.ops.patched_ffn import EditPool, PreparedNeurons, cpu
 
 
 @pytest.fixture(params=_native.isas())
@@ -402,20 +402,18 @@ def test_a_pool_that_grows_in_place_finds_its_workspace() -> None:
     generator = torch.Generator().manual_seed(1)
     n = lambda *size: torch.randn(*size, generator=generator)  # noqa: E731
     indptr = torch.arange(0, 1001, 10)
-    pool = [n(1000, d), n(1000), None, None, n(1000, d), n(100, d), n(100), indptr, torch.zeros(rows + 1).long(),
-            torch.arange(100).repeat(rows), None]  # fmt: skip
-    plan, x, base = _native.Pool(pool), n(rows, d), n(rows, d)
+    pool = EditPool(n(1000, d), n(1000), None, None, n(1000, d), n(100, d), n(100), indptr,
+                    torch.zeros(rows + 1).long(), torch.arange(100).repeat(rows), None)  # fmt: skip
+    laid_out, x, base = cpu.Pool(pool, "relu"), n(rows, d), n(rows, d)
     results = []
 
     def calls() -> None:
         for edits in (0, 1, 100, 3):
-            pool[8].copy_(torch.arange(rows + 1) * edits)
-            results.append(
-                (_native.add_extra_neurons(x, base, plan, 0), _native.add_extra_neurons(x, base, _native.Pool(pool), 0))
-            )
-        pool[9][0] = 100
+            pool.row_indptr.copy_(torch.arange(rows + 1) * edits)
+            results.append((laid_out.add(x, base), cpu.Pool(pool, "relu").add(x, base)))
+        pool.row_edits[0] = 100
         with pytest.raises(ValueError, match="row_edits must name edits of the pool"):
-            _native.add_extra_neurons(x, base, plan, 0)
+            laid_out.add(x, base)
         results.append("refused")
 
     thread = Thread(target=calls)  # of its own: it keeps no memory yet

@@ -530,7 +530,7 @@ def test_what_is_protected_stays_in_fewer_words_too(make_model, processor, monke
     assert len({kept.prompt, *(sample.prompt for sample in fewer)}) == 3
     apart = {}
     for count in (0, 2):
-        monkeypatch.setattr(edit_module, "_THINNED", count)
+        monkeypatch.setattr("unike_kernels.training.objectives._THINNED", count)
         training = EditTraining(neurons=4, lr=2e-2, steps=60, stop_loss=0.3, prompt_dropout=0.4)
         second = train(model, processor, near, previous=[first], protect=[kept], training=training).edit
         apart[count] = sum(between(model, processor, sample, [first], [first, second]) for sample in fewer)
