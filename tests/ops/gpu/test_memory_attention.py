@@ -50,15 +50,19 @@ def few_multiprocessors(monkeypatch):
     "shape",
     [
         pytest.param(dict(tokens=1, heads=1, c=70, d=70, r=20, k=21, dtype=torch.float32, bounded=False), id="float32"),
-        pytest.param(dict(tokens=3, heads=2, c=24, d=40, r=12, k=5, dtype=torch.bfloat16), id="heads"),
+        pytest.param(
+            dict(tokens=3, heads=2, c=24, d=40, r=12, k=5, dtype=torch.bfloat16), id="heads", marks=pytest.mark.slow
+        ),
         pytest.param(dict(tokens=18, heads=1, c=24, d=24, r=12, k=5, n=40, dtype=torch.float16), id="tiles"),
         pytest.param(
             dict(tokens=4, heads=1, c=24, d=24, r=12, k=3, n=40, dtype=torch.float32, projected=False, anchor=2),
             id="w1",
+            marks=pytest.mark.slow,
         ),
         pytest.param(
             dict(tokens=2, heads=1, c=24, d=24, r=12, k=35, n=20, dtype=torch.float32, alpha=2, convention="eq7"),
             id="k>n",
+            marks=pytest.mark.slow,
         ),
     ],
 )
@@ -67,7 +71,9 @@ def test_one_launch(shape, everywhere):
     case.check(*everywhere(case.run))
 
 
-@pytest.mark.parametrize("change", ["tokens", "results", "multiprocessors"])
+@pytest.mark.parametrize(
+    "change", ["tokens", *(pytest.param(name, marks=pytest.mark.slow) for name in ("results", "multiprocessors"))]
+)
 def test_what_does_not_fit_into_one_launch_takes_two(change, launched, monkeypatch):
     tokens, k = (65 if change == "tokens" else 9), (257 if change == "results" else 3)
     if change == "multiprocessors":
