@@ -13,6 +13,7 @@ import torch
 from kernels import kernels_of
 
 from unike_kernels import _native
+from unike_kernels.ops.cosine_topk import cpu
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -97,9 +98,9 @@ def test_float16_codes_are_rounded_as_everywhere(level):
     values = torch.cat([exact, between, *((bits + i).view(torch.float32) for i in (-1, 1)), torch.full((3,), 65520.0)])
     values = torch.cat([values, -values])
     rows = torch.nn.functional.pad(values, (0, -len(values) % 64)).reshape(-1, 64)
-    codes, bounds = torch.empty(len(rows), 64, dtype=torch.float16), torch.empty(len(rows), _native.KEY_BOUNDS)
+    codes, bounds = torch.empty(len(rows), 64, dtype=torch.float16), torch.empty(len(rows), cpu.KEY_BOUNDS)
     with kernels_of(level):
-        _native.pack_keys(rows, torch.zeros(64), codes, bounds)
+        cpu.pack_keys(rows, torch.zeros(64), codes, bounds)
         assert torch.equal(codes.view(torch.int16), rows.half().view(torch.int16))
-        _native.pack_keys(exact.reshape(-1, 64), torch.zeros(64), codes[:496], bounds[:496])
+        cpu.pack_keys(exact.reshape(-1, 64), torch.zeros(64), codes[:496], bounds[:496])
     assert not bounds[:496, 2].any()  # the residual: what the codes say is what they were made of

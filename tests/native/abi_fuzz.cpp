@@ -101,7 +101,7 @@ class Call {
   }
   template <typename E>
   void enumeration(const std::string& name, E& at) {
-    wrong(name + " of no name", [&at] { at = static_cast<E>(std::vector<int>{9, -1, 4, 1 << 30}[pick(0, 3)]); });
+    wrong(name + " of no name", [&at] { at = static_cast<E>(std::vector<int>{9, -1, 5, 1 << 30}[pick(0, 3)]); });
   }
   template <typename Rows>
   void rows(const std::string& name, Rows& at, int64_t count, int64_t width) {

@@ -132,10 +132,15 @@ def _suffixes(inputs: Mapping[str, Tensor]) -> list[_Answer]:
 
 
 def _answers(processor: Any, samples: Sequence[Sample], inputs: Mapping[str, Tensor]) -> list[_Answer]:
-    """By the tokenizer: what comes behind the tokens of the prompt alone. Images need not be looked at for that."""
+    """By the tokenizer: what comes behind the tokens of the prompt alone. Images need not be looked at for that.
+
+    A processor that shows no tokenizer is asked for the prompts itself, and then looks at the images again.
+    """
     tokenizer = getattr(processor, "tokenizer", processor)
+    images = [s.image for s in samples if s.image is not None]
+    given = {"images": images} if images and tokenizer is processor else {}
     with torch.device("cpu"):
-        prompts = tokenizer(text=[s.prompt for s in samples], padding=True, return_tensors="pt")
+        prompts = tokenizer(text=[s.prompt for s in samples], padding=True, return_tensors="pt", **given)
         text = inputs
         if tokenizer is not processor:
             text = tokenizer(text=[_whole(s) for s in samples], padding=True, return_tensors="pt")

@@ -45,5 +45,5 @@ def test_unknown_split():
 def test_the_package_that_is_needed_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "easy_vqa", None)
     _split.cache_clear()
-    with pytest.raises(ImportError, match=r"pip install unike-kernels\[easyvqa\]"):
+    with pytest.raises(ImportError, match=r"pip install easy-vqa pillow"):
         shapes.images("test")
