@@ -11,7 +11,6 @@ from . import _native, ops
 from ._version import __version__
 
 _PACKAGES = ("transformers", "triton", "faiss-cpu", "faiss-gpu", "safetensors")
-_OPERATORS = ("cosine_topk", "add_extra_neurons", "patched_ffn", "latent_attention", "memory_attention")
 
 
 def _version(package: str) -> str:
@@ -30,7 +29,7 @@ def show_config() -> str:
         f"CUDA: {torch.cuda.get_device_name() if torch.cuda.is_available() else 'no device'}",
         *(f"{name}: {_version(name)}" for name in _PACKAGES),
     ]
-    for op in _OPERATORS:
+    for op in ops.operators():
         backends = (f"{name} ({reason})" if reason else name for name, reason in ops.available(op).items())
         lines.append(f"{op}: {', '.join(backends)}")
     return "\n".join(lines)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ._backend import available, backend
+from ._backend import available, backend, operators
 from .cosine_topk import PackedKeys, cosine_topk, normalize_rows, pack_keys
 from .latent_attention import SemanticEncoder, latent_attention, project_values
 from .memory_attention import memory_attention
@@ -20,6 +20,7 @@ __all__ = [
     "latent_attention",
     "memory_attention",
     "normalize_rows",
+    "operators",
     "pack_keys",
     "patched_ffn",
     "project_values",

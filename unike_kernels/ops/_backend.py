@@ -172,6 +172,11 @@ def backend(name: str) -> Iterator[None]:
         _forced.reset(token)
 
 
+def operators() -> list[str]:
+    """The names that `available` takes, without those of gradients."""
+    return [op for op in _table if not op.endswith("_backward")]
+
+
 def available(op: str) -> dict[str, str | None]:
     """For each backend of `op`: None if it can run on this machine, else the reason why not."""
     return {name: impl.missing() for name, impl in _table[op].items() if name in BACKENDS}
