@@ -13,8 +13,8 @@ def test_show_config_names_versions_and_backends():
     assert lines[0].endswith(f"torch {torch.__version__}")
     for package in environment._PACKAGES:
         assert any(line.startswith(f"{package}: ") for line in lines)
-    backends = {line.split(":")[0]: line for line in lines[-len(environment._OPERATORS) :]}
-    assert set(backends) == set(environment._OPERATORS)
+    backends = {line.split(":")[0]: line for line in lines[-len(uk.ops.operators()) :]}
+    assert set(backends) == set(uk.ops.operators())
     assert all("reference" in line for line in backends.values())
 
 

@@ -119,7 +119,7 @@ def _is_number(value: object) -> bool:
 
 @dataclass(frozen=True)
 class Approximate:
-    """How an approximate index is built and searched. What torch.compile traces retrieves exactly all the same.
+    """How an approximate index is built and searched.
 
     Attributes:
         kind: "ivf": keys in lists around centres, of which the nearest are searched; "hnsw": a graph of neighbours.

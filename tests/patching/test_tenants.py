@@ -111,3 +111,32 @@ def test_what_cannot_be_joined_or_named(make_model, make_memory, banks):
                 model(input_ids=IDS)
     with pytest.raises(ValueError, match=r"'acme' has range\(0, 200\), the memory 101 entries"):
         dataclasses.replace(joined, tenants={**joined.tenants, "acme": range(200)})
+
+
+def test_a_retriever_of_ones_own(make_model, banks):
+    """A memory is searched with what it is given, tenants and compiled code included; it alone has the keys then."""
+    pytest.importorskip("faiss")
+    model, joined = make_model("llama"), uk.MemoryBank.joined(banks)
+    everything = uk.Approximate(lists=4, probes=4)
+
+    @torch.no_grad()
+    def logits(run=model, memory=joined, **given):
+        with uk.patched(model, memory=memory, **given):
+            memories = [m.memory for m in model.modules() if getattr(m, "memory", None) is not None]
+            held = {name for tables in memories for name, t in tables.named_buffers() if t is not None}
+            with uk.rows(model, memory=["globex", False, "acme"]):
+                return run(input_ids=IDS, use_cache=False).logits, held
+
+    exact, held = logits()
+    assert {"index", "codes"} <= held
+    for retriever in (uk.CosineIndex, lambda keys: uk.ApproximateIndex(keys, everything)):
+        found, held = logits(retriever=retriever)
+        torch.testing.assert_close(found, exact, atol=1e-5, rtol=1e-5)
+        assert not {"index", "codes", "code_bounds"} & held
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(logits(compiled, retriever=uk.CosineIndex)[0], exact, atol=1e-5, rtol=1e-5)
+    searched = dataclasses.replace(joined, search=everything)
+    torch.testing.assert_close(logits(memory=searched)[0], exact, atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="retriever: expected an index of the 101 keys it was given, got 3"):
+        uk.patch(model, memory=joined, retriever=lambda keys: uk.CosineIndex(keys[:3]))
+    assert not uk.is_patched(model)

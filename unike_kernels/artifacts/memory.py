@@ -123,8 +123,6 @@ class MemoryBank:
             )
         for name, entries in self.tenants.items():
             files.check_name(f"MemoryBank.parts[{name!r}]", self.parts[name])
-            if self.search is not None:
-                raise ValueError("MemoryBank.search: expected None with tenants, whose entries are found exactly")
             if not 0 <= entries.start <= entries.stop <= len(self) or entries.step != 1:
                 raise ValueError(f"MemoryBank.tenants: {name!r} has {entries}, the memory {len(self)} entries")
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +15,7 @@ from ..config import Config
 from ..ops import PackedKeys, SemanticEncoder, cosine_topk, latent_attention, normalize_rows, pack_keys, project_values
 from ..ops.latent_attention import blend_of
 from ..ops.memory_attention import MemoryOperands, PreparedMemory, attend
-from ..retrieval.approximate import ApproximateIndex
+from ..retrieval import Retriever
 from ._drop_in import DropIn, Tables, residual_of, residual_position
 from .context import ModelContext, Pass
 from .trace import LayerTrace, seconds_since
@@ -22,10 +24,8 @@ from .trace import LayerTrace, seconds_since
 class MemoryTables(Tables):
     """One layer of a memory as the operators take it."""
 
-    index: Tensor  # float32 [N, d], unit rows
-    codes: (
-        Tensor | None
-    )  # of the index, as `pack_keys` makes them, and the next two; None where there is no native scan
+    index: Tensor  # float32 [N, d], unit rows; none of it and of the next three where a retriever has the keys
+    codes: Tensor | None  # of the index, as `pack_keys` makes them; None where there is no native scan
     code_bounds: Tensor | None
     direction: Tensor | None
     all: Tensor  # int64 [1, 2], the bounds of all entries
@@ -36,6 +36,7 @@ class MemoryTables(Tables):
     b1: Tensor
     w2: Tensor
     b2: Tensor
+    handle: int
 
     def __init__(
         self,
@@ -44,13 +45,24 @@ class MemoryTables(Tables):
         values: Tensor | None,
         encoder: SemanticEncoder,
         id: str | None = None,
-        approximate: ApproximateIndex | None = None,
+        retriever: Retriever | None = None,
     ) -> None:
+        """Of a layer of a memory.
+
+        Args:
+            index: [N, d], the retrieval keys.
+            keys, values, encoder: as in `MemoryLayer`.
+            id: of the `MemoryBank`.
+            retriever: of the same retrieval keys, which then are kept nowhere else; None: an exact search here.
+        """
         super().__init__()
-        self.id = id  # of the `MemoryBank`
-        self.approximate = approximate  # searched in the place of the index
-        self.table("index", normalize_rows(index))
-        packed = pack_keys(self.index, "int8") if index.shape[1] <= 65536 else None
+        self.id, self.retriever, self.entries = id, retriever, len(index)
+        self.retrieval_keys = index  # as the memory has them, no copy
+        self._register()
+        packed = None
+        if retriever is None:
+            self.table("index", normalize_rows(index))
+            packed = pack_keys(self.index, "int8") if index.shape[1] <= 65536 else None
         for name, t in zip(("codes", "code_bounds", "direction"), packed or (None,) * 3, strict=True):
             self.table(name, t)
         self.table("all", torch.tensor([[0, len(index)]], dtype=torch.int64, device=index.device))
@@ -66,17 +78,30 @@ class MemoryTables(Tables):
         k here and below: that of the config, or all entries where there are fewer.
         """
         queries, k = queries.detach(), self.at_most(k)
-        if self.approximate is None or torch.compiler.is_compiling():
+        if self.retriever is None:
             return cosine_topk(queries, self.index, k, normalized=True, ranges=bounds, packed=self.packed)
-        scores, ids = self.approximate.search(queries, k)
-        if bounds is not None:
-            out = (ids < bounds[:, :1]) | (ids >= bounds[:, 1:])
-            scores, ids = scores.masked_fill(out, float("-inf")), ids.masked_fill(out, -1)
+        scores, ids = retrieve(queries, k, bounds, self.handle)
         return scores, ids
+
+    def unit_keys(self, ids: Tensor) -> Tensor:
+        """The retrieval keys of these entries, normalised. ids int64 [...] -> [..., d]."""
+        if self.retriever is None:
+            return self.index[ids]
+        found = self.retrieval_keys[ids.to(self.retrieval_keys.device)].to(ids.device)
+        return torch.nn.functional.normalize(found.float(), dim=-1)
+
+    def _register(self) -> None:
+        """By a number, which is what compiled code knows the retriever by."""
+        self.__dict__["handle"] = next(_handles)
+        _retrievers[self.handle] = self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._register()
 
     def at_most(self, k: int) -> int:
         """So many of k entries as there are, at least one: more would be ids -1 that cost as much as others."""
-        return max(min(k, self.index.shape[0]), 1)
+        return max(min(k, self.entries), 1)
 
     def prepared(self) -> PreparedMemory:
         """The tables, laid out for many calls of the operator."""
@@ -95,6 +120,25 @@ class MemoryTables(Tables):
     @property
     def encoder(self) -> SemanticEncoder:
         return SemanticEncoder(self.w1, self.b1, self.w2, self.b2)
+
+
+_handles = itertools.count()
+_retrievers: WeakValueDictionary[int, MemoryTables] = WeakValueDictionary()
+
+
+@torch.library.custom_op("unike::retrieve", mutates_args=())
+def retrieve(queries: Tensor, k: int, ranges: Tensor | None, memory: int) -> tuple[Tensor, Tensor]:
+    """The search of a memory's retriever, which tracing does not look into."""
+    retriever = _retrievers[memory].retriever
+    assert retriever is not None
+    scores, ids = retriever.search(queries, k, ranges)
+    return scores, ids
+
+
+@retrieve.register_fake
+def _(queries: Tensor, k: int, ranges: Tensor | None, memory: int) -> tuple[Tensor, Tensor]:
+    shape = queries.shape[0], k
+    return queries.new_empty(shape, dtype=torch.float32), queries.new_empty(shape, dtype=torch.int64)
 
 
 class MemoryAttention(DropIn):
@@ -217,8 +261,9 @@ class MemoryAttention(DropIn):
         if ids is None:
             scores, ids = memory.retrieve(flat, config.k, bounds)
         else:  # the cosines of what the prompt's last token has retrieved with each token
-            unit = torch.nn.functional.normalize(flat.to(memory.index.dtype), dim=-1)
-            scores = torch.einsum("md,mkd->mk", unit, memory.index[ids.clamp(min=0)])
+            found = memory.unit_keys(ids.clamp(min=0))
+            unit = torch.nn.functional.normalize(flat.to(found.dtype), dim=-1)
+            scores = torch.einsum("md,mkd->mk", unit, found)
             scores = scores.masked_fill(ids < 0, float("-inf"))
         _, alpha = _attended(memory, config, queries, inputs, ids, anchor)
         alpha = torch.where((ids >= 0).any(-1), alpha.detach().float(), 0.0)
@@ -293,7 +338,7 @@ def shift_tokens(
         anchor: see `ops.latent_attention`.
         out: see `PreparedMemory`.
     """
-    if memory.approximate is not None and not torch.compiler.is_compiling():
+    if memory.retriever is not None:
         _, ids = memory.retrieve(hidden, config.k, bounds)
         shifted = _attended(memory, config, queries, inputs, ids, anchor)[0]
         return shifted if out is None else out.copy_(shifted)

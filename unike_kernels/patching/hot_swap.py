@@ -105,7 +105,10 @@ def swap_memory(
             raise PatchError(f"memory: its layers {missing} are not patched; patch(model, layers=...) them")
         edits = list(state.edits.values())
         check_artifacts(model, state.decoder, edits, memory, state.config, override)
-        tables = {i: make_tables(memory, i, attention.originals[0]) for i, attention in state.attentions.items()}
+        tables = {
+            i: make_tables(memory, i, attention.originals[0], state.retriever)
+            for i, attention in state.attentions.items()
+        }
         _publish(state, running, memories=tables, memory=memory)
         log_event("swap_memory", state)
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from .. import backbones
 from ..artifacts.edit import Edit
@@ -15,7 +15,7 @@ from ..artifacts.memory import MemoryBank
 from ..config import Config
 from ..errors import PatchError
 from ..nn import EditStore, MemoryAttention, MemoryTables, ModelContext, PassThrough, PatchedFFN, original
-from ..retrieval.approximate import ApproximateIndex
+from ..retrieval import ApproximateIndex, Retriever
 from .compatibility import check_artifacts
 from .session import (
     HOOKS,
@@ -85,6 +85,7 @@ def patch(
     layers: Sequence[int] | None = None,
     config: Config | None = None,
     default: Literal["all", "none"] = "all",
+    retriever: Callable[[Tensor], Retriever] | None = None,
     replace: bool = False,
     override: bool = False,
 ) -> PatchReport:
@@ -103,6 +104,9 @@ def patch(
         config: the semantics; None: the memory's, else the edits', else the defaults.
         default: what a pass outside of every `rows` block uses: "all" edits and the memory, or "none". With "all", such
             a pass is an error while another logical call has a block open that gives some row less.
+        retriever: makes the index of a layer's retrieval keys [N, d], which the memory is then searched with, such as
+            `lambda keys: uk.ShardedIndex(uk.CosineIndex(my_part_of(keys)))`; None: an exact one, or what the memory's
+            `search` says.
         replace: patch anew a model that is patched already, instead of an error.
         override: accept edits and memories that were not made for each other, this config or this model.
 
@@ -149,12 +153,14 @@ def patch(
     with outside_inference_mode():
         stores = {layer.index: _store(layer, named) for layer in chosen_layers if layer.has("ffn")}
         with_attention = [layer for layer in chosen_layers if layer.has("attention")]
-        tables = {layer.index: make_tables(memory, layer.index, layer.attention.module) for layer in with_attention}
+        tables = {
+            layer.index: make_tables(memory, layer.index, layer.attention.module, retriever) for layer in with_attention
+        }
     context = ModelContext(Installed(stores, tables, named, memory), default, in_model=True)
     plan = [_build(layer, chosen, context) for layer in chosen_layers]
     by_text = memory is not None and chosen.tokens == "text"
     placeholders = backbones.required_placeholder_ids(model) if by_text else None
-    state = PatchedState(context, decoder, chosen, {}, {})
+    state = PatchedState(context, decoder, chosen, {}, {}, retriever)
     with AllOrNothing(model):
         if state_of(model) is not None:
             _remove(model)
@@ -262,13 +268,24 @@ def _attention(layer: backbones.Layer, config: Config, context: ModelContext) ->
     )
 
 
-def make_tables(memory: MemoryBank | None, layer: int, attention: nn.Module) -> MemoryTables | None:
+def make_tables(
+    memory: MemoryBank | None,
+    layer: int,
+    attention: nn.Module,
+    retriever: Callable[[Tensor], Retriever] | None = None,
+) -> MemoryTables | None:
     """What a memory holds for a layer, where its attention computes."""
     if memory is None or layer not in memory.layers:
         return None
     m = memory.layers[layer]
     device = backbones.device_of(attention)
-    found = None if memory.search is None else ApproximateIndex(m.index.to(device), memory.search)
+    found = None
+    if retriever is not None:
+        found = retriever(m.index.to(device))
+        if len(found) != len(m.index):
+            raise ValueError(f"retriever: expected an index of the {len(m.index)} keys it was given, got {len(found)}")
+    elif memory.search is not None:
+        found = ApproximateIndex(m.index.to(device), memory.search)
     return MemoryTables(m.index, m.keys, m.values, m.encoder, memory.id, found).to(device)
 
 
@@ -279,7 +296,7 @@ def _report(model: nn.Module, decoder: backbones.Decoder, state: PatchedState) -
         ffn, attention, layer = state.ffns.get(i), state.attentions.get(i), decoder.layers[i]
         tables = None if attention is None else attention.memory
         neurons = 0 if ffn is None else ffn.edits.used[0]
-        entries = 0 if tables is None else tables.index.shape[0]
+        entries = 0 if tables is None else tables.entries
         names = " + ".join(site.name for site in layer.ffn) if ffn is not None else "none"
         rows.append((i, names, layer.attention.name if attention is not None else "none", neurons, entries))
         nbytes += sum(b.nbytes for b in (tables.buffers() if tables else ()))

@@ -18,6 +18,7 @@ from ..artifacts.memory import MemoryBank
 from ..config import Config
 from ..errors import PatchError
 from ..nn import MemoryAttention, ModelContext, PatchedFFN, Version
+from ..retrieval import Retriever
 
 _ATTRIBUTE = "_unike"
 
@@ -151,6 +152,7 @@ class PatchedState:
     config: Config
     ffns: dict[int, PatchedFFN]
     attentions: dict[int, MemoryAttention]
+    retriever: Callable[[Tensor], Retriever] | None = None  # see `patch`
     lock: threading.RLock = field(default_factory=threading.RLock)  # of changes
 
     @property
