@@ -27,13 +27,14 @@ ORDERS = {
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The first case of each test runs one by one in the default tests, all cases in the slow ones."""
+    """By default the first case of each test runs one by one, and the others in step; in the slow tests all of both."""
     begun = set()
     for item in items:
-        if getattr(item, "callspec", None) and item.callspec.params.get("everywhere") == "one by one":
-            if item.function in begun:
+        order = item.callspec.params.get("everywhere") if hasattr(item, "callspec") else None
+        if order in ("in step", "one by one"):
+            if ((item.function, order) in begun) == (order == "one by one"):
                 item.add_marker(pytest.mark.slow)
-            begun.add(item.function)
+            begun.add((item.function, order))
 
 
 def bits(result: Any) -> list[torch.Tensor]:

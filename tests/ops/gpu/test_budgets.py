@@ -143,10 +143,9 @@ def resources(monkeypatch):
 
 
 TARGETS = [*(GPUTarget("cuda", arch, 32) for arch in static.CUDA_ARCHITECTURES), GPUTarget("hip", "gfx942", 64)]
-# The rest are slow tests: the default ones look at each kernel once.
+# The rest are slow tests: the default ones look at each forward kernel once.
 USUAL = {
-    "extra neurons, a prompt, bfloat16", "gradients of extra neurons, bfloat16", "patched FFN, one token, bfloat16",
-    "latent attention, one token, bfloat16", "memory attention, one token, bfloat16",
+    "extra neurons, a prompt, bfloat16", "patched FFN, one token, bfloat16", "memory attention, one token, bfloat16",
 }  # fmt: skip
 
 

@@ -113,7 +113,9 @@ class Gradients(Case):
             dict(tokens=34, heads=2, c=24, d=40, r=20, k=5, dtype=torch.bfloat16, rows=2, anchor=2), id="shared"
         ),
         pytest.param(
-            dict(tokens=6, heads=1, c=20, d=40, r=20, k=3, dtype=torch.float32, rows=2, alpha=6, norm="none"), id="few"
+            dict(tokens=6, heads=1, c=20, d=40, r=20, k=3, dtype=torch.float32, rows=2, alpha=6, norm="none"),
+            id="few",
+            marks=pytest.mark.slow,
         ),
         pytest.param(
             dict(tokens=3, heads=1, c=20, d=40, r=20, k=3, dtype=torch.float32, alpha=1, convention="eq7"), id="eq7"

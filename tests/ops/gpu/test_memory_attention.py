@@ -98,6 +98,7 @@ def test_no_tokens_and_no_entries(launched):
     assert not session.launches
 
 
+@pytest.mark.slow
 def test_launches_of_a_layer_share_a_workspace(launched):
     """Each leaves the counters as the others can use them, however many meetings it had."""
     one, other = Memory(3, 1, 24, 24, 12, 4, torch.float32, n=20), Memory(2, 1, 16, 16, 4, 4, torch.float32, n=20)
@@ -137,6 +138,7 @@ def test_the_operator_chooses_it(on_gpu):
         torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_keys_of_the_retrieval_are_read_once(launched):
     """By blocks that share them evenly, one a multiprocessor."""
     case = Memory(1, 1, 64, 64, 12, 4, torch.float32, n=384, bounded=False)
