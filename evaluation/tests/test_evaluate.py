@@ -58,7 +58,7 @@ def test_how_long_editing_takes(tmp_path, monkeypatch):
         assert row[6].startswith(("0", "1", "2", "3")) and " of 3" in row[6]
 
 
-@pytest.mark.slow
+@pytest.mark.slow(minutes=8)
 def test_a_smoke_run(tmp_path):
     """Every system through its training and some requests, into tables."""
     options = ["--split", "validation", "--out", str(tmp_path)]

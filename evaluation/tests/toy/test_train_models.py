@@ -9,7 +9,7 @@ import pytest
 SCRIPT = Path(__file__).parents[2] / "scripts" / "train_models.py"
 
 
-@pytest.mark.slow
+@pytest.mark.slow(minutes=3)
 @pytest.mark.parametrize(
     ("world", "decoder", "kinds"),
     [pytest.param("digits", "opt", 12, marks=pytest.mark.smoke), ("digits", "llama", 12), ("easyvqa", "opt", 4)],
