@@ -356,6 +356,10 @@ def test_prepared_neurons_compute_what_the_operator_computes(monkeypatch: pytest
         monkeypatch.delenv("UNIKE_BACKEND")
         with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
             assert prepared(torch.empty(8, 48), torch.empty(8, 48)).shape == (8, 48)
+        lazy = torch.complex(torch.zeros(8, 48), -x).conj().imag  # reads as x, holds -x
+        assert lazy.is_neg()
+        check(lazy, base, True)
+        check(x, torch.randn(8, 60)[:, :48], True)
         before = prepared(x, base)
         pool.beta.mul_(2)  # a live tensor: it is seen
         check(x, base, True)

@@ -63,6 +63,16 @@ class Pool:
         )  # fmt: skip
         return out
 
+    def add_contiguous(self, x: Tensor, base: Tensor) -> Tensor:
+        """`add` for [..., d] of one shape that are `as_it_reads`, as in decoding: no check, no view."""
+        out, d = torch.empty_like(base), x.shape[-1]
+        code = _native.DTYPES[base.dtype]
+        _native.core().add_extra_neurons(
+            (x.data_ptr(), _native.DTYPES[x.dtype], d), (base.data_ptr(), code, d), x.numel() // d, d, self.native,
+            self.activation, (out.data_ptr(), code, d), torch.get_num_threads(),
+        )  # fmt: skip
+        return out
+
     def gradients(self, grad: Tensor, x: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients of `add` to x and to keys, key_bias, up, up_bias, values, zeta and beta of the pool.
 
@@ -85,6 +95,11 @@ class Pool:
             torch.get_num_threads(),
         )  # fmt: skip
         return tuple(outs)
+
+
+def as_it_reads(t: Tensor) -> bool:
+    """Whether its memory holds it as it reads: contiguous, aligned, with no negation that torch has put off."""
+    return t.is_contiguous() and not t.is_neg() and t.data_ptr() % 4 == 0
 
 
 def add_extra_neurons(x: Tensor, base: Tensor, pool: EditPool, activation: str) -> Tensor:
