@@ -28,19 +28,22 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
     Weights that are not in memory (offloaded, on `meta`) or not floating (quantised) are left out of the samples, and
     so are embeddings and the output's matrix, whose shape changes with a token that is added to the vocabulary.
     """
-    config: Any = getattr(model, "config", None)
-    text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
     named = list(model.named_parameters())
     step = max(1, len(named) // _PARAMETERS)
     chosen = [name for name, _ in named[::step]]
     vectors = [name for name, p in named if p.dim() == 1]  # norms and biases, which a quantisation leaves as they are
     chosen += vectors[:: max(1, len(vectors) // _VECTORS)]
+    return {**_sizes(model), "parameters": len(named), "samples": _samples(model, chosen)}
+
+
+def _sizes(model: nn.Module) -> dict[str, Any]:
+    """Type and sizes, as a fingerprint has them."""
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
     return {
         "model_type": getattr(config, "model_type", type(model).__name__),
         "hidden_size": getattr(text, "hidden_size", None),
         "layers": getattr(text, "num_hidden_layers", None),
-        "parameters": len(named),
-        "samples": _samples(model, chosen),
     }
 
 
@@ -98,11 +101,9 @@ class Identity:
 
 def identity(model: nn.Module) -> Identity:
     """That of a model in memory."""
-    here, words = fingerprint(model), _vocabulary(model)
+    words = _vocabulary(model)
     passed_over = frozenset(name for name, p in model.named_parameters() if id(p) in words)
-    return Identity(
-        here["model_type"], here["hidden_size"], here["layers"], lambda names: _samples(model, names), passed_over
-    )
+    return Identity(**_sizes(model), samples=lambda names: _samples(model, names), passed_over=passed_over)
 
 
 def samples_of_checkpoint(folder: str | os.PathLike[str], names: Iterable[str]) -> dict[str, list[float]]:
