@@ -73,7 +73,8 @@ def install() -> None:
     index = os.environ.get("TORCH_INDEX_URL")
     pip(f"installing {TORCH}", *(["--index-url", index] if index else []), TORCH)
     pip("building and installing unike_kernels", "--editable", f"{ROOT}[dev]")
-    pip("installing unike_eval and unike_bench", "--editable", ROOT / "evaluation", "--editable", ROOT / "benchmarks")
+    others = (f"{ROOT}/evaluation[countries]", f"{ROOT}/benchmarks")
+    pip("installing unike_eval and unike_bench", *(part for each in others for part in ("--editable", each)))
     STAMP.write_text(current)
 
 

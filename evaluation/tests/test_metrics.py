@@ -128,7 +128,7 @@ def test_a_case_from_before_to_after(make_model, make_edit, processor):
     case = Case(SAMPLES[0], rephrasings=(SAMPLES[1],), text_locality=(SAMPLES[2], SAMPLES[3]))
     assert list(case.groups()) == list(METRICS)
     before = observe_case(model, processor, case)
-    assert {name: len(o) for name, o in before.items()} == dict(zip(METRICS, (1, 1, 0, 2, 0), strict=True))
+    assert {name: len(o) for name, o in before.items()} == dict(zip(METRICS, (1, 1, 0, 2, 0, 0, 0), strict=True))
     with uk.patched(model, [make_edit(model, "a")]):
         after = observe_case(model, processor, case)
     for protocol in PROTOCOLS:

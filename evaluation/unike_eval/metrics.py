@@ -24,7 +24,15 @@ from unike_kernels.backbones import device_of
 from unike_kernels.training.samples import Sample, batches, encode, evaluating, forward, telling_prompts
 
 PROTOCOLS = ("mmedit", "unike", "exact")
-METRICS = ("reliability", "t_generality", "m_generality", "t_locality", "m_locality")
+METRICS = (
+    "reliability",
+    "t_generality",
+    "m_generality",
+    "t_locality",
+    "m_locality",
+    "near_locality",
+    "subject_locality",
+)
 
 
 @dataclass(frozen=True)
@@ -37,6 +45,8 @@ class Case:
         images: the same question about other images of the same thing (M-generality).
         text_locality: unrelated questions without images; their answers are only where positions are taken from.
         image_locality: unrelated questions about unrelated images.
+        near_locality: the same question about other subjects.
+        subject_locality: other questions about the same subject.
     """
 
     request: Sample
@@ -44,10 +54,13 @@ class Case:
     images: tuple[Sample, ...] = ()
     text_locality: tuple[Sample, ...] = ()
     image_locality: tuple[Sample, ...] = ()
+    near_locality: tuple[Sample, ...] = ()
+    subject_locality: tuple[Sample, ...] = ()
 
     def groups(self) -> dict[str, tuple[Sample, ...]]:
         """Metric -> samples."""
-        samples = ((self.request,), self.rephrasings, self.images, self.text_locality, self.image_locality)
+        generality, locality = (self.rephrasings, self.images), (self.text_locality, self.image_locality)
+        samples = ((self.request,), *generality, *locality, self.near_locality, self.subject_locality)
         return dict(zip(METRICS, samples, strict=True))
 
 
