@@ -390,3 +390,18 @@ def test_tables_prepared_in_a_transformation_outlive_it():
     beta = NEURONS[True].beta
     definition = lambda b: ops.patched_ffn(**t, pool=NEURONS[True]._replace(beta=b), activation="gelu").sum()  # noqa: E731
     torch.testing.assert_close(func.grad(g)(beta), torch.autograd.functional.jacobian(definition, beta))
+    hidden, index, keys, values, projected, encoder = MEMORY[True]
+    queries, inputs = draw(SHIFT, torch.float32, 1).values()
+    switches = blend_of(queries.unsqueeze(1), 0.7, "inclusion", "match")
+
+    def by_values(values: Tensor) -> Tensor:
+        tables = PreparedMemory(index, None, keys, values, projected, encoder)
+        return tables(hidden, queries.unsqueeze(1), inputs, K, None, None, None, switches).sum()
+
+    ids = search.cosine_topk(hidden, index, K, True)[1]
+
+    def shifted(values: Tensor) -> Tensor:
+        operands = queries.unsqueeze(1), inputs, keys, values, ids, encoder, None, None, switches
+        return latent.latent_attention(*operands)[0].sum()
+
+    torch.testing.assert_close(func.grad(by_values)(values), func.grad(shifted)(values))

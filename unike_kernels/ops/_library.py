@@ -88,7 +88,7 @@ def _differentiated(
         reverse = torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
         if reverse and (backward is None or _transformed()):
             return composed(*args)
-        if _in_forward_mode() and any(map(_has_tangent, args)):
+        if any(map(_has_tangent, args)):
             return composed(*args)
         return Differentiated.apply(keyset, *args) if reverse else below(keyset, *args)
 
@@ -100,13 +100,9 @@ def _transformed() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
-def _in_forward_mode() -> bool:
-    """Whether tensors may carry a tangent."""
-    return forward_ad._current_level >= 0 or _transformed()
-
-
 def _has_tangent(t: Any) -> bool:
-    if not isinstance(t, Tensor) or not t.is_floating_point():
+    """Of forward mode, which `torch.func.jvp` enters, too."""
+    if forward_ad._current_level < 0 or not isinstance(t, Tensor) or not t.is_floating_point():
         return False
     return torch._VF._unpack_dual(t, level=0).tangent is not None
 
@@ -120,7 +116,7 @@ def differentiated(t: Tensor) -> bool:
     """Whether a derivative to `t` is asked for, of whatever kind, or `torch.func.vmap` has put examples into it."""
     if wrapped(t):
         return True
-    return (torch.is_grad_enabled() and t.requires_grad) or (_in_forward_mode() and _has_tangent(t))
+    return (torch.is_grad_enabled() and t.requires_grad) or _has_tangent(t)
 
 
 def outside() -> AbstractContextManager[Any]:

@@ -160,12 +160,19 @@ class PreparedMemory:
             encoder: Enc_sem.
         """
         self._tables = index, packed, keys, values, projected, encoder
-        self._native: tuple[Keys, Memory] | None = None
+        self._native = self._laid_out()
+
+    def _laid_out(self) -> tuple[Keys, Memory] | None:
+        index, packed, keys, values, projected, encoder = self._tables
         given = [t for t in (index, keys, values, projected, *encoder) if t is not None]
         native = _native.available() and index.device.type == "cpu" and not any(map(_library.wrapped, given))
-        if native and all(t.dtype != torch.float64 for t in given):
-            with _library.outside():
-                self._native = Keys(index, packed), Memory(keys, values, projected, encoder)
+        if not native or any(t.dtype == torch.float64 for t in given):
+            return None
+        with _library.outside():
+            return Keys(index, packed), Memory(keys, values, projected, encoder)
+
+    def __reduce__(self) -> Any:  # a copy is laid out anew, at addresses of its own
+        return type(self), self._tables
 
     def __call__(
         self,
@@ -191,10 +198,13 @@ class PreparedMemory:
             out: [M, d] in the dtype of the inputs with contiguous rows, written and returned; may be the inputs. Not
                 where gradients are asked for. None: a new one.
         """
-        if self._native is not None and _library.direct(inputs) and _backend.takes_native(hidden, queries, inputs):
+        native = self._native
+        if native is not None and (native[0].moved() or native[1].moved()):
+            native = self._native = self._laid_out()
+        if native is not None and _library.direct(inputs) and _backend.takes_native(hidden, queries, inputs):
             gate = Gate.of(blend, alpha, anchor)
             flat = queries.flatten(1)
-            return cpu.attend(hidden, flat, inputs, k, ranges, *self._native, gate, out=out, details=False)[0]
+            return cpu.attend(hidden, flat, inputs, k, ranges, *native, gate, out=out, details=False)[0]
         index, packed, keys, values, projected, encoder = self._tables
         operands = MemoryOperands(
             hidden, index, k, ranges, queries, inputs, keys, values, encoder, alpha, anchor, blend, packed, projected

@@ -226,13 +226,20 @@ class PreparedNeurons:
         Raises:
             ValueError: indices out of range, or a row that names an edit more than once.
         """
-        self.pool, self.activation, self._native = pool, activation, None
-        given = [t for t in pool if t is not None]
-        native = _native.available() and pool.keys.device.type == "cpu" and not any(map(_library.wrapped, given))
-        if native and all(t.dtype != torch.float64 for t in given):
-            with _library.outside():
-                laid_out = cpu.Pool(pool, activation)
-            self._native = laid_out if laid_out.live else None
+        self.pool, self.activation = pool, activation
+        self._native = self._laid_out()
+
+    def _laid_out(self) -> cpu.Pool | None:
+        given = [t for t in self.pool if t is not None]
+        native = _native.available() and self.pool.keys.device.type == "cpu" and not any(map(_library.wrapped, given))
+        if not native or any(t.dtype == torch.float64 for t in given):
+            return None
+        with _library.outside():
+            pool = cpu.Pool(self.pool, self.activation)
+        return pool if pool.live else None
+
+    def __reduce__(self) -> Any:  # a copy is laid out anew, at addresses of its own
+        return type(self), (self.pool, self.activation)
 
     def __call__(self, x: Tensor, base: Tensor, out: Tensor | None = None) -> Tensor:
         """base plus the extra neurons of each token, [..., d], by the shortest way that computes it.
@@ -244,12 +251,15 @@ class PreparedNeurons:
                 gradients are asked for. None: a new one.
         """
         d = x.shape[-1]
-        if self._native is not None and _library.direct(x) and _backend.takes_native(x, base):
+        native = self._native
+        if native is not None and native.moved():
+            native = self._native = self._laid_out()
+        if native is not None and _library.direct(x) and _backend.takes_native(x, base):
             if out is None:
                 if x.shape == base.shape and cpu.as_it_reads(x) and cpu.as_it_reads(base):
-                    return self._native.add_contiguous(x, base)
-                return self._native.add(x.reshape(-1, d), base.reshape(-1, d)).view(x.shape)
-            self._native.add(x.reshape(-1, d), base.reshape(-1, d), out.view(-1, d))
+                    return native.add_contiguous(x, base)
+                return native.add(x.reshape(-1, d), base.reshape(-1, d)).view(x.shape)
+            native.add(x.reshape(-1, d), base.reshape(-1, d), out.view(-1, d))
             return out
         result = add_extra_neurons(x, base, self.pool, self.activation)
         return result if out is None else out.copy_(result)
