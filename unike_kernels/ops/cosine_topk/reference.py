@@ -2,7 +2,7 @@
 
 The score of a pair is one canonical function of its two rows, so that every backend returns the same bits:
 
-* normalise: s = sum of x_i^2 in float64, then float32(x_i / sqrt(s)); a zero row stays zero;
+* normalise: s = sum of x_i^2 in float64, then float32(x_i / sqrt(s)), so that -0 stays -0; a zero row becomes 0;
 * dot: the products of the float32 rows (exact in float64), summed in float64, rounded once to float32.
 
 The order of the float64 sums is fixed: 16 interleaved partial sums (i = j, j + 16, ...), folded in halves. Order of
@@ -62,7 +62,7 @@ def normalize_rows(x: Tensor) -> Tensor:
     zero = squares == 0
     norm = torch.where(zero, 1.0, squares).sqrt()
     finite = wide.isfinite().all(-1, keepdim=True)
-    unit = torch.where(zero, 0.0, torch.where(finite, wide / norm + 0.0, float("nan")))
+    unit = torch.where(zero, 0.0, torch.where(finite, wide / norm, float("nan")))
     return unit if x.dtype == torch.float64 else unit.float()
 
 
