@@ -106,7 +106,7 @@ def allocate(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 def aligned(t: Tensor) -> Tensor:
     """In memory as it reads: contiguous, each element at a multiple of its size, no negation that torch has put off."""
     t = t.resolve_neg().contiguous()
-    return t if t.data_ptr() % t.element_size() == 0 else t.clone()
+    return t if _pointer(t) % t.element_size() == 0 else t.clone()
 
 
 def address(t: Tensor | None) -> int:
@@ -122,7 +122,17 @@ def table(x: Tensor, name: str, dtypes: tuple[torch.dtype, ...] = tuple(DTYPES))
     if x.shape[1] == 0:
         raise ValueError(f"{name} must have at least one column")
     x = x.resolve_neg()
-    return x if x.stride(1) == 1 and x.data_ptr() % x.element_size() == 0 else aligned(x)
+    return x if x.stride(1) == 1 and _pointer(x) % x.element_size() == 0 else aligned(x)
+
+
+def _pointer(t: Tensor) -> int:
+    try:
+        return t.data_ptr()
+    except RuntimeError as error:
+        raise RuntimeError(
+            "a kernel was given a tensor that has no memory, as torch.func wraps them: call the operators of "
+            "unike_kernels.ops inside of a transformation, and what prepares their tables outside of it"
+        ) from error
 
 
 def rows(x: Tensor) -> tuple[int, int, int]:

@@ -377,6 +377,11 @@ def test_an_old_file_keeps_its_mode_and_a_link_stays_one(saved, tmp_path):
     assert link.is_symlink()
     assert secret.stat().st_ino != before
     assert stat.S_IMODE(secret.stat().st_mode) == 0o400
+    other = tmp_path / "other name"
+    other.hardlink_to(secret)  # the old contents stay there, whole: a copy that was made so is no place to write to
+    old = other.read_bytes()
+    dataclasses.replace(edit, id="b").save(secret)
+    assert other.read_bytes() == old and other.stat().st_ino != secret.stat().st_ino
     (tmp_path / "dangling").symlink_to("new")
     edit.save(tmp_path / "dangling")
     assert uk.Edit.load(tmp_path / "new").id == edit.id

@@ -156,12 +156,20 @@ def test_values_of_the_keys_that_were_found(scan):
 
 
 def test_without_rows_the_codes_decide():
-    rows = unit(torch.randn(100, 24))
-    found = search(Session(), torch.randn(2, 24), rows, 4, scan="int8", exact=False, device=(2, 1))
-    exact = ops.cosine_topk(torch.randn(0, 24), rows, 4, normalized=True)[0]
-    assert exact.shape == (0, 4)
-    assert (found.ids >= 0).all()
-    assert (found.scores[:, :-1] >= found.scores[:, 1:]).all()
+    """The scores are near those of the rows, and not theirs; codes in another order are keys in another order."""
+    rows, queries, order = unit(torch.randn(60, 24)), torch.randn(2, 24), torch.randperm(60)
+    packed = ops.pack_keys(rows, "int8")
+    moved = packed._replace(codes=packed.codes[order], error_bounds=packed.error_bounds[order])
+    one, other = (
+        search(Session(), queries, rows, 4, scan="int8", packed=keys, exact=False, device=(2, 1))
+        for keys in (packed, moved)
+    )
+    assert torch.equal(order[other.ids], one.ids) and torch.equal(other.scores, one.scores)
+    exact = torch.gather(unit(queries) @ rows.T, 1, one.ids)
+    assert not torch.equal(one.scores, exact)
+    torch.testing.assert_close(one.scores, exact, rtol=0, atol=0.01)
+    best = ops.cosine_topk(queries, rows, 4, normalized=True)[0]
+    torch.testing.assert_close(one.scores, best, rtol=0, atol=0.01)
 
 
 def test_counters_are_ready_for_the_next_launch():

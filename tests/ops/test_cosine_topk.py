@@ -205,11 +205,13 @@ def test_a_query_does_not_depend_on_the_others(m, d, seed):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
 def test_normalize_rows(backend, dtype):
     x = torch.randn(5, 23).to(dtype)
-    x[3] = 0.0
+    x[x.abs() < 0.5] *= 0.0  # zeros of both signs, which stay what they are
+    x[3] = -0.0  # but for a row of them
     with ops.backend(backend):
         rows = ops.normalize_rows(x.T.contiguous().T)
     wanted = oracles.normalize_rows(x)
     assert rows.dtype == wanted.dtype and torch.equal(rows, wanted)
+    assert torch.equal(rows.signbit(), wanted.signbit()) and rows[rows == 0].signbit().any()
     assert ops.normalize_rows(x[:0]).shape == (0, 23)
 
 

@@ -316,10 +316,10 @@ def test_gradients_come_in_the_dtype_of_each_tensor(mode, encoder, assert_near):
         assert_near(got, wanted, terms=256)
 
 
-@pytest.mark.parametrize(
-    ("mode", "dtype"), [("token", torch.float32), ("anchors", torch.bfloat16), ("given each", torch.float32)]
-)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_opcheck(opcheck, encoder, mode, dtype):
+    traced = (mode, dtype) in [("token", torch.float32), ("anchors", torch.bfloat16), ("given each", torch.float32)]
     a, gates = make(encoder, heads=2, dtype=dtype), gate_of(mode, 6, 8, dtype)
     inputs, queries = a["inputs"].T.contiguous().T, a["queries"].transpose(0, 1).contiguous().transpose(0, 1)
     tail = (
@@ -334,9 +334,9 @@ def test_opcheck(opcheck, encoder, mode, dtype):
         "eq7",
         "match",
     )
-    opcheck("latent_attention", (queries, inputs, *tail), trained=(0, 1, 10, 11))
+    opcheck("latent_attention", (queries, inputs, *tail), trained=(0, 1, 10, 11), traced=traced)
     grads = (torch.randn(8, 6).to(dtype).T, torch.randn(6))
-    opcheck("latent_attention_backward", (*grads, queries, inputs, *tail))
+    opcheck("latent_attention_backward", (*grads, queries, inputs, *tail), traced=traced)
 
 
 def test_compiles(assert_compiles, encoder):

@@ -5,6 +5,7 @@ import itertools
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 import unike_kernels as uk
 from unike_kernels.serving import vllm
@@ -138,3 +139,96 @@ def test_what_is_wrong_is_an_error_of_its_request(served, tmp_path, extra):
 def test_a_limit_that_is_none_is_refused_at_start(served):
     with pytest.raises(ValueError, match="max_edits: expected an integer of at least 1, got 0"):
         served(max_edits=0)
+
+
+# --- what refuses a server at its start ---
+
+
+def config_of(*, pipeline=1, graphs=None, settings=None, v2=False):
+    """As much of vLLM's own as is asked."""
+    return SimpleNamespace(
+        parallel_config=SimpleNamespace(pipeline_parallel_size=pipeline),
+        compilation_config=SimpleNamespace(cudagraph_mode=None if graphs is None else SimpleNamespace(name=graphs)),
+        additional_config={} if settings is None else {"unike": settings},
+        use_v2_model_runner=v2,
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "device", "message"),
+    [
+        ({}, "cuda", None),
+        ({"graphs": "NONE"}, "cuda", None),
+        ({"graphs": "FULL"}, "cpu", None),  # where there are no graphs
+        ({"graphs": "FULL"}, "cuda", "a CUDA graph would replay the edits of the step .*cudagraph_mode.*NONE"),
+        ({"graphs": "PIECEWISE"}, "cuda", "a CUDA graph would replay"),
+        ({"pipeline": 2}, "cpu", "pipeline parallelism is not supported"),
+        ({"pipeline": 2, "graphs": "NONE"}, "cuda", "pipeline parallelism is not supported"),
+    ],
+)
+def test_how_a_server_must_be_started(given, device, message):
+    if message is None:
+        return vllm._supported(config_of(**given), torch.device(device))
+    with pytest.raises(ValueError, match=rf"^additional_config\.unike: {message}"):
+        vllm._supported(config_of(**given), torch.device(device))
+
+
+def test_a_model_is_not_served_where_it_cannot_be(monkeypatch):
+    """The check comes before anything is installed."""
+    installed = []
+    monkeypatch.setattr(vllm, "_served", lambda config: SimpleNamespace(flat=lambda device: device, total=4, model=1))
+    monkeypatch.setattr(vllm, "install", lambda *given: installed.append(given))
+    runner = SimpleNamespace(vllm_config=config_of(pipeline=2), device=torch.device("cpu"), get_model=lambda: "model")
+    with pytest.raises(ValueError, match="pipeline"):
+        vllm._load_model(lambda self: None, runner)
+    assert not installed
+    runner.vllm_config = config_of()
+    assert vllm._load_model(lambda self: "loaded", runner) == "loaded"
+    assert installed == [("model", torch.device("cpu"), 4)]
+
+
+def test_the_second_model_runner(monkeypatch):
+    """A server with edits makes vLLM choose the first one; where it was forced, the start is refused."""
+    usual = lambda self: ["something else"]  # noqa: E731
+    assert vllm._v2_unsupported(usual, config_of()) == ["something else"]
+    assert vllm._v2_unsupported(usual, config_of(settings={})) == ["something else", "the edits of unike_kernels"]
+    with pytest.raises(ValueError, match="first model runner; unset VLLM_USE_V2_MODEL_RUNNER"):
+        vllm._served(config_of(settings={}, v2=True))
+    assert vllm._served(config_of(v2=True)) is None
+    assert vllm._served(SimpleNamespace(additional_config=None)) is None
+    made = []
+    monkeypatch.setattr(vllm, "_Served", lambda config, settings: made.append(settings) or object())
+    config = config_of(settings={"edits": "here"})
+    assert vllm._served(config) is vllm._served(config) is not vllm._served(config_of(settings={"edits": "here"}))
+    assert made == [{"edits": "here"}] * 2
+
+
+def test_settings_of_a_server(served, make_model, make_memory):
+    with pytest.raises(ValueError, match=r"expected edits, memory, layers and max_edits, got \['edit', 'memories'\]"):
+        served("one", edit="x", memories="y")
+    assert served("none").layers == [2, 3, 4, 5]  # the last ones
+    server = served("tenants", layers=[5, 4, 3, 2])
+    assert server.layers == [2, 3, 4, 5] and server.memory is not None
+
+
+def test_a_memory_for_another_model_is_refused_at_start(make_model, make_memory, tmp_path):
+    other = make_model("opt")
+    make_memory(other).save(tmp_path / "memory")
+    text = make_model("llama").config
+    config = SimpleNamespace(model_config=SimpleNamespace(hf_config=text, hf_text_config=text, model="nowhere"))
+    with pytest.raises(uk.MismatchError, match="llama"):
+        vllm._Served(config, {"memory": tmp_path / "memory"})
+
+
+def test_what_wraps_a_place_in_vllm_does_so_once():
+    class Place:
+        def f(self, x):
+            return x
+
+    class Below(Place):
+        pass
+
+    around = lambda original, self, x: original(self, x) + 1  # noqa: E731
+    for owner in (Place, Place, Below):  # once, and not what it inherits
+        vllm._wrap(owner, "f", around)
+    assert Place().f(1) == Below().f(1) == 2 and "f" not in vars(Below)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..ops import EditPool
+from ..ops._library import outside
 from ..ops.patched_ffn import PreparedNeurons
 from ._drop_in import Tables
 
@@ -192,10 +193,11 @@ class EditStore(Tables):
         if (rows, tokens) not in self._views:
             if len(self._views) >= _VIEWS:
                 self._views.clear()
-            pool = self.pool(rows)
-            if tokens is not None:
-                pool = pool._replace(token_rows=token_rows(tokens, self.indptr.device))
-            self._views[rows, tokens] = PreparedNeurons(pool, activation)
+            with outside():
+                pool = self.pool(rows)
+                if tokens is not None:
+                    pool = pool._replace(token_rows=token_rows(tokens, self.indptr.device))
+                self._views[rows, tokens] = PreparedNeurons(pool, activation)
         return self._views[rows, tokens]
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..config import Config
 from ..ops import PackedKeys, SemanticEncoder, cosine_topk, latent_attention, normalize_rows, pack_keys, project_values
+from ..ops._library import looped
 from ..ops.latent_attention import blend_of
 from ..ops.memory_attention import MemoryOperands, PreparedMemory, attend
 from ..retrieval import Retriever
@@ -61,7 +62,7 @@ class MemoryTables(Tables):
         self._register()
         packed = None
         if retriever is None:
-            self.table("index", normalize_rows(index))
+            self.table("index", normalize_rows(index.detach()))
             packed = pack_keys(self.index, "int8") if index.shape[1] <= 65536 else None
         for name, t in zip(("codes", "code_bounds", "direction"), packed or (None,) * 3, strict=True):
             self.table(name, t)
@@ -139,6 +140,9 @@ def retrieve(queries: Tensor, k: int, ranges: Tensor | None, memory: int) -> tup
 def _(queries: Tensor, k: int, ranges: Tensor | None, memory: int) -> tuple[Tensor, Tensor]:
     shape = queries.shape[0], k
     return queries.new_empty(shape, dtype=torch.float32), queries.new_empty(shape, dtype=torch.int64)
+
+
+retrieve.register_vmap(looped(torch.ops.unike.retrieve.default))
 
 
 class MemoryAttention(DropIn):

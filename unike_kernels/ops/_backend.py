@@ -1,7 +1,8 @@
 """Which implementation runs an operator: the fastest one that the tensors' device and this machine allow.
 
 `UNIKE_BACKEND=reference` in the environment or `with backend("reference"):` force one. A forced backend that is
-missing is a `BackendUnavailableError`; it never falls back in silence.
+missing is a `BackendUnavailableError`; it never falls back in silence. Derivatives that no backend has, which are all
+but the first reverse one, are composed of torch's own operators instead; see `_library`.
 """
 
 from __future__ import annotations

@@ -31,6 +31,14 @@ def rows(name: str, t: Tensor) -> None:
         raise ValueError(f"{name}: expected at least one column, got {shape_of(t)}")
 
 
+def unwrapped(name: str, t: Tensor) -> None:
+    """`t` is not what a transformation of `torch.func` makes of a tensor."""
+    if torch._C._functorch.is_functorch_wrapped_tensor(t):
+        raise TypeError(
+            f"{name}: an index searches outside of torch.func alone; ops.cosine_topk works inside of it, too"
+        )
+
+
 def instance(name: str, value: object, kind: type) -> None:
     if not isinstance(value, kind):
         raise TypeError(f"{name}: expected {kind.__name__}, got {type(value).__name__}")

@@ -36,7 +36,7 @@ class ApproximateIndex:
         if not keys.isfinite().all():
             raise ValueError("keys: expected finite numbers, got NaN or infinity")
         self.how, self._device = how or Approximate(), keys.device
-        rows, (self._count, self.d) = normalize_rows(keys).cpu().contiguous().numpy(), keys.shape
+        rows, (self._count, self.d) = normalize_rows(keys.detach()).cpu().contiguous().numpy(), keys.shape
         index: Any
         if self.how.kind == "hnsw":
             if keys.is_cuda:
@@ -71,6 +71,7 @@ class ApproximateIndex:
             TypeError, ValueError: a wrong dtype, shape, device or k.
         """
         _check.rows("queries", queries)
+        _check.unwrapped("queries", queries)
         _check.sized("queries", queries, (None, self.d))
         k = check_retrieval(queries, "index", torch.empty(0, dtype=torch.float32, device=self.device), k, ranges)
         finite = queries.isfinite().all(-1, keepdim=True)

@@ -133,15 +133,19 @@ class CosineIndex:
                 On a CUDA device, which is not waited for, other ranges are no error: ids -1 and scores NaN.
 
         Returns:
-            scores float32 [M, k] and ids int64 [M, k].
+            scores float32 [M, k] and ids int64 [M, k], constants: `ops.cosine_topk` has scores with derivatives.
 
         Raises:
-            TypeError, ValueError: a wrong dtype, shape, device or k; ranges outside the keys.
+            TypeError, ValueError: a wrong dtype, shape, device or k; ranges outside the keys; queries that `torch.func`
+                has wrapped.
         """
         _check.rows("queries", queries)
+        _check.unwrapped("queries", queries)
         _check.sized("queries", queries, (None, self.d))
         k = check_retrieval(queries, "index", self._table(), k, ranges)
         queries = _native.native_dtype(queries)
+        if self._native is not None and self._native.moved():
+            self._lay_out()  # which sets it at once: others may search meanwhile
         if self._native is not None and (self._keys is None or _backend.takes_native(queries)):
             return self._native.search(queries, k, ranges)
         if self._keys is None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -35,6 +37,13 @@ class ShardedIndex:
         sizes = [int(n) for n, _ in all_sizes]
         self.first = sum(sizes[: dist.get_rank(group)])  # the id of this rank's first key
         self._total = sum(sizes)
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self.group is not None:
+            raise TypeError(
+                "ShardedIndex: a process group is of its process; send `index`, and make a new one of it there"
+            )
+        return self.__dict__
 
     def __len__(self) -> int:
         """Keys of all ranks."""

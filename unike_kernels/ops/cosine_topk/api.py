@@ -51,6 +51,14 @@ def _run(
     return result
 
 
+def _composed(
+    queries: Tensor, keys: Tensor, k: int, normalized: bool, ranges: Tensor | None, *packed: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Found by a kernel, since ids have no derivative, and scored again."""
+    _, ids = torch.ops.unike.cosine_topk(queries.detach(), keys.detach(), k, normalized, ranges, *packed)
+    return reference.scores_of(queries, keys, ids, normalized), ids
+
+
 def _fake(
     queries: Tensor, keys: Tensor, k: int, normalized: bool, ranges: Tensor | None, *_: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -76,6 +84,7 @@ _library.define(
     "Tensor? key_bounds, Tensor? direction) -> (Tensor, Tensor)",
     _run,
     _fake,
+    _composed,
     setup_context=_setup,
     backward=_backward,
 )
@@ -83,6 +92,7 @@ _library.define(
     "cosine_topk_backward(Tensor grad, Tensor queries, Tensor keys, Tensor ids, bool normalized) -> (Tensor, Tensor)",
     reference.cosine_topk_backward,
     lambda grad, queries, keys, ids, normalized: (torch.empty_like(queries), torch.empty_like(keys)),
+    reference.cosine_topk_backward,
 )
 
 
@@ -93,16 +103,18 @@ def normalize_rows(x: Tensor) -> Tensor:
         x: [N, d], any float dtype, d >= 1.
 
     Returns:
-        float32 [N, d] (float64 for a float64 input). Zero rows stay zero.
+        float32 [N, d] (float64 for a float64 input), differentiable. Zero rows stay zero.
 
     Raises:
         TypeError, ValueError: a wrong dtype or shape; a row holds a non-finite value, the message names the first one.
     """
     _check.rows("x", x)
-    bad = (~x.isfinite().all(-1)).nonzero()
+    bad = (~_library.plain(x.isfinite().all(-1))).nonzero()
     if len(bad):
-        raise ValueError(f"x: expected finite values, row {int(bad[0])} holds NaN or infinity")
-    if _backend.forced_backend() != "reference" and _native.available() and _backend.native_refuse(x) is None:
+        row = ", ".join(map(str, bad[0].tolist()))  # under vmap the example's number, too
+        raise ValueError(f"x: expected finite values, row {row} holds NaN or infinity")
+    native = _native.available() and _backend.native_refuse(x) is None and not _library.differentiated(x)
+    if native and _backend.forced_backend() != "reference":
         return cpu.normalize_rows(_native.native_dtype(x))
     return _normalize_rows(x)
 

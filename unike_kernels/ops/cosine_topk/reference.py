@@ -2,7 +2,7 @@
 
 The score of a pair is one canonical function of its two rows, so that every backend returns the same bits:
 
-* normalise: s = sum of x_i^2 in float64, then float32(x_i / sqrt(s)); a zero row stays zero;
+* normalise: s = sum of x_i^2 in float64, then float32(x_i / sqrt(s)), so that -0 stays -0; a zero row becomes 0;
 * dot: the products of the float32 rows (exact in float64), summed in float64, rounded once to float32.
 
 The order of the float64 sums is fixed: 16 interleaved partial sums (i = j, j + 16, ...), folded in halves. Order of
@@ -62,7 +62,7 @@ def normalize_rows(x: Tensor) -> Tensor:
     zero = squares == 0
     norm = torch.where(zero, 1.0, squares).sqrt()
     finite = wide.isfinite().all(-1, keepdim=True)
-    unit = torch.where(finite, wide / norm + 0.0, float("nan"))
+    unit = torch.where(zero, 0.0, torch.where(finite, wide / norm, float("nan")))
     return unit if x.dtype == torch.float64 else unit.float()
 
 
@@ -100,11 +100,19 @@ def cosine_topk(
         best, ids = best[:, :k], ids[:, :k]
         ids = torch.where(best == float("-inf"), -1, ids)
         ids = torch.nn.functional.pad(ids, (0, k - ids.shape[1]), value=-1)
-    if n == 0:
-        return torch.full(ids.shape, float("-inf"), dtype=q.dtype, device=q.device), ids
-    # Scored again from the chosen rows alone, so that gradients reach queries and keys: the same bits as above.
-    chosen = canonical_dot(q.unsqueeze(1), keys[ids.clamp(min=0)]).to(q.dtype) + 0.0
-    return torch.where(ids >= 0, chosen, float("-inf")), ids
+    return scores_of(queries, keys, ids, True), ids
+
+
+def scores_of(queries: Tensor, keys: Tensor, ids: Tensor, normalized: bool) -> Tensor:
+    """The scores [M, k] of keys that were found, from their rows alone: bits of the search, with all derivatives."""
+    found = ids >= 0
+    # What a query that found nothing holds reaches no gradient.
+    q = normalize_rows(torch.where(found.any(-1, keepdim=True), queries, 0.0))
+    if len(keys) == 0:
+        return torch.full_like(ids, float("-inf"), dtype=q.dtype)
+    chosen = keys[ids.clamp(min=0)].to(q.dtype)
+    chosen = chosen if normalized else normalize_rows(chosen)
+    return torch.where(found, canonical_dot(q.unsqueeze(1), chosen).to(q.dtype) + 0.0, float("-inf"))
 
 
 def cosine_topk_backward(
@@ -133,5 +141,5 @@ def cosine_topk_backward(
     cosine = (u_q * u_k).sum(-1, keepdim=True)
     grad_q = (grad * (u_k - cosine * u_q)).sum(1) * inverse_q
     per_key = grad * (u_q if normalized else (u_q - cosine * u_k) * inverse_k)
-    grad_k = torch.zeros_like(table).index_add_(0, ids.clamp(min=0).flatten(), per_key.flatten(0, 1))
+    grad_k = torch.zeros_like(table).index_add(0, ids.clamp(min=0).flatten(), per_key.flatten(0, 1))
     return grad_q.to(queries.dtype), grad_k.to(keys.dtype)

@@ -40,6 +40,10 @@ def _run(*args: Any) -> tuple[Tensor, Tensor]:
     return out, alpha
 
 
+def _composed(*args: Any) -> tuple[Tensor, Tensor]:
+    return reference.latent_attention(*_operands(args))
+
+
 def alpha_dtype(inputs: Tensor) -> torch.dtype:
     """Of the gate: float32, float64 for float64 inputs."""
     return torch.promote_types(inputs.dtype, torch.float32)
@@ -51,7 +55,15 @@ def _fake(queries: Tensor, inputs: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 
 def _run_backward(grad: Tensor, grad_alpha: Tensor, *args: Any) -> list[Tensor]:
     operands = LatentBackwardOperands(grad, grad_alpha, *_operands(args))
-    grads = _backend.call("latent_attention_backward", operands)
+    return _pack(_backend.call("latent_attention_backward", operands), grad)
+
+
+def _composed_backward(grad: Tensor, grad_alpha: Tensor, *args: Any) -> list[Tensor]:
+    return _pack(reference.latent_attention_backward(grad, grad_alpha, *_operands(args)), grad)
+
+
+def _pack(grads: tuple[Tensor | None, ...], grad: Tensor) -> list[Tensor]:
+    """An operator returns tensors only: an empty one stands for None."""
     return [grad.new_empty(0, dtype=grad.dtype) if g is None else g for g in grads]
 
 
@@ -75,10 +87,18 @@ def backward_of(ctx: Any, grad: Tensor, grad_alpha: Tensor) -> tuple[Tensor | No
 
 
 _library.define(
-    f"latent_attention({_SCHEMA}) -> (Tensor, Tensor)", _run, _fake, setup_context=_setup, backward=backward_of
+    f"latent_attention({_SCHEMA}) -> (Tensor, Tensor)",
+    _run,
+    _fake,
+    _composed,
+    setup_context=_setup,
+    backward=backward_of,
 )
 _library.define(
-    f"latent_attention_backward(Tensor grad, Tensor grad_alpha, {_SCHEMA}) -> Tensor[]", _run_backward, _fake_backward
+    f"latent_attention_backward(Tensor grad, Tensor grad_alpha, {_SCHEMA}) -> Tensor[]",
+    _run_backward,
+    _fake_backward,
+    _composed_backward,
 )
 
 

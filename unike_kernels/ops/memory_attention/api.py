@@ -15,6 +15,7 @@ from .. import _backend, _check, _library
 from ..cosine_topk import PackedKeys, check_retrieval, packed_of
 from ..cosine_topk.cpu import Keys
 from ..cosine_topk.reference import SearchOperands
+from ..latent_attention import reference as latent
 from ..latent_attention.api import alpha_dtype, backward_of, blend_of, check_tables, with_heads
 from ..latent_attention.cpu import Gate, Memory
 from ..latent_attention.reference import Blend, LatentOperands, SemanticEncoder
@@ -22,14 +23,14 @@ from . import cpu, reference
 from .reference import MemoryOperands
 
 
-def _composed(
+def _apart(
     hidden: Tensor, index: Tensor, k: int, ranges: Tensor | None, queries: Tensor, inputs: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The fastest cosine_topk followed by the fastest latent_attention that there are."""
     keys, values, encoder, alpha, anchor, blend, packed, projected = rest
     _, ids = _backend.call("cosine_topk", SearchOperands(hidden.detach(), index, k, True, ranges, packed))
-    latent = LatentOperands(queries, inputs, keys, values, ids, encoder, alpha, anchor, blend, projected)
-    out, opened = _backend.call("latent_attention", latent)
+    operands = LatentOperands(queries, inputs, keys, values, ids, encoder, alpha, anchor, blend, projected)
+    out, opened = _backend.call("latent_attention", operands)
     return out, opened, ids
 
 
@@ -47,7 +48,7 @@ def _better_apart(o: MemoryOperands) -> str | None:
 _backend.register("memory_attention", "reference", reference.memory_attention)
 _backend.register_native("memory_attention", cpu.memory_attention)
 _backend.register_triton("memory_attention", f"{__package__}.triton", refuse=_better_apart)
-_backend.register("memory_attention", _backend.COMPOSED, _composed)
+_backend.register("memory_attention", _backend.COMPOSED, _apart)
 
 
 def _run(
@@ -67,6 +68,17 @@ def _run(
         packed_of(codes, key_bounds, direction), projected,
     )  # fmt: skip
     out, alpha, ids = _backend.call("memory_attention", operands)
+    return out, alpha, ids
+
+
+def _composed(
+    hidden: Tensor, index: Tensor, k: int, ranges: Tensor | None, *args: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Found by a kernel, since ids have no derivative; `args` begins with what packs the index."""
+    packed, (queries, inputs, keys, values, _, *rest) = args[:3], args[3:]
+    _, ids = torch.ops.unike.cosine_topk(hidden.detach(), index.detach(), k, True, ranges, *packed)
+    encoder, blend = SemanticEncoder(*rest[:4]), Blend(*rest[6:])
+    out, alpha = latent.latent_attention(queries, inputs, keys, values, ids, encoder, rest[4], rest[5], blend)
     return out, alpha, ids
 
 
@@ -110,6 +122,7 @@ _library.define(
     "-> (Tensor, Tensor, Tensor)",
     _run,
     _fake,
+    _composed,
     setup_context=_setup,
     backward=_backward,
 )
@@ -147,10 +160,19 @@ class PreparedMemory:
             encoder: Enc_sem.
         """
         self._tables = index, packed, keys, values, projected, encoder
-        self._native: tuple[Keys, Memory] | None = None
-        wide = any(t.dtype == torch.float64 for t in (index, keys, values, *encoder))
-        if _native.available() and index.device.type == "cpu" and not wide:
-            self._native = Keys(index, packed), Memory(keys, values, projected, encoder)
+        self._native = self._laid_out()
+
+    def _laid_out(self) -> tuple[Keys, Memory] | None:
+        index, packed, keys, values, projected, encoder = self._tables
+        given = [t for t in (index, keys, values, projected, *encoder) if t is not None]
+        native = _native.available() and index.device.type == "cpu" and not any(map(_library.wrapped, given))
+        if not native or any(t.dtype == torch.float64 for t in given):
+            return None
+        with _library.outside():
+            return Keys(index, packed), Memory(keys, values, projected, encoder)
+
+    def __reduce__(self) -> Any:  # a copy is laid out anew, at addresses of its own
+        return type(self), self._tables
 
     def __call__(
         self,
@@ -176,10 +198,13 @@ class PreparedMemory:
             out: [M, d] in the dtype of the inputs with contiguous rows, written and returned; may be the inputs. Not
                 where gradients are asked for. None: a new one.
         """
-        if self._native is not None and _library.direct(inputs) and _backend.takes_native(hidden, queries, inputs):
+        native = self._native
+        if native is not None and (native[0].moved() or native[1].moved()):
+            native = self._native = self._laid_out()
+        if native is not None and _library.direct(inputs) and _backend.takes_native(hidden, queries, inputs):
             gate = Gate.of(blend, alpha, anchor)
             flat = queries.flatten(1)
-            return cpu.attend(hidden, flat, inputs, k, ranges, *self._native, gate, out=out, details=False)[0]
+            return cpu.attend(hidden, flat, inputs, k, ranges, *native, gate, out=out, details=False)[0]
         index, packed, keys, values, projected, encoder = self._tables
         operands = MemoryOperands(
             hidden, index, k, ranges, queries, inputs, keys, values, encoder, alpha, anchor, blend, packed, projected

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ... import _native
 from .. import _backend, _check, _library
-from . import cpu, reference
+from . import composed, cpu, reference
 from .reference import (
     ACTIVATIONS,
     EditPool,
@@ -57,6 +57,15 @@ def _run_fused(x: Tensor, *rest: Any) -> Tensor:
     return out
 
 
+def _composed_add(x: Tensor, base_out: Tensor, *rest: Any) -> Tensor:
+    return composed.add_extra_neurons(x, base_out, EditPool(*rest[:-1]), rest[-1])
+
+
+def _composed_fused(x: Tensor, *rest: Any) -> Tensor:
+    base, pool = FFNWeights(*rest[:_BASE_SIZE]), EditPool(*rest[_BASE_SIZE:-1])
+    return composed.add_extra_neurons(x, reference.base_ffn(x, base, rest[-1]), pool, rest[-1])
+
+
 def _pack(grads: tuple[Tensor | None, ...], like: Tensor) -> list[Tensor]:
     """An operator returns tensors only: an empty one stands for None."""
     return [like.new_empty(0, dtype=like.dtype) if g is None else g for g in grads]
@@ -65,6 +74,10 @@ def _pack(grads: tuple[Tensor | None, ...], like: Tensor) -> list[Tensor]:
 def _run_extra_backward(grad: Tensor, x: Tensor, *rest: Any) -> list[Tensor]:
     operands = ExtraBackwardOperands(grad, x, EditPool(*rest[:-1]), rest[-1])
     return _pack(_backend.call("add_extra_neurons_backward", operands), x)
+
+
+def _composed_extra_backward(grad: Tensor, x: Tensor, *rest: Any) -> list[Tensor]:
+    return _pack(composed.add_extra_neurons_backward(grad, x, EditPool(*rest[:-1]), rest[-1]), x)
 
 
 def _fake_extra_backward(grad: Tensor, x: Tensor, *rest: Any) -> list[Tensor]:
@@ -123,6 +136,7 @@ _library.define(
     f"add_extra_neurons(Tensor x, Tensor base_out, {_POOL}, str activation) -> Tensor",
     _run_add,
     lambda x, base_out, *_: torch.empty_like(base_out),
+    _composed_add,
     setup_context=_setup_add,
     backward=_backward_add,
 )
@@ -130,11 +144,13 @@ _library.define(
     f"add_extra_neurons_backward(Tensor grad, Tensor x, {_POOL}, str activation) -> Tensor[]",
     _run_extra_backward,
     _fake_extra_backward,
+    _composed_extra_backward,
 )
 _library.define(
     f"patched_ffn(Tensor x, {_BASE}, {_POOL}, str activation) -> Tensor",
     _run_fused,
     lambda x, *_: torch.empty_like(x),
+    _composed_fused,
     setup_context=_setup_fused,
     backward=_backward_fused,
 )
@@ -142,6 +158,7 @@ _library.define(
     f"base_ffn_backward(Tensor grad, Tensor x, {_BASE}, str activation) -> Tensor[]",
     _run_base_backward,
     _fake_base_backward,
+    _run_base_backward,
 )
 
 
@@ -173,14 +190,18 @@ def _check_pool(x: Tensor, pool: EditPool) -> None:
 
 def add_extra_neurons(x: Tensor, base: Tensor, pool: EditPool, activation: str) -> Tensor:
     """`patched_ffn` for a base computed elsewhere, unchecked: for callers that made the pool themselves."""
-    rows = (x.reshape(-1, x.shape[-1]), base.reshape(-1, x.shape[-1]))
-    out: Tensor = _library.call("add_extra_neurons", x, *rows, *pool, activation)
+    out: Tensor = _library.call("add_extra_neurons", x, _tokens(x), _tokens(base), *pool, activation)
     return out.reshape(x.shape)
+
+
+def _tokens(x: Tensor) -> Tensor:
+    """[..., d] -> [M, d]."""
+    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
 
 
 def fused_ffn(x: Tensor, base: FFNWeights, pool: EditPool, activation: str) -> Tensor:
     """`patched_ffn` of weights, unchecked: for callers that made the pool themselves."""
-    out: Tensor = _library.call("patched_ffn", x, x.reshape(-1, x.shape[-1]), *base, *pool, activation)
+    out: Tensor = _library.call("patched_ffn", x, _tokens(x), *base, *pool, activation)
     return out.reshape(x.shape)
 
 
@@ -205,11 +226,20 @@ class PreparedNeurons:
         Raises:
             ValueError: indices out of range, or a row that names an edit more than once.
         """
-        self.pool, self.activation, self._native = pool, activation, None
-        floats = (t for t in pool if t is not None and t.is_floating_point())
-        if _native.available() and pool.keys.device.type == "cpu" and all(t.dtype != torch.float64 for t in floats):
-            laid_out = cpu.Pool(pool, activation)
-            self._native = laid_out if laid_out.live else None
+        self.pool, self.activation = pool, activation
+        self._native = self._laid_out()
+
+    def _laid_out(self) -> cpu.Pool | None:
+        given = [t for t in self.pool if t is not None]
+        native = _native.available() and self.pool.keys.device.type == "cpu" and not any(map(_library.wrapped, given))
+        if not native or any(t.dtype == torch.float64 for t in given):
+            return None
+        with _library.outside():
+            pool = cpu.Pool(self.pool, self.activation)
+        return pool if pool.live else None
+
+    def __reduce__(self) -> Any:  # a copy is laid out anew, at addresses of its own
+        return type(self), (self.pool, self.activation)
 
     def __call__(self, x: Tensor, base: Tensor, out: Tensor | None = None) -> Tensor:
         """base plus the extra neurons of each token, [..., d], by the shortest way that computes it.
@@ -221,12 +251,15 @@ class PreparedNeurons:
                 gradients are asked for. None: a new one.
         """
         d = x.shape[-1]
-        if self._native is not None and _library.direct(x) and _backend.takes_native(x, base):
+        native = self._native
+        if native is not None and native.moved():
+            native = self._native = self._laid_out()
+        if native is not None and _library.direct(x) and _backend.takes_native(x, base):
             if out is None:
                 if x.shape == base.shape and cpu.as_it_reads(x) and cpu.as_it_reads(base):
-                    return self._native.add_contiguous(x, base)
-                return self._native.add(x.reshape(-1, d), base.reshape(-1, d)).view(x.shape)
-            self._native.add(x.reshape(-1, d), base.reshape(-1, d), out.view(-1, d))
+                    return native.add_contiguous(x, base)
+                return native.add(x.reshape(-1, d), base.reshape(-1, d)).view(x.shape)
+            native.add(x.reshape(-1, d), base.reshape(-1, d), out.view(-1, d))
             return out
         result = add_extra_neurons(x, base, self.pool, self.activation)
         return result if out is None else out.copy_(result)
@@ -286,6 +319,6 @@ def patched_ffn(x: Tensor, base: Tensor | FFNWeights, pool: EditPool, *, activat
 
 def _readable(t: Tensor) -> bool:
     """Whether Python may look at the values: not in a trace, of meta tensors, or while a CUDA graph is captured."""
-    if torch.compiler.is_compiling() or t.device.type == "meta":
+    if torch.compiler.is_compiling() or t.device.type == "meta" or _library.batched(t):
         return False
     return not (t.is_cuda and torch.cuda.is_current_stream_capturing())

@@ -162,7 +162,7 @@ def token_slots(pool: EditPool, tokens: int) -> Tensor:
     return slots[rows]
 
 
-def _widen(x: Tensor, pool: EditPool) -> tuple[Tensor, EditPool]:
+def widen(x: Tensor, pool: EditPool) -> tuple[Tensor, EditPool]:
     """Everything that is computed, in float32 at least."""
     wide = torch.promote_types(torch.promote_types(x.dtype, torch.float32), pool.keys.dtype)
     parts = {f: t.to(wide) for f, t in pool._asdict().items() if t is not None and t.is_floating_point()}
@@ -185,7 +185,7 @@ def _aligned(block: Tensor) -> Tensor:
 def add_extra_neurons(x: Tensor, base_out: Tensor, pool: EditPool, activation: str) -> Tensor:
     """base_out + the extra neurons' output; a token without edits keeps the bits of base_out. x, base_out: [M, d]."""
     slots = token_slots(pool, x.shape[0])
-    wide_x, wide_pool = _widen(x, pool)
+    wide_x, wide_pool = widen(x, pool)
     extra = torch.zeros_like(wide_x)
     ends = pool.indptr.tolist()
     outputs = []
@@ -207,7 +207,7 @@ def add_extra_neurons(x: Tensor, base_out: Tensor, pool: EditPool, activation: s
 def add_extra_neurons_backward(grad: Tensor, x: Tensor, pool: EditPool, activation: str) -> ExtraGradients:
     """Gradients of `add_extra_neurons` but for base_out, whose gradient is `grad` itself."""
     slots = token_slots(pool, x.shape[0])
-    wide_x, p = _widen(x, pool)
+    wide_x, p = widen(x, pool)
     ends = pool.indptr.tolist()
     grad_x = torch.zeros_like(wide_x)
     grad_keys, grad_bias, grad_values = (torch.zeros_like(t) for t in (p.keys, p.key_bias, p.values))
