@@ -110,7 +110,8 @@ def _only_adds(wrapper: nn.Module | None, module: nn.Module) -> bool:
     lora = sys.modules.get("peft.tuners.lora")
     if lora is None or not isinstance(wrapper, lora.LoraLayer):
         return False
-    return wrapper.base_layer is module and not wrapper.lora_variant
+    variants = [*getattr(wrapper, "lora_variant", {}), *filter(None, getattr(wrapper, "use_dora", {}).values())]
+    return wrapper.base_layer is module and not variants
 
 
 @dataclass
