@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -281,3 +283,144 @@ def test_few_tokens_on_a_gpu_are_one_launch(kind, on_gpu, monkeypatch):
         assert launches(x)[0] == ["add_extra_neurons_kernel"]
         handle.remove()
     assert launches(x)[0] == ["add_extra_neurons_kernel"]
+
+
+def changed_ffn(ffn):
+    """What may be done to an FFN after it was probed."""
+    linear = next(m for m in ffn.modules() if hasattr(m, "weight"))
+    return {
+        "nothing": lambda: None,
+        "a forward": lambda: vars(linear).update(forward=type(linear).forward.__get__(linear)),
+        "a child": lambda: linear.add_module("more", nn.Identity()),
+        "a parametrization": lambda: nn.utils.parametrize.register_parametrization(linear, "weight", nn.Identity()),
+        "another parameter": lambda: setattr(linear, "weight", Quantized(linear.weight)),
+        "a hook inside": lambda: linear.register_forward_pre_hook(lambda *_: None),
+        "a hook around": lambda: ffn.register_forward_hook(lambda *_: None),
+    }
+
+
+class Quantized(nn.Parameter):
+    """Stands for a parameter that is no plain one."""
+
+
+@pytest.mark.parametrize("what", changed_ffn(nn.Linear(1, 1)))
+def test_a_changed_ffn_is_not_fused(what, monkeypatch):
+    from backbones.zoo import ZOO, model_of
+
+    layer = find_decoder(model_of(ZOO["llama"], torch.float32)).layers[2]
+    ffn = PatchedFFN.from_module(layer.ffn[0].module, activation="silu", dense=layer.dense)
+    monkeypatch.setattr(patched_ffn, "_on_gpu", lambda t: True)
+    changed_ffn(ffn)[what]()
+    with torch.no_grad():
+        assert extra_neurons(ffn)._may_fuse(torch.randn(1, 2, 64)) == (what in ("nothing", "a hook around"))
+
+
+def test_few_tokens_of_an_inline_ffn_are_one_launch(on_gpu, monkeypatch):
+    """The first part gives it all, the others pass it on; together they are called as ever."""
+    from backbones.zoo import ZOO, model_of
+
+    layer = find_decoder(model_of(ZOO["opt"], torch.float32)).layers[2]
+    fc1, act, fc2 = (site.module for site in layer.ffn)
+    x = torch.randn(2, 64)
+    edit = EditLayer(torch.randn(3, 64) / 8, torch.randn(3), torch.randn(3, 64), torch.randn(64), torch.tensor(0.1))
+    PatchedFFN.from_module(fc1, act, fc2, activation="relu", dense=layer.dense)
+    neurons = extra_neurons(fc1)
+    neurons.edits.set({"a": edit})
+    whole = lambda: fc2(act(fc1(x)))  # noqa: E731
+    wanted = whole()
+    monkeypatch.setattr(patched_ffn, "_on_gpu", lambda t: True)
+
+    def launches():
+        with on_gpu(schedule="lockstep") as session, ops.backend("triton"), torch.no_grad():
+            out = whole()
+        torch.testing.assert_close(out, wanted, rtol=1e-4, atol=1e-4)
+        assert neurons.context.inputs == {}
+        return [launch.kernel for launch in session.launches]
+
+    assert launches() == ["patched_ffn_kernel"]
+    handle = fc2.register_forward_pre_hook(lambda *_: None)
+    assert launches() == ["add_extra_neurons_kernel"]
+    handle.remove()
+    assert launches() == ["patched_ffn_kernel"]
+    neurons.dense = None  # what a model does whose parts are not called alone
+    assert launches() == ["add_extra_neurons_kernel"]
+
+
+# --- edits that are being trained ------------------------------------------------------------------------------------
+
+
+def trained_store():
+    """A store with room to spare, a removed edit in front, and others around the one that is trained."""
+    store = store_of(gone=layer(2), first=layer(3, gated=True))
+    store.spare()
+    edit = layer(2)
+    return store.without("gone").with_edit("trained", edit).with_edit("last", layer(1)), edit
+
+
+def by_hand(x, base, edit):
+    return base + nn.functional.silu(x @ edit.keys.T + edit.key_bias) @ (edit.values + edit.beta * edit.zeta)
+
+
+@pytest.mark.parametrize("asks", ["before", "after"])
+def test_what_is_trained_computes(asks):
+    x, base = torch.randn(5, D), torch.randn(5, D)
+    store, edit = trained_store()
+    leaves = [edit.keys, edit.key_bias, edit.values, edit.zeta, edit.beta]
+    if asks == "before":
+        for t in leaves:
+            t.requires_grad_()
+        store = store.without("trained").with_edit("trained", edit)
+    compute = lambda: ops.patched_ffn(x, base, store.pool([["trained"]]), activation="silu")  # noqa: E731
+    view = lambda: store.view("silu", (("trained",),))(x, base)  # noqa: E731
+    with torch.no_grad():
+        view()
+    for t in leaves:
+        t.requires_grad_()
+    others = store.layer("first").keys.clone(), store.layer("last").values.clone()
+    for _ in range(2):
+        with torch.no_grad():
+            wanted = alone(x, base, edit)
+            assert torch.equal(compute(), wanted)
+        out = compute()
+        assert torch.equal(out, wanted)
+        found = torch.autograd.grad(out.square().sum(), leaves)
+        expected = torch.autograd.grad(by_hand(x, base, edit).square().sum(), leaves)
+        torch.testing.assert_close(found, expected)
+        with torch.no_grad():
+            for t, grad in zip(leaves, found, strict=True):
+                t.sub_(0.1 * grad)
+            assert torch.equal(view(), alone(x, base, edit))
+    for t in leaves:  # the last step, and nobody asks for gradients any more
+        t.requires_grad_(False).add_(0.1)
+    with torch.no_grad():
+        assert torch.equal(view(), alone(x, base, edit)) and torch.equal(compute(), alone(x, base, edit))
+    assert torch.equal(store.layer("first").keys, others[0]) and torch.equal(store.layer("last").values, others[1])
+
+
+def test_changes_of_a_store_in_training():
+    x, base = torch.randn(5, D), torch.randn(5, D)
+    store, edit = trained_store()
+    edit.values.requires_grad_()
+    with torch.no_grad():
+        edit.values.add_(1)
+    for changed in (store.with_edit("new", layer(1)), store.without("last"), store.with_beta("first", 0.5)):
+        changed.pool()
+        with torch.no_grad():
+            edit.values.add_(1)
+            assert torch.equal(changed.view("silu", (("trained",),))(x, base), alone(x, base, edit))
+    other = store.with_beta("trained", 0.7)
+    other.pool()
+    with torch.no_grad():
+        edit.values.add_(1)
+        now = replace(edit, beta=torch.tensor(0.7))
+        assert torch.equal(other.view("silu", (("trained",),))(x, base), alone(x, base, now))
+    assert "trained" not in store.without("trained").given
+
+
+def test_a_copy_of_a_store_in_training_is_refused():
+    store, edit = trained_store()
+    assert torch.equal(copy.deepcopy(store).keys, store.keys)
+    edit.keys.requires_grad_()
+    store.pool()
+    with pytest.raises(PatchError, match=r"edits \['trained'\]: their tensors ask for gradients"):
+        copy.deepcopy(store)

@@ -165,7 +165,8 @@ class EditStore(Tables):
             self._trained.versions = self._versions(self._trained)
 
     def _versions(self, trained: _Trained) -> tuple[int, ...]:
-        return tuple(t._version for name in trained.names for t in _tensors(self.given[name]))
+        given = (t for name in trained.names for t in _tensors(self.given[name]))
+        return tuple(0 if t.is_inference() else t._version for t in given)
 
     def _notice(self) -> None:
         """Look whose tensors ask for gradients. Once they did, the last step may come after they no longer do."""
