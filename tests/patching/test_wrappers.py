@@ -106,6 +106,19 @@ def test_a_shared_activation(make_model, make_edit):
     assert torch.equal(logits(model), logits(other))
 
 
+def test_an_ffn_of_other_parts_is_not_one_launch(make_model, make_edit):
+    peft = pytest.importorskip("peft")
+    model = make_model("opt")
+    uk.patch(model, [make_edit(model)])
+    layers = model.model.decoder.layers
+    logits(model)
+    assert all(ffn.dense is not None for ffn in patched_ffns(model).values())
+    layers[2].activation_fn = nn.GELU()
+    layers[3].fc1 = peft.tuners.lora.Linear(layers[3].fc1, "a", config=peft.LoraConfig(r=2), r=2)
+    logits(model)
+    assert [ffn.dense is None for ffn in patched_ffns(model).values()] == [True, True, False, False]
+
+
 def test_what_was_replaced_is_given_back(setup):
     """Unpatch puts nothing back in its place."""
     model, edits, memory = setup

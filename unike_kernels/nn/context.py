@@ -90,8 +90,8 @@ class Pass:
         traced: whether torch.compile traces it.
         graph_task: the backward pass that it is a part of, as torch numbers them; -1: none.
         outer: the pass that this one interrupts.
-        inputs: of a layer whose FFN stands inline: what its first part got, until the last part takes it; None: the
-            first part has computed everything.
+        inputs: of a layer whose FFN stands inline: what its first part notes for the last one, until that takes it;
+            None: the first part has computed everything.
     """
 
     version: Version
@@ -103,7 +103,7 @@ class Pass:
     traced: bool = False
     graph_task: int = -1
     outer: Pass | None = None
-    inputs: dict[int, Tensor | None] = field(default_factory=dict)
+    inputs: dict[int, Any] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -178,7 +178,7 @@ class _Thread(threading.local):
     inside: tuple[tuple[Any, Pass | None], ...] = ()  # patched modules whose instance's own forward runs, and where
 
     def __init__(self) -> None:
-        self.inputs: dict[int, Tensor | None] = {}  # as a pass has them, for what is outside of any
+        self.inputs: dict[int, Any] = {}  # as a pass has them, for what is outside of any
 
 
 class _Tracing:
@@ -187,7 +187,7 @@ class _Tracing:
     def __init__(self) -> None:
         self.running: Pass | None = None
         self.text: Tensor | None = None
-        self.inputs: dict[int, Tensor | None] = {}
+        self.inputs: dict[int, Any] = {}
 
 
 class ModelContext:
@@ -364,7 +364,7 @@ class ModelContext:
         return Pass(NOTHING) if selection is None else Pass(self.current, selection, traced=traced)
 
     @property
-    def inputs(self) -> dict[int, Tensor | None]:
+    def inputs(self) -> dict[int, Any]:
         """`Pass.inputs` of the pass that runs in this thread."""
         local = self.local
         return local.inputs if local.running is None else local.running.inputs

@@ -35,7 +35,8 @@ class ExtraNeurons(Record):
         self, modules: tuple[nn.Module, ...], activation: str, dense: Dense | None, context: ModelContext, layer: int
     ) -> None:
         self.modules, self.activation, self.dense, self.context, self.layer = modules, activation, dense, context, layer
-        self._probed = None if dense is None else self._structure()
+        inside = [] if dense is None else [part for module in modules for part in module.modules()]
+        self._probed = [(part, _state(part)) for part in inside]
 
     @property
     def edits(self) -> EditStore:
@@ -51,8 +52,9 @@ class ExtraNeurons(Record):
         if edits is None:
             return base(*args, **kwargs)
         hidden = first_argument(args, kwargs)
-        fused = self._fused(now, edits, hidden)
-        return self._with(now, edits, hidden, base(*args, **kwargs)) if fused is None else fused
+        if (fused := self._fused(now, edits, hidden)) is not None:
+            return fused
+        return self._with(now, edits, hidden, base(*args, **kwargs))
 
     def _now(self) -> tuple[Pass, EditStore | None]:
         """The pass that runs, and its edits; None: there are none."""
@@ -108,24 +110,31 @@ class ExtraNeurons(Record):
 
     def _fused(self, now: Pass, edits: EditStore, hidden_states: Tensor) -> Tensor | None:
         """Both together, or None where they may not be one launch."""
-        if self.dense is None or now.trace is not None or not self._may_fuse(hidden_states):
+        if (
+            not _on_gpu(hidden_states)
+            or self.dense is None
+            or now.trace is not None
+            or not self._may_fuse(hidden_states)
+        ):
             return None
         operands = hidden_states, self.dense.weights(), self._pool(now, edits), self.activation
         return fused_ffn(*operands) if fuses(*operands) else None
 
     def _may_fuse(self, hidden_states: Tensor) -> bool:
-        """On a GPU, for few tokens, where nobody looks at what lies between and the FFN is the one that was probed."""
-        if not _on_gpu(hidden_states) or hidden_states.shape[:-1].numel() > FUSED_TOKENS or torch.is_grad_enabled():
+        """For few tokens, where nobody looks at what lies between and the FFN is the one that was probed."""
+        if hidden_states.shape[:-1].numel() > FUSED_TOKENS or torch.is_grad_enabled():
             return False
-        inside = [part for module in self.modules for part in module.modules()]
-        if len(self.modules) == 1:
-            inside = inside[1:]  # hooks of an FFN run around all of it
-        return not any(m._forward_hooks or m._forward_pre_hooks for m in inside) and self._structure() == self._probed
+        whole = self.modules[0] if len(self.modules) == 1 else None  # the hooks of an FFN run around all of it
+        for part, state in self._probed:
+            if _state(part) != state or (part is not whole and (part._forward_hooks or part._forward_pre_hooks)):
+                return False
+        return True
 
-    def _structure(self) -> list[Any]:
-        """What tells that the FFN was changed since it was probed: modules, their classes, parameters and forwards."""
-        inside = [part for module in self.modules for part in module.modules()]
-        return [(m, base_class(m), [*map(type, m._parameters.values())], vars(m).get("forward")) for m in inside]
+
+def _state(part: nn.Module) -> tuple[Any, ...]:
+    """What tells that a part of an FFN is still what it was: its class, children, parameters and own forward."""
+    parameters = map(type, part._parameters.values())
+    return base_class(part), *part._modules.values(), *parameters, part.__dict__.get("forward")
 
 
 def _on_gpu(t: Tensor) -> bool:
@@ -154,34 +163,34 @@ class _First(_Part):
             return base(*args, **kwargs)
         hidden = first_argument(args, kwargs)
         fused = neurons._fused(now, edits, hidden)
-        self.context.inputs[neurons.layer] = hidden if fused is None else None
+        self.context.inputs[neurons.layer] = (now, edits, hidden) if fused is None else None
         return base(*args, **kwargs) if fused is None else fused
 
 
 class _Middle(_Part):
     def run(self, module: nn.Module, base: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        for noted in self.context.inputs.values():  # of this layer, or of another one that shares this activation
-            if noted is None:
-                return first_argument(args, kwargs)
+        hidden = first_argument(args, kwargs)
+        # Of this layer, or of another one that shares this activation.
+        if _on_gpu(hidden) and any(noted is None for noted in self.context.inputs.values()):
+            return hidden
         return base(*args, **kwargs)
 
 
 class _Last(_Part):
     def run(self, module: nn.Module, base: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        neurons = self.neurons
-        now, edits = neurons._now()
-        if edits is None:
-            return base(*args, **kwargs)
-        inputs = self.context.inputs
-        if neurons.layer not in inputs:
+        neurons, inputs = self.neurons, self.context.inputs
+        if neurons.layer in inputs:
+            noted = inputs.pop(neurons.layer)
+            if noted is None:
+                return first_argument(args, kwargs)
+            now, edits, hidden = noted
+            return neurons._with(now, edits, hidden, base(*args, **kwargs))
+        if neurons._now()[1] is not None:
             raise PatchError(
                 f"the last part of the FFN of layer {neurons.layer} was called without the first one: the input of its "
                 "edits' neurons is not known"
             )
-        hidden = inputs.pop(neurons.layer)
-        if hidden is None:
-            return first_argument(args, kwargs)
-        return neurons._with(now, edits, hidden, base(*args, **kwargs))
+        return base(*args, **kwargs)
 
 
 class PatchedFFN(DropIn):
