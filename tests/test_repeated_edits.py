@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import unike_kernels as uk
+from unike_kernels.nn import extra_neurons
 from unike_kernels.ops import EditPool
 from unike_kernels.ops.patched_ffn import cpu
 from unike_kernels.ops.patched_ffn.reference import FFNWeights, check_distinct
@@ -80,7 +81,7 @@ def test_a_patched_model(make_model, make_edit):
     with uk.patched(model, [make_edit(model, name, seed=seed) for seed, name in enumerate("ab")]):
         with pytest.raises(ValueError, match=r"edits\[1\]: expected distinct ids, got \['a', 'a'\]"):
             uk.rows(model, [["a"], ["a", "a"]]).__enter__()
-        ffn = model.model.layers[3].mlp
+        ffn = extra_neurons(model.model.layers[3].mlp)
         with pytest.raises(ValueError, match=r"rows\[0\]: expected distinct edit ids"):
             ffn.edits.csr([["b", "a", "b"], []])
         with pytest.raises(ValueError, match=r"rows\[0\]: expected distinct edit ids"):

@@ -42,8 +42,16 @@ def test_weights_are_those_of_the_ffn(make_model, kind, patched):
     layer = backbones.find_decoder(model).layers[3]
     x = torch.randn(4, 64)
     parts = layer.module.mlp if layer.gated else nn.Sequential(layer.module.fc1, nn.ReLU(), layer.module.fc2)
-    wanted = layer.module.fc1(x) if patched and not layer.gated else parts(x)
-    torch.testing.assert_close(base_ffn(x, layer.weights(), layer.activation), wanted)
+    torch.testing.assert_close(base_ffn(x, layer.weights(), layer.activation), parts(x))
+
+
+@pytest.mark.parametrize("kind", ["opt", "llama"])
+def test_a_patched_ffn_is_probed_without_its_neurons(make_model, make_edit, kind):
+    model = make_model(kind)
+    wanted = [layer.weights() for layer in backbones.find_decoder(model).layers]
+    with uk.patched(model, [make_edit(model)]):
+        found = [layer.weights() for layer in backbones.find_decoder(model).layers]
+    assert all(torch.equal(one.w_in, other.w_in) for one, other in zip(found, wanted, strict=True))
 
 
 def test_select(make_model):

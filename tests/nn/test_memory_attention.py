@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
 from unike_kernels import ops
 from unike_kernels.config import Config
-from unike_kernels.nn import MemoryAttention, MemoryTables, ModelContext, Pass, PromptState, Selection
+from unike_kernels.nn import MemoryAttention, MemoryTables, ModelContext, Pass, PromptState, Selection, memory_shift
+from unike_kernels.nn._drop_in import class_forward
 
 B, T, D, N, HEADS = 3, 4, 6, 15, 2
 LAST = [1, 3, 2]
@@ -50,17 +53,17 @@ def make(config=None, context=None, returns=tuple, **kwargs):
     base = Attention(returns)
     project = heads_of if config.values == "projected" else None
     new = MemoryAttention.from_module(base, config, context=context, project=project, **kwargs)
-    new.memory = tables(config.values)
+    memory_shift(new).memory = tables(config.values)
     hidden = torch.randn(B, T, D)
-    out = base(hidden)
+    out = class_forward(new)(hidden)
     return new, hidden, out[0] if returns is tuple else out
 
 
 def in_pass(module, hidden, ranges=None, **what):
     """What the module puts out in a pass like this one: the tokens to shift, the prompt's end, ranges of the rows."""
     prompt = PromptState(torch.tensor([0]), Config(alpha="last"))
-    made = Pass(module.context.current, Selection(memory_ranges=ranges, prompt=prompt), **what)
-    with module.context.running(made):
+    made = Pass(memory_shift(module).context.current, Selection(memory_ranges=ranges, prompt=prompt), **what)
+    with memory_shift(module).context.running(made):
         return module(hidden)[0]
 
 
@@ -70,7 +73,7 @@ def values_of(m):
 
 def by_hand(new, hidden, out, **kwargs):
     """memory_attention of all tokens."""
-    m, config = new.memory, new.config
+    m, config = memory_shift(new).memory, memory_shift(new).config
     queries = heads_of(new, hidden.reshape(-1, D)) if config.values == "projected" else None
     switches = {"scale": config.scale, "convention": config.convention, "norm": config.norm, "k": config.k}
     shifted, alpha, ids = ops.memory_attention(
@@ -82,20 +85,21 @@ def by_hand(new, hidden, out, **kwargs):
 
 def test_without_a_memory_the_result_is_the_base_s_own():
     base, hidden = Attention(), torch.randn(B, T, D)
+    own = base(hidden)[0]
     new = MemoryAttention.from_module(base, Config())
-    assert isinstance(new, Attention) and new.memory is None
-    assert torch.equal(new(hidden)[0], base(hidden)[0])
-    new.memory = tables()
-    assert not torch.equal(new(hidden)[0], base(hidden)[0])
-    new.memory = None
-    assert torch.equal(new(hidden)[0], base(hidden)[0])
+    assert new is base and isinstance(new, Attention) and memory_shift(new).memory is None
+    assert torch.equal(new(hidden)[0], own)
+    memory_shift(new).memory = tables()
+    assert not torch.equal(new(hidden)[0], own)
+    memory_shift(new).memory = None
+    assert torch.equal(new(hidden)[0], own)
 
 
 def test_a_context_of_its_own_or_a_shared_one():
     shared = ModelContext()
     one, two = (MemoryAttention.from_module(Attention(), Config(), context=shared) for _ in range(2))
-    assert one.context is shared and two.context is shared
-    assert isinstance(MemoryAttention.from_module(Attention(), Config()).context, ModelContext)
+    assert memory_shift(one).context is shared and memory_shift(two).context is shared
+    assert isinstance(memory_shift(MemoryAttention.from_module(Attention(), Config())).context, ModelContext)
 
 
 def test_the_tables_keep_unit_rows_for_the_index():
@@ -147,7 +151,7 @@ def test_each_switch_reaches_the_operator(switches, arguments):
 def test_a_table_of_values_is_what_is_read():
     new, hidden, _ = make(Config(k=3, values="out"))
     before = new(hidden)[0]
-    new.memory.values = new.memory.keys
+    memory_shift(new).memory.values = memory_shift(new).memory.keys
     assert not torch.equal(new(hidden)[0], before)
 
 
@@ -155,7 +159,7 @@ def test_a_table_of_values_is_what_is_read():
 def test_a_fixed_alpha_is_as_exact_as_the_model(dtype):
     new, hidden, _ = make(Config(k=3, alpha=0.3))
     hidden = hidden.to(dtype)
-    out = new.to(dtype).originals[0](hidden)[0]
+    out = class_forward(new.to(dtype))(hidden)[0]
     wide = torch.promote_types(dtype, torch.float32)
     assert torch.equal(new(hidden)[0], by_hand(new, hidden, out, alpha=torch.tensor([0.3], dtype=wide))[0])
 
@@ -179,10 +183,10 @@ def test_each_row_has_its_own_part_of_the_memory(retrieval, masked):
     assert torch.equal(got[1], out[1])
     assert torch.equal(got[:, 0], out[:, 0]) == masked
     for row in (0, 2):
-        m, part = new.memory, {0: slice(0, N), 2: slice(4, 9)}[row]
+        m, part = memory_shift(new).memory, {0: slice(0, N), 2: slice(4, 9)}[row]
         alone = MemoryTables(m.index[part], m.keys[part], m.values[part], m.encoder)
-        single = MemoryAttention.from_module(new.originals[0], new.config)
-        single.memory = alone
+        single = copy.deepcopy(new)
+        memory_shift(single).memory = alone
         wanted = in_pass(single, hidden[row : row + 1], prompt_end=torch.tensor(LAST[row : row + 1]))[0]
         start = int(masked)
         torch.testing.assert_close(got[row, start:], wanted[start:], rtol=0, atol=1e-5)
@@ -193,7 +197,7 @@ def test_beams_share_the_bounds_of_their_row():
     expected = in_pass(new, hidden, torch.tensor([[0, N]]))
     assert torch.equal(new(hidden)[0], expected)
     twice = in_pass(new, hidden[:2].repeat_interleave(2, 0), torch.tensor([[0, N], [0, 0]]))
-    out = new.originals[0](hidden[1:2])[0]
+    out = class_forward(new)(hidden[1:2])[0]
     torch.testing.assert_close(twice[:2], expected[:1].expand(2, T, D), rtol=0, atol=1e-5)
     torch.testing.assert_close(twice[2:], out.expand(2, T, D), rtol=0, atol=1e-6)
 
@@ -205,7 +209,7 @@ def test_what_depends_on_the_prompts_end(alpha, retrieval):
     new, hidden, out = make(config, layer=7)
     saved = {}
     first = in_pass(new, hidden, prompt_end=torch.tensor(LAST), saved=saved)
-    m = new.memory
+    m = memory_shift(new).memory
     ends = torch.stack([out[row, t] for row, t in enumerate(LAST)])
     queries = torch.stack([hidden[row, t] for row, t in enumerate(LAST)])
     _, ids = ops.cosine_topk(queries, m.index, 3, normalized=True)
@@ -226,7 +230,7 @@ def test_what_depends_on_the_prompts_end(alpha, retrieval):
     assert set(saved) == {(7, name) for name in names}
     # The next token: what the prompt left behind still holds.
     step = torch.randn(B, 1, D)
-    assert torch.equal(in_pass(new, step, saved=saved), wanted(step, new.originals[0](step)[0]))
+    assert torch.equal(in_pass(new, step, saved=saved), wanted(step, class_forward(new)(step)[0]))
 
 
 @pytest.mark.parametrize("switches", [{"alpha": "last"}, {"retrieval": "sequence"}])
@@ -252,7 +256,7 @@ def test_gradients_flow_through_the_shift():
     new, hidden, _ = make(Config(k=3, alpha=0.5))
     hidden.requires_grad_()
     new(hidden)[0].square().sum().backward()
-    base = new.originals[0](hidden)[0]
+    base = class_forward(new)(hidden)[0]
     plain = torch.autograd.grad(base.square().sum(), hidden)[0]
     assert hidden.grad.any() and not torch.allclose(hidden.grad, plain)
     assert new.o_proj.weight.grad.any()

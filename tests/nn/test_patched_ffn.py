@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -11,7 +13,8 @@ from torch import nn
 from unike_kernels import ops
 from unike_kernels.artifacts.edit import EditLayer
 from unike_kernels.backbones import find_decoder
-from unike_kernels.nn import EditStore, PassThrough, PatchedFFN, Selection, patched_ffn
+from unike_kernels.errors import PatchError
+from unike_kernels.nn import EditStore, PatchedFFN, Selection, extra_neurons, patched_ffn
 from unike_kernels.nn.edit_store import csr
 
 D = 4
@@ -107,44 +110,46 @@ def test_gradients_reach_the_edits():
     for t in edit.tensors().values():
         t.requires_grad_()
     new = PatchedFFN.from_module(Mlp(), activation="silu")
-    new.edits.set({"frozen": layer(3), "trained": edit})
+    extra_neurons(new).edits.set({"frozen": layer(3), "trained": edit})
     new(torch.randn(5, D)).sum().backward()
     assert all(t.grad is not None and t.grad.any() for t in edit.tensors().values())
 
 
 def test_from_a_module():
     x, mlp = torch.randn(2, 3, D), Mlp()
+    plain, double = mlp(x), mlp(x, factor=2.0)
     new = PatchedFFN.from_module(mlp, activation="silu")
-    assert isinstance(new, Mlp) and new.originals == (mlp,)
-    assert torch.equal(new(x), mlp(x))
+    assert new is mlp and isinstance(new, Mlp) and isinstance(new, PatchedFFN)
+    assert torch.equal(new(x), plain)
     one, two = layer(2), layer(3)
-    new.edits.set({"one": one, "two": two})
-    with new.context.selecting(Selection(rows=2, edits=(("two",), ()))):
+    neurons = extra_neurons(new)
+    neurons.edits.set({"one": one, "two": two})
+    with neurons.context.selecting(Selection(rows=2, edits=(("two",), ()))):
         out = new(x)
-        assert torch.equal(out[0], alone(x, mlp(x), two)[0])
-        assert torch.equal(out[1], mlp(x)[1])
-        assert torch.equal(new(x, factor=2.0)[1], mlp(x, factor=2.0)[1])
-    wanted = ops.patched_ffn(x, mlp(x), new.edits.pool(), activation="silu")
+        assert torch.equal(out[0], alone(x, plain, two)[0])
+        assert torch.equal(out[1], plain[1])
+        assert torch.equal(new(x, factor=2.0)[1], double[1])
+    wanted = ops.patched_ffn(x, plain, neurons.edits.pool(), activation="silu")
     assert torch.equal(new(hidden_states=x), wanted)
     assert not torch.equal(wanted[1], out[1])
 
 
 def test_the_activation_is_that_of_the_extra_neurons():
-    x, mlp, edit = torch.randn(2, 3, D), Mlp(), layer(2)
+    x, edit = torch.randn(2, 3, D), layer(2)
     for activation in ops.ACTIVATIONS:
-        new = PatchedFFN.from_module(mlp, activation=activation)
-        new.edits.set({"a": edit})
-        assert torch.equal(new(x), alone(x, mlp(x), edit, activation))
+        mlp = Mlp()
+        plain = mlp(x)
+        extra_neurons(PatchedFFN.from_module(mlp, activation=activation)).edits.set({"a": edit})
+        assert torch.equal(mlp(x), alone(x, plain, edit, activation))
 
 
-def test_a_forward_that_was_set_on_the_base_object_does_not_hide_the_edits():
-    """Offloading sets one; a copy of it on the drop-in would answer instead of the drop-in."""
-    x, mlp, edit = torch.randn(2, 3, D), Mlp(), layer(2)
-    inner = mlp.forward
-    mlp.forward = lambda x: inner(x) + 1
-    new = PatchedFFN.from_module(mlp, activation="silu")
-    new.edits.set({"a": edit})
-    assert torch.equal(new(x), alone(x, inner(x) + 1, edit))
+def test_a_module_is_adopted_once():
+    mlp = Mlp()
+    PatchedFFN.from_module(mlp, activation="silu")
+    with pytest.raises(PatchError, match="this Mlp is patched already"):
+        PatchedFFN.from_module(mlp, activation="silu")
+    with pytest.raises(PatchError, match="Linear is not a patched FFN"):
+        extra_neurons(mlp.fc1)
 
 
 class Inline(nn.Module):
@@ -159,29 +164,80 @@ class Inline(nn.Module):
         return (flat + self.fc2(self.activation_fn(self.fc1(flat)))).view(x.shape)
 
 
+def adopted(block, edit, **more):
+    PatchedFFN.from_module(block.fc1, block.activation_fn, block.fc2, activation="silu", **more)
+    neurons = extra_neurons(block.fc1)
+    neurons.edits.set({} if edit is None else {"a": edit})
+    return neurons
+
+
 def test_from_the_parts_of_an_inline_ffn():
     x, mlp = torch.randn(2, 3, D), Mlp()
     block = Inline(mlp)
-    before, keys = block(x), list(block.state_dict())
-    block.fc1 = PatchedFFN.from_module(mlp.fc1, mlp.act, mlp.fc2, activation="silu")
-    block.activation_fn, block.fc2 = PassThrough.from_module(mlp.act), PassThrough.from_module(mlp.fc2)
+    before, keys, objects = block(x), list(block.state_dict()), list(block.children())
+    neurons = adopted(block, None)
     assert isinstance(block.fc1, nn.Linear) and isinstance(block.fc2, nn.Linear)
-    assert list(block.state_dict()) == keys
+    assert list(block.children()) == objects and list(block.state_dict()) == keys
+    assert extra_neurons(block.activation_fn) is extra_neurons(block.fc2) is neurons
     assert torch.equal(block(x), before)
     edit = layer(2)
-    block.fc1.edits.set({"a": edit})
-    with block.fc1.context.selecting(Selection(rows=2, edits=((), ("a",)))):
+    neurons.edits.set({"a": edit})
+    with neurons.context.selecting(Selection(rows=2, edits=((), ("a",)))):
         out = block(x)
     assert torch.equal(out[0], before[0])
     flat = x.reshape(-1, D)
-    assert torch.equal(out[1], (flat + alone(flat, mlp(flat), edit)).view(x.shape)[1])
+    base = (before - x).reshape(-1, D)
+    torch.testing.assert_close(out[1], (flat + alone(flat, base, edit)).view(x.shape)[1])
+    assert not torch.allclose(out[1], before[1])
+    assert neurons.context.inputs == {}  # nothing is kept
+
+
+def test_the_parts_of_an_inline_ffn_stay_what_they_are():
+    """Another activation, hooks in between, and what the parts are given and return."""
+    x, edit = torch.randn(1, 3, D), layer(2)
+    mlp = Mlp()
+    block = Inline(mlp)
+    adopted(block, edit)
+    seen = {}
+    block.activation_fn = nn.ReLU()
+    block.activation_fn.register_forward_hook(lambda m, args, out: seen.update(between=args[0]) or 2 * out)
+    flat = x.reshape(-1, D)
+    inside = nn.functional.linear(flat, mlp.fc1.weight, mlp.fc1.bias)
+    base = nn.functional.linear(2 * inside.relu(), mlp.fc2.weight, mlp.fc2.bias)
+    assert torch.equal(block(x), (flat + alone(flat, base, edit)).view(x.shape))
+    assert torch.equal(seen["between"], inside)
+
+
+def test_the_last_part_needs_the_first():
+    block = Inline(Mlp())
+    neurons = adopted(block, layer(2))
+    with pytest.raises(PatchError, match="last part of the FFN of layer 0 was called without the first one"):
+        block.fc2(torch.randn(2, 6))
+    neurons.edits.set({})
+    assert block.fc2(torch.randn(2, 6)).shape == (2, D)
+
+
+def test_layers_may_share_an_activation_and_nothing_else():
+    x, edit = torch.randn(1, 3, D), layer(2)
+    one, two = Inline(Mlp()), Inline(Mlp())
+    two.activation_fn = one.activation_fn
+    plain = two(x)
+    context = adopted(one, edit).context
+    adopted(two, edit, context=context, layer=1)
+    base = (plain - x).reshape(-1, D)
+    torch.testing.assert_close(two(x), (x.reshape(-1, D) + alone(x.reshape(-1, D), base, edit)).view(x.shape))
+    three = Inline(Mlp())
+    three.fc2 = one.fc2
+    with pytest.raises(PatchError, match="this Linear is patched already"):
+        adopted(three, edit, context=context, layer=2)
+    assert type(three.fc1) is nn.Linear and 2 not in context.current.edits
 
 
 def test_casting_the_model_leaves_the_edits_as_they_are():
     new = PatchedFFN.from_module(Mlp(), activation="silu")
-    new.edits.set({"a": layer(2)})
+    extra_neurons(new).edits.set({"a": layer(2)})
     new.to(torch.bfloat16)
-    assert new.fc1.weight.dtype == torch.bfloat16 and new.edits.keys.dtype == torch.float32
+    assert new.fc1.weight.dtype == torch.bfloat16 and extra_neurons(new).edits.keys.dtype == torch.float32
     assert new(torch.randn(2, D).bfloat16()).dtype == torch.bfloat16
     assert all("edits" not in name for name in new.state_dict())
 
@@ -209,7 +265,7 @@ def test_few_tokens_on_a_gpu_are_one_launch(kind, on_gpu, monkeypatch):
     site = layer.ffn[0]
     neurons = EditLayer(torch.randn(3, 64) / 8, torch.randn(3), torch.randn(3, 64), torch.randn(64), torch.tensor(0.1))
     ffn = PatchedFFN.from_module(site.module, activation=layer.activation, dense=layer.dense)
-    ffn.edits.set({"a": neurons})
+    extra_neurons(ffn).edits.set({"a": neurons})
     monkeypatch.setattr(patched_ffn, "_on_gpu", lambda t: True)
 
     def launches(x, schedule="lockstep"):
@@ -227,3 +283,144 @@ def test_few_tokens_on_a_gpu_are_one_launch(kind, on_gpu, monkeypatch):
         assert launches(x)[0] == ["add_extra_neurons_kernel"]
         handle.remove()
     assert launches(x)[0] == ["add_extra_neurons_kernel"]
+
+
+def changed_ffn(ffn):
+    """What may be done to an FFN after it was probed."""
+    linear = next(m for m in ffn.modules() if hasattr(m, "weight"))
+    return {
+        "nothing": lambda: None,
+        "a forward": lambda: vars(linear).update(forward=type(linear).forward.__get__(linear)),
+        "a child": lambda: linear.add_module("more", nn.Identity()),
+        "a parametrization": lambda: nn.utils.parametrize.register_parametrization(linear, "weight", nn.Identity()),
+        "another parameter": lambda: setattr(linear, "weight", Quantized(linear.weight)),
+        "a hook inside": lambda: linear.register_forward_pre_hook(lambda *_: None),
+        "a hook around": lambda: ffn.register_forward_hook(lambda *_: None),
+    }
+
+
+class Quantized(nn.Parameter):
+    """Stands for a parameter that is no plain one."""
+
+
+@pytest.mark.parametrize("what", changed_ffn(nn.Linear(1, 1)))
+def test_a_changed_ffn_is_not_fused(what, monkeypatch):
+    from backbones.zoo import ZOO, model_of
+
+    layer = find_decoder(model_of(ZOO["llama"], torch.float32)).layers[2]
+    ffn = PatchedFFN.from_module(layer.ffn[0].module, activation="silu", dense=layer.dense)
+    monkeypatch.setattr(patched_ffn, "_on_gpu", lambda t: True)
+    changed_ffn(ffn)[what]()
+    with torch.no_grad():
+        assert extra_neurons(ffn)._may_fuse(torch.randn(1, 2, 64)) == (what in ("nothing", "a hook around"))
+
+
+def test_few_tokens_of_an_inline_ffn_are_one_launch(on_gpu, monkeypatch):
+    """The first part gives it all, the others pass it on; together they are called as ever."""
+    from backbones.zoo import ZOO, model_of
+
+    layer = find_decoder(model_of(ZOO["opt"], torch.float32)).layers[2]
+    fc1, act, fc2 = (site.module for site in layer.ffn)
+    x = torch.randn(2, 64)
+    edit = EditLayer(torch.randn(3, 64) / 8, torch.randn(3), torch.randn(3, 64), torch.randn(64), torch.tensor(0.1))
+    PatchedFFN.from_module(fc1, act, fc2, activation="relu", dense=layer.dense)
+    neurons = extra_neurons(fc1)
+    neurons.edits.set({"a": edit})
+    whole = lambda: fc2(act(fc1(x)))  # noqa: E731
+    wanted = whole()
+    monkeypatch.setattr(patched_ffn, "_on_gpu", lambda t: True)
+
+    def launches():
+        with on_gpu(schedule="lockstep") as session, ops.backend("triton"), torch.no_grad():
+            out = whole()
+        torch.testing.assert_close(out, wanted, rtol=1e-4, atol=1e-4)
+        assert neurons.context.inputs == {}
+        return [launch.kernel for launch in session.launches]
+
+    assert launches() == ["patched_ffn_kernel"]
+    handle = fc2.register_forward_pre_hook(lambda *_: None)
+    assert launches() == ["add_extra_neurons_kernel"]
+    handle.remove()
+    assert launches() == ["patched_ffn_kernel"]
+    neurons.dense = None  # what a model does whose parts are not called alone
+    assert launches() == ["add_extra_neurons_kernel"]
+
+
+# --- edits that are being trained ------------------------------------------------------------------------------------
+
+
+def trained_store():
+    """A store with room to spare, a removed edit in front, and others around the one that is trained."""
+    store = store_of(gone=layer(2), first=layer(3, gated=True))
+    store.spare()
+    edit = layer(2)
+    return store.without("gone").with_edit("trained", edit).with_edit("last", layer(1)), edit
+
+
+def by_hand(x, base, edit):
+    return base + nn.functional.silu(x @ edit.keys.T + edit.key_bias) @ (edit.values + edit.beta * edit.zeta)
+
+
+@pytest.mark.parametrize("asks", ["before", "after"])
+def test_what_is_trained_computes(asks):
+    x, base = torch.randn(5, D), torch.randn(5, D)
+    store, edit = trained_store()
+    leaves = [edit.keys, edit.key_bias, edit.values, edit.zeta, edit.beta]
+    if asks == "before":
+        for t in leaves:
+            t.requires_grad_()
+        store = store.without("trained").with_edit("trained", edit)
+    compute = lambda: ops.patched_ffn(x, base, store.pool([["trained"]]), activation="silu")  # noqa: E731
+    view = lambda: store.view("silu", (("trained",),))(x, base)  # noqa: E731
+    with torch.no_grad():
+        view()
+    for t in leaves:
+        t.requires_grad_()
+    others = store.layer("first").keys.clone(), store.layer("last").values.clone()
+    for _ in range(2):
+        with torch.no_grad():
+            wanted = alone(x, base, edit)
+            assert torch.equal(compute(), wanted)
+        out = compute()
+        assert torch.equal(out, wanted)
+        found = torch.autograd.grad(out.square().sum(), leaves)
+        expected = torch.autograd.grad(by_hand(x, base, edit).square().sum(), leaves)
+        torch.testing.assert_close(found, expected)
+        with torch.no_grad():
+            for t, grad in zip(leaves, found, strict=True):
+                t.sub_(0.1 * grad)
+            assert torch.equal(view(), alone(x, base, edit))
+    for t in leaves:  # the last step, and nobody asks for gradients any more
+        t.requires_grad_(False).add_(0.1)
+    with torch.no_grad():
+        assert torch.equal(view(), alone(x, base, edit)) and torch.equal(compute(), alone(x, base, edit))
+    assert torch.equal(store.layer("first").keys, others[0]) and torch.equal(store.layer("last").values, others[1])
+
+
+def test_changes_of_a_store_in_training():
+    x, base = torch.randn(5, D), torch.randn(5, D)
+    store, edit = trained_store()
+    edit.values.requires_grad_()
+    with torch.no_grad():
+        edit.values.add_(1)
+    for changed in (store.with_edit("new", layer(1)), store.without("last"), store.with_beta("first", 0.5)):
+        changed.pool()
+        with torch.no_grad():
+            edit.values.add_(1)
+            assert torch.equal(changed.view("silu", (("trained",),))(x, base), alone(x, base, edit))
+    other = store.with_beta("trained", 0.7)
+    other.pool()
+    with torch.no_grad():
+        edit.values.add_(1)
+        now = replace(edit, beta=torch.tensor(0.7))
+        assert torch.equal(other.view("silu", (("trained",),))(x, base), alone(x, base, now))
+    assert "trained" not in store.without("trained").given
+
+
+def test_a_copy_of_a_store_in_training_is_refused():
+    store, edit = trained_store()
+    assert torch.equal(copy.deepcopy(store).keys, store.keys)
+    edit.keys.requires_grad_()
+    store.pool()
+    with pytest.raises(PatchError, match=r"edits \['trained'\]: their tensors ask for gradients"):
+        copy.deepcopy(store)

@@ -19,7 +19,7 @@ from hooks_reference import hooked as hooks_reference
 import unike_kernels as uk
 from unike_kernels.artifacts.edit import fresh_layer
 from unike_kernels.artifacts.fingerprint import fingerprint
-from unike_kernels.nn import MemoryAttention, memory_attention
+from unike_kernels.nn import MemoryAttention, MemoryShift, memory_attention
 
 KINDS = ("opt", "llama", "blip2-opt", "blip2-llama")
 PROMPTS = ["w1 w2 w3", "w4 w5 w6 w7 w8 w9", "w10 w11 w12 w13"]
@@ -57,7 +57,8 @@ def logits(model, inputs):
 
 
 def modules(model):
-    return {name: id(m) for name, m in model.named_modules()}
+    """The objects, their classes, and what they keep."""
+    return {name: (id(m), type(m), set(vars(m))) for name, m in model.named_modules()}
 
 
 def hooks(model):
@@ -208,7 +209,8 @@ def test_unpatch_restores_objects_hooks_and_bits(setup, kind):
     before = logits(s.model, s.inputs), modules(s.model), hooks(s.model), set(s.model.__dict__)
     uk.patch(s.model, s.edits, s.memory)
     assert uk.is_patched(s.model)
-    assert modules(s.model) != before[1]
+    found = modules(s.model)
+    assert found != before[1] and [m[0] for m in found.values()] == [m[0] for m in before[1].values()]
     assert not torch.equal(logits(s.model, s.inputs), before[0])
     assert uk.unpatch(s.model) is s.model
     assert not uk.is_patched(s.model)
@@ -268,9 +270,9 @@ def test_leaving_rows_restores_the_outer_selection(setup):
 def test_padding_is_never_shifted(setup, monkeypatch, config, padding_side):
     s = setup("opt", config, padding_side=padding_side)
     seen = []
-    shift = MemoryAttention._shift
+    shift = MemoryShift._shift
     monkeypatch.setattr(
-        MemoryAttention,
+        MemoryShift,
         "_shift",
         lambda self, *args: (seen.append((args[-1], shift(self, *args))), seen[-1])[1][1],
     )

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import unike_kernels as uk
+from unike_kernels.nn import _drop_in
 from unike_kernels.patching import session
 
 ROOT = str(Path(uk.__file__).parent)
@@ -65,7 +66,7 @@ def logits(model):
 
 def structure(model):
     held = [(m, {name: list(m.__dict__[name].values()) for name in session._STRUCTURE}) for m in model.modules()]
-    return [(id(m), names) for m, names in held]
+    return [(id(m), type(m), set(vars(m)), names) for m, names in held]
 
 
 @pytest.fixture(scope="module")
@@ -123,20 +124,22 @@ def test_the_old_or_the_new_state_is_in_force(parts, name):
     uk.unpatch(model)
 
 
-def test_a_failure_while_modules_are_put_in(parts, monkeypatch):
-    """The fifth module does not get its place."""
+def test_a_failure_while_modules_are_adopted(parts, monkeypatch):
+    """The fifth module does not get its class."""
     model, memory, _, edits = parts
-    plain, put, calls = logits(model), uk.backbones.Site.put, []
+    plain, set_class, calls = (structure(model), logits(model)), _drop_in.set_class, []
 
-    def failing(self, module):
-        calls.append(self)
+    def failing(module, cls):
+        calls.append(module)
         if len(calls) == 5:
             raise MemoryError
-        put(self, module)
+        set_class(module, cls)
 
-    monkeypatch.setattr(uk.backbones.Site, "put", failing)
+    monkeypatch.setattr(_drop_in, "set_class", failing)
     with pytest.raises(MemoryError):
         uk.patch(model, edits, memory, override=True)
+    assert structure(model) == plain[0]
+    plain = plain[1]
     assert torch.equal(logits(model), plain) and not uk.is_patched(model)
     uk.patch(model, edits, memory, override=True)
     assert torch.equal(logits(uk.unpatch(model)), plain)

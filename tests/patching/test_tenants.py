@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import unike_kernels as uk
+from unike_kernels.patching.session import require_state
 from unike_kernels.serving import FlatModel, Share
 
 IDS = torch.tensor([[5, 6, 7, 8, 9], [9, 8, 7, 6, 5], [4, 4, 5, 5, 6]])
@@ -122,7 +123,7 @@ def test_a_retriever_of_ones_own(make_model, banks):
     @torch.no_grad()
     def logits(run=model, memory=joined, **given):
         with uk.patched(model, memory=memory, **given):
-            memories = [m.memory for m in model.modules() if getattr(m, "memory", None) is not None]
+            memories = [m.memory for m in require_state(model).attentions.values()]
             held = {name for tables in memories for name, t in tables.named_buffers() if t is not None}
             with uk.rows(model, memory=["globex", False, "acme"]):
                 return run(input_ids=IDS, use_cache=False).logits, held

@@ -102,7 +102,7 @@ def shifted_tokens(model, memory, run):
     with uk.patched(model, memory=memory):
         state = uk.patching.session.require_state(model)
         *_, last = state.attentions.values()
-        last.register_forward_pre_hook(lambda *_: seen.append(state.context.now().shifted))
+        last.module.register_forward_pre_hook(lambda *_: seen.append(state.context.now().shifted))
         run()
     return seen[-1]
 

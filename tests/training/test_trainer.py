@@ -380,7 +380,7 @@ def pre_activations(model, processor, edit, sample):
     with uk.patched(model, [edit]) as _, torch.no_grad():
         ffns = {i: ffn for i, ffn in patched_ffns(model).items() if i in edit.layers}
         handles = [
-            ffn.register_forward_pre_hook(lambda _, args, i=i: seen.__setitem__(i, args[0].flatten(0, -2)))
+            ffn.modules[0].register_forward_pre_hook(lambda _, args, i=i: seen.__setitem__(i, args[0].flatten(0, -2)))
             for i, ffn in ffns.items()
         ]
         forward(model, encode(processor, [sample]).inputs)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..errors import UnsupportedModelError
-from ..nn import Dense, original
+from ..nn import Dense, base_class
 from ..ops import ACTIVATIONS
 from ..ops.patched_ffn.reference import FFNWeights
 from .ffn import _computes, _configured, _functions, _is_plain, _matrices, match_activation
@@ -40,8 +40,9 @@ class Site(NamedTuple):
 
     @property
     def module(self) -> nn.Module:
-        """What stands there, or what stood there before it was patched."""
-        return original(getattr(self.parent, self.name))
+        """What stands there."""
+        found: nn.Module = getattr(self.parent, self.name)
+        return found
 
     def put(self, module: nn.Module) -> None:
         """Let another module stand there."""
@@ -85,7 +86,7 @@ class Layer:
         found = [site for site in matrices if site.name in _FEED_FORWARD]
         inline = [Site(self.module, name) for name in _INLINE if name in self.module._modules]
         if not found and len(inline) < len(_INLINE):
-            found = [s for s in matrices if type(s.module).__name__.lower().endswith(_FEED_FORWARD_KINDS)]
+            found = [s for s in matrices if base_class(s.module).__name__.lower().endswith(_FEED_FORWARD_KINDS)]
         if len(found) != 1 and (found or len(inline) < len(_INLINE)):
             names, kinds = ", ".join(_FEED_FORWARD), ", ".join(_FEED_FORWARD_KINDS)
             raise self._lacking(f"one FFN called {names}, of a class named ...{kinds}, or {', '.join(_INLINE)}")
@@ -146,7 +147,7 @@ class Layer:
     def weights(self) -> FFNWeights:
         """The base FFN's weights, as `ops.patched_ffn` takes them. Raises UnsupportedModelError if it is not dense."""
         if self.dense is None:
-            found = [type(site.module).__name__ for site in self.ffn]
+            found = [base_class(site.module).__name__ for site in self.ffn]
             raise UnsupportedModelError(
                 f"{self.where}: looked for an FFN of two or three plain matrices; found {', '.join(found)}, which "
                 f"computes something else or holds other weights"
@@ -251,7 +252,7 @@ def find_decoder(model: nn.Module) -> Decoder:
 
 
 def _is_attention(site: Site) -> bool:
-    kind = type(site.module).__name__
+    kind = base_class(site.module).__name__
     names = (site.name, kind)
     return "Attention" in kind and not any(
         word in name.lower() for name in names for word in ("cross", "encdec", "norm")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedModelError
-from ..nn import residual_position
+from ..nn import residual_position, unpatched
 from ..ops import ACTIVATIONS
 from ..ops.patched_ffn.reference import FFNWeights, activate, ffn
 
@@ -40,7 +40,10 @@ def _matrices(module: nn.Module, *, deep: bool = False) -> Iterator[nn.Module]:
 
 @torch.no_grad()
 def _computes(modules: Sequence[nn.Module], weights: FFNWeights, activation: str) -> bool:
-    """Whether the modules, one after the other, are the FFN of these weights: for a few random tokens."""
+    """Whether the modules, one after the other, are the FFN of these weights: for a few random tokens.
+
+    Of patched ones it is what they are without their neurons.
+    """
     d, f = weights.w_in.shape[1], weights.w_in.shape[0]
     device, dtype = weights.w_in.device, weights.w_in.dtype
     if weights.w_out.shape != (d, f) or device.type == "meta":
@@ -53,9 +56,10 @@ def _computes(modules: Sequence[nn.Module], weights: FFNWeights, activation: str
         for part in training:  # dropout
             part.training = False
         out: Any = x
-        for module in modules:
-            rest = (torch.zeros_like(x),) if residual_position(module) is not None else ()
-            out = module(out, *rest)
+        with unpatched(*modules):
+            for module in modules:
+                rest = (torch.zeros_like(x),) if residual_position(module) is not None else ()
+                out = module(out, *rest)
     finally:
         for part in training:
             part.training = True

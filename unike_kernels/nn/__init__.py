@@ -1,31 +1,50 @@
-"""Drop-in modules, one per thing replaced."""
+"""What patched modules compute, one file per thing that is patched."""
 
 from __future__ import annotations
 
-from ._drop_in import original, residual_of, residual_position
+from ._drop_in import (
+    DropIn,
+    adoption,
+    base_class,
+    put_back,
+    record_of,
+    release,
+    residual_of,
+    residual_position,
+    unpatched,
+)
 from .context import ModelContext, Pass, PromptState, Selection, Version
 from .dense import Dense
 from .edit_store import EditStore
-from .memory_attention import MemoryAttention, MemoryTables, shift_tokens
-from .patched_ffn import PassThrough, PatchedFFN
+from .memory_attention import MemoryAttention, MemoryShift, MemoryTables, memory_shift, shift_tokens
+from .patched_ffn import ExtraNeurons, PatchedFFN, extra_neurons
 from .trace import LayerTrace, Trace
 
 __all__ = [
     "Dense",
+    "DropIn",
     "EditStore",
+    "ExtraNeurons",
     "LayerTrace",
     "MemoryAttention",
+    "MemoryShift",
     "MemoryTables",
     "ModelContext",
     "Pass",
-    "PassThrough",
     "PatchedFFN",
     "PromptState",
     "Selection",
     "Trace",
     "Version",
-    "original",
+    "adoption",
+    "base_class",
+    "extra_neurons",
+    "memory_shift",
+    "put_back",
+    "record_of",
+    "release",
     "residual_of",
     "residual_position",
     "shift_tokens",
+    "unpatched",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 from weakref import WeakKeyDictionary, WeakValueDictionary
@@ -90,6 +90,8 @@ class Pass:
         traced: whether torch.compile traces it.
         graph_task: the backward pass that it is a part of, as torch numbers them; -1: none.
         outer: the pass that this one interrupts.
+        inputs: of a layer whose FFN stands inline: what its first part notes for the last one, until that takes it;
+            None: the first part has computed everything.
     """
 
     version: Version
@@ -101,6 +103,7 @@ class Pass:
     traced: bool = False
     graph_task: int = -1
     outer: Pass | None = None
+    inputs: dict[int, Any] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -172,6 +175,10 @@ class _Thread(threading.local):
 
     running: Pass | None = None
     text: Tensor | None = None  # bool [B, T] of the last embedded ids, False at image placeholders
+    inside: tuple[tuple[Any, Pass | None], ...] = ()  # patched modules whose instance's own forward runs, and where
+
+    def __init__(self) -> None:
+        self.inputs: dict[int, Any] = {}  # as a pass has them, for what is outside of any
 
 
 class _Tracing:
@@ -180,6 +187,7 @@ class _Tracing:
     def __init__(self) -> None:
         self.running: Pass | None = None
         self.text: Tensor | None = None
+        self.inputs: dict[int, Any] = {}
 
 
 class ModelContext:
@@ -194,6 +202,7 @@ class ModelContext:
         in_model: whether a decoder announces its passes; False for a module alone.
 
     Attributes:
+        orphaned: whether it was copied with a part of its model alone, so that nobody can select anything for it.
         current: the version that a new pass gets; see `publish`.
         selections, traces: the blocks of `rows` and of `explain` that are open.
     """
@@ -201,7 +210,7 @@ class ModelContext:
     def __init__(
         self, version: Version = NOTHING, default: Literal["all", "none"] = "all", *, in_model: bool = False
     ) -> None:
-        self.default, self.in_model = default, in_model
+        self.default, self.in_model, self.orphaned = default, in_model, False
         self.selections: Ambient[Selection] = Ambient()
         self.traces: Ambient[Trace] = Ambient()
         self._begin_anew()
@@ -307,6 +316,8 @@ class ModelContext:
             cache: the generation's key-value cache, or None.
             batch, tokens, inputs: see `Pass.of`.
         """
+        if self.orphaned:
+            raise _copied_alone()
         traced = torch.compiler.is_compiling()
         version = self.current if traced else self._version_of(cache)
         trace = None if traced else self.traces.innermost()
@@ -341,6 +352,8 @@ class ModelContext:
         return running
 
     def _outside(self) -> Pass:
+        if self.orphaned:
+            raise _copied_alone()
         traced = torch.compiler.is_compiling()
         if not traced:
             if self.in_model and torch._C._current_graph_task_id() != -1:
@@ -349,6 +362,12 @@ class ModelContext:
                 return self._idle
         selection = self.in_force()
         return Pass(NOTHING) if selection is None else Pass(self.current, selection, traced=traced)
+
+    @property
+    def inputs(self) -> dict[int, Any]:
+        """`Pass.inputs` of the pass that runs in this thread."""
+        local = self.local
+        return local.inputs if local.running is None else local.running.inputs
 
     def _version_of(self, cache: Any) -> Version:
         """That of the generation with this cache."""
@@ -371,6 +390,10 @@ class ModelContext:
         finally:
             local.running = outer
 
+    def running_nothing(self) -> AbstractContextManager[None]:
+        """The same with a pass that has no edits and no memory."""
+        return self.running(Pass(NOTHING, graph_task=torch._C._current_graph_task_id()))
+
     def bound(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """`function`, whose later calls compute in the pass that runs now, in whatever thread they come."""
         made = self._thread.running
@@ -392,9 +415,16 @@ class ModelContext:
         return {name: value for name, value in vars(self).items() if name not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
+        vars(self).update(state, orphaned=state["in_model"])  # until the model's own state comes along
         self._begin_anew()
         self.publish(self.current)
+
+
+def _copied_alone() -> PatchError:
+    return PatchError(
+        "a part of a patched model was copied or pickled alone, and would not know what uk.rows and the like select: "
+        "copy the whole model, or unpatch it before its parts are copied (PEFT's modules_to_save copies them)"
+    )
 
 
 def _lost() -> PatchError:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..errors import PatchError
 from ..ops import EditPool
 from ..ops._library import outside
 from ..ops.patched_ffn import PreparedNeurons
@@ -21,6 +24,9 @@ class EditStore(Tables):
     `set` makes it anew. `with_edit`, `without` and `with_beta` give another store and leave this one as it is, though
     the two share tensors: neurons are only ever appended, behind those that an earlier store knows of, and room for
     them doubles when it is used up. So a change costs what it changes, and shapes stay what they are.
+
+    All these are copies of what the edits hold. But the tensors of an edit that ask for gradients are being trained by
+    somebody: from the first pass that sees it, they are what computes, in every pass as they then are.
     """
 
     keys: Tensor
@@ -42,14 +48,14 @@ class EditStore(Tables):
             self.table(name, None)
         self.position: dict[str, int] = {}  # in the pool
         self.used = 0, 0  # neurons and edits of the pool, removed ones too
+        self.given: dict[str, Any] = {}  # the edits as they came
+        self._trained: _Trained | None = None
         self._views: dict[Any, PreparedNeurons] = {}
 
-    def set(self, edits: Mapping[str, Any]) -> None:
-        """Replace all edits, given as id -> `EditLayer`.
-
-        Tensors are concatenated, so gradients reach those that ask for them.
-        """
-        self._views = {}
+    @torch.no_grad()
+    def set(self, edits: Mapping[str, Any], device: torch.device | None = None) -> None:
+        """Replace all edits, given as id -> `EditLayer`, on a device; None: on that of the first."""
+        self._views, self._trained, self.given = {}, None, dict(edits)
         self.ids, self.empty = list(edits), not edits
         self.position = {name: i for i, name in enumerate(edits)}
         layers = list(edits.values())
@@ -59,7 +65,8 @@ class EditStore(Tables):
             self.used = 0, 0
             return
         gated = any(layer.up is not None for layer in layers)
-        device = layers[0].keys.device
+        device = device or layers[0].keys.device
+        layers = [_on(layer, device) for layer in layers]
         self.keys = torch.cat([layer.keys for layer in layers])
         self.key_bias = torch.cat([layer.key_bias for layer in layers])
         self.values = torch.cat([layer.values for layer in layers])
@@ -74,12 +81,17 @@ class EditStore(Tables):
         self.indptr = sizes.cumsum(0).to(device)
         self.row_indptr, self.row_edits = csr([range(len(layers))], device)
         self.used = self.keys.shape[0], len(layers)
+        self._give(self.given)
 
-    def with_edit(self, name: str, layer: Any) -> EditStore:
-        """A store that has this edit too, behind the others."""
+    @torch.no_grad()
+    def with_edit(self, name: str, layer: Any, device: torch.device | None = None) -> EditStore:
+        """A store that has this edit too, behind the others; on a device where it is the first one."""
         new = self.copied()
+        given = {**self.given, name: layer}
+        layer = _on(layer, self.indptr.device if self.ids else device or layer.keys.device)
         if not self.ids or (layer.up is not None and self.up is None) or layer.keys.dtype != self.keys.dtype:
             new.set({**{each: self.layer(each) for each in self.ids}, name: layer})
+            new._give(given)
             return new
         neurons, edits = self.used
         n = layer.keys.shape[0]
@@ -97,6 +109,7 @@ class EditStore(Tables):
         new.indptr[edits + 1 :] = neurons + n
         new.used = neurons + n, edits + 1
         new._name({**self.position, name: edits})
+        new._give(given)
         return new
 
     def without(self, name: str) -> EditStore:
@@ -107,6 +120,7 @@ class EditStore(Tables):
             new.set({each: self.layer(each) for each in left})
         else:
             new._name(left)
+        new._give({each: layer for each, layer in self.given.items() if each != name})
         return new
 
     def with_beta(self, name: str, beta: float) -> EditStore:
@@ -114,10 +128,14 @@ class EditStore(Tables):
         new = self.copied()
         new.beta = self.beta.clone()
         new.beta[self.position[name]] = beta
+        changed = copy.copy(self.given[name])
+        vars(changed)["beta"] = torch.full_like(changed.beta, beta)
+        new._give({**self.given, name: changed})
         return new
 
     def layer(self, name: str) -> Any:
         """The edit's tensors, as `EditLayer` has them: views of the pool."""
+        self._follow()
         at = self.position[name]
         rows = slice(int(self.indptr[at]), int(self.indptr[at + 1]))
         tables = {t: None if getattr(self, t) is None else getattr(self, t)[rows] for t in _PER_NEURON}
@@ -126,8 +144,74 @@ class EditStore(Tables):
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_views": {}}
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> EditStore:
+        if self._trained is not None:
+            raise PatchError(
+                f"edits {list(self._trained.names)}: their tensors ask for gradients, and those of a copy of the model "
+                "would be others, which nobody trains or averages: copy the model when they are trained "
+                "(requires_grad_(False), then patch again)"
+            )
+        new = EditStore.__new__(EditStore)
+        memo[id(self)] = new
+        new.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
+        return new
+
+    # --- edits that are being trained --------------------------------------------------------------------------------
+
+    def _give(self, given: dict[str, Any]) -> None:
+        """Let these be the edits whose copies the pool has."""
+        self.given, self._trained = given, None
+        self._notice()
+        if self._trained is not None:
+            self._trained.versions = self._versions(self._trained)
+
+    def _versions(self, trained: _Trained) -> tuple[int, ...]:
+        given = (t for name in trained.names for t in _tensors(self.given[name]))
+        return tuple(0 if t.is_inference() else t._version for t in given)
+
+    def _notice(self) -> None:
+        """Look whose tensors ask for gradients. Once they did, the last step may come after they no longer do."""
+        known = self._trained.names if self._trained is not None else ()
+        names = tuple(name for name, layer in self.given.items() if name in known or _asks(layer))
+        if names != known:
+            bounds = self.indptr.tolist()
+            at = [self.position[name] for name in names]
+            neurons = [n for i in at for n in range(bounds[i], bounds[i + 1])]
+            places = [torch.tensor(i, dtype=torch.int64, device="cpu") for i in (neurons, at)]
+            self._trained = _Trained(names, places[0], places[1])
+
+    def _follow(self) -> None:
+        """Let the copies be what the tensors that are trained are now."""
+        trained = self._trained
+        if trained is None or torch.compiler.is_compiling():
+            return
+        versions = self._versions(trained)
+        if versions != trained.versions:
+            with torch.no_grad():
+                for name, t in self._joined(trained).items():
+                    setattr(self, name, t)
+            trained.versions = versions
+
+    def _joined(self, trained: _Trained) -> dict[str, Tensor]:
+        """The tables, with the tensors that are trained in their places: gradients reach them."""
+        layers = [_on(self.given[name], self.indptr.device) for name in trained.names]
+        neurons, edits = (i.to(self.indptr.device) for i in (trained.neurons, trained.edits))
+        made = {"keys": [layer.keys for layer in layers], "key_bias": [layer.key_bias for layer in layers]}
+        made["values"] = [layer.values for layer in layers]
+        if self.up is not None:
+            made["up"] = [_or(layer.up, torch.zeros_like(layer.keys)) for layer in layers]
+            made["up_bias"] = [_or(layer.up_bias, torch.ones_like(layer.key_bias)) for layer in layers]
+        wide = {"zeta": [layer.zeta for layer in layers], "beta": [layer.beta for layer in layers]}
+        sources = {name: (neurons, torch.cat(parts)) for name, parts in made.items()}
+        sources |= {name: (edits, torch.stack(parts)) for name, parts in wide.items()}
+        tables = {name: getattr(self, name) for name in sources}
+        return {name: tables[name].index_copy(0, at, new.to(tables[name].dtype)) for name, (at, new) in sources.items()}
+
+    # --- what a pass computes with -----------------------------------------------------------------------------------
+
     def copied(self) -> EditStore:
         """Another store of the same tensors, which stays as it is when this one changes."""
+        self._follow()
         new = EditStore.__new__(EditStore)
         new.__dict__.update(self.__dict__, _buffers=dict(self._buffers), _views={}, _plan=None)
         return new
@@ -173,10 +257,17 @@ class EditStore(Tables):
     ) -> EditPool:
         """The neurons, and the edits of each row: by id, or as `csr` gives them; by default every row has all."""
         row_indptr, row_edits = selected or self.csr(rows)
-        return EditPool(
+        differentiable, compiling = torch.is_grad_enabled(), torch.compiler.is_compiling()
+        if differentiable and not compiling:
+            self._notice()
+        self._follow()
+        pool = EditPool(
             self.keys, self.key_bias, self.up, self.up_bias, self.values, self.zeta, self.beta, self.indptr,
             row_indptr, row_edits,
         )  # fmt: skip
+        if self._trained is not None and (differentiable or compiling):
+            return pool._replace(**self._joined(self._trained))
+        return pool
 
     def view(
         self, activation: str, rows: tuple[tuple[str, ...], ...] | None, tokens: tuple[int, ...] | None = None
@@ -188,6 +279,7 @@ class EditStore(Tables):
             rows: see `pool`.
             tokens: how many of the tokens belong to each row; None: equal runs.
         """
+        self._follow()
         if self._plan is None:  # an attribute has changed
             self._views, self._plan = {}, True
         if (rows, tokens) not in self._views:
@@ -199,6 +291,35 @@ class EditStore(Tables):
                     pool = pool._replace(token_rows=token_rows(tokens, self.indptr.device))
                 self._views[rows, tokens] = PreparedNeurons(pool, activation)
         return self._views[rows, tokens]
+
+
+@dataclass(eq=False)
+class _Trained:
+    """Edits whose tensors are trained.
+
+    Attributes:
+        names: of the edits.
+        neurons, edits: int64, their places in the pool.
+        versions: of their tensors, that the copies are of.
+    """
+
+    names: tuple[str, ...]
+    neurons: Tensor
+    edits: Tensor
+    versions: tuple[int, ...] | None = None
+
+
+def _tensors(layer: Any) -> Iterator[Tensor]:
+    return (t for t in vars(layer).values() if t is not None)
+
+
+def _asks(layer: Any) -> bool:
+    return any(t.requires_grad for t in _tensors(layer))
+
+
+def _on(layer: Any, device: torch.device) -> Any:
+    """An `EditLayer`, or the like, on a device."""
+    return SimpleNamespace(**{name: None if t is None else t.to(device) for name, t in vars(layer).items()})
 
 
 def token_rows(tokens: Sequence[int], device: torch.device) -> Tensor:
@@ -226,7 +347,7 @@ def _longer(t: Tensor, length: int) -> Tensor:
 
 def _write(table: Tensor, at: slice | int, value: Tensor) -> None:
     """Fill rows that no pass reads yet; one whose backward is still to come may have saved the table."""
-    (table if value.requires_grad else table.data)[at] = value
+    table.data[at] = value
 
 
 def _or(t: Tensor | None, default: Tensor) -> Tensor:

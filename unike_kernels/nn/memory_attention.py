@@ -1,4 +1,4 @@
-"""A drop-in attention module whose output is shifted towards a memory of hidden states (paper, section 3.2-3.3)."""
+"""An attention module whose output is shifted towards a memory of hidden states (paper, section 3.2-3.3)."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from ..config import Config
+from ..errors import PatchError
 from ..ops import PackedKeys, SemanticEncoder, cosine_topk, latent_attention, normalize_rows, pack_keys, project_values
 from ..ops._library import looped
 from ..ops.latent_attention import blend_of
 from ..ops.memory_attention import MemoryOperands, PreparedMemory, attend
 from ..retrieval import Retriever
-from ._drop_in import DropIn, Tables, residual_of, residual_position
+from ._drop_in import DropIn, Record, Tables, adopt, first_argument, record_of, residual_of, residual_position
 from .context import ModelContext, Pass
 from .trace import LayerTrace, seconds_since
 
@@ -145,91 +146,66 @@ def _(queries: Tensor, k: int, ranges: Tensor | None, memory: int) -> tuple[Tens
 retrieve.register_vmap(looped(torch.ops.unike.retrieve.default))
 
 
-class MemoryAttention(DropIn):
-    """An attention module with the output shift of UniKE, at "pre" = its input and "out" = its output.
+class MemoryShift(Record):
+    """The shift of one attention module's output towards a memory, at "pre" = its input and "out" = its output.
 
     Attributes:
-        memory: the `MemoryTables` of the current version; None at first, and the output is then the base module's own.
+        module: the attention module.
         config: the switches.
-        context: shared with the model's other patched modules.
+        context: shared with the model's other patched modules; its versions have the memory.
+        layer: index in the decoder.
+        project: see `MemoryAttention.from_module`.
     """
 
-    config: Config
-    context: ModelContext
-    layer: int
-    project: Callable[[nn.Module, Tensor], Tensor] | None
-    residual: int | None  # see `residual_position`
-
-    @classmethod
-    def from_module(
-        cls,
-        base: nn.Module,
+    def __init__(
+        self,
+        module: nn.Module,
         config: Config,
-        *,
-        context: ModelContext | None = None,
-        layer: int = 0,
-        project: Callable[[nn.Module, Tensor], Tensor] | None = None,
-    ) -> MemoryAttention:
-        """Stand in for `base`: hidden_states [B, T, d] -> the output [B, T, d], or a tuple that begins with it.
-
-        Args:
-            base: the attention module.
-            config: the switches of the memory attention.
-            context: of the model, whose versions have the memory; None: a new one of this module alone.
-            layer: its index in the decoder.
-            project: (base, hidden [M, d]) -> queries [M, H, c], needed for values="projected".
-        """
-        if not isinstance(base, nn.Module):
-            raise TypeError(f"base: expected nn.Module, got {type(base).__name__}")
-        if config.values == "projected" and project is None:
-            raise ValueError("project: expected a function, since config.values is 'projected'")
-        new = cls._adopt(base)
-        context = context or ModelContext()
-        fields = {"config": config, "context": context, "layer": layer, "project": project}
-        fields["residual"] = residual_position(base)
-        new.__dict__.update(fields)
-        return new
+        context: ModelContext,
+        layer: int,
+        project: Callable[[nn.Module, Tensor], Tensor] | None,
+    ) -> None:
+        self.module, self.config, self.context, self.layer, self.project = module, config, context, layer, project
+        self._residual = residual_position(module)
 
     @property
     def memory(self) -> MemoryTables | None:
+        """That of the current version; None: the output is the base module's own. One that is set makes a version."""
         found: MemoryTables | None = self.context.current.memories.get(self.layer)
         return found
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "memory":  # one that is set by hand makes a version
-            self.context.install(self.layer, memories=value)
-        else:
-            super().__setattr__(name, value)
+    @memory.setter
+    def memory(self, value: MemoryTables | None) -> None:
+        self.context.install(self.layer, memories=value)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+    def move(self, fn: Any) -> None:
         if self.memory is not None:
             self.memory._apply(fn)
-        return super()._apply(fn, recurse)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        result = self._originals[0](*args, **kwargs)
+    def run(self, module: nn.Module, base: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        result = base(*args, **kwargs)
         now = self.context.now()
         memory: MemoryTables | None = now.version.memories.get(self.layer)
         if memory is None:
             return result
-        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        hidden = first_argument(args, kwargs)
         out = result[0] if isinstance(result, tuple) else result
-        residual = residual_of(self.residual, args, kwargs)
+        residual = residual_of(self._residual, args, kwargs)
         if residual is None:
-            shifted = self._shift(now, memory, hidden, out)
+            shifted = self._shift(now, memory, module, hidden, out)
         else:  # it has been added already; a token that is not shifted gets no difference
             bare = out - residual
-            shifted = out + (self._shift(now, memory, hidden, bare) - bare)
+            shifted = out + (self._shift(now, memory, module, hidden, bare) - bare)
         return (shifted, *result[1:]) if isinstance(result, tuple) else shifted
 
-    def _shift(self, now: Pass, memory: MemoryTables, hidden: Tensor, out: Tensor) -> Tensor:
+    def _shift(self, now: Pass, memory: MemoryTables, module: nn.Module, hidden: Tensor, out: Tensor) -> Tensor:
         config = self.config
         start = 0.0 if now.trace is None else time.perf_counter()
         batch, tokens, d = hidden.shape
         flat, inputs = hidden.reshape(-1, d), out.reshape(-1, d)
         rows = _row_ranges(now, memory)
         bounds = self._bounds(now, memory, rows, batch, tokens)
-        queries = flat.unsqueeze(1) if self.project is None else self.project(self._originals[0], flat)
+        queries = flat.unsqueeze(1) if self.project is None else self.project(module, flat)
         anchor = None
         if config.alpha == "last":
             anchor = self._from_prompt_end(now, "anchor", lambda last: out[self._rows(last), last])
@@ -310,6 +286,52 @@ class MemoryAttention(DropIn):
         if key not in now.saved:
             raise ValueError("the prompt itself was not seen inside this uk.rows(...) block; start with the prompt")
         return now.saved[key]
+
+
+class MemoryAttention(DropIn):
+    """The class of an attention module whose output is shifted towards a memory."""
+
+    @classmethod
+    def from_module(
+        cls,
+        base: nn.Module,
+        config: Config,
+        *,
+        context: ModelContext | None = None,
+        layer: int = 0,
+        project: Callable[[nn.Module, Tensor], Tensor] | None = None,
+    ) -> nn.Module:
+        """Let an attention module shift its output, in place: hidden_states [B, T, d] -> [B, T, d], or a tuple.
+
+        Args:
+            base: the attention module.
+            config: the switches of the memory attention.
+            context: of the model, whose versions have the memory; None: a new one of this module alone.
+            layer: its index in the decoder.
+            project: (base, hidden [M, d]) -> queries [M, H, c], needed for values="projected".
+
+        Returns:
+            `base`, the same object; `memory_shift` of it has the memory.
+
+        Raises:
+            TypeError: `base` is not a module.
+            ValueError: `project` is needed.
+            PatchError: it is patched already.
+        """
+        if not isinstance(base, nn.Module):
+            raise TypeError(f"base: expected nn.Module, got {type(base).__name__}")
+        if config.values == "projected" and project is None:
+            raise ValueError("project: expected a function, since config.values is 'projected'")
+        adopt(base, cls, MemoryShift(base, config, context or ModelContext(), layer, project))
+        return base
+
+
+def memory_shift(module: nn.Module) -> MemoryShift:
+    """Of a patched attention module. Raises PatchError for another module."""
+    record = record_of(module)
+    if isinstance(record, MemoryShift):
+        return record
+    raise PatchError(f"{type(module).__name__} is not a patched attention module")
 
 
 def _row_ranges(now: Pass, memory: MemoryTables) -> Tensor | None:

@@ -1,92 +1,69 @@
-"""A drop-in FFN with extra key-value neurons (paper, Eq. 3 and 6)."""
+"""An FFN with extra key-value neurons (paper, Eq. 3 and 6)."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..errors import PatchError
 from ..ops import ACTIVATIONS, EditPool
 from ..ops.patched_ffn import FUSED_TOKENS, add_extra_neurons, fused_ffn, fuses
 from ..ops.patched_ffn.reference import activate
-from ._drop_in import DropIn
+from ._drop_in import DropIn, Record, adopt, base_class, check_free, first_argument, record_of
 from .context import ModelContext, Pass
 from .dense import Dense
 from .edit_store import EditStore
 from .trace import seconds_since
 
 
-class PatchedFFN(DropIn):
-    """The output of a base FFN plus extra neurons.
-
-    Made from any FFN module, `PatchedFFN.from_module(mlp, activation="silu")`, or from the parts of an FFN that stands
-    inline in its layer, `PatchedFFN.from_module(fc1, act, fc2, activation="relu")`: then it takes the place of the
-    first and returns the output of all three, and `PassThrough.from_module` takes the place of the others.
+class ExtraNeurons(Record):
+    """The extra neurons of one FFN.
 
     Attributes:
-        edits: the `EditStore` of the current version; empty at first, and the output is then the base module's own.
+        modules: the FFN: one module, or the parts of one that stands inline in its layer.
         activation: of the extra neurons.
         dense: how the base's matrices are read, where it computes just what they say: then base and neurons of a batch
-            of decode size are one launch on a GPU.
+            of decode size are one launch on a GPU. None: it does not, or not any more.
+        context, layer: of the model, whose versions have the edits.
     """
 
-    activation: str
-    dense: Dense | None
-    context: ModelContext
-    layer: int
-
-    @classmethod
-    def from_module(
-        cls,
-        *base: nn.Module,
-        activation: str,
-        dense: Dense | None = None,
-        context: ModelContext | None = None,
-        layer: int = 0,
-    ) -> PatchedFFN:
-        """context, layer: of the model, whose versions have the edits; None: of this module alone, without any.
-
-        Raises:
-            ValueError: an unknown activation.
-            TypeError: `base` is not modules.
-        """
-        if activation not in ACTIVATIONS:
-            raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}; got {activation!r}")
-        if not base or not all(isinstance(m, nn.Module) for m in base):
-            raise TypeError(f"base: expected nn.Module, got {[type(m).__name__ for m in base]}")
-        new = cls._adopt(*base)
-        context = context or ModelContext()
-        if layer not in context.current.edits:
-            context.install(layer, edits=EditStore())
-        new.__dict__.update(activation=activation, dense=dense, context=context, layer=layer)
-        return new
+    def __init__(
+        self, modules: tuple[nn.Module, ...], activation: str, dense: Dense | None, context: ModelContext, layer: int
+    ) -> None:
+        self.modules, self.activation, self.dense, self.context, self.layer = modules, activation, dense, context, layer
+        inside = [] if dense is None else [part for module in modules for part in module.modules()]
+        self._probed = [(part, _state(part)) for part in inside]
 
     @property
     def edits(self) -> EditStore:
+        """Those of the current version; empty at first, and the output is then the base module's own."""
         found: EditStore = self.context.current.edits[self.layer]
         return found
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+    def move(self, fn: Any) -> None:
         self.edits._apply(fn)
-        return super()._apply(fn, recurse)
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def run(self, module: nn.Module, base: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        now, edits = self._now()
+        if edits is None:
+            return base(*args, **kwargs)
+        hidden = first_argument(args, kwargs)
+        if (fused := self._fused(now, edits, hidden)) is not None:
+            return fused
+        return self._with(now, edits, hidden, base(*args, **kwargs))
+
+    def _now(self) -> tuple[Pass, EditStore | None]:
+        """The pass that runs, and its edits; None: there are none."""
         now = self.context.now()
         edits: EditStore | None = now.version.edits.get(self.layer)
-        if edits is not None and not edits.empty and now.trace is None and self._may_fuse(hidden_states):
-            assert self.dense is not None
-            operands = hidden_states, self.dense.weights(), self._pool(now, edits), self.activation
-            if fuses(*operands):
-                return fused_ffn(*operands)
-        first, *rest = self._originals
-        result: Any = first(hidden_states, *args, **kwargs)
-        for module in rest:
-            result = module(result)
-        if edits is None or edits.empty:
-            return result
+        return now, None if edits is None or edits.empty else edits
+
+    def _with(self, now: Pass, edits: EditStore, hidden_states: Tensor, result: Any) -> Any:
+        """What the base returns, and the neurons on top."""
         start = 0.0 if now.trace is None else time.perf_counter()
         if isinstance(result, tuple):  # experts: and what the router said
             out: Tensor = result[0]
@@ -99,6 +76,11 @@ class PatchedFFN(DropIn):
             found = self._activations(edits, now.selection.edits, hidden_states)
             record.neurons = {name: t.view(*now.trace.shape, -1) for name, t in found.items()}
         return result
+
+    def _add(self, now: Pass, edits: EditStore, hidden_states: Tensor, out: Tensor) -> Tensor:
+        if now.traced or torch.is_grad_enabled():
+            return add_extra_neurons(hidden_states, out, self._pool(now, edits), self.activation)
+        return edits.view(self.activation, now.selection.edits)(hidden_states, out)
 
     def _pool(self, now: Pass, edits: EditStore) -> EditPool:
         """The neurons, and the edits of each row of this pass."""
@@ -124,31 +106,151 @@ class PatchedFFN(DropIn):
             found[name] = out.cpu()
         return found
 
+    # --- base and neurons in one launch ------------------------------------------------------------------------------
+
+    def _fused(self, now: Pass, edits: EditStore, hidden_states: Tensor) -> Tensor | None:
+        """Both together, or None where they may not be one launch."""
+        if (
+            not _on_gpu(hidden_states)
+            or self.dense is None
+            or now.trace is not None
+            or not self._may_fuse(hidden_states)
+        ):
+            return None
+        operands = hidden_states, self.dense.weights(), self._pool(now, edits), self.activation
+        return fused_ffn(*operands) if fuses(*operands) else None
+
     def _may_fuse(self, hidden_states: Tensor) -> bool:
-        """Whether they may be one launch: on a GPU, for few tokens, where nobody looks at what lies between."""
-        if self.dense is None or not _on_gpu(hidden_states) or hidden_states.shape[:-1].numel() > FUSED_TOKENS:
+        """For few tokens, where nobody looks at what lies between and the FFN is the one that was probed."""
+        if hidden_states.shape[:-1].numel() > FUSED_TOKENS or torch.is_grad_enabled():
             return False
-        return not torch.is_grad_enabled() and not any(m._forward_hooks or m._forward_pre_hooks for m in self._parts())
+        whole = self.modules[0] if len(self.modules) == 1 else None  # the hooks of an FFN run around all of it
+        for part, state in self._probed:
+            if _state(part) != state or (part is not whole and (part._forward_hooks or part._forward_pre_hooks)):
+                return False
+        return True
 
-    def _parts(self) -> Iterator[nn.Module]:
-        return (part for module in self._originals for part in module.modules())
 
-    def _add(self, now: Pass, edits: EditStore, hidden_states: Tensor, out: Tensor) -> Tensor:
-        if now.traced or torch.is_grad_enabled():
-            return add_extra_neurons(hidden_states, out, self._pool(now, edits), self.activation)
-        return edits.view(self.activation, now.selection.edits)(hidden_states, out)
+def _state(part: nn.Module) -> tuple[Any, ...]:
+    """What tells that a part of an FFN is still what it was: its class, children, parameters and own forward."""
+    parameters = map(type, part._parameters.values())
+    return base_class(part), *part._modules.values(), *parameters, part.__dict__.get("forward")
 
 
 def _on_gpu(t: Tensor) -> bool:
     return t.is_cuda
 
 
-class PassThrough(DropIn):
-    """Stands for a module whose work another one does; returns its input."""
+class _Part(Record):
+    """Of a part of an FFN that stands inline in its layer.
+
+    What each part computes is its own, so that adapters, hooks and other activations between them are what they are
+    anywhere. The first one notes what it gets, the last one adds the neurons of that.
+    """
+
+    def __init__(self, neurons: ExtraNeurons) -> None:
+        self.neurons, self.context = neurons, neurons.context
+
+
+class _First(_Part):
+    def move(self, fn: Any) -> None:
+        self.neurons.move(fn)
+
+    def run(self, module: nn.Module, base: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        neurons = self.neurons
+        now, edits = neurons._now()
+        if edits is None:
+            return base(*args, **kwargs)
+        hidden = first_argument(args, kwargs)
+        fused = neurons._fused(now, edits, hidden)
+        self.context.inputs[neurons.layer] = (now, edits, hidden) if fused is None else None
+        return base(*args, **kwargs) if fused is None else fused
+
+
+class _Middle(_Part):
+    def run(self, module: nn.Module, base: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        hidden = first_argument(args, kwargs)
+        # Of this layer, or of another one that shares this activation.
+        if _on_gpu(hidden) and any(noted is None for noted in self.context.inputs.values()):
+            return hidden
+        return base(*args, **kwargs)
+
+
+class _Last(_Part):
+    def run(self, module: nn.Module, base: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        neurons, inputs = self.neurons, self.context.inputs
+        if neurons.layer in inputs:
+            noted = inputs.pop(neurons.layer)
+            if noted is None:
+                return first_argument(args, kwargs)
+            now, edits, hidden = noted
+            return neurons._with(now, edits, hidden, base(*args, **kwargs))
+        if neurons._now()[1] is not None:
+            raise PatchError(
+                f"the last part of the FFN of layer {neurons.layer} was called without the first one: the input of its "
+                "edits' neurons is not known"
+            )
+        return base(*args, **kwargs)
+
+
+class PatchedFFN(DropIn):
+    """The class of an FFN whose output has extra neurons, or of a part of one that stands inline in its layer."""
 
     @classmethod
-    def from_module(cls, base: nn.Module) -> PassThrough:
-        return cls._adopt(base)
+    def from_module(
+        cls,
+        *base: nn.Module,
+        activation: str,
+        dense: Dense | None = None,
+        context: ModelContext | None = None,
+        layer: int = 0,
+    ) -> nn.Module:
+        """Give an FFN extra neurons, in place.
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        return hidden_states
+        Args:
+            base: an FFN module, or the parts of one that stands inline in its layer: two or more modules that are
+                called one after the other, which together then compute the FFN and its neurons.
+            activation: of the extra neurons.
+            dense: see `ExtraNeurons`.
+            context, layer: of the model, whose versions have the edits; None: of this module alone, without any.
+
+        Returns:
+            The first of `base`, the same object; `extra_neurons` of it has the edits.
+
+        Raises:
+            ValueError: an unknown activation.
+            TypeError: `base` is not modules.
+            PatchError: one of them is patched already.
+        """
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}; got {activation!r}")
+        if not base or not all(isinstance(m, nn.Module) for m in base):
+            raise TypeError(f"base: expected nn.Module, got {[type(m).__name__ for m in base]}")
+        context = context or ModelContext()
+        records: list[Record] = [neurons := ExtraNeurons(base, activation, dense, context, layer)]
+        if len(base) > 1:
+            records = [_First(neurons), *(_Middle(neurons) for _ in base[2:]), _Last(neurons)]
+        own = [pair for pair in zip(base, records, strict=True) if not _shared(*pair)]
+        for module, _ in own:
+            check_free(module)
+        if layer not in context.current.edits:
+            context.install(layer, edits=EditStore())
+        for module, record in own:
+            adopt(module, cls, record)
+        return base[0]
+
+
+def _shared(module: nn.Module, record: Record) -> bool:
+    """Whether it is an activation of several layers, which one record is enough for."""
+    known = record_of(module)
+    return isinstance(known, _Middle) and isinstance(record, _Middle) and known.context is record.context
+
+
+def extra_neurons(module: nn.Module) -> ExtraNeurons:
+    """Of a patched FFN or a part of one. Raises PatchError for another module."""
+    record = record_of(module)
+    if isinstance(record, _Part):
+        return record.neurons
+    if isinstance(record, ExtraNeurons):
+        return record
+    raise PatchError(f"{type(module).__name__} is not a patched FFN")

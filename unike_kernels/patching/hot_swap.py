@@ -45,11 +45,11 @@ def add_edit(model: nn.Module, edit: Edit, *, override: bool = False, running: R
             raise PatchError(f"edit: {edit.id!r} is installed already; remove it first")
         if missing := sorted(set(edit.layers) - set(state.ffns)):
             raise PatchError(f"edit {edit.id!r}: its layers {missing} are not patched; patch(model, layers=...) them")
-        check_artifacts(model, state.decoder, [edit], state.memory, state.config, override)
+        check_artifacts(backbones.unwrap(model), state.decoder, [edit], state.memory, state.config, override)
         stores = {}
         for i, layer in edit.layers.items():
             ffn = state.ffns[i]
-            stores[i] = ffn.edits.with_edit(edit.id, layer.to(backbones.device_of(ffn.originals[0])))
+            stores[i] = ffn.edits.with_edit(edit.id, layer, backbones.device_of(ffn.modules[0]))
         _publish(state, running, edits=stores, artifacts={**state.edits, edit.id: edit})
         log_event("add_edit", state, edit=edit.id, layers=sorted(edit.layers), nbytes=edit.nbytes)
 
@@ -104,10 +104,9 @@ def swap_memory(
         if missing := sorted(set(layers) - set(state.attentions)):
             raise PatchError(f"memory: its layers {missing} are not patched; patch(model, layers=...) them")
         edits = list(state.edits.values())
-        check_artifacts(model, state.decoder, edits, memory, state.config, override)
+        check_artifacts(backbones.unwrap(model), state.decoder, edits, memory, state.config, override)
         tables = {
-            i: make_tables(memory, i, attention.originals[0], state.retriever)
-            for i, attention in state.attentions.items()
+            i: make_tables(memory, i, attention.module, state.retriever) for i, attention in state.attentions.items()
         }
         _publish(state, running, memories=tables, memory=memory)
         log_event("swap_memory", state)
@@ -116,7 +115,8 @@ def swap_memory(
 def set_layers(model: nn.Module, layers: Mapping[int, Mapping[str, Any]]) -> None:
     """Let a patched model compute with these neurons, layer -> id -> `EditLayer`, as training does before each step.
 
-    They replace the edits of these layers, without being edits of the model: see `selecting`. Gradients reach them.
+    They replace the edits of these layers, without being edits of the model: see `selecting`. Gradients reach those
+    that ask for them.
     """
     state = require_state(model)
     with state.lock:

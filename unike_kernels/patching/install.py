@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +15,20 @@ from ..artifacts.edit import Edit
 from ..artifacts.memory import MemoryBank
 from ..config import Config
 from ..errors import PatchError
-from ..nn import EditStore, MemoryAttention, MemoryTables, ModelContext, PassThrough, PatchedFFN, original
+from ..nn import (
+    Dense,
+    DropIn,
+    EditStore,
+    ExtraNeurons,
+    MemoryAttention,
+    MemoryTables,
+    ModelContext,
+    PatchedFFN,
+    base_class,
+    extra_neurons,
+    memory_shift,
+    release,
+)
 from ..retrieval import ApproximateIndex, Retriever
 from .compatibility import check_artifacts
 from .session import (
@@ -25,6 +39,8 @@ from .session import (
     EmbeddingHook,
     Installed,
     PatchedState,
+    Place,
+    Places,
     log_event,
     outside_inference_mode,
     release_checkpoints,
@@ -72,8 +88,8 @@ def is_patched(model: nn.Module) -> bool:
     return state_of(model) is not None
 
 
-def patched_ffns(model: nn.Module) -> dict[int, PatchedFFN]:
-    """The patched FFN of each patched layer. Raises PatchError if the model is not patched."""
+def patched_ffns(model: nn.Module) -> dict[int, ExtraNeurons]:
+    """The extra neurons of each patched layer's FFN. Raises PatchError if the model is not patched."""
     return dict(require_state(model).ffns)
 
 
@@ -89,14 +105,21 @@ def patch(
     replace: bool = False,
     override: bool = False,
 ) -> PatchReport:
-    """Install the fused modules in a Hugging Face model, in place, with these edits and this memory.
+    """Let a Hugging Face model compute with these edits and this memory, in place.
 
     Without edits and memory the model's output does not change by a bit. If anything is wrong, or interrupts it, the
     model is left as it was.
 
+    Its modules stay the objects that they are, of a subclass of their class: adapters, offloading, other kernels,
+    quantised or new children, attributes and casts, before or afterwards, do what they do to any model. Hooks of a
+    patched module run around all of it: they see, and may replace, the output with edits and memory. Where another
+    module comes to stand in the place of a patched one, the next pass is an error, unless it calls that one and only
+    adds to it (LoRA on the parts of an FFN that stands inline in its layer).
+
     Args:
         model: a PreTrainedModel whose decoder has an FFN in the layers that are edited and attention in those of the
-            memory, alone or in a multimodal model.
+            memory, alone or in a multimodal model. It may be wrapped, by torch.compile, DataParallel or PEFT, and may
+            be wrapped and unwrapped later; all functions of this package look inside.
         edits: each adds its neurons to the layers that it names; ids must be distinct.
         memory: shifts the attention output of the layers that it names.
         layers: patched too, though no edit or memory names them; None: where nothing names any, the last four that
@@ -114,16 +137,18 @@ def patch(
         A report that prints as a table.
 
     Raises:
-        PatchError: the model is patched already; two edits have one id.
+        PatchError: the model is patched already; two edits have one id; a module that would be patched stands in
+            several places.
         MismatchError: an edit, the memory, the config and the model do not belong together.
         UnsupportedModelError: the structure of the model is not known.
         ValueError: an unknown layer or default.
     """
     if default not in ("all", "none"):
         raise ValueError(f"default: expected 'all' or 'none', got {default!r}")
+    model = backbones.unwrap(model)
     if state_of(model) is not None and not replace:
         raise PatchError(f"{type(model).__name__} is patched already: unpatch it first, or pass replace=True")
-    if state_of(model) is None and any(original(m) is not m for m in model.modules()):
+    if state_of(model) is None and any(isinstance(m, DropIn) for m in model.modules()):
         raise PatchError(f"a part of {type(model).__name__} was patched on its own: unpatch that model object first")
     for edit in edits:
         if not isinstance(edit, Edit):
@@ -157,21 +182,20 @@ def patch(
             layer.index: make_tables(memory, layer.index, layer.attention.module, retriever) for layer in with_attention
         }
     context = ModelContext(Installed(stores, tables, named, memory), default, in_model=True)
-    plan = [_build(layer, chosen, context) for layer in chosen_layers]
+    places = Places(decoder.module, _places(model, decoder, chosen_layers), {})
     by_text = memory is not None and chosen.tokens == "text"
     placeholders = backbones.required_placeholder_ids(model) if by_text else None
-    state = PatchedState(context, decoder, chosen, {}, {}, retriever)
+    state = PatchedState(context, decoder, chosen, places, places.ffns, {}, retriever)
+    dense = {i: decoder.layers[i].dense for i in stores}
     with AllOrNothing(model):
         if state_of(model) is not None:
             _remove(model)
-        for i, (replacements, ffn, attention) in zip(indices, plan, strict=True):
-            for site, module in replacements:
-                site.put(module)
-            if ffn is not None:
-                state.ffns[i] = ffn
-            if attention is not None:
-                state.attentions[i] = attention
-        decoder.module.register_forward_pre_hook(DecoderHook(context, placeholders), with_kwargs=True)
+        for layer in chosen_layers:
+            if layer.index in tables:
+                state.attentions[layer.index] = memory_shift(_attention(layer, chosen, context))
+            if layer.index in stores:
+                state.ffns[layer.index] = extra_neurons(_ffn(layer, dense[layer.index], context))
+        decoder.module.register_forward_pre_hook(DecoderHook(context, places, placeholders), with_kwargs=True)
         decoder.module.register_forward_hook(DecoderEndHook(context), always_call=True)
         if placeholders is not None:
             embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
@@ -185,11 +209,12 @@ def patch(
 
 
 def unpatch(model: M) -> M:
-    """Put the original module objects back; the model computes what it computed before `patch`, bit for bit.
+    """Take edits and memory out; the model computes what it computed before `patch`, bit for bit.
 
-    Raises PatchError if the model is not patched. Returns the model.
+    What was done to it meanwhile stays; modules that were patched and then replaced are given back as well. Raises
+    PatchError if the model is not patched. Returns the model.
     """
-    state = require_state(model)
+    state = require_state(model, changed=True)
     with AllOrNothing(model):
         _remove(model)
         set_state(model, None)
@@ -199,10 +224,10 @@ def unpatch(model: M) -> M:
 
 def _remove(model: nn.Module) -> None:
     """Take out what `patch` put in."""
-    for module in list(model.modules()):
-        for name, child in module._modules.items():
-            if child is not None:
-                module._modules[name] = original(child)
+    state, tree = require_state(model, changed=True), list(model.modules())
+    for module in {*(place.module for place in state.places.each), *tree}:  # and copies that others have made
+        release(module)
+    for module in {state.decoder.module, *tree}:
         for key in [key for key, hook in module._forward_pre_hooks.items() if isinstance(hook, HOOKS)]:
             del module._forward_pre_hooks[key]
             module._forward_pre_hooks_with_kwargs.pop(key, None)
@@ -226,45 +251,45 @@ def _store(layer: backbones.Layer, edits: dict[str, Edit]) -> EditStore:
     """The neurons of these edits in one layer, where its FFN computes."""
     own = {name: edit.layers[layer.index] for name, edit in edits.items() if layer.index in edit.layers}
     store, device = EditStore(), backbones.device_of(layer.ffn[0].module)
-    store.set({name: neurons.to(device) for name, neurons in own.items()})
-    if not any(t.requires_grad for neurons in own.values() for t in neurons.tensors().values()):
-        store.spare()
+    store.set(own, device)
+    store.spare()
     return store
 
 
-def _build(
-    layer: backbones.Layer, config: Config, context: ModelContext
-) -> tuple[list[tuple[backbones.Site, nn.Module]], PatchedFFN | None, MemoryAttention | None]:
-    """What will stand where in one layer, which may lack a part; nothing of the model is touched."""
-    replacements: list[tuple[backbones.Site, nn.Module]] = []
-    ffn = attention = None
-    if layer.has("attention"):
-        attention = _attention(layer, config, context)
-        replacements.append((layer.attention, attention))
-    if layer.has("ffn"):
-        ffn, through = _ffn(layer, context)
-        replacements += zip(layer.ffn, (ffn, *through), strict=True)
-    if not replacements:
-        layer.ffn  # noqa: B018 (raises)
-    return replacements, ffn, attention
+def _places(model: nn.Module, decoder: backbones.Decoder, layers: Sequence[backbones.Layer]) -> list[Place]:
+    """Where the modules of these layers stand that are to be patched.
+
+    Raises PatchError for a module that stands in several places: what is done to it would be done in all of them.
+    """
+    paths = {module: tuple(path.split(".")) if path else () for path, module in decoder.module.named_modules()}
+    holders = Counter(child for module in model.modules() for child in module._modules.values())
+    found = []
+    for layer in layers:
+        parts = [(layer.attention, False)] if layer.has("attention") else []
+        if layer.has("ffn"):
+            parts += [(site, 0 < i < len(layer.ffn) - 1) for i, site in enumerate(layer.ffn)]
+        if not parts:
+            layer.ffn  # noqa: B018 (raises)
+        for site, between in parts:
+            if holders[site.module] > 1 and not between:
+                raise PatchError(
+                    f"{layer.where}: its {site.name} ({base_class(site.module).__name__}) stands in "
+                    f"{holders[site.module]} places of the model, and would be patched in all of them"
+                )
+            path = (*paths[site.parent], site.name)
+            found.append(Place(layer.index, site.parent, site.name, site.module, path, between))
+    return found
 
 
-def _ffn(layer: backbones.Layer, context: ModelContext) -> tuple[PatchedFFN, list[PassThrough]]:
-    ffn_parts = [site.module for site in layer.ffn]
-    ffn = PatchedFFN.from_module(
-        *ffn_parts, activation=layer.activation, dense=layer.dense, context=context, layer=layer.index
-    )
-    return ffn, [PassThrough.from_module(part) for part in ffn_parts[1:]]
+def _ffn(layer: backbones.Layer, dense: Dense | None, context: ModelContext) -> nn.Module:
+    parts = [site.module for site in layer.ffn]
+    return PatchedFFN.from_module(*parts, activation=layer.activation, dense=dense, context=context, layer=layer.index)
 
 
-def _attention(layer: backbones.Layer, config: Config, context: ModelContext) -> MemoryAttention:
-    base_attention = layer.attention.module
+def _attention(layer: backbones.Layer, config: Config, context: ModelContext) -> nn.Module:
+    project = backbones.project_queries if config.values == "projected" else None
     return MemoryAttention.from_module(
-        base_attention,
-        config,
-        context=context,
-        layer=layer.index,
-        project=backbones.project_queries if config.values == "projected" else None,
+        layer.attention.module, config, context=context, layer=layer.index, project=project
     )
 
 

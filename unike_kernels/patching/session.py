@@ -1,8 +1,9 @@
-"""What `patch` keeps on a model, and the hooks that tell the patched modules about a pass."""
+"""What `patch` keeps on a model, where its modules stand, and the hooks that tell them about a pass."""
 
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -17,7 +18,7 @@ from ..artifacts.edit import Edit
 from ..artifacts.memory import MemoryBank
 from ..config import Config
 from ..errors import PatchError
-from ..nn import MemoryAttention, ModelContext, PatchedFFN, Version
+from ..nn import DropIn, ExtraNeurons, MemoryShift, ModelContext, Version, adoption, base_class, put_back
 from ..retrieval import Retriever
 
 _ATTRIBUTE = "_unike"
@@ -30,14 +31,101 @@ _log = logging.getLogger("unike_kernels")
 
 
 @dataclass
+class Place:
+    """Where a patched module stands.
+
+    Attributes:
+        layer: index of the decoder layer.
+        holder, name: the module that it is a child of, and as which.
+        module: itself.
+        path: from the decoder to it.
+        between: whether it is a part of an FFN that nothing is lost without: its activation.
+    """
+
+    layer: int
+    holder: nn.Module
+    name: str
+    module: nn.Module
+    path: tuple[str, ...]
+    between: bool = False
+
+
+@dataclass
+class Places:
+    """Whether what was patched is still what the decoder calls.
+
+    Attributes:
+        decoder: that calls it.
+        each: the places.
+        ffns: of the layers.
+    """
+
+    decoder: nn.Module
+    each: list[Place]
+    ffns: dict[int, ExtraNeurons]
+
+    def check(self) -> None:
+        """Raises PatchError for a place where another module stands, which the edits or the memory do not reach."""
+        for place in self.each:
+            if _at(self.decoder, place.path) is not place.module or not isinstance(place.module, DropIn):
+                self._look(place)
+
+    def _look(self, place: Place) -> None:
+        where = f"layer {place.layer}"
+        if _at(self.decoder, place.path[:-1]) is not place.holder:
+            found = [name for name, module in self.decoder.named_modules() if module is place.holder]
+            if not found:
+                raise _changed(f"{where} ({type(place.holder).__name__}) is not in the model any more")
+            place.path = (*found[0].split("."), place.name)  # somebody has wrapped what is around it
+        stands = place.holder._modules.get(place.name)
+        adopted = isinstance(place.module, DropIn)
+        if stands is place.module and adopted:
+            return
+        if place.between or (adopted and _only_adds(stands, place.module)):
+            self.ffns[place.layer].dense = None  # one launch would leave out what stands there
+            return
+        raise _changed(
+            f"{where}: where its {place.name} ({base_class(place.module).__name__}) was patched, there is now "
+            f"{'none' if stands is None else type(stands).__name__}, which the edits or the memory do not reach"
+        )
+
+
+def _changed(what: str) -> PatchError:
+    return PatchError(f"{what}: call unike_kernels.unpatch(model), then change the model, and patch it again")
+
+
+def _at(module: nn.Module | None, path: tuple[str, ...]) -> nn.Module | None:
+    for name in path:
+        if module is None:
+            return None
+        module = module._modules.get(name)
+    return module
+
+
+def _only_adds(wrapper: nn.Module | None, module: nn.Module) -> bool:
+    """Whether a wrapper calls the module with what it is given, and adds something to what that returns: plain LoRA.
+
+    Others scale or rotate (DoRA, IA3, OFT), and would do so to the neurons.
+    """
+    lora = sys.modules.get("peft.tuners.lora")
+    if lora is None or not isinstance(wrapper, lora.LoraLayer):
+        return False
+    variants = [*getattr(wrapper, "lora_variant", {}), *filter(None, getattr(wrapper, "use_dora", {}).values())]
+    return wrapper.base_layer is module and not variants
+
+
+@dataclass
 class DecoderHook:
     """Forward pre-hook of the decoder: begins a pass. Picklable with the model."""
 
     context: ModelContext
+    places: Places
     placeholders: frozenset[int] | None  # given where those of images and the like must be told from text
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         context, cache = self.context, kwargs.get("past_key_values")
+        if not torch.compiler.is_compiling():
+            self.places.check()
         if module.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             _bind_checkpoints(module, context)
         ids = kwargs.get("input_ids", args[0] if args else None)
@@ -150,8 +238,9 @@ class PatchedState:
     context: ModelContext
     decoder: backbones.Decoder
     config: Config
-    ffns: dict[int, PatchedFFN]
-    attentions: dict[int, MemoryAttention]
+    places: Places
+    ffns: dict[int, ExtraNeurons]
+    attentions: dict[int, MemoryShift]
     retriever: Callable[[Tensor], Retriever] | None = None  # see `patch`
     lock: threading.RLock = field(default_factory=threading.RLock)  # of changes
 
@@ -175,23 +264,35 @@ class PatchedState:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, lock=threading.RLock())
+        self.context.orphaned = False  # the whole model has been copied
 
 
 def state_of(model: nn.Module) -> PatchedState | None:
-    """What `patch` keeps on the model, or None."""
-    return model.__dict__.get(_ATTRIBUTE)
+    """What `patch` keeps on the model, in whatever wrappers it is (see `backbones.unwrap`), or None."""
+    return backbones.unwrap(model).__dict__.get(_ATTRIBUTE)
 
 
-def require_state(model: nn.Module) -> PatchedState:
-    """The same. Raises PatchError if the model is not patched."""
+def require_state(model: nn.Module, *, changed: bool = False) -> PatchedState:
+    """The same.
+
+    Raises PatchError if the model is not patched or, unless it may be `changed`, if something that was patched is not
+    in it any more.
+    """
     state = state_of(model)
     if state is None:
         raise PatchError(f"{type(model).__name__} is not patched: call unike_kernels.patch(model, ...) first")
+    if not changed:
+        inner = backbones.unwrap(model)
+        path = tuple(state.decoder.path.split(".")) if state.decoder.path else ()
+        if _at(inner, path) is not state.decoder.module:
+            raise _changed(f"{type(inner).__name__}: its decoder {state.decoder.path} is another one than was patched")
+        state.places.check()
     return state
 
 
 def set_state(model: nn.Module, state: PatchedState | None) -> None:
     """Keep this on the model; None: nothing."""
+    model = backbones.unwrap(model)
     if state is None:
         model.__dict__.pop(_ATTRIBUTE, None)
     else:
@@ -205,18 +306,21 @@ _STRUCTURE = (
 
 
 class AllOrNothing:
-    """After any exception within the block, an interrupt too, the model has the children, hooks and state of before."""
+    """After any exception within the block, an interrupt too, the model has the classes, hooks and state of before."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model, self._state = model, state_of(model)
-        self._before = [(m, {name: m.__dict__[name].copy() for name in _STRUCTURE}) for m in model.modules()]
+        places = [] if self._state is None else self._state.places.each
+        modules = {*model.modules(), *(place.module for place in places)}
+        self._before = [(m, adoption(m), {name: m.__dict__[name].copy() for name in _STRUCTURE}) for m in modules]
 
     def __enter__(self) -> None: ...
 
     def __exit__(self, error: type[BaseException] | None, *_: Any) -> None:
         if error is None:
             return
-        for module, structure in self._before:
+        for module, adopted, structure in self._before:
+            put_back(module, adopted)
             for name, held in structure.items():
                 module.__dict__[name].clear()
                 module.__dict__[name].update(held)

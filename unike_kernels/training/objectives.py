@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..artifacts.edit import EditLayer
 from ..backbones import device_of, placeholder_ids
-from ..nn import PatchedFFN
+from ..nn import ExtraNeurons
 from .activation_cache import Recording, Replay
 from .samples import (
     Batch,
@@ -30,11 +30,11 @@ _THINNED = 2  # copies of each protected sample, where an edit is trained on suc
 
 
 @contextmanager
-def _watched(ffns: dict[int, PatchedFFN]) -> Iterator[dict[int, Tensor]]:
+def _watched(ffns: dict[int, ExtraNeurons]) -> Iterator[dict[int, Tensor]]:
     """Within the block each pass leaves the FFN inputs [tokens, d] of each layer in the dictionary."""
     seen: dict[int, Tensor] = {}
     handles = [
-        ffn.register_forward_pre_hook(lambda _, args, i=i: seen.__setitem__(i, args[0].flatten(0, -2)))
+        ffn.modules[0].register_forward_pre_hook(lambda _, args, i=i: seen.__setitem__(i, args[0].flatten(0, -2)))
         for i, ffn in ffns.items()
     ]
     try:
@@ -44,7 +44,7 @@ def _watched(ffns: dict[int, PatchedFFN]) -> Iterator[dict[int, Tensor]]:
             handle.remove()
 
 
-def _ffn_inputs(ffns: dict[int, PatchedFFN], run: Callable[[], object]) -> dict[int, Tensor]:
+def _ffn_inputs(ffns: dict[int, ExtraNeurons], run: Callable[[], object]) -> dict[int, Tensor]:
     """The FFN inputs [tokens, d] of each layer in one forward pass."""
     with _watched(ffns) as seen, torch.no_grad():
         run()
@@ -118,7 +118,7 @@ class _Preserve:
         with telling_prompts(model, batch):
             return forward(model, batch.inputs)
 
-    def mean_inputs(self, model: nn.Module, ffns: dict[int, PatchedFFN]) -> dict[int, Tensor]:
+    def mean_inputs(self, model: nn.Module, ffns: dict[int, ExtraNeurons]) -> dict[int, Tensor]:
         """The mean FFN input [d] of each layer over all tokens but padding."""
         sums, count = {i: torch.zeros((), dtype=torch.float32, device="cpu") for i in ffns}, 0
         for batch in self.batches:

@@ -279,7 +279,7 @@ def with_thinned(model: nn.Module, batch: Batch, share: float, seed: int) -> Bat
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Within the block the model is in eval mode; then each module has its own mode back."""
-    modes = [(m, m.training) for part in model.modules() for m in (part, *getattr(part, "originals", ()))]
+    modes = [(m, m.training) for m in model.modules()]
     model.eval()
     try:
         yield

@@ -21,7 +21,7 @@ from ..artifacts.memory import MemoryBank
 from ..backbones import device_of, find_decoder
 from ..config import Config
 from ..errors import PatchError
-from ..nn import PatchedFFN
+from ..nn import ExtraNeurons
 from ..patching import is_patched, patched, patched_ffns, selecting, set_layers
 from .activation_cache import Replay
 from .objectives import _activation_loss, _ffn_inputs, _Preserve, _Targets, _watched
@@ -237,7 +237,7 @@ class _Trainer:
         self,
         model: nn.Module,
         processor: Any,
-        ffns: dict[int, PatchedFFN],
+        ffns: dict[int, ExtraNeurons],
         kept: _Preserve | None,
         previous: Sequence[Edit],
         training: EditTraining,

@@ -19,6 +19,7 @@ from unike_kernels.artifacts.fingerprint import fingerprint
 from unike_kernels.artifacts.memory import MemoryBank, MemoryLayer
 from unike_kernels.backbones import find_decoder
 from unike_kernels.config import Config
+from unike_kernels.nn import memory_shift
 from unike_kernels.patching import patch
 
 from ..harness import optional
@@ -134,7 +135,7 @@ class Subject:
         tokens = PROMPT if self.phase == "prefill" else 1
         for layer in find_decoder(model).layers:
             if layer.index in self.memory.layers:
-                attention: Any = getattr(*layer.attention)
+                attention: Any = memory_shift(layer.attention.module)
                 tables, k = attention.memory, attention.config.k
                 d, r = tables.index.shape[1], tables.projected.shape[-1]
                 # The entries of one token: how many those of a prompt have in common is not known.

@@ -111,7 +111,7 @@ class TPatcher(Editor):
     def _inputs(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The last FFN's inputs [B, T, d], and which of them are not padding [B, T]."""
         seen: list[Tensor] = []
-        ffn = patched_ffns(self.model)[self._layer]
+        ffn = patched_ffns(self.model)[self._layer].modules[0]
         handle = ffn.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
         try:
             forward(self.model, batch.inputs)
