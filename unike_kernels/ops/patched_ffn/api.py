@@ -6,6 +6,7 @@ Two operators: `unike::add_extra_neurons` adds the neurons to the output of any 
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -210,6 +211,14 @@ class PreparedNeurons:
         if _native.available() and pool.keys.device.type == "cpu" and all(t.dtype != torch.float64 for t in floats):
             laid_out = cpu.Pool(pool, activation)
             self._native = laid_out if laid_out.live else None
+
+    def of_rows(self, row_indptr: Tensor, row_edits: Tensor, token_rows: Tensor | None) -> PreparedNeurons:
+        """The same neurons for another batch, in a fraction of the time: see `EditPool`."""
+        new = copy.copy(self)
+        new.pool = self.pool._replace(row_indptr=row_indptr, row_edits=row_edits, token_rows=token_rows)
+        if self._native is not None:
+            new._native = self._native.of_rows(row_indptr, row_edits, token_rows)
+        return new
 
     def __call__(self, x: Tensor, base: Tensor, out: Tensor | None = None) -> Tensor:
         """base plus the extra neurons of each token, [..., d], by the shortest way that computes it.
