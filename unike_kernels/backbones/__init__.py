@@ -13,6 +13,7 @@ from __future__ import annotations
 from .decoder import (
     Decoder,
     Layer,
+    Part,
     Site,
     configured_activation,
     device_of,
@@ -28,6 +29,7 @@ from .projections import project_memory, project_queries, score_scale
 __all__ = [
     "Decoder",
     "Layer",
+    "Part",
     "Site",
     "configured_activation",
     "device_of",

@@ -106,7 +106,7 @@ def swap_memory(
         edits = list(state.edits.values())
         check_artifacts(model, state.decoder, edits, memory, state.config, override)
         tables = {
-            i: make_tables(memory, i, attention.originals[0], state.retriever)
+            i: make_tables(memory, i, backbones.device_of(attention.originals[0]), state.retriever)
             for i, attention in state.attentions.items()
         }
         _publish(state, running, memories=tables, memory=memory)

@@ -9,11 +9,12 @@ from __future__ import annotations
 import copy
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from random import Random
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.continuous_batching import ContinuousBatchingManager
@@ -23,6 +24,7 @@ from ..artifacts.edit import Edit
 from ..artifacts.memory import MemoryBank
 from ..errors import PatchError
 from ..patching import check_artifacts, is_patched
+from ..retrieval import Retriever
 from .flat import FlatModel, Share, remembers
 from .folder import EditFolder, Version, check_ids
 from .hooks import hook_attention, hook_ffn
@@ -50,6 +52,7 @@ class EditingManager(ContinuousBatchingManager):
             began with. None: no edits.
         memory: for the requests that do not decline it with unike_memory=False, or for the tenant that they name; None:
             none.
+        retriever: makes the index of a layer's retrieval keys, see `patch`; None: what the memory's `search` says.
         generation_config: None: the model's.
         continuous_batching_config: None: the defaults. It must not ask for CUDA graphs or compilation, which would keep
             the edits of the step that they recorded, or for asynchronous batching.
@@ -58,7 +61,7 @@ class EditingManager(ContinuousBatchingManager):
         PatchError: the model is patched.
         FileNotFoundError: there is no such folder.
         MismatchError: the memory is for another model.
-        UnsupportedModelError: as `patch`.
+        UnsupportedModelError: as `patch`; a layer of the memory has no attention, or no layer an FFN.
         ValueError: as `FlatModel`; a config that asks for one of these.
     """
 
@@ -68,6 +71,7 @@ class EditingManager(ContinuousBatchingManager):
         edits: str | os.PathLike[str] | None = None,
         memory: MemoryBank | None = None,
         *,
+        retriever: Callable[[Tensor], Retriever] | None = None,
         generation_config: GenerationConfig | None = None,
         continuous_batching_config: ContinuousBatchingConfig | None = None,
     ) -> None:
@@ -94,6 +98,7 @@ class EditingManager(ContinuousBatchingManager):
             self._decoder.hidden_size,
             layers[editable[-1]].activation,
             memory,
+            retriever=retriever,
             device=backbones.device_of(layers[0].module),
         )
         super().__init__(model, generation_config or model.generation_config, config)
@@ -141,9 +146,9 @@ class EditingManager(ContinuousBatchingManager):
         return hooks
 
     def _check(self, edit: Edit) -> None:
+        self._flat.check(edit)  # that its layers have FFNs, before what these compute is asked for
         config = self._memory.config if self._memory is not None else edit.config
         check_artifacts(self.model, self._decoder, [edit], self._memory, config, override=False)
-        self._flat.check(edit)
 
     def _create_batch_processor(self) -> Any:
         processor = super()._create_batch_processor()

@@ -19,7 +19,8 @@ Change = Callable[[Tensor, Tensor], None]  # (input, output): changes the output
 def hook_ffn(layer: backbones.Layer, change: Change) -> list[RemovableHandle]:
     """Let `change` add to the output of a layer's FFN. Raises UnsupportedModelError where there is none."""
     first, last = layer.ffn[0].module, layer.ffn[-1].module
-    find, given = _finder(first), []
+    find = _finder(first)
+    given: list[Tensor] = []
 
     def entered(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given.append(find(args, kwargs))
@@ -41,13 +42,15 @@ def hook_attention(layer: backbones.Layer, change: Change) -> list[RemovableHand
 
     def left(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         hidden, out = _pair(layer, module, find(args, kwargs), output)
-        excess = residual_of(residual_at, args, kwargs)
-        if isinstance(output, tuple) and isinstance(output[1], Tensor) and output[1].dim() == 1:
-            excess = -output[1]
-        if excess is None:
+        residual = residual_of(residual_at, args, kwargs)
+        bias = output[1] if isinstance(output, tuple) and len(output) > 1 else None
+        if residual is not None:
+            bare = out - residual.reshape(out.shape)
+        elif isinstance(bias, Tensor) and bias.dim() == 1:
+            bare = out + bias
+        else:
             change(hidden, out)
             return
-        bare = out - excess
         changed = bare.clone()
         change(hidden, changed)
         out += changed - bare  # a token that is not shifted gets no difference
