@@ -15,8 +15,8 @@ from unike_kernels.serving.hooks import hook_attention, hook_ffn
 
 IDS = torch.arange(5, 14)[None]
 FAMILIES = [
-    "opt", "gpt2", "gptj", "gpt_neox", "falcon", "bloom", "qwen2", "gemma2", "olmo2", "cohere", "phi", "starcoder2", "mixtral",
-    "llama4_text",
+    "opt", "gpt2", "gptj", "gpt_neox", "falcon", "bloom", "qwen2", "gemma2", "olmo2", "cohere", "phi", "starcoder2",
+    "mixtral", "llama4_text",
 ]  # fmt: skip
 
 
@@ -67,7 +67,7 @@ def test_what_ranks_have_not_summed_is_refused():
     flat = FlatModel([3], 64, "silu")
     vllm.install(model, model.config, flat, edits=True, ranks=2)
     model.model.layers[3].mlp.down_proj.reduce_results = False
-    with pytest.raises(uk.UnsupportedModelError, match="layer 3 .*: its ffn is not summed over the 2 ranks"):
+    with pytest.raises(uk.UnsupportedModelError, match=r"layer 3 .*: its ffn is not summed over the 2 ranks"):
         vllm.install(model, model.config, flat, edits=True, ranks=2)
     vllm.install(model, model.config, flat, edits=True)
 
