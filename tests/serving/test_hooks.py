@@ -62,6 +62,18 @@ def test_a_layer_that_lacks_a_part_is_refused_at_start(make_memory):
     vllm.install(model, text, FlatModel(hybrid.ffn, text.hidden_size, "silu"), edits=True)
 
 
+def test_modules_that_keep_no_config():
+    """As vLLM's StableLM: then the text config is theirs."""
+    model = model_of(ZOO["llama"])
+    text, layers = model.config, model.model.layers
+    for module in model.modules():
+        module.__dict__.pop("config", None)
+    found = backbones.find_decoder(model, text)
+    assert found.path == "model" and [layer.module for layer in found.layers] == list(layers)
+    with pytest.raises(uk.UnsupportedModelError, match="expected a Hugging Face PreTrainedModel"):
+        backbones.find_decoder(model)
+
+
 def test_what_ranks_have_not_summed_is_refused():
     model = model_of(ZOO["llama"])
     flat = FlatModel([3], 64, "silu")

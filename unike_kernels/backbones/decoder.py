@@ -220,6 +220,7 @@ def find_decoder(model: nn.Module, text: Any = None) -> Decoder:
     Raises:
         UnsupportedModelError: the structure is another one; the message says what was looked for and found.
     """
+    given = text
     if text is None:
         config: Any = getattr(model, "config", None)
         if not isinstance(model, nn.Module) or not hasattr(config, "get_text_config"):
@@ -228,8 +229,8 @@ def find_decoder(model: nn.Module, text: Any = None) -> Decoder:
     total = getattr(text, "num_hidden_layers", None)
     found = []
     for path, module in model.named_modules():
-        own = getattr(module, "config", None)
-        if own is None or getattr(own, "model_type", None) != text.model_type:
+        own = getattr(module, "config", given)  # an engine's modules need not keep theirs
+        if getattr(own, "model_type", None) != text.model_type:
             continue
         wanted = getattr(own, "num_hidden_layers", total)
         lists = [child for child in module.children() if isinstance(child, nn.ModuleList) and len(child) == wanted]
