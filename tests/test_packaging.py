@@ -103,8 +103,9 @@ ids = unike_kernels.CosineIndex(keys).search(keys, k=1)[1].flatten().tolist()
 print(json.dumps([unike_kernels.__file__, _native.available(), ids]))
 """
     done = subprocess.run(
-        [environment / "bin/python", "-c", code], cwd=tmp_path, check=True, stdout=subprocess.PIPE, text=True
-    )
+        [environment / "bin/python", "-c", code], cwd=tmp_path, check=True, stdout=subprocess.PIPE, text=True,
+        env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
+    )  # fmt: skip
     file, available, ids = json.loads(done.stdout)
     assert Path(file).is_relative_to(environment)
     assert available and ids == [0, 1, 2, 3]

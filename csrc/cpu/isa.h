@@ -1,6 +1,6 @@
 // The instruction sets that the kernels are compiled for, and the kernels that this process uses.
 //
-// A new level is a row of the table in isa.cpp, a file in isa/ and its compile flags in setup.py.
+// A new level is a declaration here, a row of the table in isa.cpp, a file in isa/ and its compile flags in setup.py.
 #pragma once
 
 #include "cpu/row_kernels.h"

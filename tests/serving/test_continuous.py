@@ -4,6 +4,8 @@ import dataclasses
 
 import pytest
 import torch
+from backbones.hybrids import HYBRIDS
+from backbones.zoo import model_of
 from transformers import CompileConfig, ContinuousBatchingConfig, GenerationConfig
 
 import unike_kernels as uk
@@ -202,9 +204,6 @@ def test_errors(model, edits, make_model, make_memory, tmp_path):
     for asked in ({"use_cuda_graph": True}, {"use_async_batching": True}, {"varlen_compile_config": CompileConfig()}):
         with pytest.raises(ValueError, match="expected no use_cuda_graph, use_async_batching or compile config"):
             continuous.EditingManager(model, tmp_path, continuous_batching_config=ContinuousBatchingConfig(**asked))
-    memory = make_memory(model, uk.Config(k=7, values="out", retrieval="sequence"))
-    with pytest.raises(ValueError, match="an engine of flat tokens serves retrieval='token'"):
-        continuous.EditingManager(model, tmp_path, memory)
     other = make_model("llama" if model.config.model_type == "opt" else "opt")
     with pytest.raises(uk.MismatchError, match="memory"):
         continuous.EditingManager(other, tmp_path, make_memory(model, uk.Config(k=7, values="out", alpha=0.4)))
@@ -223,3 +222,38 @@ def test_errors(model, edits, make_model, make_memory, tmp_path):
     with pytest.raises(uk.MismatchError, match="edit 'a'"):
         manager.add_request([5, 6], unike_edit="a")
     assert manager.input_queue.empty()
+
+
+def test_layers_without_an_ffn(make_model, make_edit, running, tmp_path):
+    """The others are served; an edit that names such a layer is an error of its request."""
+    model = make_model("llama")
+    model.model.layers[4].mlp = torch.nn.Identity()
+    edit, other = loud(make_edit(model, "a", layers=(2, 3, 5))), make_edit(make_model("llama"), "b", layers=(4,))
+    for each in (edit, other):
+        each.save(tmp_path / f"{each.id}.safetensors")
+    ids = prompts(1)[0]
+    wanted = [expected(model, [edit], ids, chosen) for chosen in ([], ["a"])]
+    assert wanted[0] != wanted[1]
+    manager = running(model, tmp_path)
+    names = [manager.add_request(ids, unike_edit=chosen) for chosen in ([], ["a"])]
+    found = collect(manager, 2)
+    assert [found[name] for name in names] == wanted
+    with pytest.raises(uk.MismatchError, match=r"edit 'b': the bank has no layers \[4\]"):
+        manager.add_request(ids, unike_edit="b")
+
+
+def test_a_memory_of_a_layer_without_attention(make_memory):
+    model = model_of(HYBRIDS["qwen3_next"].family)
+    one = make_memory(model.float(), uk.Config(k=7, values="out", alpha=0.4), layers=(1, 3))
+    memory = dataclasses.replace(one, layers={0: one.layers[1], 1: one.layers[1]}, id="")
+    with pytest.raises(
+        uk.UnsupportedModelError, match=r"layer 0 \(Qwen3NextDecoderLayer\): looked for one self-attention"
+    ):
+        continuous.EditingManager(model, memory=memory)
+
+
+@pytest.mark.parametrize("config", [{"alpha": "last"}, {"retrieval": "sequence"}])
+def test_memories_that_need_whole_prompts_are_refused_at_start(model, make_memory, config):
+    memory = make_memory(model, uk.Config(**{"k": 7, "values": "out", "alpha": 0.4, **config}))
+    with pytest.raises(ValueError, match="an engine of flat tokens serves retrieval='token'"):
+        continuous.EditingManager(model, memory=memory)

@@ -203,3 +203,51 @@ def test_edits_that_do_not_fit(versions, make_model, make_memory, make_edit):
     model.begin([Share(1, ("z@1",))])
     with pytest.raises(uk.PatchError, match="unknown edit ids"):
         model.ffn(2, torch.zeros(1, D), torch.zeros(1, D))
+
+
+class Opposite(uk.CosineIndex):
+    """A retriever that finds other entries."""
+
+    def search(self, queries, k, ranges=None):
+        return super().search(-queries, k, ranges)
+
+
+@pytest.mark.parametrize("kind", ["exact", "approximate", "given"])
+def test_a_memory_is_searched_as_in_a_patched_model(make_model, make_memory, kind):
+    """With the same bits, whatever searches it."""
+    model = make_model("llama")
+    memory = make_memory(model, uk.Config(k=7, values="out", alpha=0.4), layers=LAYERS, entries=200)
+    exactly, retriever = FlatModel(LAYERS, D, "silu", memory), Opposite if kind == "given" else None
+    if kind == "approximate":
+        pytest.importorskip("faiss")
+        memory = replace(memory, search=uk.Approximate(lists=50, probes=1))
+    layer, seen = model.model.layers[2], {}
+
+    def keep(module, args, kwargs, output):
+        seen.setdefault("hidden", kwargs["hidden_states"][0])
+        seen.setdefault("outs", []).append(output[0][0].clone())
+
+    layer.self_attn.register_forward_hook(keep, with_kwargs=True)
+    with torch.no_grad(), uk.patched(model, memory=memory, retriever=retriever):
+        layer.self_attn.register_forward_hook(keep, with_kwargs=True)  # of the one that shifts
+        model(input_ids=torch.arange(5, 14)[None])
+    base, shifted = seen["outs"]
+
+    def shift(flat):
+        flat.begin([Share(4), Share(5)])
+        flat.attention(2, seen["hidden"], out := base.clone())
+        return out
+
+    found = shift(FlatModel(LAYERS, D, "silu", memory, retriever=retriever))
+    assert torch.equal(found, shifted) and not torch.equal(found, base)
+    assert torch.equal(found, shift(exactly)) == (kind == "exact")
+
+
+def test_a_layer_that_gets_a_part_of_the_step(versions, make_model, make_memory):
+    """As ranks of an engine may: whose tokens they are is not known."""
+    memory = make_memory(make_model("llama"), uk.Config(k=7, values="out"), layers=LAYERS)
+    model = flat(versions, memory=memory)
+    model.begin([Share(3, ("a@1",)), Share(2)])
+    for run in (model.ffn, model.attention):
+        with pytest.raises(RuntimeError, match="the step holds 5 tokens, a layer got 4 of them"):
+            run(2, torch.zeros(4, D), torch.zeros(4, D))

@@ -9,16 +9,19 @@ import urllib.error
 import urllib.request
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import unike_kernels as uk
 from unike_kernels.serving import EditFolder, transformers
-from unike_kernels.serving.transformers import EditedModels, serve, sharing_weights
+from unike_kernels.serving.transformers import EditedModels, RequestError, _resolving, serve, sharing_weights
 
 openai = pytest.importorskip("openai")
 pytest.importorskip("uvicorn")
+from transformers.cli.serving.completion import CompletionHandler  # noqa: E402
+from transformers.cli.serving.systemone import SystemOneHandler  # noqa: E402
 
 PROMPT = "w1 w2 w3 w4"
 NEW = 6
@@ -97,6 +100,32 @@ def test_memories_that_cannot_be_served_are_refused_at_start(make_model, make_me
         serve(tmp_path, tmp_path / "one", compile=True)
     with pytest.raises(ValueError, match="max_edits: expected an integer"):
         serve(tmp_path, max_edits=0)
+    for config in ({"alpha": "last"}, {"retrieval": "sequence"}):
+        memory = make_memory(make_model("llama"), uk.Config(k=7, values="out", **config))
+        with pytest.raises(ValueError, match="memory: an engine of flat tokens serves retrieval='token'"):
+            serve(tmp_path, memory, continuous_batching=True)
+
+
+@pytest.mark.parametrize("config", [{"tokens": "answer"}, {"alpha": "last"}, {"retrieval": "sequence"}, {}])
+def test_decisions_and_speech_have_no_end_of_a_prompt(make_model, make_edit, make_memory, tmp_path, config):
+    """/v1/systemone computes single passes; what generates from sounds has no prompt of text."""
+    model = make_model("llama")
+    memory = make_memory(model, uk.Config(**{"k": 7, "values": "out", "alpha": 0.4, **config}))
+    loud(make_edit(model, "a", memory)).save(tmp_path / "a.safetensors")
+    models = EditedModels(EditFolder(tmp_path), memory)
+    state = SimpleNamespace(use_continuous_batching=lambda *args: False)
+    kinds = SimpleNamespace(get_model_modality=lambda *args, **kwargs: None, force_model=None)
+    resolve = _resolving(lambda self, body: (body["model"], model, None), models)
+    for handler in (SystemOneHandler(kinds, state), CompletionHandler(kinds, state)):
+        if config and isinstance(handler, SystemOneHandler):
+            with pytest.raises(RequestError, match="the memory here needs to know where a prompt ends") as error:
+                resolve(handler, {"model": "x+a"})
+            assert error.value.status == 400
+        else:
+            assert resolve(handler, {"model": "x+a"})[1] is models.edited(model, models.split("x+a")[1])
+    if config:
+        with pytest.raises(RequestError, match="where a prompt of text ends"):
+            models.edited(model, models.split("x+a")[1]).generate(input_features=torch.zeros(1, 2))
 
 
 @pytest.fixture

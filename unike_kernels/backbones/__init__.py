@@ -1,7 +1,7 @@
-"""Finding the decoder layers, the attention and the FFN in a Hugging Face model, by structure.
+"""Finding the decoder layers, the attention and the FFN in a model of Hugging Face or of an engine, by structure.
 
 No model is known by name. A decoder is the submodule whose config is the text config and that holds the list of its
-layers; a layer's attention is the child of a class called attention, its FFN the child that holds matrices and is
+layers; a layer's attention is the child of a class called attention, its FFN the child that holds weights and is
 called or of a class called so, or three children that stand inline (OPT); where a layer holds a list of sublayers
 (T5), they are looked for there. A layer of a hybrid may have one of them alone: an edit needs the FFN, a memory the
 attention. What an FFN computes is proved by computing it once from its matrices: gated, plain, or neither (a mixture of
@@ -13,7 +13,9 @@ from __future__ import annotations
 from .decoder import (
     Decoder,
     Layer,
+    Part,
     Site,
+    configured_activation,
     device_of,
     find_decoder,
     placeholder_ids,
@@ -21,12 +23,13 @@ from .decoder import (
     takers_of_ids,
     unwrap,
 )
-from .ffn import configured_activation, match_activation
+from .ffn import match_activation
 from .projections import project_memory, project_queries, score_scale
 
 __all__ = [
     "Decoder",
     "Layer",
+    "Part",
     "Site",
     "configured_activation",
     "device_of",

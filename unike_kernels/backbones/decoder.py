@@ -82,11 +82,12 @@ class Layer:
 
         Raises UnsupportedModelError where there is none, or several.
         """
-        matrices = [site for site in self._sites if any(_matrices(site.module, deep=True))]
-        found = [site for site in matrices if site.name in _FEED_FORWARD]
+        # Of any shape: an engine packs matrices.
+        weighty = [site for site in self._sites if any(True for _ in site.module.parameters())]
+        found = [site for site in weighty if site.name in _FEED_FORWARD]
         inline = [Site(self.module, name) for name in _INLINE if name in self.module._modules]
         if not found and len(inline) < len(_INLINE):
-            found = [s for s in matrices if base_class(s.module).__name__.lower().endswith(_FEED_FORWARD_KINDS)]
+            found = [s for s in weighty if base_class(s.module).__name__.lower().endswith(_FEED_FORWARD_KINDS)]
         if len(found) != 1 and (found or len(inline) < len(_INLINE)):
             names, kinds = ", ".join(_FEED_FORWARD), ", ".join(_FEED_FORWARD_KINDS)
             raise self._lacking(f"one FFN called {names}, of a class named ...{kinds}, or {', '.join(_INLINE)}")
@@ -210,21 +211,27 @@ def _index(value: object) -> int:
         return -1
 
 
-def find_decoder(model: nn.Module) -> Decoder:
+def find_decoder(model: nn.Module, text: Any = None) -> Decoder:
     """The decoder of a Hugging Face model, alone or inside a multimodal or an encoder-decoder model.
+
+    Args:
+        model: the model; or an engine's, whose modules stand as Hugging Face's do and may be of other classes.
+        text: the text config, as an engine has it; None: that of the model's own config.
 
     Raises:
         UnsupportedModelError: the structure is another one; the message says what was looked for and found.
     """
-    config: Any = getattr(model, "config", None)
-    if not isinstance(model, nn.Module) or not hasattr(config, "get_text_config"):
-        raise UnsupportedModelError(f"model: expected a Hugging Face PreTrainedModel, got {type(model).__name__}")
-    text: Any = config.get_text_config(decoder=True)
+    given = text
+    if text is None:
+        config: Any = getattr(model, "config", None)
+        if not isinstance(model, nn.Module) or not hasattr(config, "get_text_config"):
+            raise UnsupportedModelError(f"model: expected a Hugging Face PreTrainedModel, got {type(model).__name__}")
+        text = config.get_text_config(decoder=True)
     total = getattr(text, "num_hidden_layers", None)
     found = []
     for path, module in model.named_modules():
-        own = getattr(module, "config", None)
-        if own is None or getattr(own, "model_type", None) != text.model_type:
+        own = getattr(module, "config", given)  # an engine's modules need not keep theirs
+        if getattr(own, "model_type", None) != text.model_type:
             continue
         wanted = getattr(own, "num_hidden_layers", total)
         lists = [child for child in module.children() if isinstance(child, nn.ModuleList) and len(child) == wanted]
@@ -249,6 +256,26 @@ def find_decoder(model: nn.Module) -> Decoder:
             )
     inspected = tuple(Layer(i, layer, text) for i, layer in enumerate(layers))
     return Decoder(module, path, inspected, text.hidden_size)
+
+
+def configured_activation(text: Any) -> str:
+    """The name of the activation that a model's text config gives its FFNs, where the model is not at hand.
+
+    Raises UnsupportedModelError for none.
+    """
+    where = type(text).__name__
+    try:
+        return match_activation(_configured(text, where), where)
+    except UnsupportedModelError:  # it may be written into the model: one without weights shows it
+        from transformers import AutoModel
+
+        try:
+            with torch.device("meta"):
+                model = AutoModel.from_config(text)
+            layers = find_decoder(model).layers
+        except Exception as error:
+            raise UnsupportedModelError(f"{where}: it names no activation, and no model is made of it") from error
+        return next(layer for layer in layers if layer.has("ffn")).activation
 
 
 def _is_attention(site: Site) -> bool:

@@ -31,9 +31,9 @@ def _is_plain(matrix: nn.Module) -> bool:
     )
 
 
-def _matrices(module: nn.Module, *, deep: bool = False) -> Iterator[nn.Module]:
-    """The module itself, its children or all modules below it, as far as they hold a matrix."""
-    for part in module.modules() if deep else (module, *module.children()):
+def _matrices(module: nn.Module) -> Iterator[nn.Module]:
+    """The module itself and its children, as far as they hold a matrix."""
+    for part in (module, *module.children()):
         if any(p.dim() >= 2 for p in part.parameters(recurse=False)):
             yield part
 
@@ -96,12 +96,6 @@ def _configured(config: Any, where: str) -> Callable[[Tensor], Tensor]:
         f"{where}: looked for its activation as a child or in the config as hidden_act, hidden_activation, "
         "activation_function or mlp_hidden_act; found none"
     )
-
-
-def configured_activation(config: Any) -> str:
-    """The name of the activation that a model's config gives its FFNs. Raises UnsupportedModelError for none."""
-    where = type(config).__name__
-    return match_activation(_configured(config, where), where)
 
 
 @torch.no_grad()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -281,16 +283,16 @@ class EditStore(Tables):
         """
         self._follow()
         if self._plan is None:  # an attribute has changed
-            self._views, self._plan = {}, True
-        if (rows, tokens) not in self._views:
+            with outside():
+                self._views, self._plan = {}, PreparedNeurons(self.pool(), activation)
+        view = self._views.get((rows, tokens))
+        if view is None:
             if len(self._views) >= _VIEWS:
                 self._views.clear()
             with outside():
-                pool = self.pool(rows)
-                if tokens is not None:
-                    pool = pool._replace(token_rows=token_rows(tokens, self.indptr.device))
-                self._views[rows, tokens] = PreparedNeurons(pool, activation)
-        return self._views[rows, tokens]
+                of_tokens = None if tokens is None else token_rows(tokens, self.indptr.device)
+                view = self._views[rows, tokens] = self._plan.of_rows(*self.csr(rows), of_tokens)
+        return view
 
 
 @dataclass(eq=False)
@@ -322,10 +324,13 @@ def _on(layer: Any, device: torch.device) -> Any:
     return SimpleNamespace(**{name: None if t is None else t.to(device) for name, t in vars(layer).items()})
 
 
-def token_rows(tokens: Sequence[int], device: torch.device) -> Tensor:
-    """int64 [sum of tokens]: the row of each token, where row r has tokens[r] of them, in this order."""
-    counts = torch.tensor(tokens, dtype=torch.int64, device="cpu")
-    return torch.arange(len(tokens), dtype=torch.int64, device="cpu").repeat_interleave(counts).to(device)
+@functools.lru_cache(maxsize=16)
+def token_rows(tokens: tuple[int, ...], device: torch.device) -> Tensor:
+    """int64 [sum of tokens]: the row of each token, where row r has tokens[r] of them, in this order.
+
+    Kept, and not to be written to: a step asks for the same in each layer.
+    """
+    return torch.repeat_interleave(torch.tensor(tokens, dtype=torch.int64, device="cpu")).to(device)
 
 
 _PER_NEURON = ("keys", "key_bias", "up", "up_bias", "values")
@@ -363,6 +368,6 @@ def check_distinct(rows: Sequence[Sequence[str]]) -> None:
 
 def csr(rows: Sequence[Sequence[int]], device: torch.device | str) -> tuple[Tensor, Tensor]:
     """(indptr int64 [R + 1], indices int64 [S]) of a list of lists."""
-    lengths = torch.tensor([0, *(len(row) for row in rows)], dtype=torch.int64, device="cpu")
-    flat = torch.tensor([i for row in rows for i in row], dtype=torch.int64, device="cpu")
-    return lengths.cumsum(0).to(device), flat.to(device)
+    indptr = list(itertools.accumulate(map(len, rows), initial=0))
+    flat = [i for row in rows for i in row]
+    return tuple(torch.tensor(t, dtype=torch.int64, device="cpu").to(device) for t in (indptr, flat))  # type: ignore[return-value]

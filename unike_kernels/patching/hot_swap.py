@@ -106,7 +106,8 @@ def swap_memory(
         edits = list(state.edits.values())
         check_artifacts(backbones.unwrap(model), state.decoder, edits, memory, state.config, override)
         tables = {
-            i: make_tables(memory, i, attention.module, state.retriever) for i, attention in state.attentions.items()
+            i: make_tables(memory, i, backbones.device_of(attention.module), state.retriever)
+            for i, attention in state.attentions.items()
         }
         _publish(state, running, memories=tables, memory=memory)
         log_event("swap_memory", state)

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from .. import backbones
@@ -179,7 +180,8 @@ def patch(
         stores = {layer.index: _store(layer, named) for layer in chosen_layers if layer.has("ffn")}
         with_attention = [layer for layer in chosen_layers if layer.has("attention")]
         tables = {
-            layer.index: make_tables(memory, layer.index, layer.attention.module, retriever) for layer in with_attention
+            layer.index: make_tables(memory, layer.index, backbones.device_of(layer.attention.module), retriever)
+            for layer in with_attention
         }
     context = ModelContext(Installed(stores, tables, named, memory), default, in_model=True)
     places = Places(decoder.module, _places(model, decoder, chosen_layers), {})
@@ -296,14 +298,13 @@ def _attention(layer: backbones.Layer, config: Config, context: ModelContext) ->
 def make_tables(
     memory: MemoryBank | None,
     layer: int,
-    attention: nn.Module,
+    device: torch.device,
     retriever: Callable[[Tensor], Retriever] | None = None,
 ) -> MemoryTables | None:
-    """What a memory holds for a layer, where its attention computes."""
+    """What a memory holds for a layer, on the device where its attention computes."""
     if memory is None or layer not in memory.layers:
         return None
     m = memory.layers[layer]
-    device = backbones.device_of(attention)
     found = None
     if retriever is not None:
         found = retriever(m.index.to(device))

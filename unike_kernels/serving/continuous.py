@@ -7,13 +7,15 @@ attentions hand these to a `FlatModel`, which a manager tells before each step w
 from __future__ import annotations
 
 import copy
+import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from random import Random
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-from torch import Tensor, nn
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.continuous_batching import ContinuousBatchingManager
 
@@ -22,8 +24,10 @@ from ..artifacts.edit import Edit
 from ..artifacts.memory import MemoryBank
 from ..errors import PatchError
 from ..patching import check_artifacts, is_patched
+from ..retrieval import Retriever
 from .flat import FlatModel, Share, remembers
 from .folder import EditFolder, Version, check_ids
+from .hooks import hook_attention, hook_ffn
 
 _KEY = "unike"  # of what a request's state carries: it follows the request when it is forked or put off
 
@@ -48,6 +52,7 @@ class EditingManager(ContinuousBatchingManager):
             began with. None: no edits.
         memory: for the requests that do not decline it with unike_memory=False, or for the tenant that they name; None:
             none.
+        retriever: makes the index of a layer's retrieval keys, see `patch`; None: what the memory's `search` says.
         generation_config: None: the model's.
         continuous_batching_config: None: the defaults. It must not ask for CUDA graphs or compilation, which would keep
             the edits of the step that they recorded, or for asynchronous batching.
@@ -56,7 +61,7 @@ class EditingManager(ContinuousBatchingManager):
         PatchError: the model is patched.
         FileNotFoundError: there is no such folder.
         MismatchError: the memory is for another model.
-        UnsupportedModelError: as `patch`.
+        UnsupportedModelError: as `patch`; a layer of the memory has no attention, or no layer an FFN.
         ValueError: as `FlatModel`; a config that asks for one of these.
     """
 
@@ -66,6 +71,7 @@ class EditingManager(ContinuousBatchingManager):
         edits: str | os.PathLike[str] | None = None,
         memory: MemoryBank | None = None,
         *,
+        retriever: Callable[[Tensor], Retriever] | None = None,
         generation_config: GenerationConfig | None = None,
         continuous_batching_config: ContinuousBatchingConfig | None = None,
     ) -> None:
@@ -84,10 +90,16 @@ class EditingManager(ContinuousBatchingManager):
         self._memory = memory
         if memory is not None:
             check_artifacts(model, self._decoder, [], memory, memory.config, override=False)
+            self._decoder.select(list(memory.layers), need=("attention",))
         layers = self._decoder.layers
-        device = backbones.device_of(layers[0].module)
+        editable = [layer.index for layer in layers if layer.has("ffn")] or self._decoder.select(None)
         self._flat = FlatModel(
-            range(len(layers)), self._decoder.hidden_size, layers[-1].activation, memory, device=device
+            editable,
+            self._decoder.hidden_size,
+            layers[editable[-1]].activation,
+            memory,
+            retriever=retriever,
+            device=backbones.device_of(layers[0].module),
         )
         super().__init__(model, generation_config or model.generation_config, config)
         self.logit_processor.supported_keys[_KEY] = _Asked
@@ -118,17 +130,25 @@ class EditingManager(ContinuousBatchingManager):
         return super().add_request(*args, **kwargs)
 
     def _run_generation_loop(self) -> None:
-        hooks = [handle for layer in self._decoder.layers for handle in _hook(layer, self._flat)]
+        hooks = [handle for layer in self._decoder.layers for handle in self._hook(layer)]
         try:
             super()._run_generation_loop()
         finally:
             for handle in hooks:
                 handle.remove()
 
+    def _hook(self, layer: backbones.Layer) -> list[RemovableHandle]:
+        hooks = []
+        if layer.has("ffn"):  # an edit that names a layer without one does not fit
+            hooks += hook_ffn(layer, functools.partial(self._flat.ffn, layer.index))
+        if self._memory is not None and layer.index in self._memory.layers:
+            hooks += hook_attention(layer, functools.partial(self._flat.attention, layer.index))
+        return hooks
+
     def _check(self, edit: Edit) -> None:
+        self._flat.check(edit)  # that its layers have FFNs, before what these compute is asked for
         config = self._memory.config if self._memory is not None else edit.config
         check_artifacts(self.model, self._decoder, [edit], self._memory, config, override=False)
-        self._flat.check(edit)
 
     def _create_batch_processor(self) -> Any:
         processor = super()._create_batch_processor()
@@ -160,32 +180,6 @@ def _share(state: Any, tokens: int) -> Share:
     prompt = state._true_initial_tokens or len(state.initial_tokens)
     before = prompt - 1 - (state.position_offset - tokens)
     return Share(tokens, tuple(version.key for version in asked.versions), asked.memory, max(before, 0))
-
-
-def _hook(layer: backbones.Layer, flat: FlatModel) -> list[Any]:
-    """Let a layer's FFN and attention pass to `flat` what they compute."""
-    given: list[Tensor] = []
-
-    def entered(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given[:] = [_flat(args[0] if args else kwargs["hidden_states"])]
-
-    def fed(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        flat.ffn(layer.index, given.pop(), _flat(output))
-
-    def attended(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        flat.attention(layer.index, _flat(args[0] if args else kwargs["hidden_states"]), _flat(output))
-
-    return [
-        layer.ffn[0].module.register_forward_pre_hook(entered, with_kwargs=True),
-        layer.ffn[-1].module.register_forward_hook(fed),
-        layer.attention.module.register_forward_hook(attended, with_kwargs=True),
-    ]
-
-
-def _flat(hidden: Any) -> Tensor:
-    """[1, T, d], perhaps the first of several outputs -> [T, d], the same memory."""
-    tensor: Tensor = hidden[0] if isinstance(hidden, tuple) else hidden
-    return tensor.detach().view(-1, tensor.shape[-1])
 
 
 def _keep_apart(cache: Any, scheduler: Any) -> None:

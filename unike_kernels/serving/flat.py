@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,7 +11,9 @@ from torch import Tensor
 from ..artifacts.compatibility import check_compatibility
 from ..artifacts.edit import Edit
 from ..artifacts.memory import MemoryBank
-from ..nn import MemoryTables, shift_tokens
+from ..nn import shift_tokens
+from ..patching.install import make_tables
+from ..retrieval import Retriever
 from .bank import EditBank
 from .folder import Version
 
@@ -43,6 +45,7 @@ class FlatModel:
         activation: of the FFNs; see `ops.patched_ffn`.
         memory: for all requests that do not decline it; None: none.
         resident: edits that are kept when no request asks for them.
+        retriever: makes the index of a layer's retrieval keys, see `patch`; None: what the memory's `search` says.
         device: where the model is.
 
     Raises:
@@ -58,22 +61,20 @@ class FlatModel:
         memory: MemoryBank | None = None,
         *,
         resident: int = 1024,
+        retriever: Callable[[Tensor], Retriever] | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         self.bank = EditBank(layers, hidden_size, activation, device=device)
         self.memory, self._resident = memory, resident
-        self._tables: dict[int, MemoryTables] = {}
+        self._device = torch.device(device)
         if memory is not None:
             check_memory(memory)
-            self._tables = {
-                i: MemoryTables(m.index, m.keys, m.values, m.encoder, memory.id).to(device)
-                for i, m in memory.layers.items()
-            }
+        made = {i: make_tables(memory, i, self._device, retriever) for i in (memory.layers if memory else ())}
+        self._tables = {i: tables for i, tables in made.items() if tables is not None}
         self._rows: tuple[tuple[str, ...], ...] = ()
         self._tokens: tuple[int, ...] = ()
-        self._shifted = 0
+        self._shifted = False
         self._bounds: Tensor | None = None
-        self._device = torch.device(device)
 
     @property
     def layers(self) -> list[int]:
@@ -105,18 +106,16 @@ class FlatModel:
                 raise ValueError(f"shares[{i}].edits: expected distinct keys, got {list(share.edits)}")
         self._rows = tuple(tuple(share.edits) for share in shares)
         self._tokens = tuple(share.tokens for share in shares)
-        self._shifted, self._bounds = 0, None
-        if self._tables and any(share.memory for share in shares):
-            total = sum(share.tokens for share in shares)
-            self._shifted, self._bounds = total, self._entries(shares, total)
+        self._shifted = bool(self._tables) and any(share.memory for share in shares)
+        self._bounds = self._entries(shares) if self._shifted else None
 
-    def _entries(self, shares: Sequence[Share], total: int) -> Tensor | None:
+    def _entries(self, shares: Sequence[Share]) -> Tensor | None:
         """int64 [T, 2]: the entries that each token may retrieve; None: all of them, each token."""
         assert self.memory is not None
         answers = self.memory.config.tokens == "answer"
         if all(share.memory is True and not (answers and share.prompt) for share in shares):
             return None
-        bounds, start = torch.zeros(total, 2, dtype=torch.int64, device="cpu"), 0
+        bounds, start = torch.zeros(sum(self._tokens), 2, dtype=torch.int64, device="cpu"), 0
         for share in shares:
             first = share.tokens if not share.memory else min(share.prompt, share.tokens) if answers else 0
             whole = range(len(self.memory) if share.memory else 0)
@@ -128,29 +127,35 @@ class FlatModel:
 
     def end(self) -> None:
         """No pass is edited any more, until the next `begin`."""
-        self._rows, self._tokens, self._shifted, self._bounds = (), (), 0, None
+        self._rows, self._tokens, self._shifted, self._bounds = (), (), False, None
 
     def ffn(self, layer: int, x: Tensor, out: Tensor) -> None:
         """Add the neurons of each request's edits to `out`, the FFN's output on `x`, in place. Both [T, d]."""
         if not self.bank.has_neurons(layer) or not any(self._rows):
             return
-        own = slice(sum(self._tokens))  # padding is behind
+        own = slice(self._all_of(x))  # padding is behind
         self.bank.prepared(layer, self._rows, self._tokens)(x[own], out[own], out[own])
+
+    def _all_of(self, x: Tensor) -> int:
+        """The step's tokens. Raises RuntimeError where a layer computes a part of them, as ranks of an engine may."""
+        total = sum(self._tokens)
+        if len(x) < total:
+            raise RuntimeError(f"the step holds {total} tokens, a layer got {len(x)} of them")
+        return total
 
     def attention(self, layer: int, hidden: Tensor, out: Tensor) -> None:
         """Shift `out`, the attention's output on `hidden`, in place. Both [T, d]."""
         tables = self._tables.get(layer)
         if tables is None or not self._shifted or self.memory is None:
             return
-        h, o = hidden[: self._shifted], out[: self._shifted]
+        own = slice(self._all_of(hidden))
+        h, o = hidden[own], out[own]
         shift_tokens(tables, self.memory.config, h, h.unsqueeze(1), o, self._bounds, out=o)
 
 
 def check_memory(memory: MemoryBank) -> None:
     """Raises ValueError for a memory whose config needs more than flat tokens tell."""
     config = memory.config
-    if memory.search is not None:
-        raise ValueError("memory: an engine of flat tokens retrieves exactly; expected search=None")
     if config.needs_whole_prompts or config.tokens == "text" or config.values == "projected":
         raise ValueError(
             "memory: an engine of flat tokens serves retrieval='token', alpha='token' or a number, "

@@ -83,6 +83,11 @@ class EditedModels:
         # By the model, with which all that shares its weights shall go.
         self._made: WeakKeyDictionary[Any, dict[tuple[str, ...], Any]] = WeakKeyDictionary()
 
+    @property
+    def needs_prompt_lengths(self) -> bool:
+        """Whether the memory needs to know where prompts end."""
+        return self._memory is not None and self._memory.config.needs_prompt_lengths
+
     def split(self, name: str) -> tuple[str, list[Version]]:
         """The base model's name, and the versions of the edits that follow it.
 
@@ -100,7 +105,7 @@ class EditedModels:
         if key not in known:
             made = sharing_weights(model)
             patch(made, [version.edit for version in versions], self._memory)
-            if self._memory is not None and self._memory.config.needs_prompt_lengths:
+            if self.needs_prompt_lengths:
                 made.generate = _knowing_prompts(made)
             while len(known) >= _KEPT:
                 del known[next(iter(known))]
@@ -118,6 +123,8 @@ def _knowing_prompts(model: Any) -> Callable[..., Any]:
 
     @functools.wraps(generate)
     def told(*args: Any, **kwargs: Any) -> Any:
+        if "input_ids" not in kwargs:  # speech
+            raise RequestError(400, "model: the memory here needs to know where a prompt of text ends; there is none")
         batch, tokens = kwargs["input_ids"].shape
         with rows(model, prompt_lengths=[tokens] * batch):
             return generate(*args, **kwargs)
@@ -151,6 +158,10 @@ def _resolving(original: Callable[..., Any], models: EditedModels) -> Callable[.
             return original(self, body)
         try:
             base, versions = models.split(asked)
+            if models.needs_prompt_lengths and _decides(self):
+                raise RequestError(
+                    400, "model: the memory here needs to know where a prompt ends; a decision has no end"
+                )
             try:
                 model_id, model, processor = original(self, {**body, "model": base})
             except (OSError, ValueError) as error:
@@ -199,13 +210,18 @@ def _answering(original: Callable[..., Any]) -> Callable[..., Any]:
     return build
 
 
-def _batches(handler: Any, model: Any, processor: Any) -> bool:
-    """Whether this request will join the continuous batch, as its handler finds out."""
+def _decides(handler: Any) -> bool:
+    """Whether its requests are answered by single passes, without generation."""
     from transformers.cli.serving.systemone import SystemOneHandler
 
+    return isinstance(handler, SystemOneHandler)
+
+
+def _batches(handler: Any, model: Any, processor: Any) -> bool:
+    """Whether this request will join the continuous batch, as its handler finds out."""
     modality = handler.model_manager.get_model_modality(model, processor=processor)
     batches: bool = handler.generation_state.use_continuous_batching(model, modality)
-    return batches and not isinstance(handler, SystemOneHandler)
+    return batches and not _decides(handler)
 
 
 def _starting(models: EditedModels) -> Callable[..., None]:
@@ -229,12 +245,14 @@ def _replace(owner: Any, name: str, around: Callable[..., Any], *args: Any) -> N
     setattr(owner, name, made)
 
 
-def serve(edits: str | Path, memory: str | Path | None = None, *, max_edits: int = MOST_EDITS, **options: Any) -> Any:
+def serve(
+    edits: str | Path, memory: MemoryBank | str | Path | None = None, *, max_edits: int = MOST_EDITS, **options: Any
+) -> Any:
     """transformers' server, which knows edited models by their names.
 
     Args:
         edits: a folder of edits, `<id>.safetensors`; they may come, change and go while the server runs.
-        memory: a file that edited models use; None: none.
+        memory: what edited models use, or its file; None: none.
         max_edits: of one request.
         options: of `transformers serve`, such as host, port, dtype, continuous_batching, non_blocking.
 
@@ -251,7 +269,7 @@ def serve(edits: str | Path, memory: str | Path | None = None, *, max_edits: int
     from transformers.cli.serving import server
     from transformers.cli.serving.utils import BaseHandler, CBGenerateManager, GenerationState
 
-    loaded = None if memory is None else MemoryBank.load(memory)
+    loaded = memory if memory is None or isinstance(memory, MemoryBank) else MemoryBank.load(memory)
     if loaded is not None and options.get("continuous_batching"):
         check_memory(loaded)
     if loaded is not None and options.get("compile") and loaded.config.needs_prompt_lengths:

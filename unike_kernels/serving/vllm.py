@@ -1,7 +1,8 @@
 """A plugin of vLLM: each request with its own edits, and a memory for all (entry point `vllm.general_plugins`).
 
 Start vLLM with `--additional-config '{"unike": {"edits": "FOLDER", "memory": "FILE"}}'`; both are optional, and so is
-"layers", the decoder layers that edits may name (the last four), and "max_edits", of one request (16). A request names
+"layers", the decoder layers that edits may name (the last four), "max_edits", of one request (16), and "search", how
+the memory is retrieved from where that need not be exact, such as {"kind": "hnsw"} (see `Approximate`). A request names
 its edits in `SamplingParams(extra_args={"unike_edit": "capital-of-peru"})`, several as a list, over HTTP in the field
 `vllm_xargs`; `"unike_memory": 0` declines the memory, `"unike_memory": "acme"` lets a tenant's entries alone shift it.
 Clients are not told apart: who may name which edit or tenant is for what stands before the server to decide.
@@ -24,6 +25,7 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -34,10 +36,12 @@ from ..artifacts.compatibility import ModelDescription, check_compatibility
 from ..artifacts.edit import Edit
 from ..artifacts.fingerprint import Identity, samples_of_checkpoint
 from ..artifacts.memory import MemoryBank
-from ..backbones import configured_activation
+from ..backbones import Part, configured_activation, find_decoder
+from ..config import Approximate
 from ..errors import UnsupportedModelError
 from .flat import FlatModel, Share, check_memory, remembers
 from .folder import MOST_EDITS, EditFolder, Retained, check_ids, check_most
+from .hooks import hook_attention, hook_ffn
 
 KEY = "unike"  # in additional_config, and of what the front-end tells the worker about a request
 _LAYERS = 4
@@ -70,68 +74,39 @@ for _name, _run in (("ffn", _ffn), ("attention", _attention)):
 # --- the model --------------------------------------------------------------------------------------------------------
 
 
-class _InlineFFN(nn.Module):
-    """In the place of `fc1`: the whole FFN of a layer that computes it inline, so that input and output are at hand."""
-
-    def __init__(self, fc1: nn.Module, activation: nn.Module, fc2: nn.Module) -> None:
-        super().__init__()
-        self.fc1, self.activation, self.fc2 = fc1, activation, fc2
-
-    def forward(self, x: Tensor) -> tuple[Tensor, None]:
-        hidden, _ = self.fc1(x)
-        out, _ = self.fc2(self.activation(hidden))
-        return out, None
-
-
-class _Through(nn.Module):
-    """In the place of `fc2`: gives on what comes."""
-
-    def forward(self, x: Tensor) -> tuple[Tensor, None]:
-        return x, None
-
-
-def install(model: nn.Module, served: FlatModel, total: int) -> None:
+def install(model: nn.Module, text: Any, served: FlatModel, *, edits: bool, ranks: int = 1) -> None:
     """Let the decoder layers of a vLLM model call the operators.
 
     Args:
         model: as vLLM loads it, with all of its layers.
+        text: its text config.
         served: what its layers shall compute.
-        total: decoder layers.
+        edits: whether there will be any, for which the layers need FFNs.
+        ranks: over which its matrices are spread.
 
     Raises:
-        UnsupportedModelError: no such layers, or an FFN that is neither `mlp` nor `fc1`, `activation_fn`, `fc2`.
+        UnsupportedModelError: no such layers, or one that lacks a part, or leaves it to its layer to sum what the
+            ranks have computed of it.
     """
     language: Any = model.get_language_model() if hasattr(model, "get_language_model") else model  # type: ignore[operator]
-    lists = [m for m in language.modules() if isinstance(m, nn.ModuleList) and len(m) == total]
-    layers: Any = next((m for m in lists if all(hasattr(each, "self_attn") for each in m)), None)
-    if layers is None:
-        raise UnsupportedModelError(f"{type(language).__name__}: looked for {total} decoder layers with self_attn")
+    decoder = find_decoder(language, text)
     number = id(served)
     _models[number] = served
-    plan: list[tuple[nn.Module, str, int]] = []
-    for index in served.layers:
-        layer = layers[index]
-        plan.append((layer.self_attn, "attention", index))
-        if hasattr(layer, "mlp"):
-            plan.append((layer.mlp, "ffn", index))
-        elif all(hasattr(layer, name) for name in ("fc1", "activation_fn", "fc2")):
-            layer.fc1 = _InlineFFN(layer.fc1, layer.activation_fn, layer.fc2)
-            layer.activation_fn, layer.fc2 = nn.Identity(), _Through()
-            plan.append((layer.fc1, "ffn", index))
-        else:
-            raise UnsupportedModelError(f"{type(layer).__name__}: looked for an FFN as mlp, or fc1, activation_fn, fc2")
-    for module, name, index in plan:
-        module.register_forward_hook(_caller(name, number, index), with_kwargs=True)
+    remembering = list(served.memory.layers) if served.memory is not None else []
+    places: dict[Part, list[int]] = {"ffn": served.bank.layers if edits else [], "attention": remembering}
+    plan = [(decoder.layers[i], part) for part, at in places.items() if at for i in decoder.select(at, need=(part,))]
+    for layer, part in plan:
+        last = layer.ffn[-1].module if part == "ffn" else layer.attention.module
+        if ranks > 1 and not all(getattr(each, "reduce_results", True) for each in (last, *last.children())):
+            raise UnsupportedModelError(f"{layer.where}: its {part} is not summed over the {ranks} ranks where it ends")
+    for layer, part in plan:
+        hook = hook_ffn if part == "ffn" else hook_attention
+        hook(layer, _caller(part, number, layer.index))
 
 
-def _caller(name: str, number: int, index: int) -> Callable[..., None]:
+def _caller(name: str, number: int, index: int) -> Callable[[Tensor, Tensor], None]:
     run = getattr(torch.ops.unike_serving, name)
-
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        x = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        run(x, output[0] if isinstance(output, tuple) else output, number, index)
-
-    return hook
+    return lambda x, out: run(x, out, number, index)
 
 
 # --- what a server is told --------------------------------------------------------------------------------------------
@@ -141,9 +116,11 @@ class _Served:
     """A server's settings, as a process of it needs them."""
 
     def __init__(self, vllm_config: Any, settings: dict[str, Any]) -> None:
-        unknown = sorted(set(settings) - {"edits", "memory", "layers", "max_edits"})
+        unknown = sorted(set(settings) - {"edits", "memory", "layers", "max_edits", "search"})
         if unknown:
-            raise ValueError(f"additional_config.unike: expected edits, memory, layers and max_edits, got {unknown}")
+            raise ValueError(
+                f"additional_config.unike: expected edits, memory, layers, max_edits and search, got {unknown}"
+            )
         self._most = check_most(settings.get("max_edits", MOST_EDITS))
         self.config = vllm_config.model_config.hf_config
         text = vllm_config.model_config.hf_text_config
@@ -154,6 +131,8 @@ class _Served:
         self.layers = sorted(settings.get("layers") or (self.memory.layers if self.memory else last))
         self._path = vllm_config.model_config.model
         if self.memory is not None:
+            if settings.get("search"):
+                self.memory = replace(self.memory, search=Approximate(**settings["search"]))
             check_memory(self.memory)
             self._judge(self.memory)
         self.model: FlatModel | None = None
@@ -278,7 +257,8 @@ def _load_model(original: Callable[..., Any], self: Any, *args: Any, **kwargs: A
     if served is not None:
         _supported(self.vllm_config, self.device)
         served.model = None  # one that only checked is not on the model's device
-        install(self.get_model(), served.flat(self.device), served.total)
+        text, ranks = self.vllm_config.model_config.hf_text_config, self.parallel_config.tensor_parallel_size
+        install(self.get_model(), text, served.flat(self.device), edits=served.folder is not None, ranks=ranks)
     return result
 
 

@@ -241,6 +241,15 @@ class PreparedNeurons:
     def __reduce__(self) -> Any:  # a copy is laid out anew, at addresses of its own
         return type(self), (self.pool, self.activation)
 
+    def of_rows(self, row_indptr: Tensor, row_edits: Tensor, token_rows: Tensor | None) -> PreparedNeurons:
+        """The same neurons for another batch, in a fraction of the time: see `EditPool`."""
+        new = object.__new__(type(self))
+        new.__dict__.update(self.__dict__)  # a copy would be laid out anew
+        new.pool = self.pool._replace(row_indptr=row_indptr, row_edits=row_edits, token_rows=token_rows)
+        if self._native is not None:
+            new._native = self._native.of_rows(row_indptr, row_edits, token_rows)
+        return new
+
     def __call__(self, x: Tensor, base: Tensor, out: Tensor | None = None) -> Tensor:
         """base plus the extra neurons of each token, [..., d], by the shortest way that computes it.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor
 
@@ -36,9 +38,20 @@ class Pool:
         #: Whether what is written to the pool's tensors later is seen: nothing had to be converted.
         self.live = [_native.address(t) for t in pool] == [_native.address(t) for t in self.tensors]
         self.activation = ACTIVATIONS.index(activation)
+        self._sizes, self._dtype = (pool.keys.shape[0], pool.zeta.shape[0]), _native.DTYPES[wide]
         self._at = _native.address(self.tensors[_INDPTR])
-        sizes = (pool.keys.shape[0], pool.zeta.shape[0], pool.row_indptr.shape[0] - 1)
-        self.native = _native.core().Pool(sizes, _native.DTYPES[wide], [_native.address(t) for t in self.tensors])
+        self._lay_out(pool.row_indptr.shape[0] - 1)
+
+    def _lay_out(self, rows: int) -> None:
+        addresses = [_native.address(t) for t in self.tensors]
+        self.native = _native.core().Pool((*self._sizes, rows), self._dtype, addresses)
+
+    def of_rows(self, row_indptr: Tensor, row_edits: Tensor, token_rows: Tensor | None) -> Pool:
+        """The same neurons for another batch: see `EditPool`; int64, contiguous, on the CPU."""
+        new = copy.copy(self)
+        new.tensors = (*self.tensors[:8], row_indptr, row_edits, token_rows)
+        new._lay_out(row_indptr.shape[0] - 1)
+        return new
 
     def moved(self) -> bool:
         """Whether the tensors have moved, as those do that are sent to another process: lay them out again."""

@@ -1,0 +1,125 @@
+"""Hooks on the FFNs and attentions of many families against the same models patched; hybrids; what engines return."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from backbones.hybrids import HYBRIDS
+from backbones.zoo import ZOO, model_of
+from torch import nn
+
+import unike_kernels as uk
+from unike_kernels import backbones
+from unike_kernels.serving import FlatModel, Share, Version, vllm
+from unike_kernels.serving.hooks import hook_attention, hook_ffn
+
+IDS = torch.arange(5, 14)[None]
+FAMILIES = [
+    "opt", "gpt2", "gptj", "gpt_neox", "falcon", "bloom", "qwen2", "gemma2", "olmo2", "cohere", "phi", "starcoder2",
+    "mixtral", "llama4_text",
+]  # fmt: skip
+
+
+def installed(model, memory, edits, layers):
+    """The model with vLLM's hooks in these layers, and what they call."""
+    text = model.config.get_text_config(decoder=True)
+    activation = backbones.find_decoder(model).layers[layers[-1]].activation
+    flat = FlatModel(layers, text.hidden_size, activation, memory)
+    for edit in edits:
+        flat.hold(Version(edit.id, edit))
+    vllm.install(model, text, flat, edits=True)
+    return flat
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_vllms_hooks_find_what_patch_finds(name, make_edit, make_memory):
+    """The same bits, in modules that are called as Hugging Face calls them."""
+    model = model_of(ZOO[name], torch.float32)
+    memory = make_memory(model, uk.Config(k=7, values="out", alpha=0.4), layers=(2, 3))
+    edit = make_edit(model, "a", memory, layers=(2, 3))
+    with torch.no_grad():
+        plain = model(input_ids=IDS, use_cache=False).logits
+        with uk.patched(model, [edit], memory):
+            wanted = model(input_ids=IDS, use_cache=False).logits
+        flat = installed(model, memory, [edit], [2, 3])
+        assert torch.equal(model(input_ids=IDS, use_cache=False).logits, plain)
+        flat.begin([Share(9, ("a",))])
+        found = model(input_ids=IDS, use_cache=False).logits
+    assert torch.equal(found, wanted)
+    assert not torch.allclose(found, plain, atol=1e-2)
+
+
+def test_a_layer_that_lacks_a_part_is_refused_at_start(make_memory):
+    """Only where the part is needed."""
+    hybrid = next(h for h in HYBRIDS.values() if len(h.ffn) < 4 and h.attention)
+    model = model_of(hybrid.family)
+    lacking = next(i for i in range(4) if i not in hybrid.ffn)
+    text = model.config.get_text_config(decoder=True)
+    flat = FlatModel(range(4), text.hidden_size, "silu")
+    with pytest.raises(uk.UnsupportedModelError, match=rf"layer {lacking} .*: looked for one FFN"):
+        vllm.install(model, text, flat, edits=True)
+    vllm.install(model, text, flat, edits=False)
+    vllm.install(model, text, FlatModel(hybrid.ffn, text.hidden_size, "silu"), edits=True)
+
+
+def test_modules_that_keep_no_config():
+    """As vLLM's StableLM: then the text config is theirs."""
+    model = model_of(ZOO["llama"])
+    text, layers = model.config, model.model.layers
+    for module in model.modules():
+        module.__dict__.pop("config", None)
+    found = backbones.find_decoder(model, text)
+    assert found.path == "model" and [layer.module for layer in found.layers] == list(layers)
+    with pytest.raises(uk.UnsupportedModelError, match="expected a Hugging Face PreTrainedModel"):
+        backbones.find_decoder(model)
+
+
+def test_what_ranks_have_not_summed_is_refused():
+    model = model_of(ZOO["llama"])
+    flat = FlatModel([3], 64, "silu")
+    vllm.install(model, model.config, flat, edits=True, ranks=2)
+    model.model.layers[3].mlp.down_proj.reduce_results = False
+    with pytest.raises(uk.UnsupportedModelError, match=r"layer 3 .*: its ffn is not summed over the 2 ranks"):
+        vllm.install(model, model.config, flat, edits=True, ranks=2)
+    vllm.install(model, model.config, flat, edits=True)
+
+
+class Leaves(nn.Module):
+    """An attention as vLLM's Falcon has it: positions first, the bias left for the layer to add."""
+
+    def __init__(self, bias):
+        super().__init__()
+        self.bias = bias
+
+    def forward(self, positions, hidden_states):
+        return 2 * hidden_states, self.bias
+
+
+@pytest.mark.parametrize("bias", [None, torch.randn(6)])
+@pytest.mark.parametrize("named", [True, False])
+def test_an_output_whose_bias_is_left_to_the_layer(bias, named):
+    attention, x, seen = Leaves(bias), torch.randn(3, 6), []
+
+    def change(hidden, out):
+        seen.append((hidden, out.clone()))
+        out[1:] *= 3
+
+    layer = SimpleNamespace(attention=SimpleNamespace(module=attention), where="layer 0")
+    hook_attention(layer, change)
+    out, _ = attention(torch.arange(3), hidden_states=x) if named else attention(torch.arange(3), x)
+    whole = 2 * x if bias is None else 2 * x + bias
+    ((hidden, given),) = seen
+    assert torch.equal(hidden, x) and torch.equal(given, whole)
+    assert torch.equal(out[0], 2 * x[0])  # to the bit: it was not changed
+    torch.testing.assert_close(out[1:] + (0 if bias is None else bias), 3 * whole[1:])
+
+
+def test_an_output_that_is_no_tensor_is_refused():
+    class Returns(nn.Module):
+        def forward(self, x):
+            return SimpleNamespace(routed=x)
+
+    ffn = Returns()
+    hook_ffn(SimpleNamespace(ffn=[SimpleNamespace(module=ffn)], where="layer 7 (Block)"), lambda x, out: None)
+    with pytest.raises(uk.UnsupportedModelError, match=r"layer 7 \(Block\): expected its Returns to return a tensor"):
+        ffn(torch.zeros(2, 3))
