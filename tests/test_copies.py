@@ -16,6 +16,7 @@ from unike_kernels.ops.latent_attention import blend_of
 from unike_kernels.ops.memory_attention import PreparedMemory
 from unike_kernels.ops.patched_ffn import PreparedNeurons
 from unike_kernels.retrieval import ApproximateIndex, CosineIndex
+from unike_kernels.retrieval.sharded import ShardedIndex
 
 X, BASE = torch.linspace(-2, 3, 2 * 64).sin().view(2, 64), torch.linspace(0, 5, 2 * 64).cos().view(2, 64)
 SWITCHES = blend_of(X.unsqueeze(1), None, "inclusion", "match")
@@ -118,6 +119,16 @@ def test_in_another_process(things):
     for kind, thing in things.items():  # there, and here, where the tensors have moved into shared memory meanwhile
         for got, after, before in zip(found[kind], computed(thing), want[kind], strict=True):
             assert torch.equal(got, before) and torch.equal(after, before), kind
+
+
+def test_a_group_of_processes_stays_with_them(things):
+    sharded = ShardedIndex.__new__(ShardedIndex)
+    sharded.__dict__.update(index=things["index"], group=None, first=0, _total=50)
+    assert torch.equal(pickle.loads(pickle.dumps(sharded)).index.search(X, 5)[1], things["index"].search(X, 5)[1])
+    sharded.group = object()
+    for copied in (copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match="a process group is of its process; send `index`"):
+            copied(sharded)
 
 
 def test_a_memory_that_moves_under_its_tables(things, make_model, make_memory):

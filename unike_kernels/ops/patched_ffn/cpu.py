@@ -8,8 +8,6 @@ from torch import Tensor
 from ... import _native
 from .reference import ACTIVATIONS, EditPool, ExtraGradients
 
-_INDPTR = EditPool._fields.index("indptr")  # never empty, and moves with the others
-
 
 class Pool:
     """The extra neurons of a layer, checked and laid out once (unike_edit_pool); keeps the tensors alive.
@@ -36,13 +34,9 @@ class Pool:
         #: Whether what is written to the pool's tensors later is seen: nothing had to be converted.
         self.live = [_native.address(t) for t in pool] == [_native.address(t) for t in self.tensors]
         self.activation = ACTIVATIONS.index(activation)
-        self._at = _native.address(self.tensors[_INDPTR])
+        self.anchor = _native.Anchor(self.tensors[7])  # indptr, which is never empty
         sizes = (pool.keys.shape[0], pool.zeta.shape[0], pool.row_indptr.shape[0] - 1)
         self.native = _native.core().Pool(sizes, _native.DTYPES[wide], [_native.address(t) for t in self.tensors])
-
-    def moved(self) -> bool:
-        """Whether the tensors have moved, as those do that are sent to another process: lay them out again."""
-        return _native.address(self.tensors[_INDPTR]) != self._at
 
     def add(self, x: Tensor, base: Tensor, out: Tensor | None = None) -> Tensor:
         """`base` plus the extra neurons of each token's edits.
