@@ -137,8 +137,8 @@ def test_a_memory_that_moves_under_its_tables(things, make_model, make_memory):
     memory = make_memory(model)
     layer = memory.layers[3]
     tables = MemoryTables(layer.index, layer.keys, layer.values, layer.encoder, memory.id)
-    want = computed(tables)[0].clone()
+    want, before = computed(tables)[0].clone(), tables.prepared()._native
     for t in tensors_of(memory, set()):
         t.share_memory_()
-    again = [torch.full_like(layer.keys, torch.nan) for _ in range(20)]  # where they were
-    assert torch.equal(computed(tables)[0], want) and len(again) == 20
+    assert torch.equal(computed(tables)[0], want)  # which freed memory may hold by chance
+    assert tables.prepared()._native is not before
