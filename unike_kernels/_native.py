@@ -114,6 +114,21 @@ def address(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
 
+class Anchor:
+    """Tells whether a tensor is still where it was, and with it those that were laid out beside it.
+
+    torch moves the memory of tensors that are sent to another process, all that are sent together.
+    """
+
+    def __init__(self, t: Tensor | None) -> None:
+        assert t is not None
+        self._tensor, self._at = t, t.data_ptr()
+
+    def moved(self) -> bool:
+        """Then the core knows addresses of nothing: lay the tensors out again."""
+        return self._tensor.data_ptr() != self._at
+
+
 def table(x: Tensor, name: str, dtypes: tuple[torch.dtype, ...] = tuple(DTYPES)) -> Tensor:
     """Checks that `x` is [N, d >= 1] on the CPU, and makes its rows contiguous (their stride may stay any)."""
     if x.ndim != 2 or x.dtype not in dtypes or x.device.type != "cpu":

@@ -342,7 +342,12 @@ def test_what_an_untouched_row_holds_reaches_no_derivative(mode):
         poisoned = torch.where(torch.tensor([[1.0], [1.0], [0.0]]) > 0, queries, torch.inf)
         return scores(True, poisoned, keys)[:2]
 
-    for f, shapes in ((shifted, SHIFT), (found, {"queries": (M, D), "keys": (N, D)})):
+    def edited(x: Tensor, base: Tensor, *pool: Tensor) -> Tensor:
+        x = torch.where(torch.tensor([[1.0], [1.0], [0.0]]) > 0, x, torch.nan)
+        return neurons(True, x, base, **dict(zip(POOL, pool, strict=True)))
+
+    search_of = {"queries": (M, D), "keys": (N, D)}
+    for f, shapes in ((shifted, SHIFT), (found, search_of), (edited, TOKENS | POOL)):
         leaves, along = (list(draw(shapes, torch.float32, seed).values()) for seed in (1, 2))
         assert all(t.isfinite().all() for t in torch.utils._pytree.tree_leaves(MODES[mode](f, leaves, along)))
 

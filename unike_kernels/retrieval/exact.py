@@ -144,7 +144,7 @@ class CosineIndex:
         _check.sized("queries", queries, (None, self.d))
         k = check_retrieval(queries, "index", self._table(), k, ranges)
         queries = _native.native_dtype(queries)
-        if self._native is not None and self._native.moved():
+        if self._native is not None and self._native.anchor.moved():
             self._lay_out()  # which sets it at once: others may search meanwhile
         if self._native is not None and (self._keys is None or _backend.takes_native(queries)):
             return self._native.search(queries, k, ranges)

@@ -88,13 +88,8 @@ class Keys:
             codes, bounds, direction = packed
             scan = _check_codes(codes, bounds, direction, n, self.d)
             addresses[2:] = scan, codes.data_ptr(), bounds.data_ptr(), direction.data_ptr()
-        self._first = packed[0] if rows is None and packed is not None else rows
-        self._at = _native.address(self._first)
+        self.anchor = _native.Anchor(packed[0] if rows is None and packed is not None else rows)
         self.native = _native.core().Keys(n, self.d, *addresses)
-
-    def moved(self) -> bool:
-        """Whether the tensors have moved, as those do that are sent to another process: lay them out again."""
-        return _native.address(self._first) != self._at
 
     def search(self, queries: Tensor, k: int, ranges: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The k keys of highest cosine for each query: score descending, then id ascending.

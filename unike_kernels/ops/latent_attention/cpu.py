@@ -56,13 +56,9 @@ class Memory:
             w1, encoder.b1.float(), w2, encoder.b2.float(),
         )  # fmt: skip
         self.tensors = tuple(None if t is None else _native.aligned(t) for t in tables)
-        self._at = _native.address(self.tensors[0])
+        self.anchor = _native.Anchor(self.tensors[0])
         sizes, dtypes = (n, heads, width, w1.shape[0]), (_native.DTYPES[wide_keys.dtype], _native.DTYPES[w1.dtype])
         self.native = _native.core().Memory(sizes, dtypes, [_native.address(t) for t in self.tensors])
-
-    def moved(self) -> bool:
-        """Whether the tensors have moved, as those do that are sent to another process: lay them out again."""
-        return _native.address(self.tensors[0]) != self._at
 
     def attend(self, queries: Tensor, inputs: Tensor, ids: Tensor, gate: Gate) -> tuple[Tensor, Tensor]:
         """The shifted output and alpha of each token.

@@ -103,16 +103,9 @@ def _inverse(x: Tensor) -> Tensor:
     return torch.where(x == 0, 0.0, 1 / torch.where(x == 0, 1.0, x))
 
 
-def _norm(x: Tensor, keepdim: bool = False) -> Tensor:
-    """|x| of the rows; all derivatives of that of a zero row are 0."""
-    zero = (x == 0).all(-1, keepdim=True)
-    norm = torch.where(zero, 0.0, torch.where(zero, 1.0, x).norm(dim=-1, keepdim=True))
-    return norm if keepdim else norm.squeeze(-1)
-
-
 def _cosine(a: Tensor, b: Tensor) -> Tensor:
     """cos(a, b) of the rows; 0 where either is zero."""
-    return (a * b).sum(-1) * _inverse(_norm(a)) * _inverse(_norm(b))
+    return (a * b).sum(-1) * _inverse(a.norm(dim=-1)) * _inverse(b.norm(dim=-1))
 
 
 def _per_token(rows: Tensor, tokens: int) -> Tensor:
@@ -160,7 +153,7 @@ def _steps(
         gate = cosine.clamp(0, 1)
     else:
         cosine = gate = alpha.to(wide).expand(m)
-    stretch = _norm(h) * _inverse(_norm(know)) if blend.norm == "match" else torch.ones_like(gate)
+    stretch = h.norm(dim=-1) * _inverse(know.norm(dim=-1)) if blend.norm == "match" else torch.ones_like(gate)
     return _Steps(q, h, a, valid, k_rows, v_rows, p, know, cosine, gate, stretch)
 
 
@@ -216,8 +209,8 @@ def latent_attention_backward(
 
     if blend.norm == "match":
         along = (grad_know * s.know).sum(-1, keepdim=True)
-        inverse_know = _inverse(_norm(s.know, keepdim=True))
-        inverse_h = _inverse(_norm(s.h, keepdim=True))
+        inverse_know = _inverse(s.know.norm(dim=-1, keepdim=True))
+        inverse_h = _inverse(s.h.norm(dim=-1, keepdim=True))
         stretch = s.stretch.unsqueeze(-1)
         grad_h = grad_h + along * inverse_know * inverse_h * s.h
         grad_know = stretch * (grad_know - along * inverse_know**2 * s.know)
@@ -228,8 +221,8 @@ def latent_attention_backward(
         hidden = F.linear(s.know, enc.w1, enc.b1)
         sem = F.linear(activate("gelu", hidden), enc.w2, enc.b2)
         grad_cosine = torch.where((s.cosine >= 0) & (s.cosine <= 1), grad_gate, 0.0).unsqueeze(-1)
-        inverse_sem = _inverse(_norm(sem, keepdim=True))
-        inverse_anchor = _inverse(_norm(s.anchor, keepdim=True))
+        inverse_sem = _inverse(sem.norm(dim=-1, keepdim=True))
+        inverse_anchor = _inverse(s.anchor.norm(dim=-1, keepdim=True))
         cosine = s.cosine.unsqueeze(-1)
         both = inverse_sem * inverse_anchor
         grad_sem = grad_cosine * (both * s.anchor - cosine * inverse_sem**2 * sem)

@@ -199,7 +199,7 @@ class PreparedMemory:
                 where gradients are asked for. None: a new one.
         """
         native = self._native
-        if native is not None and (native[0].moved() or native[1].moved()):
+        if native is not None and (native[0].anchor.moved() or native[1].anchor.moved()):
             native = self._native = self._laid_out()
         if native is not None and _library.direct(inputs) and _backend.takes_native(hidden, queries, inputs):
             gate = Gate.of(blend, alpha, anchor)

@@ -261,7 +261,7 @@ class PreparedNeurons:
         """
         d = x.shape[-1]
         native = self._native
-        if native is not None and native.moved():
+        if native is not None and native.anchor.moved():
             native = self._native = self._laid_out()
         if native is not None and _library.direct(x) and _backend.takes_native(x, base):
             if out is None:

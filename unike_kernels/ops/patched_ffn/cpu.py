@@ -10,8 +10,6 @@ from torch import Tensor
 from ... import _native
 from .reference import ACTIVATIONS, EditPool, ExtraGradients
 
-_INDPTR = EditPool._fields.index("indptr")  # never empty, and moves with the others
-
 
 class Pool:
     """The extra neurons of a layer, checked and laid out once (unike_edit_pool); keeps the tensors alive.
@@ -39,7 +37,7 @@ class Pool:
         self.live = [_native.address(t) for t in pool] == [_native.address(t) for t in self.tensors]
         self.activation = ACTIVATIONS.index(activation)
         self._sizes, self._dtype = (pool.keys.shape[0], pool.zeta.shape[0]), _native.DTYPES[wide]
-        self._at = _native.address(self.tensors[_INDPTR])
+        self.anchor = _native.Anchor(self.tensors[7])  # indptr, which is never empty
         self._lay_out(pool.row_indptr.shape[0] - 1)
 
     def _lay_out(self, rows: int) -> None:
@@ -52,10 +50,6 @@ class Pool:
         new.tensors = (*self.tensors[:8], row_indptr, row_edits, token_rows)
         new._lay_out(row_indptr.shape[0] - 1)
         return new
-
-    def moved(self) -> bool:
-        """Whether the tensors have moved, as those do that are sent to another process: lay them out again."""
-        return _native.address(self.tensors[_INDPTR]) != self._at
 
     def add(self, x: Tensor, base: Tensor, out: Tensor | None = None) -> Tensor:
         """`base` plus the extra neurons of each token's edits.

@@ -10,6 +10,9 @@ Bound. T tokens of a row with n neurons move (3 T + 2 n + edits) d elements; 10 
 bfloat16 are 190 KB, 0.06 us of an H100's memory. The launch and one meeting of the team, about 3 us, are what it costs.
 More than 32 blocks would not help such a token: each adds to the partial sums that all of them read. Where there are
 more tiles than blocks, a team is one block, and a prompt's tokens stream through at the speed of memory.
+
+Memory. Scratch has a place for each neuron of the pool, not for each edit that is listed: a row that names an edit more
+than once, which `ops.patched_ffn` refuses and no kernel can look for, gets it as often; so fused, and in gradients.
 """
 
 from __future__ import annotations
