@@ -368,6 +368,6 @@ def check_distinct(rows: Sequence[Sequence[str]]) -> None:
 
 def csr(rows: Sequence[Sequence[int]], device: torch.device | str) -> tuple[Tensor, Tensor]:
     """(indptr int64 [R + 1], indices int64 [S]) of a list of lists."""
-    indptr = list(itertools.accumulate(map(len, rows), initial=0))
-    flat = [i for row in rows for i in row]
-    return tuple(torch.tensor(t, dtype=torch.int64, device="cpu").to(device) for t in (indptr, flat))  # type: ignore[return-value]
+    indptr = [*itertools.accumulate(map(len, rows), initial=0)]
+    both = torch.tensor([*indptr, *itertools.chain(*rows)], dtype=torch.int64, device="cpu").to(device)
+    return both[: len(indptr)], both[len(indptr) :]
