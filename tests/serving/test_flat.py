@@ -228,9 +228,10 @@ def test_a_memory_is_searched_as_in_a_patched_model(make_model, make_memory, kin
         seen.setdefault("outs", []).append(output[0][0].clone())
 
     layer.self_attn.register_forward_hook(keep, with_kwargs=True)
-    with torch.no_grad(), uk.patched(model, memory=memory, retriever=retriever):
-        layer.self_attn.register_forward_hook(keep, with_kwargs=True)  # of the one that shifts
+    with torch.no_grad():
         model(input_ids=torch.arange(5, 14)[None])
+        with uk.patched(model, memory=memory, retriever=retriever):
+            model(input_ids=torch.arange(5, 14)[None])
     base, shifted = seen["outs"]
 
     def shift(flat):

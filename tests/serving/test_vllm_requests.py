@@ -176,15 +176,22 @@ def test_how_a_server_must_be_started(given, device, message):
 def test_a_model_is_not_served_where_it_cannot_be(monkeypatch):
     """The check comes before anything is installed."""
     installed = []
-    monkeypatch.setattr(vllm, "_served", lambda config: SimpleNamespace(flat=lambda device: device, total=4, model=1))
-    monkeypatch.setattr(vllm, "install", lambda *given: installed.append(given))
-    runner = SimpleNamespace(vllm_config=config_of(pipeline=2), device=torch.device("cpu"), get_model=lambda: "model")
+    server = SimpleNamespace(flat=lambda device: device, folder=None, model=1)
+    monkeypatch.setattr(vllm, "_served", lambda config: server)
+    monkeypatch.setattr(vllm, "install", lambda *given, **more: installed.append((*given, more)))
+
+    def runner(config):
+        config.model_config = SimpleNamespace(hf_text_config="its config")
+        ranks = SimpleNamespace(tensor_parallel_size=2)
+        return SimpleNamespace(
+            vllm_config=config, device=torch.device("cpu"), parallel_config=ranks, get_model=lambda: "model"
+        )
+
     with pytest.raises(ValueError, match="pipeline"):
-        vllm._load_model(lambda self: None, runner)
+        vllm._load_model(lambda self: None, runner(config_of(pipeline=2)))
     assert not installed
-    runner.vllm_config = config_of()
-    assert vllm._load_model(lambda self: "loaded", runner) == "loaded"
-    assert installed == [("model", torch.device("cpu"), 4)]
+    assert vllm._load_model(lambda self: "loaded", runner(config_of())) == "loaded"
+    assert installed == [("model", "its config", torch.device("cpu"), {"edits": False, "ranks": 2})]
 
 
 def test_the_second_model_runner(monkeypatch):
@@ -204,7 +211,9 @@ def test_the_second_model_runner(monkeypatch):
 
 
 def test_settings_of_a_server(served, make_model, make_memory):
-    with pytest.raises(ValueError, match=r"expected edits, memory, layers and max_edits, got \['edit', 'memories'\]"):
+    with pytest.raises(
+        ValueError, match=r"expected edits, memory, layers, max_edits and search, got \['edit', 'memories'\]"
+    ):
         served("one", edit="x", memories="y")
     assert served("none").layers == [2, 3, 4, 5]  # the last ones
     server = served("tenants", layers=[5, 4, 3, 2])
