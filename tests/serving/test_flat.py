@@ -45,6 +45,14 @@ SHARES = [
 ]  # fmt: skip
 
 
+@pytest.fixture(params=["by the dispatcher", "directly"])
+def either_way(request):
+    """With gradients asked for, and without, as engines call it."""
+    with torch.set_grad_enabled(request.param == "by the dispatcher"):
+        yield
+
+
+@pytest.mark.usefixtures("either_way")
 def test_each_request_gets_its_own_edits(versions):
     model = flat(versions)
     total = sum(share.tokens for share in SHARES)
@@ -67,6 +75,7 @@ def test_each_request_gets_its_own_edits(versions):
         assert torch.equal(out, base)
 
 
+@pytest.mark.usefixtures("either_way")
 def test_no_request_depends_on_another_ones_edits(versions):
     """The same bits when the other requests' edits are taken away or replaced."""
     model = flat(versions)
