@@ -164,10 +164,11 @@ def test_a_wrapper_of_the_patched_forward_adds_nothing_twice(base):
     held = base.forward
     base.forward = plus_one(held)
     assert torch.equal(base(X), plain + 1 + 100)
-    again = base.forward
+    again, own = base.forward, vars(base)["forward"]
     base.forward = plus_one(again)
     assert torch.equal(base(X), plain + 1 + 1 + 100)
     base.forward = again  # as it is put back
+    assert vars(base)["forward"] is own
     assert torch.equal(base(X), plain + 1 + 100)
     assert torch.equal(held(X), plain + 100)  # by itself it is what it was
     base.forward = held

@@ -391,7 +391,10 @@ def test_what_is_trained_computes(asks):
                 t.sub_(0.1 * grad)
             assert torch.equal(view(), alone(x, base, edit))
     for t in leaves:  # the last step, and nobody asks for gradients any more
-        t.requires_grad_(False).add_(0.1)
+        t.requires_grad_(False)
+    assert torch.equal(compute(), alone(x, base, edit))
+    for t in leaves:
+        t.add_(0.1)
     with torch.no_grad():
         assert torch.equal(view(), alone(x, base, edit)) and torch.equal(compute(), alone(x, base, edit))
     assert torch.equal(store.layer("first").keys, others[0]) and torch.equal(store.layer("last").values, others[1])

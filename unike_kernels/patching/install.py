@@ -121,7 +121,9 @@ def patch(
         model: a PreTrainedModel whose decoder has an FFN in the layers that are edited and attention in those of the
             memory, alone or in a multimodal model. It may be wrapped, by torch.compile, DataParallel or PEFT, and may
             be wrapped and unwrapped later; all functions of this package look inside.
-        edits: each adds its neurons to the layers that it names; ids must be distinct.
+        edits: each adds its neurons to the layers that it names; ids must be distinct. Their tensors are copied; those
+            of an edit that asks for gradients compute as they are in every pass, for who trains them by hand (but see
+            `training.train_edit`).
         memory: shifts the attention output of the layers that it names.
         layers: patched too, though no edit or memory names them; None: where nothing names any, the last four that
             have an FFN.
