@@ -28,7 +28,7 @@ from unike_kernels.artifacts.edit import EditLayer
 from unike_kernels.artifacts.fingerprint import fingerprint
 from unike_kernels.artifacts.memory import MemoryBank, MemoryLayer
 from unike_kernels.ops import SemanticEncoder
-from unike_kernels.serving import FlatModel, Share
+from unike_kernels.serving import RaggedRuntime, RequestSlice
 
 REQUESTS, PROMPT, NEW, NEURONS, LAYERS = 64, 32, 48, 10, 4
 WORDS = ["the", "of", "a", "to", "in", "is", "on", "by", "it", "or", "be", "at", "as", "an", "we", "us", "if", "my"]
@@ -88,9 +88,9 @@ def seconds_of(run: Callable[[], object]) -> float:
 
 def memory_alone(bank: MemoryBank, tokens: int) -> tuple[float, float, float]:
     """Seconds of a step's memory in all layers; of reading what it must; of the multiply-adds of its scan."""
-    flat = FlatModel(sorted(bank.layers), bank.hidden_size, "silu", bank)
+    flat = RaggedRuntime(sorted(bank.layers), bank.hidden_size, "silu", bank)
     hidden, out = torch.randn(2, tokens, bank.hidden_size)
-    flat.begin([Share(tokens)])
+    flat.begin([RequestSlice(tokens)])
     step = seconds_of(lambda: [flat.attention(layer, hidden, out) for layer in flat.layers])
     reads: list[torch.Tensor] = []
     multiply_adds = 0.0

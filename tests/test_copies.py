@@ -60,7 +60,7 @@ def things(make_model, make_memory, make_edit):
         "prepared neurons": bank.prepared(3, [["a"], ["b", "a"]]), "tables": tables[0],
         "tables of an index": tables[1], "prepared memory": tables[0].prepared(),
         "index": CosineIndex(keys), "index of codes": CosineIndex(keys, "float16", exact=False),
-        "approximate index": ApproximateIndex(keys, uk.Approximate("hnsw")),
+        "approximate index": ApproximateIndex(keys, uk.ANNConfig("hnsw")),
     }  # fmt: skip
 
 

@@ -117,7 +117,7 @@ def test_no_violation_in_this_repository():
 
 PLANTED = {
     "unike_kernels/serving/__init__.py": "from .continuous import EditingManager",
-    "unike_kernels/serving/flat.py": "from . import transformers",
+    "unike_kernels/serving/ragged.py": "from . import transformers",
     "unike_kernels/patching/install.py": "from unike_kernels import _C",
     "unike_kernels/artifacts/edit.py": "import unike_kernels._C as core",
     "unike_kernels/cli/__init__.py": "def f():\n    import importlib\n    importlib.import_module('unike_kernels._C')",

@@ -12,7 +12,7 @@ from unike_kernels.nn import extra_neurons
 from unike_kernels.ops import EditPool
 from unike_kernels.ops.patched_ffn import cpu
 from unike_kernels.ops.patched_ffn.reference import FFNWeights, check_distinct
-from unike_kernels.serving.flat import FlatModel, Share
+from unike_kernels.serving.ragged import RaggedRuntime, RequestSlice
 
 
 def pool_of(rows: list[list[int]], edits: int = 2, d: int = 16) -> EditPool:
@@ -93,10 +93,10 @@ def test_a_patched_model(make_model, make_edit):
 
 
 def test_a_server(make_model, make_edit):
-    model = FlatModel([2, 3, 4, 5], 64, "silu")
+    model = RaggedRuntime([2, 3, 4, 5], 64, "silu")
     model.bank.add(make_edit(make_model("llama"), "a"))
     with pytest.raises(ValueError, match=r"shares\[1\]\.edits: expected distinct keys, got \['a', 'a'\]"):
-        model.begin([Share(1, ("a",)), Share(1, ("a", "a"))])
+        model.begin([RequestSlice(1, ("a",)), RequestSlice(1, ("a", "a"))])
 
 
 def test_it_costs_a_decode_call_next_to_nothing(make_model, make_edit):
@@ -106,6 +106,6 @@ def test_it_costs_a_decode_call_next_to_nothing(make_model, make_edit):
     for _ in range(100):
         check_distinct(pool)
     assert (time.process_time() - start) / 100 < 2e-3
-    edits = uk.nn.EditStore()
+    edits = uk.nn.LayerEdits()
     edits.set({"a": make_edit(make_model("llama"), "a").layers[2]})
     assert edits.view("silu", (("a",),)) is edits.view("silu", (("a",),))

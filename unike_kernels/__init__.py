@@ -15,7 +15,7 @@ from typing import Any
 from . import nn, ops
 from ._version import __version__
 from .artifacts import Edit, EditLayer, MemoryBank, MemoryLayer
-from .config import Approximate, Config
+from .config import ANNConfig, Config
 from .environment import show_config
 from .errors import ArtifactError, BackendUnavailableError, MismatchError, PatchError, UnsupportedModelError
 from .ops import backend
@@ -57,7 +57,7 @@ def __getattr__(name: str) -> Any:
 
 
 __all__ = [
-    "Approximate",
+    "ANNConfig",
     "ApproximateIndex",
     "ArtifactError",
     "BackendUnavailableError",

@@ -118,7 +118,7 @@ def _is_number(value: object) -> bool:
 
 
 @dataclass(frozen=True)
-class Approximate:
+class ANNConfig:
     """How an approximate index is built and searched.
 
     Attributes:
@@ -137,8 +137,8 @@ class Approximate:
 
     def __post_init__(self) -> None:
         if self.kind not in ("ivf", "hnsw"):
-            raise ValueError(f"Approximate.kind: expected 'ivf' or 'hnsw', got {self.kind!r}")
+            raise ValueError(f"ANNConfig.kind: expected 'ivf' or 'hnsw', got {self.kind!r}")
         for name in ("lists", "probes", "links", "breadth"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"Approximate.{name}: expected at least 1, got {value!r}")
+                raise ValueError(f"ANNConfig.{name}: expected at least 1, got {value!r}")

@@ -17,8 +17,8 @@ class Recorder:
     def __init__(self, fails_at=None):
         self.log, self.edits, self.fails_at = [], [], fails_at
 
-    def foresee(self, requests):
-        self.log.append("foresee " + " ".join(r.answer for r in requests))
+    def prepare(self, requests):
+        self.log.append("prepare " + " ".join(r.answer for r in requests))
 
     def edit(self, request):
         if request.answer == self.fails_at:
@@ -48,7 +48,7 @@ def test_one_step_takes_each_edit_back_before_the_next():
     rows = list(measure(editor, requests(10), unedited(10)))
     one_by_one = [line for i in range(10) for line in (f"edit a{i}", "reset")]
     assert editor.log == [
-        "foresee " + " ".join(f"a{i}" for i in range(8)), *one_by_one[:16], "foresee a8 a9", *one_by_one[16:]
+        "prepare " + " ".join(f"a{i}" for i in range(8)), *one_by_one[:16], "prepare a8 a9", *one_by_one[16:]
     ]  # fmt: skip
     assert [r.id for r in rows] == [f"r{i}" for i in range(10)]
     assert all(r.scores["unike"] == {"reliability": 1.0} and r.seconds >= 0 for r in rows)

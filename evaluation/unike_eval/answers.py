@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from unike_kernels.backbones import device_of
-from unike_kernels.training.samples import Sample, accepted, batches, encode, taker, telling_prompts
+from unike_kernels.training.samples import Sample, accepted, batches, encode, prompt_lengths_for, text_model_of
 
 
 @torch.no_grad()
@@ -22,8 +22,8 @@ def answers(
     for group in batches(samples, batch_size):
         batch = encode(processor, [Sample(samples[i].prompt, "", samples[i].image) for i in group], device_of(model))
         settings = {"max_new_tokens": max_new_tokens, "do_sample": False, "pad_token_id": tokenizer.pad_token_id}
-        with telling_prompts(model, batch):
-            into = taker(model, batch.inputs)
+        with prompt_lengths_for(model, batch):
+            into = text_model_of(model, batch.inputs)
             out = into.generate(**accepted(into, batch.inputs), **settings)
         length = batch.inputs["input_ids"].shape[1]
         if torch.equal(out[:, :length], batch.inputs["input_ids"]):  # some models return the prompt too

@@ -77,7 +77,7 @@ def measure(
         if steps == 1 and start % _TOGETHER == 0:
             batch = requests[start : start + _TOGETHER]
             began = time.perf_counter()
-            editor.foresee([request.case.request for request in batch])
+            editor.prepare([request.case.request for request in batch])
             foreseen = (time.perf_counter() - began) / len(batch)
         try:
             seconds = [foreseen + _edit(editor, request) for request in sequence]

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from unike_kernels.backbones import device_of
-from unike_kernels.training.samples import Sample, batches, encode, evaluating, forward, telling_prompts
+from unike_kernels.training.samples import Sample, batches, encode, evaluating, forward, prompt_lengths_for
 
 PROTOCOLS = ("mmedit", "unike", "exact")
 METRICS = (
@@ -86,7 +86,7 @@ def observe(model: nn.Module, processor: Any, samples: Sequence[Sample], batch_s
     with evaluating(model):
         for group in batches(samples, batch_size):
             batch = encode(processor, [samples[i] for i in group], device_of(model))
-            with telling_prompts(model, batch):
+            with prompt_lengths_for(model, batch):
                 logits = forward(model, batch.inputs)
             ids, mask = batch.inputs["input_ids"], batch.inputs["attention_mask"].bool()
             answers = batch.answer_mask()

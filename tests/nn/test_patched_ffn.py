@@ -14,8 +14,8 @@ from unike_kernels import ops
 from unike_kernels.artifacts.edit import EditLayer
 from unike_kernels.backbones import find_decoder
 from unike_kernels.errors import PatchError
-from unike_kernels.nn import EditStore, PatchedFFN, Selection, extra_neurons, patched_ffn
-from unike_kernels.nn.edit_store import csr
+from unike_kernels.nn import LayerEdits, PatchedFFN, Selection, extra_neurons, patched_ffn
+from unike_kernels.nn.layer_edits import csr
 
 D = 4
 
@@ -31,7 +31,7 @@ def layer(n, gated=False, dtype=torch.float32):
 
 
 def store_of(**layers):
-    store = EditStore()
+    store = LayerEdits()
     store.set(layers)
     return store
 

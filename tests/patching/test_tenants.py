@@ -7,7 +7,7 @@ import torch
 
 import unike_kernels as uk
 from unike_kernels.patching.session import require_state
-from unike_kernels.serving import FlatModel, Share
+from unike_kernels.serving import RaggedRuntime, RequestSlice
 
 IDS = torch.tensor([[5, 6, 7, 8, 9], [9, 8, 7, 6, 5], [4, 4, 5, 5, 6]])
 
@@ -66,17 +66,25 @@ def test_flat_tokens(banks):
     layers, hidden, base = sorted(joined.layers), torch.randn(9, 64), torch.randn(9, 64)
 
     def run(memory, shares):
-        model = FlatModel(layers, 64, "silu", memory)
+        model = RaggedRuntime(layers, 64, "silu", memory)
         model.begin(shares)
         model.attention(layers[0], hidden, out := base.clone())
         return out
 
-    found = run(joined, [Share(4, memory="initech"), Share(1, memory="acme"), Share(2, memory=False), Share(2)])
-    assert torch.equal(found[:4], run(banks["initech"], [Share(9)])[:4])
-    assert torch.equal(found[4], run(banks["acme"], [Share(9)])[4])
+    found = run(
+        joined,
+        [
+            RequestSlice(4, memory="initech"),
+            RequestSlice(1, memory="acme"),
+            RequestSlice(2, memory=False),
+            RequestSlice(2),
+        ],
+    )
+    assert torch.equal(found[:4], run(banks["initech"], [RequestSlice(9)])[:4])
+    assert torch.equal(found[4], run(banks["acme"], [RequestSlice(9)])[4])
     assert torch.equal(found[5:7], base[5:7])
     with pytest.raises(ValueError, match="unknown tenant 'x'"):
-        run(joined, [Share(9, memory="x")])
+        run(joined, [RequestSlice(9, memory="x")])
 
 
 def test_it_is_saved_and_edits_of_its_parts_fit(make_model, make_edit, banks, tmp_path):
@@ -118,7 +126,7 @@ def test_a_retriever_of_ones_own(make_model, banks):
     """A memory is searched with what it is given, tenants and compiled code included; it alone has the keys then."""
     pytest.importorskip("faiss")
     model, joined = make_model("llama"), uk.MemoryBank.joined(banks)
-    everything = uk.Approximate(lists=4, probes=4)
+    everything = uk.ANNConfig(lists=4, probes=4)
 
     @torch.no_grad()
     def logits(run=model, memory=joined, **given):

@@ -17,7 +17,7 @@ def clustered(n, d=32, centres=50, seed=0):
     return middle[torch.randint(centres, (n,), generator=g)] + 0.5 * torch.randn(n, d, generator=g)
 
 
-@pytest.mark.parametrize("how", [uk.Approximate(), uk.Approximate("hnsw")], ids=["ivf", "hnsw"])
+@pytest.mark.parametrize("how", [uk.ANNConfig(), uk.ANNConfig("hnsw")], ids=["ivf", "hnsw"])
 def test_finds_most_of_what_there_is(how):
     keys, queries = clustered(20_000), clustered(100, seed=1)
     index = uk.ApproximateIndex(keys, how)
@@ -36,7 +36,7 @@ def test_finds_most_of_what_there_is(how):
 def test_a_wider_search_finds_more_and_all_lists_find_all():
     keys, queries = torch.randn(5_000, 32), torch.randn(50, 32)
     exact = uk.CosineIndex(keys)
-    indexes = [uk.ApproximateIndex(keys, uk.Approximate(lists=64, probes=p)) for p in (1, 4, 64)]
+    indexes = [uk.ApproximateIndex(keys, uk.ANNConfig(lists=64, probes=p)) for p in (1, 4, 64)]
     found = [index.recall(queries, 20, exact) for index in indexes]
     assert found[0] < found[1] < found[2] == 1.0
 
@@ -51,7 +51,7 @@ def test_too_few_keys_and_queries_that_are_not_finite():
     assert torch.equal(scores == float("-inf"), ids == -1)
 
 
-ALL = [uk.Approximate(lists=8, probes=8), uk.Approximate("hnsw", breadth=500)]  # which leave nothing out
+ALL = [uk.ANNConfig(lists=8, probes=8), uk.ANNConfig("hnsw", breadth=500)]  # which leave nothing out
 
 
 @pytest.mark.parametrize("how", ALL, ids=["ivf", "hnsw"])
@@ -77,9 +77,9 @@ def test_a_memory_that_retrieves_approximately(make_model, make_memory):
         with torch.no_grad(), uk.patched(model, memory=bank), uk.rows(model, **rows):
             return model(input_ids=ids, attention_mask=mask).logits
 
-    exact, all_lists = logits(None), uk.Approximate(lists=8, probes=8)
+    exact, all_lists = logits(None), uk.ANNConfig(lists=8, probes=8)
     torch.testing.assert_close(logits(all_lists), exact, atol=1e-5, rtol=1e-5)
-    assert (logits(uk.Approximate(lists=50, probes=1)) - exact).abs().max() > 1e-2
+    assert (logits(uk.ANNConfig(lists=50, probes=1)) - exact).abs().max() > 1e-2
     plain = model(input_ids=ids).logits
     assert torch.equal(logits(all_lists, memory=[False, True])[0], plain[0])
     mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
@@ -88,9 +88,9 @@ def test_a_memory_that_retrieves_approximately(make_model, make_memory):
 
 def test_what_is_refused():
     with pytest.raises(ValueError, match="expected 'ivf' or 'hnsw', got 'lsh'"):
-        uk.Approximate("lsh")
-    with pytest.raises(ValueError, match=r"Approximate\.probes: expected at least 1, got 0"):
-        uk.Approximate(probes=0)
+        uk.ANNConfig("lsh")
+    with pytest.raises(ValueError, match=r"ANNConfig\.probes: expected at least 1, got 0"):
+        uk.ANNConfig(probes=0)
     with pytest.raises(ValueError, match="with N at least 1"):
         uk.ApproximateIndex(torch.zeros(0, 4))
     with pytest.raises(ValueError, match="NaN or infinity"):

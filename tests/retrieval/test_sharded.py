@@ -70,7 +70,7 @@ def rank_of_a_parallel_ffn(rank, world, place, failures):
 
         def computed(edit, columns):
             base = torch.nn.functional.silu(x @ w_in[columns].T) @ w_out[:, columns].T
-            store = uk.nn.EditStore()
+            store = uk.nn.LayerEdits()
             store.set({"a": edit.layers[0]})
             return uk.ops.patched_ffn(x, base, store.pool(), activation="silu")
 

@@ -10,7 +10,7 @@ from torch import nn
 
 import unike_kernels as uk
 from unike_kernels import backbones
-from unike_kernels.serving import FlatModel, Share, Version, vllm
+from unike_kernels.serving import RaggedRuntime, RequestSlice, Version, vllm
 from unike_kernels.serving.hooks import hook_attention, hook_ffn
 
 IDS = torch.arange(5, 14)[None]
@@ -24,7 +24,7 @@ def installed(model, memory, edits, layers):
     """The model with vLLM's hooks in these layers, and what they call."""
     text = model.config.get_text_config(decoder=True)
     activation = backbones.find_decoder(model).layers[layers[-1]].activation
-    flat = FlatModel(layers, text.hidden_size, activation, memory)
+    flat = RaggedRuntime(layers, text.hidden_size, activation, memory)
     for edit in edits:
         flat.hold(Version(edit.id, edit))
     vllm.install(model, text, flat, edits=True)
@@ -43,7 +43,7 @@ def test_vllms_hooks_find_what_patch_finds(name, make_edit, make_memory):
             wanted = model(input_ids=IDS, use_cache=False).logits
         flat = installed(model, memory, [edit], [2, 3])
         assert torch.equal(model(input_ids=IDS, use_cache=False).logits, plain)
-        flat.begin([Share(9, ("a",))])
+        flat.begin([RequestSlice(9, ("a",))])
         found = model(input_ids=IDS, use_cache=False).logits
     assert torch.equal(found, wanted)
     assert not torch.allclose(found, plain, atol=1e-2)
@@ -55,11 +55,11 @@ def test_a_layer_that_lacks_a_part_is_refused_at_start(make_memory):
     model = model_of(hybrid.family)
     lacking = next(i for i in range(4) if i not in hybrid.ffn)
     text = model.config.get_text_config(decoder=True)
-    flat = FlatModel(range(4), text.hidden_size, "silu")
+    flat = RaggedRuntime(range(4), text.hidden_size, "silu")
     with pytest.raises(uk.UnsupportedModelError, match=rf"layer {lacking} .*: looked for one FFN"):
         vllm.install(model, text, flat, edits=True)
     vllm.install(model, text, flat, edits=False)
-    vllm.install(model, text, FlatModel(hybrid.ffn, text.hidden_size, "silu"), edits=True)
+    vllm.install(model, text, RaggedRuntime(hybrid.ffn, text.hidden_size, "silu"), edits=True)
 
 
 def test_modules_that_keep_no_config():
@@ -76,7 +76,7 @@ def test_modules_that_keep_no_config():
 
 def test_what_ranks_have_not_summed_is_refused():
     model = model_of(ZOO["llama"])
-    flat = FlatModel([3], 64, "silu")
+    flat = RaggedRuntime([3], 64, "silu")
     vllm.install(model, model.config, flat, edits=True, ranks=2)
     model.model.layers[3].mlp.down_proj.reduce_results = False
     with pytest.raises(uk.UnsupportedModelError, match=r"layer 3 .*: its ffn is not summed over the 2 ranks"):

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import unike_kernels as uk
-from unike_kernels.serving import EditFolder, transformers
+from unike_kernels.serving import EditRepository, transformers
 from unike_kernels.serving.transformers import EditedModels, RequestError, _resolving, serve, sharing_weights
 
 openai = pytest.importorskip("openai")
@@ -47,7 +47,7 @@ def test_a_model_that_shares_its_weights(make_model, make_edit):
 def test_names(make_model, make_edit, tmp_path):
     model = make_model("llama")
     make_edit(model, "a").save(tmp_path / "a.safetensors")
-    models = EditedModels(EditFolder(tmp_path))
+    models = EditedModels(EditRepository(tmp_path))
     base, versions = models.split("folder/name+a")
     assert (base, [v.edit.id for v in versions]) == ("folder/name", ["a"])
     edited = models.edited(model, versions)
@@ -62,7 +62,7 @@ def test_names(make_model, make_edit, tmp_path):
 def test_edited_models_go_with_their_model(make_model, make_edit, tmp_path):
     model = make_model("llama")
     make_edit(model, "a").save(tmp_path / "a.safetensors")
-    models = EditedModels(EditFolder(tmp_path))
+    models = EditedModels(EditRepository(tmp_path))
     edited = weakref.ref(models.edited(model, models.split("x+a")[1]))
     weight = weakref.ref(model.get_input_embeddings().weight)
     gc.collect()
@@ -79,7 +79,7 @@ def test_edited_models_know_where_prompts_end(make_model, make_edit, make_memory
     memory = make_memory(model, uk.Config(**{"k": 7, "values": "out", "alpha": 0.4, **config}))
     edit = loud(make_edit(model, "a", memory))
     edit.save(tmp_path / "a.safetensors")
-    models = EditedModels(EditFolder(tmp_path), memory)
+    models = EditedModels(EditRepository(tmp_path), memory)
     edited = models.edited(model, models.split("x+a")[1])
     ids = torch.tensor([[5, 6, 7, 8, 9]])
     settings = {"max_new_tokens": NEW, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
@@ -112,7 +112,7 @@ def test_decisions_and_speech_have_no_end_of_a_prompt(make_model, make_edit, mak
     model = make_model("llama")
     memory = make_memory(model, uk.Config(**{"k": 7, "values": "out", "alpha": 0.4, **config}))
     loud(make_edit(model, "a", memory)).save(tmp_path / "a.safetensors")
-    models = EditedModels(EditFolder(tmp_path), memory)
+    models = EditedModels(EditRepository(tmp_path), memory)
     state = SimpleNamespace(use_continuous_batching=lambda *args: False)
     kinds = SimpleNamespace(get_model_modality=lambda *args, **kwargs: None, force_model=None)
     resolve = _resolving(lambda self, body: (body["model"], model, None), models)

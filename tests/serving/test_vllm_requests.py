@@ -263,7 +263,7 @@ def test_memories_that_need_prompts_work_or_are_refused_at_start(make_model, mak
 def test_a_memory_that_is_searched_approximately(served):
     pytest.importorskip("faiss")
     server = served("one", search={"kind": "hnsw", "breadth": 64})
-    assert server.memory.search == uk.Approximate("hnsw", breadth=64)
+    assert server.memory.search == uk.ANNConfig("hnsw", breadth=64)
     assert all(isinstance(t.retriever, uk.ApproximateIndex) for t in server.flat()._tables.values())
     with pytest.raises(ValueError, match="expected 'ivf' or 'hnsw', got 'lsh'"):
         served("none", memory=server.folder.path.parent / "one.memory", search={"kind": "lsh"})

@@ -10,11 +10,11 @@ from unike_kernels.training.samples import (
     accepted,
     batches,
     context_length,
+    drop_tokens,
     encode,
     evaluating,
     forward,
     needs_image,
-    thinned,
 )
 
 SAMPLES = [Sample("w1 w2 w3", "w4 w5"), Sample("w6", "w7"), Sample("w8 w9 w1 w2", "")]
@@ -151,7 +151,7 @@ def test_a_processor_runs_once_and_all_that_it_returns_is_kept(make_processor, p
     assert counting.calls == 1
     assert set(batch.inputs) == {"input_ids", "attention_mask", "pixel_values", "token_type_ids", "mm_extra"}
     assert batch.inputs["token_type_ids"].sum() == 4 * 3
-    cut = thinned(batch, {0: 1}, 0.9, {3})  # what is of tokens moves with them
+    cut = drop_tokens(batch, {0: 1}, 0.9, {3})  # what is of tokens moves with them
     assert torch.equal(cut.inputs["token_type_ids"], (cut.inputs["input_ids"] == 3).long())
 
 

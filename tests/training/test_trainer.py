@@ -11,7 +11,7 @@ import unike_kernels as uk
 from unike_kernels.artifacts.fingerprint import fingerprint
 from unike_kernels.patching import patched_ffns
 from unike_kernels.training import EditTraining, Sample, train_edit, train_edits
-from unike_kernels.training.samples import encode, forward, repeated, thinned
+from unike_kernels.training.samples import drop_tokens, encode, forward, repeated
 
 edit_module = sys.modules["unike_kernels.training.trainer"]
 
@@ -296,7 +296,7 @@ def test_a_thinned_prompt_is_the_prompt_without_these_words(make_model, processo
     ids = {getattr(model.config, "image_token_index", None)} - {None}
     shorter = 0
     for seed in range(4):
-        batch = thinned(repeated(targets.batch, 2), {2: seed, 3: seed}, 0.5, ids)
+        batch = drop_tokens(repeated(targets.batch, 2), {2: seed, 3: seed}, 0.5, ids)
         with torch.no_grad():
             losses, _ = targets.losses(model, batch)
         for row, request in enumerate([*requests, *requests]):
@@ -524,7 +524,7 @@ def test_what_is_protected_stays_in_fewer_words_too(make_model, processor, monke
     model, kept = make_model("llama"), Sample("w1 w2 w3 w5 w6 w7", "w30 w31")
     first = train(model, processor, kept, id="first").edit
     near = Sample("w1 w2 w4 w5 w6 w7", "w20 w21")
-    copies = thinned(encode(processor, [kept] * 2), {0: 1, 1: 2}, 0.4, set())
+    copies = drop_tokens(encode(processor, [kept] * 2), {0: 1, 1: 2}, 0.4, set())
     shown = zip(copies.inputs["input_ids"], copies.inputs["attention_mask"].bool(), strict=True)
     fewer = [Sample(processor.decode(ids[mask]).removesuffix(" w30 w31"), "w30 w31") for ids, mask in shown]
     assert len({kept.prompt, *(sample.prompt for sample in fewer)}) == 3

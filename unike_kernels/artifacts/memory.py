@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import Approximate, Config
+from ..config import ANNConfig, Config
 from ..errors import ArtifactError, MismatchError
 from ..ops import SemanticEncoder
 from . import files
@@ -98,7 +98,7 @@ class MemoryBank:
     id: str = ""
     tenants: Mapping[str, range] = field(default_factory=dict)
     parts: Mapping[str, str] = field(default_factory=dict)
-    search: Approximate | None = None
+    search: ANNConfig | None = None
 
     def __post_init__(self) -> None:
         if not self.layers:

@@ -15,7 +15,7 @@ from ._drop_in import (
 )
 from .context import ModelContext, Pass, PromptState, Selection, Version
 from .dense import Dense
-from .edit_store import EditStore
+from .layer_edits import LayerEdits
 from .memory_attention import MemoryAttention, MemoryShift, MemoryTables, memory_shift, shift_tokens
 from .patched_ffn import ExtraNeurons, PatchedFFN, extra_neurons
 from .trace import LayerTrace, Trace
@@ -23,8 +23,8 @@ from .trace import LayerTrace, Trace
 __all__ = [
     "Dense",
     "DropIn",
-    "EditStore",
     "ExtraNeurons",
+    "LayerEdits",
     "LayerTrace",
     "MemoryAttention",
     "MemoryShift",

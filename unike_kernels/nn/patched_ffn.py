@@ -16,7 +16,7 @@ from ..ops.patched_ffn.reference import activate
 from ._drop_in import DropIn, Record, adopt, base_class, check_free, first_argument, record_of
 from .context import ModelContext, Pass
 from .dense import Dense
-from .edit_store import EditStore
+from .layer_edits import LayerEdits
 from .trace import seconds_since
 
 
@@ -39,9 +39,9 @@ class ExtraNeurons(Record):
         self._probed = [(part, _state(part)) for part in inside]
 
     @property
-    def edits(self) -> EditStore:
+    def edits(self) -> LayerEdits:
         """Those of the current version; empty at first, and the output is then the base module's own."""
-        found: EditStore = self.context.current.edits[self.layer]
+        found: LayerEdits = self.context.current.edits[self.layer]
         return found
 
     def move(self, fn: Any) -> None:
@@ -56,13 +56,13 @@ class ExtraNeurons(Record):
             return fused
         return self._with(now, edits, hidden, base(*args, **kwargs))
 
-    def _now(self) -> tuple[Pass, EditStore | None]:
+    def _now(self) -> tuple[Pass, LayerEdits | None]:
         """The pass that runs, and its edits; None: there are none."""
         now = self.context.now()
-        edits: EditStore | None = now.version.edits.get(self.layer)
+        edits: LayerEdits | None = now.version.edits.get(self.layer)
         return now, None if edits is None or edits.empty else edits
 
-    def _with(self, now: Pass, edits: EditStore, hidden_states: Tensor, result: Any) -> Any:
+    def _with(self, now: Pass, edits: LayerEdits, hidden_states: Tensor, result: Any) -> Any:
         """What the base returns, and the neurons on top."""
         start = 0.0 if now.trace is None else time.perf_counter()
         if isinstance(result, tuple):  # experts: and what the router said
@@ -77,12 +77,12 @@ class ExtraNeurons(Record):
             record.neurons = {name: t.view(*now.trace.shape, -1) for name, t in found.items()}
         return result
 
-    def _add(self, now: Pass, edits: EditStore, hidden_states: Tensor, out: Tensor) -> Tensor:
+    def _add(self, now: Pass, edits: LayerEdits, hidden_states: Tensor, out: Tensor) -> Tensor:
         if now.traced or torch.is_grad_enabled():
             return add_extra_neurons(hidden_states, out, self._pool(now, edits), self.activation)
         return edits.view(self.activation, now.selection.edits)(hidden_states, out)
 
-    def _pool(self, now: Pass, edits: EditStore) -> EditPool:
+    def _pool(self, now: Pass, edits: LayerEdits) -> EditPool:
         """The neurons, and the edits of each row of this pass."""
         if now.traced:
             return edits.pool(selected=None if now.selection.csr is None else now.selection.csr[self.layer])
@@ -90,7 +90,7 @@ class ExtraNeurons(Record):
 
     @torch.no_grad()
     def _activations(
-        self, edits: EditStore, rows: tuple[tuple[str, ...], ...] | None, hidden_states: Tensor
+        self, edits: LayerEdits, rows: tuple[tuple[str, ...], ...] | None, hidden_states: Tensor
     ) -> dict[str, Tensor]:
         """Edit id -> what its neurons put out, [..., n]; 0 in rows that do not use it."""
         found = {}
@@ -108,7 +108,7 @@ class ExtraNeurons(Record):
 
     # --- base and neurons in one launch ------------------------------------------------------------------------------
 
-    def _fused(self, now: Pass, edits: EditStore, hidden_states: Tensor) -> Tensor | None:
+    def _fused(self, now: Pass, edits: LayerEdits, hidden_states: Tensor) -> Tensor | None:
         """Both together, or None where they may not be one launch."""
         if (
             not _on_gpu(hidden_states)
@@ -234,7 +234,7 @@ class PatchedFFN(DropIn):
         for module, _ in own:
             check_free(module)
         if layer not in context.current.edits:
-            context.install(layer, edits=EditStore())
+            context.install(layer, edits=LayerEdits())
         for module, record in own:
             adopt(module, cls, record)
         return base[0]

@@ -14,7 +14,7 @@ from .. import backbones
 from ..artifacts.edit import Edit
 from ..artifacts.memory import MemoryBank
 from ..errors import PatchError
-from ..nn import EditStore
+from ..nn import LayerEdits
 from .compatibility import check_artifacts
 from .install import make_tables
 from .session import Installed, PatchedState, Running, log_event, outside_inference_mode, require_state
@@ -121,7 +121,7 @@ def set_layers(model: nn.Module, layers: Mapping[int, Mapping[str, Any]]) -> Non
     """
     state = require_state(model)
     with state.lock:
-        stores = {i: EditStore() for i in layers}
+        stores = {i: LayerEdits() for i in layers}
         for i, store in stores.items():
             store.set(layers[i])
         _publish(state, "keep", edits=stores)
@@ -139,7 +139,7 @@ def _installed(state: PatchedState, id: str) -> Edit:
 
 
 def _publish(
-    state: PatchedState, running: Running, *, edits: Mapping[int, EditStore] | None = None, **more: Any
+    state: PatchedState, running: Running, *, edits: Mapping[int, LayerEdits] | None = None, **more: Any
 ) -> None:
     """Install these stores, and what else an `Installed` has, at once."""
     version: Installed = state.installed

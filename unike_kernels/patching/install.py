@@ -19,8 +19,8 @@ from ..errors import PatchError
 from ..nn import (
     Dense,
     DropIn,
-    EditStore,
     ExtraNeurons,
+    LayerEdits,
     MemoryAttention,
     MemoryTables,
     ModelContext,
@@ -251,10 +251,10 @@ def patched(model: nn.Module, *args: Any, **kwargs: Any) -> Iterator[PatchReport
         unpatch(model)
 
 
-def _store(layer: backbones.Layer, edits: dict[str, Edit]) -> EditStore:
+def _store(layer: backbones.Layer, edits: dict[str, Edit]) -> LayerEdits:
     """The neurons of these edits in one layer, where its FFN computes."""
     own = {name: edit.layers[layer.index] for name, edit in edits.items() if layer.index in edit.layers}
-    store, device = EditStore(), backbones.device_of(layer.ffn[0].module)
+    store, device = LayerEdits(), backbones.device_of(layer.ffn[0].module)
     store.set(own, device)
     store.spare()
     return store

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import Approximate
+from ..config import ANNConfig
 from ..ops import _check, normalize_rows
 from ..ops.cosine_topk import check_retrieval
 from .retriever import Retriever
@@ -19,14 +19,14 @@ class ApproximateIndex:
 
     Args:
         keys: [N, d], any float dtype, finite; N at least 1. On a GPU with faiss-gpu, "ivf" is searched there.
-        how: see `Approximate`.
+        how: see `ANNConfig`.
 
     Raises:
         ImportError: faiss is not installed.
         ValueError: no keys, or a key with NaN or infinity; "hnsw" on a GPU.
     """
 
-    def __init__(self, keys: Tensor, how: Approximate | None = None) -> None:
+    def __init__(self, keys: Tensor, how: ANNConfig | None = None) -> None:
         try:
             import faiss
         except ImportError as error:
@@ -35,12 +35,12 @@ class ApproximateIndex:
             raise ValueError(f"keys: expected [N, d] with N at least 1, got {list(keys.shape)}")
         if not keys.isfinite().all():
             raise ValueError("keys: expected finite numbers, got NaN or infinity")
-        self.how, self._device = how or Approximate(), keys.device
+        self.how, self._device = how or ANNConfig(), keys.device
         rows, (self._count, self.d) = normalize_rows(keys.detach()).cpu().contiguous().numpy(), keys.shape
         index: Any
         if self.how.kind == "hnsw":
             if keys.is_cuda:
-                raise ValueError("Approximate.kind: 'hnsw' is searched on the CPU; take 'ivf' for keys on a GPU")
+                raise ValueError("ANNConfig.kind: 'hnsw' is searched on the CPU; take 'ivf' for keys on a GPU")
             index = faiss.IndexHNSWFlat(self.d, self.how.links, faiss.METRIC_INNER_PRODUCT)
             index.hnsw.efSearch = self.how.breadth
         else:

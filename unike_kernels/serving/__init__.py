@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .bank import EditBank
-from .flat import FlatModel, Share
-from .folder import EditFolder, Version
+from .ragged import RaggedRuntime, RequestSlice
+from .repository import EditRepository, Version
 
-__all__ = ["EditBank", "EditFolder", "FlatModel", "Share", "Version"]
+__all__ = ["EditBank", "EditRepository", "RaggedRuntime", "RequestSlice", "Version"]

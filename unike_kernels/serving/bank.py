@@ -10,8 +10,8 @@ from torch import Tensor
 from ..artifacts.compatibility import ModelDescription, check_compatibility
 from ..artifacts.edit import Edit
 from ..errors import PatchError
-from ..nn import EditStore
-from ..nn.edit_store import check_distinct, token_rows
+from ..nn import LayerEdits
+from ..nn.layer_edits import check_distinct, token_rows
 from ..ops import ACTIVATIONS, EditPool
 from ..ops.patched_ffn import PreparedNeurons
 
@@ -44,7 +44,7 @@ class EditBank:
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}; got {activation!r}")
         self.hidden_size, self.activation, self.device = hidden_size, activation, torch.device(device)
-        self._stores = {layer: EditStore() for layer in layers}
+        self._stores = {layer: LayerEdits() for layer in layers}
         self._edits: dict[str, Edit] = {}
 
     def __len__(self) -> int:

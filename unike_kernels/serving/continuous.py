@@ -1,7 +1,7 @@
 """Edits for each request of transformers' continuous batching.
 
 A step there computes the tokens of all its requests behind one another, [1, T, d]. Hooks on the model's FFNs and
-attentions hand these to a `FlatModel`, which a manager tells before each step whose tokens they are.
+attentions hand these to a `RaggedRuntime`, which a manager tells before each step whose tokens they are.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from ..artifacts.memory import MemoryBank
 from ..errors import PatchError
 from ..patching import check_artifacts, is_patched
 from ..retrieval import Retriever
-from .flat import FlatModel, Share, remembers
-from .folder import EditFolder, Version, check_ids
 from .hooks import hook_attention, hook_ffn
+from .ragged import RaggedRuntime, RequestSlice, remembers
+from .repository import EditRepository, Version, check_ids
 
 _KEY = "unike"  # of what a request's state carries: it follows the request when it is forked or put off
 
@@ -48,8 +48,8 @@ class EditingManager(ContinuousBatchingManager):
     Args:
         model: a PreTrainedModel as `patch` takes it, not patched. While the manager runs it is the manager's alone:
             transformers' continuous batching does not leave passes of other threads as they are.
-        edits: a folder of edits (see `EditFolder`), which may come, change and go; a request keeps the versions that it
-            began with. None: no edits.
+        edits: a folder of edits (see `EditRepository`), which may come, change and go; a request keeps the versions
+            that it began with. None: no edits.
         memory: for the requests that do not decline it with unike_memory=False, or for the tenant that they name; None:
             none.
         retriever: makes the index of a layer's retrieval keys, see `patch`; None: what the memory's `search` says.
@@ -62,7 +62,7 @@ class EditingManager(ContinuousBatchingManager):
         FileNotFoundError: there is no such folder.
         MismatchError: the memory is for another model.
         UnsupportedModelError: as `patch`; a layer of the memory has no attention, or no layer an FFN.
-        ValueError: as `FlatModel`; a config that asks for one of these.
+        ValueError: as `RaggedRuntime`; a config that asks for one of these.
     """
 
     def __init__(
@@ -86,14 +86,14 @@ class EditingManager(ContinuousBatchingManager):
             )
         config.use_cuda_graph = config.use_async_batching = False
         self._decoder = backbones.find_decoder(model)
-        self._folder = None if edits is None else EditFolder(edits, self._check)
+        self._folder = None if edits is None else EditRepository(edits, self._check)
         self._memory = memory
         if memory is not None:
             check_artifacts(model, self._decoder, [], memory, memory.config, override=False)
             self._decoder.select(list(memory.layers), need=("attention",))
         layers = self._decoder.layers
         editable = [layer.index for layer in layers if layer.has("ffn")] or self._decoder.select(None)
-        self._flat = FlatModel(
+        self._flat = RaggedRuntime(
             editable,
             self._decoder.hidden_size,
             layers[editable[-1]].activation,
@@ -174,12 +174,12 @@ def _asked(state: Any) -> _Asked:
     return asked
 
 
-def _share(state: Any, tokens: int) -> Share:
+def _share(state: Any, tokens: int) -> RequestSlice:
     """What a step computes for a request; its state says already how many tokens there are afterwards."""
     asked = _asked(state)
     prompt = state._true_initial_tokens or len(state.initial_tokens)
     before = prompt - 1 - (state.position_offset - tokens)
-    return Share(tokens, tuple(version.key for version in asked.versions), asked.memory, max(before, 0))
+    return RequestSlice(tokens, tuple(version.key for version in asked.versions), asked.memory, max(before, 0))
 
 
 def _keep_apart(cache: Any, scheduler: Any) -> None:

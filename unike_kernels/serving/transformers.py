@@ -21,8 +21,8 @@ from ..artifacts.memory import MemoryBank
 from ..errors import PatchError, UnsupportedModelError
 from ..patching import patch, rows
 from .continuous import EditingManager
-from .flat import check_memory
-from .folder import MOST_EDITS, EditFolder, NoSuchEditError, Version, check_ids, check_most
+from .ragged import check_memory
+from .repository import MOST_EDITS, EditRepository, NoSuchEditError, Version, check_ids, check_most
 
 M = TypeVar("M", bound=nn.Module)
 _KEPT = 64  # edited models of a model, and workers for them, that are kept while others are asked for
@@ -76,7 +76,7 @@ class EditedModels:
     Raises ValueError for a memory of tenants: a name does not tell whose entries it may use.
     """
 
-    def __init__(self, edits: EditFolder, memory: MemoryBank | None = None, max_edits: int = MOST_EDITS) -> None:
+    def __init__(self, edits: EditRepository, memory: MemoryBank | None = None, max_edits: int = MOST_EDITS) -> None:
         if memory is not None and memory.tenants:
             raise ValueError("memory: expected one without tenants: the name of an edited model does not name a tenant")
         self._folder, self._memory, self._most = edits, memory, check_most(max_edits)
@@ -262,7 +262,7 @@ def serve(
     Raises:
         ImportError: transformers' server is not installed.
         FileNotFoundError, ArtifactError: no such folder or memory, or not a valid one.
-        ValueError: a memory of tenants; with continuous_batching=True, one that `FlatModel` does not take; with
+        ValueError: a memory of tenants; with continuous_batching=True, one that `RaggedRuntime` does not take; with
             compile=True, one that needs to know where prompts end.
     """
     from transformers.cli.serve import Serve
@@ -277,7 +277,7 @@ def serve(
             "memory: with compile=True transformers' masks do not tell where prompts end; expected one with "
             f"retrieval='token', alpha='token' or a number, and tokens='all' or 'text'; got {loaded.config}"
         )
-    models = EditedModels(EditFolder(edits), loaded, max_edits)
+    models = EditedModels(EditRepository(edits), loaded, max_edits)
     # Handlers and managers are made by the server itself.
     _replace(BaseHandler, "_resolve_model", _resolving, models)
     _replace(GenerationState, "get_manager", _managing)

@@ -2,7 +2,7 @@
 
 Start vLLM with `--additional-config '{"unike": {"edits": "FOLDER", "memory": "FILE"}}'`; both are optional, and so is
 "layers", the decoder layers that edits may name (the last four), "max_edits", of one request (16), and "search", how
-the memory is retrieved from where that need not be exact, such as {"kind": "hnsw"} (see `Approximate`). A request names
+the memory is retrieved from where that need not be exact, such as {"kind": "hnsw"} (see `ANNConfig`). A request names
 its edits in `SamplingParams(extra_args={"unike_edit": "capital-of-peru"})`, several as a list, over HTTP in the field
 `vllm_xargs`; `"unike_memory": 0` declines the memory, `"unike_memory": "acme"` lets a tenant's entries alone shift it.
 Clients are not told apart: who may name which edit or tenant is for what stands before the server to decide.
@@ -37,11 +37,11 @@ from ..artifacts.edit import Edit
 from ..artifacts.fingerprint import Identity, samples_of_checkpoint
 from ..artifacts.memory import MemoryBank
 from ..backbones import Part, configured_activation, find_decoder
-from ..config import Approximate
+from ..config import ANNConfig
 from ..errors import UnsupportedModelError
-from .flat import FlatModel, Share, check_memory, remembers
-from .folder import MOST_EDITS, EditFolder, Retained, check_ids, check_most
 from .hooks import hook_attention, hook_ffn
+from .ragged import RaggedRuntime, RequestSlice, check_memory, remembers
+from .repository import MOST_EDITS, EditRepository, VersionPin, check_ids, check_most
 
 KEY = "unike"  # in additional_config, and of what the front-end tells the worker about a request
 _LAYERS = 4
@@ -49,7 +49,7 @@ _ON_ITS_WAY = 60.0  # seconds that a request may take from the front-end to the 
 
 # --- the operators ----------------------------------------------------------------------------------------------------
 
-_models: WeakValueDictionary[int, FlatModel] = WeakValueDictionary()
+_models: WeakValueDictionary[int, RaggedRuntime] = WeakValueDictionary()
 _lib = torch.library.Library("unike_serving", "DEF")
 
 
@@ -74,7 +74,7 @@ for _name, _run in (("ffn", _ffn), ("attention", _attention)):
 # --- the model --------------------------------------------------------------------------------------------------------
 
 
-def install(model: nn.Module, text: Any, served: FlatModel, *, edits: bool, ranks: int = 1) -> None:
+def install(model: nn.Module, text: Any, served: RaggedRuntime, *, edits: bool, ranks: int = 1) -> None:
     """Let the decoder layers of a vLLM model call the operators.
 
     Args:
@@ -132,12 +132,12 @@ class _Served:
         self._path = vllm_config.model_config.model
         if self.memory is not None:
             if settings.get("search"):
-                self.memory = replace(self.memory, search=Approximate(**settings["search"]))
+                self.memory = replace(self.memory, search=ANNConfig(**settings["search"]))
             check_memory(self.memory)
             self._judge(self.memory)
-        self.model: FlatModel | None = None
-        self.folder = EditFolder(settings["edits"], self.check) if settings.get("edits") else None
-        self._admitted: deque[tuple[float, Retained]] = deque()
+        self.model: RaggedRuntime | None = None
+        self.folder = EditRepository(settings["edits"], self.check) if settings.get("edits") else None
+        self._admitted: deque[tuple[float, VersionPin]] = deque()
 
     def _judge(self, artifact: Edit | MemoryBank) -> None:
         """Whether it was made for this model: by its config, and by its checkpoint where that lies in a folder."""
@@ -151,10 +151,10 @@ class _Served:
             warnings.simplefilter("ignore")  # an engine casts and quantises as it likes
             check_compatibility(artifact, description, memories=memories)
 
-    def flat(self, device: torch.device | str = "cpu") -> FlatModel:
+    def flat(self, device: torch.device | str = "cpu") -> RaggedRuntime:
         """Of the worker alone: the tables of a memory take time and room."""
         if self.model is None:
-            self.model = FlatModel(self.layers, self.hidden_size, self.activation, self.memory, device=device)
+            self.model = RaggedRuntime(self.layers, self.hidden_size, self.activation, self.memory, device=device)
         return self.model
 
     def check(self, edit: Edit) -> None:
@@ -297,7 +297,7 @@ def _told(params: Any) -> dict[str, Any]:
     return told
 
 
-def _shares(runner: Any, served: _Served, flat: FlatModel) -> Sequence[Share]:
+def _shares(runner: Any, served: _Served, flat: RaggedRuntime) -> Sequence[RequestSlice]:
     """The requests of a step in their order, their edits made resident."""
     batch, starts, shares = runner.input_batch, runner.query_start_loc.np, []
     usual = remembers(served.memory, None)  # of requests that sample nothing, and so can ask for nothing
@@ -310,7 +310,7 @@ def _shares(runner: Any, served: _Served, flat: FlatModel) -> Sequence[Share]:
             for key in keys:
                 flat.hold(served.folder.held(key), needed)
         before = state.num_prompt_tokens - 1 - int(batch.num_computed_tokens_cpu[row])
-        shares.append(Share(int(starts[row + 1] - starts[row]), keys, told.get("memory", usual), max(before, 0)))
+        shares.append(RequestSlice(int(starts[row + 1] - starts[row]), keys, told.get("memory", usual), max(before, 0)))
     return shares
 
 

@@ -18,11 +18,11 @@ from .samples import (
     Batch,
     Sample,
     batches,
+    drop_tokens,
     encode,
     forward,
+    prompt_lengths_for,
     repeated,
-    telling_prompts,
-    thinned,
 )
 from .settings import EditTraining
 
@@ -79,7 +79,7 @@ class _Targets:
     def losses(self, model: nn.Module, batch: Batch | None = None) -> tuple[Tensor, list[bool]]:
         """Of each row the mean negative log-likelihood of its answer's tokens, [A], and whether each is predicted."""
         batch = batch or self.batch
-        with telling_prompts(model, batch):
+        with prompt_lengths_for(model, batch):
             logits = forward(model, batch.inputs)[:, :-1]
         answers, wanted = batch.answer_mask()[:, 1:], batch.inputs["input_ids"][:, 1:]
         token = torch.zeros(answers.shape, dtype=torch.float32, device=logits.device)
@@ -110,12 +110,12 @@ class _Preserve:
         for group in batches(every, training.preserve_batch):
             batch = encode(processor, [every[i] for i in group], device_of(model))
             seeds = {row: training.seed + i for row, i in enumerate(group) if i >= len(samples)}
-            batch = thinned(batch, seeds, share, placeholder_ids(model))
+            batch = drop_tokens(batch, seeds, share, placeholder_ids(model))
             self.batches.append(batch)
             self.targets.append(self._logits(model, batch).float().log_softmax(-1))
 
     def _logits(self, model: nn.Module, batch: Batch) -> Tensor:
-        with telling_prompts(model, batch):
+        with prompt_lengths_for(model, batch):
             return forward(model, batch.inputs)
 
     def mean_inputs(self, model: nn.Module, ffns: dict[int, ExtraNeurons]) -> dict[int, Tensor]:

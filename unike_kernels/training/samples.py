@@ -188,13 +188,13 @@ def needs_image(model: nn.Module) -> bool:
     return pixel is not None and pixel.default is inspect.Parameter.empty
 
 
-def taker(model: nn.Module, inputs: Mapping[str, Tensor]) -> Any:
+def text_model_of(model: nn.Module, inputs: Mapping[str, Tensor]) -> Any:
     """What takes these inputs: the model, or for text the language model of one that cannot do without an image."""
     return model.language_model if "pixel_values" not in inputs and needs_image(model) else model
 
 
 def forward(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
-    """Logits [B, T, V] of the model, or of its language model; see `taker`.
+    """Logits [B, T, V] of the model, or of its language model; see `text_model_of`.
 
     Raises:
         ValueError: a sample is longer than the model's context.
@@ -205,7 +205,7 @@ def forward(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
         raise ValueError(
             f"samples[{longest}]: {int(lengths[longest])} tokens with its answer, but the model's context is {most}"
         )
-    into = taker(model, inputs)
+    into = text_model_of(model, inputs)
     logits: Tensor = into(**accepted(into, inputs), use_cache=False).logits
     return logits
 
@@ -224,7 +224,7 @@ def context_length(model: nn.Module) -> int | None:
     return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
 
 
-def telling_prompts(model: nn.Module, batch: Batch) -> AbstractContextManager[None]:
+def prompt_lengths_for(model: nn.Module, batch: Batch) -> AbstractContextManager[None]:
     """Within the block a patched model knows where the prompts of this batch end; an unpatched one need not."""
     return rows(model, prompt_lengths=batch.prompt_lengths) if is_patched(model) else nullcontext()
 
@@ -237,7 +237,7 @@ def repeated(batch: Batch, times: int) -> Batch:
     return Batch(inputs, batch.ends.repeat(times), batch.lasts.repeat(times), batch.prompt_lengths * times)
 
 
-def thinned(batch: Batch, seeds: Mapping[int, int], share: float, kept_ids: Collection[int]) -> Batch:
+def drop_tokens(batch: Batch, seeds: Mapping[int, int], share: float, kept_ids: Collection[int]) -> Batch:
     """The batch, in some rows without a share of the prompt's tokens.
 
     Args:
@@ -269,11 +269,11 @@ def thinned(batch: Batch, seeds: Mapping[int, int], share: float, kept_ids: Coll
     return Batch({**inputs, **of_tokens}, batch.ends, batch.lasts, lengths)
 
 
-def with_thinned(model: nn.Module, batch: Batch, share: float, seed: int) -> Batch:
+def with_prompt_dropout(model: nn.Module, batch: Batch, share: float, seed: int) -> Batch:
     """With a share: the batch, and behind it a copy without such a share of the prompts' tokens (prompt dropout)."""
     rows, copies = len(batch.ends), 2 if share else 1
     seeds = dict.fromkeys(range(rows, copies * rows), seed)
-    return thinned(repeated(batch, copies), seeds, share, placeholder_ids(model))
+    return drop_tokens(repeated(batch, copies), seeds, share, placeholder_ids(model))
 
 
 @contextmanager

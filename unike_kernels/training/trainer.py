@@ -30,7 +30,7 @@ from .samples import (
     batches,
     evaluating,
     taking_gradients,
-    with_thinned,
+    with_prompt_dropout,
 )
 from .settings import EditResult, EditTraining
 
@@ -290,7 +290,7 @@ class _Trainer:
 
     def _losses(self, active: Sequence[_Training], targets: _Targets, step: int) -> tuple[Tensor, list[bool]]:
         """Of each edit its loss, and whether it predicts its answer."""
-        batch = with_thinned(self.model, targets.batch, self.training.prompt_dropout, self.training.seed + step)
+        batch = with_prompt_dropout(self.model, targets.batch, self.training.prompt_dropout, self.training.seed + step)
         copies = len(batch.ends) // len(active)
         # What prompt dropout leaves out is another thing in each step.
         same = self.replay.of(targets.recording) if batch is targets.batch else nullcontext()

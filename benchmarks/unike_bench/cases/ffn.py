@@ -13,7 +13,7 @@ from unike_eval.eager import EagerFFN
 
 from unike_kernels import ops
 from unike_kernels.artifacts.edit import EditLayer
-from unike_kernels.nn import EditStore
+from unike_kernels.nn import LayerEdits
 from unike_kernels.ops.patched_ffn import reference
 
 from ..harness.case import Case, Run, System, check_close
@@ -50,7 +50,7 @@ class Layer:
             EditLayer(normal(NEURONS, d) * d**-0.5, normal(NEURONS), normal(NEURONS, d) * d**-0.5, *shared)
             for _ in range(edits)
         ]
-        store = EditStore()
+        store = LayerEdits()
         store.set({str(i): edit for i, edit in enumerate(self.edits)})
         self.pool = store.pool([[str(i)] for i in range(edits)])
         self.x = normal(tokens, d)

@@ -34,7 +34,7 @@ class Editor(ABC):
     def fit(self, suite: Suite) -> None:  # noqa: B027 (some systems learn nothing)
         """Learn what the system needs to know before it edits, from suite.train and suite.preserve."""
 
-    def foresee(self, requests: Sequence[Sample]) -> None:  # noqa: B027 (most systems gain nothing by it)
+    def prepare(self, requests: Sequence[Sample]) -> None:  # noqa: B027 (most systems gain nothing by it)
         """Prepare for edits that will be made of these requests, each without the others: several may be faster."""
 
     @abstractmethod

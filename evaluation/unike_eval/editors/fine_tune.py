@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from unike_kernels.training.samples import Sample, evaluating, with_thinned
+from unike_kernels.training.samples import Sample, evaluating, with_prompt_dropout
 
 from .base import WeightEditor, answer_loss, only
 
@@ -45,7 +45,7 @@ class FineTune(WeightEditor):
         with evaluating(self.model), only(self.model, self.parameters):
             optimizer = torch.optim.Adam(self.parameters, self.lr)
             for step in range(self.steps):
-                seen = with_thinned(self.model, batch, self.prompt_dropout, self.seed + step)
+                seen = with_prompt_dropout(self.model, batch, self.prompt_dropout, self.seed + step)
                 loss = answer_loss(self.model, seen)
                 if float(loss.detach()) < self.stop_loss:
                     break

@@ -34,8 +34,8 @@ class IntrinsicIKE(Editor):
         self._neurons.fit(suite)
         self._prompts.fit(suite)
 
-    def foresee(self, requests: Sequence[Sample]) -> None:
-        self._neurons.foresee(requests)
+    def prepare(self, requests: Sequence[Sample]) -> None:
+        self._neurons.prepare(requests)
 
     def edit(self, request: Sample) -> None:
         self._neurons.edit(request)

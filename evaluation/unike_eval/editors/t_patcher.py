@@ -14,7 +14,7 @@ from unike_kernels.artifacts.fingerprint import fingerprint
 from unike_kernels.backbones import find_decoder
 from unike_kernels.config import Config
 from unike_kernels.patching import patched, patched_ffns
-from unike_kernels.training.samples import Batch, Sample, batches, evaluating, forward, with_thinned
+from unike_kernels.training.samples import Batch, Sample, batches, evaluating, forward, with_prompt_dropout
 
 from ..metrics import Observation
 from ..suite import Suite
@@ -87,7 +87,7 @@ class TPatcher(Editor):
             optimizer = torch.optim.Adam(trained, self.lr)
             for step in range(self.steps):
                 store.set(in_force | {name: patches})
-                seen = with_thinned(self.model, batch, self.prompt_dropout, self.seed + step)
+                seen = with_prompt_dropout(self.model, batch, self.prompt_dropout, self.seed + step)
                 loss = answer_loss(self.model, seen)
                 if float(loss.detach()) < self.stop_loss:
                     break

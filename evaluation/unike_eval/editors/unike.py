@@ -68,7 +68,7 @@ class UniKE(Editor):
         self.intrinsic, self.latent = intrinsic, latent
         self._edits: list[Edit] = []
         self._requests: list[Sample] = []  # of the edits in force: those to come shall not answer for them
-        self._foreseen: dict[int, Edit] = {}
+        self._prepared: dict[int, Edit] = {}
         self._preserve: Sequence[Sample] = ()
         self._memory: MemoryBank | None = None
         self._zeta: dict[int, Tensor] | None = None
@@ -107,16 +107,16 @@ class UniKE(Editor):
             found[i] = direction * (right.norm() / direction.norm().clamp(min=1e-12))
         return found
 
-    def foresee(self, requests: Sequence[Sample]) -> None:
+    def prepare(self, requests: Sequence[Sample]) -> None:
         if self.intrinsic:
             made = self._trained(requests)
-            self._foreseen = {id(request): edit for request, edit in zip(requests, made, strict=True)}
+            self._prepared = {id(request): edit for request, edit in zip(requests, made, strict=True)}
 
     def edit(self, request: Sample) -> None:
         if not self.intrinsic:
             return
-        if id(request) in self._foreseen and not self._edits:
-            self._edits.append(self._foreseen[id(request)])
+        if id(request) in self._prepared and not self._edits:
+            self._edits.append(self._prepared[id(request)])
         else:
             self._edits += self._trained([request])
         self._requests.append(request)

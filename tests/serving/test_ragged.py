@@ -8,7 +8,7 @@ import torch
 
 import unike_kernels as uk
 from unike_kernels.artifacts.edit import EditLayer
-from unike_kernels.serving import EditFolder, FlatModel, Share, Version
+from unike_kernels.serving import EditRepository, RaggedRuntime, RequestSlice, Version
 
 D, LAYERS = 64, [2, 3]
 
@@ -21,7 +21,7 @@ def versions(make_model, make_edit):
 
 
 def flat(versions, **kwargs):
-    model = FlatModel(LAYERS, D, "silu", **kwargs)
+    model = RaggedRuntime(LAYERS, D, "silu", **kwargs)
     for version in versions.values():
         model.hold(version)
     return model
@@ -40,8 +40,9 @@ def alone(x, base, edits, layer):
 
 
 SHARES = [
-    Share(1, ("a@1",)), Share(1), Share(1, ("b@1", "a@1")),  # decoding
-    Share(5, ("c@1",)), Share(4), Share(1, ("d@1",)), Share(0, ("a@1",)), Share(2, ("d@1", "b@1")),
+    RequestSlice(1, ("a@1",)), RequestSlice(1), RequestSlice(1, ("b@1", "a@1")),  # decoding
+    RequestSlice(5, ("c@1",)), RequestSlice(4), RequestSlice(1, ("d@1",)), RequestSlice(0, ("a@1",)),
+    RequestSlice(2, ("d@1", "b@1")),
 ]  # fmt: skip
 
 
@@ -99,9 +100,10 @@ def test_no_request_depends_on_another_ones_edits(versions):
 @pytest.mark.parametrize("tokens", ["all", "answer"])
 def test_the_memory_shifts_whom_it_may(make_model, make_memory, versions, tokens):
     memory = make_memory(make_model("llama"), uk.Config(k=7, values="out", tokens=tokens, alpha=0.4), layers=LAYERS)
-    model = FlatModel(LAYERS, D, "silu", memory)
+    model = RaggedRuntime(LAYERS, D, "silu", memory)
     shares = [
-        Share(1), Share(1, memory=False), Share(6, prompt=4), Share(3, prompt=9), Share(2, prompt=1, memory=False)
+        RequestSlice(1), RequestSlice(1, memory=False), RequestSlice(6, prompt=4),
+        RequestSlice(3, prompt=9), RequestSlice(2, prompt=1, memory=False)
     ]  # fmt: skip
     hidden, base = torch.randn(15, D), torch.randn(15, D)
 
@@ -110,7 +112,7 @@ def test_the_memory_shifts_whom_it_may(make_model, make_memory, versions, tokens
         model.attention(2, hidden, out := base.clone())
         return out
 
-    everybody = run([Share(13)])
+    everybody = run([RequestSlice(13)])
     out = run(shares)
     shifted = [0, *range(2, 8), *range(8, 11)] if tokens == "all" else [0, 6, 7]
     for token in range(15):
@@ -119,13 +121,13 @@ def test_the_memory_shifts_whom_it_may(make_model, make_memory, versions, tokens
             assert not torch.equal(out[token], base[token])
         else:
             assert torch.equal(out[token], base[token])
-    assert torch.equal(run([Share(13, memory=False)]), base)
+    assert torch.equal(run([RequestSlice(13, memory=False)]), base)
     model.attention(5, hidden, out := base.clone())  # a layer without a memory
     assert torch.equal(out, base)
 
 
 def test_the_oldest_edits_that_nobody_needs_make_room(versions):
-    model = FlatModel(LAYERS, D, "silu", resident=3)
+    model = RaggedRuntime(LAYERS, D, "silu", resident=3)
     for name in "abc":
         model.hold(versions[name])
     model.hold(versions["d"], needed=["a@1"])
@@ -138,7 +140,7 @@ def test_the_oldest_edits_that_nobody_needs_make_room(versions):
 def test_a_soak(requests, make_model, make_edit, tmp_path):
     """Many requests while edits come, are replaced and go: every row of every step, and nothing piles up."""
     base, layer, rng = make_edit(make_model("llama"), "x", layers=[2]), 2, random.Random(0)
-    folder, model = EditFolder(tmp_path), FlatModel([2], D, "silu", resident=16)
+    folder, model = EditRepository(tmp_path), RaggedRuntime([2], D, "silu", resident=16)
     g = torch.Generator().manual_seed(0)
     numbers, present = iter(range(10**6)), set()
 
@@ -168,7 +170,7 @@ def test_a_soak(requests, make_model, make_edit, tmp_path):
         for versions, _ in running:
             for version in versions:
                 model.hold(version, needed)
-        shares = [Share(rng.choice((1, 1, 1, 3)), tuple(v.key for v in versions)) for versions, _ in running]
+        shares = [RequestSlice(rng.choice((1, 1, 1, 3)), tuple(v.key for v in versions)) for versions, _ in running]
         total = sum(share.tokens for share in shares)
         x, before = torch.randn(total, D, generator=g), torch.randn(total, D, generator=g)
         model.begin(shares)
@@ -196,7 +198,7 @@ def test_a_soak(requests, make_model, make_edit, tmp_path):
 def test_memories_that_flat_tokens_cannot_serve(make_model, make_memory, config):
     memory = make_memory(make_model("llama"), uk.Config(k=7, **{"values": "pre", **config}), layers=LAYERS)
     with pytest.raises(ValueError, match="memory: an engine of flat tokens serves"):
-        FlatModel(LAYERS, D, "silu", memory)
+        RaggedRuntime(LAYERS, D, "silu", memory)
 
 
 def test_edits_that_do_not_fit(versions, make_model, make_memory, make_edit):
@@ -208,8 +210,8 @@ def test_edits_that_do_not_fit(versions, make_model, make_memory, make_edit):
         model.check(make_edit(make_model("opt"), "x", layers=LAYERS))
     memory = make_memory(make_model("llama"), layers=LAYERS)
     with pytest.raises(uk.MismatchError, match=f"'a': it was trained with the memory None, this one is {memory.id}"):
-        FlatModel(LAYERS, D, "silu", memory).check(versions["a"].edit)
-    model.begin([Share(1, ("z@1",))])
+        RaggedRuntime(LAYERS, D, "silu", memory).check(versions["a"].edit)
+    model.begin([RequestSlice(1, ("z@1",))])
     with pytest.raises(uk.PatchError, match="unknown edit ids"):
         model.ffn(2, torch.zeros(1, D), torch.zeros(1, D))
 
@@ -226,10 +228,10 @@ def test_a_memory_is_searched_as_in_a_patched_model(make_model, make_memory, kin
     """With the same bits, whatever searches it."""
     model = make_model("llama")
     memory = make_memory(model, uk.Config(k=7, values="out", alpha=0.4), layers=LAYERS, entries=200)
-    exactly, retriever = FlatModel(LAYERS, D, "silu", memory), Opposite if kind == "given" else None
+    exactly, retriever = RaggedRuntime(LAYERS, D, "silu", memory), Opposite if kind == "given" else None
     if kind == "approximate":
         pytest.importorskip("faiss")
-        memory = replace(memory, search=uk.Approximate(lists=50, probes=1))
+        memory = replace(memory, search=uk.ANNConfig(lists=50, probes=1))
     layer, seen = model.model.layers[2], {}
 
     def keep(module, args, kwargs, output):
@@ -244,11 +246,11 @@ def test_a_memory_is_searched_as_in_a_patched_model(make_model, make_memory, kin
     base, shifted = seen["outs"]
 
     def shift(flat):
-        flat.begin([Share(4), Share(5)])
+        flat.begin([RequestSlice(4), RequestSlice(5)])
         flat.attention(2, seen["hidden"], out := base.clone())
         return out
 
-    found = shift(FlatModel(LAYERS, D, "silu", memory, retriever=retriever))
+    found = shift(RaggedRuntime(LAYERS, D, "silu", memory, retriever=retriever))
     assert torch.equal(found, shifted) and not torch.equal(found, base)
     assert torch.equal(found, shift(exactly)) == (kind == "exact")
 
@@ -257,7 +259,7 @@ def test_a_layer_that_gets_a_part_of_the_step(versions, make_model, make_memory)
     """As ranks of an engine may: whose tokens they are is not known."""
     memory = make_memory(make_model("llama"), uk.Config(k=7, values="out"), layers=LAYERS)
     model = flat(versions, memory=memory)
-    model.begin([Share(3, ("a@1",)), Share(2)])
+    model.begin([RequestSlice(3, ("a@1",)), RequestSlice(2)])
     for run in (model.ffn, model.attention):
         with pytest.raises(RuntimeError, match="the step holds 5 tokens, a layer got 4 of them"):
             run(2, torch.zeros(4, D), torch.zeros(4, D))

@@ -115,7 +115,7 @@ class _Own:
         weakref.finalize(self, _leave, self.folder, self.descriptor, self.pid)
 
 
-class Retained:
+class VersionPin:
     """As long as it lives, a version's file is within reach of other processes.
 
     Attributes:
@@ -127,7 +127,7 @@ class Retained:
         self.owner, self.version = owner, version
 
 
-class EditFolder:
+class EditRepository:
     """The edits `<id>.safetensors` of a folder.
 
     Adding or replacing an edit is `Edit.save` to its place, which is atomic; revoking it is removing the file. A
@@ -154,7 +154,7 @@ class EditFolder:
     def _begin(self) -> None:
         """What a process retains is its own: a forked child begins anew."""
         self._own: _Own | None = None
-        self._retained: weakref.WeakValueDictionary[str, Retained] = weakref.WeakValueDictionary()
+        self._retained: weakref.WeakValueDictionary[str, VersionPin] = weakref.WeakValueDictionary()
         self._lock = threading.Lock()
 
     def _forked(self) -> None:
@@ -222,7 +222,7 @@ class EditFolder:
             version = self._held[key] = Version(key, Edit.load(retained))
         return version
 
-    def retain(self, key: str) -> Retained:
+    def retain(self, key: str) -> VersionPin:
         """Keep the file of a version within reach of other processes, which have it by `held`.
 
         Raises ValueError if there is none any more.
@@ -236,11 +236,11 @@ class EditFolder:
                     if not self._unwritable:
                         _log.warning("edits: versions that are replaced cannot be kept for other processes: %s", error)
                     self._unwritable = True
-                    found = Retained(None, self.held(key))
+                    found = VersionPin(None, self.held(key))
                 self._retained[key] = found
         return found
 
-    def _kept(self, key: str) -> Retained:
+    def _kept(self, key: str) -> VersionPin:
         parent = self.path / _RETAINED
         if self._own is None:
             _sweep(parent)
@@ -248,7 +248,7 @@ class EditFolder:
         # Each its own name: the last one of this key may be about to be unlinked.
         place = self._own.folder / f"{_short(key)}~{next(_count)}.safetensors"
         self._copy(key, place)
-        found = Retained(self._own)
+        found = VersionPin(self._own)
         weakref.finalize(found, _let_go, place, self._own.pid)
         return found
 
@@ -271,7 +271,7 @@ class EditFolder:
         return (self.path / name for name in names)
 
 
-_folders: weakref.WeakSet[EditFolder] = weakref.WeakSet()
+_folders: weakref.WeakSet[EditRepository] = weakref.WeakSet()
 
 
 def _forked() -> None:

@@ -15,11 +15,11 @@ from ..nn import shift_tokens
 from ..patching.install import make_tables
 from ..retrieval import Retriever
 from .bank import EditBank
-from .folder import Version
+from .repository import Version
 
 
 @dataclass(frozen=True)
-class Share:
+class RequestSlice:
     """What a step computes for one request.
 
     Attributes:
@@ -36,7 +36,7 @@ class Share:
     prompt: int = 0
 
 
-class FlatModel:
+class RaggedRuntime:
     """Edits and a memory for such a model. An engine says what a step holds, and calls two functions in each layer.
 
     Args:
@@ -96,7 +96,7 @@ class FlatModel:
                 self.bank.remove(key)
         self.bank.add(replace(version.edit, id=version.key))
 
-    def begin(self, shares: Sequence[Share]) -> None:
+    def begin(self, shares: Sequence[RequestSlice]) -> None:
         """Say what the next passes hold: the requests' tokens in this order; what is behind them is padding.
 
         Raises ValueError for a share that names an edit more than once.
@@ -109,7 +109,7 @@ class FlatModel:
         self._shifted = bool(self._tables) and any(share.memory for share in shares)
         self._bounds = self._entries(shares) if self._shifted else None
 
-    def _entries(self, shares: Sequence[Share]) -> Tensor | None:
+    def _entries(self, shares: Sequence[RequestSlice]) -> Tensor | None:
         """int64 [T, 2]: the entries that each token may retrieve; None: all of them, each token."""
         assert self.memory is not None
         answers = self.memory.config.tokens == "answer"
@@ -164,7 +164,7 @@ def check_memory(memory: MemoryBank) -> None:
 
 
 def remembers(memory: MemoryBank | None, asked: bool | str | None) -> bool | str:
-    """What a request's `Share.memory` is.
+    """What a request's `RequestSlice.memory` is.
 
     Args:
         memory: the server's.

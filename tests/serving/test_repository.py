@@ -14,8 +14,8 @@ import pytest
 import unike_kernels as uk
 from unike_kernels.artifacts import files
 from unike_kernels.errors import ArtifactError
-from unike_kernels.serving import EditFolder
-from unike_kernels.serving import folder as module
+from unike_kernels.serving import EditRepository
+from unike_kernels.serving import repository as module
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def first_key(edit):
 
 
 def test_an_edit_comes_is_replaced_and_goes(tmp_path, edit):
-    folder = EditFolder(tmp_path)
+    folder = EditRepository(tmp_path)
     with pytest.raises(ValueError, match="there is no edit 'a'"):
         folder.get("a")
     put(tmp_path, edit("a"))
@@ -56,11 +56,11 @@ def test_an_edit_comes_is_replaced_and_goes(tmp_path, edit):
     with pytest.raises(ValueError, match="there is no edit 'a'"):
         folder.get("a")
     assert folder.held(new.key) is new
-    assert EditFolder(tmp_path)._last == {}
+    assert EditRepository(tmp_path)._last == {}
 
 
 def test_what_did_not_change_is_not_loaded_again(tmp_path, edit, monkeypatch):
-    folder, loads, load = EditFolder(tmp_path), [], uk.Edit.read
+    folder, loads, load = EditRepository(tmp_path), [], uk.Edit.read
     monkeypatch.setattr(uk.Edit, "read", lambda file, path: (loads.append(path), load(file, path))[1])
     put(tmp_path, edit("a"))
     for _ in range(3):
@@ -72,7 +72,7 @@ def test_what_did_not_change_is_not_loaded_again(tmp_path, edit, monkeypatch):
 
 
 def test_what_nobody_holds_is_gone_with_its_file(tmp_path, edit):
-    folder = EditFolder(tmp_path)
+    folder = EditRepository(tmp_path)
     put(tmp_path, edit("a"))
     key = folder.get("a").key
     put(tmp_path, edit("a", seed=3))
@@ -84,7 +84,7 @@ def test_what_nobody_holds_is_gone_with_its_file(tmp_path, edit):
 
 def test_another_process_reaches_what_is_retained(tmp_path, edit):
     put(tmp_path, edit("a"))
-    engine, worker = EditFolder(tmp_path), EditFolder(tmp_path)
+    engine, worker = EditRepository(tmp_path), EditRepository(tmp_path)
     wanted = first_key(engine.get("a").edit)
     key = engine.get("a").key
     retained = engine.retain(key)
@@ -94,7 +94,7 @@ def test_another_process_reaches_what_is_retained(tmp_path, edit):
     assert first_key(worker.held(key).edit) == wanted
     engine._last.clear()
     gc.collect()
-    other = EditFolder(tmp_path)  # a third process, which has it from the first one's copy
+    other = EditRepository(tmp_path)  # a third process, which has it from the first one's copy
     again = other.retain(key)
     del retained
     gc.collect()
@@ -110,8 +110,8 @@ def test_another_process_reaches_what_is_retained(tmp_path, edit):
 
 HOLD = """
 import sys
-from unike_kernels.serving import EditFolder
-folder = EditFolder(sys.argv[1])
+from unike_kernels.serving import EditRepository
+folder = EditRepository(sys.argv[1])
 retained = folder.retain(folder.get("a").key)
 print(folder._own.folder.name, flush=True)
 sys.stdin.read()
@@ -144,7 +144,7 @@ def test_what_dead_processes_retained_is_swept(tmp_path, edit, request):
         return {*names, *(f"{name}.lock" for name in names)}
 
     def retaining():
-        folder = EditFolder(tmp_path)
+        folder = EditRepository(tmp_path)
         return folder, folder.retain(folder.get("a").key), folder._own.folder.name
 
     # Other machines' that show us no locks, called as ours with a number; one of them has left its own long ago.
@@ -177,7 +177,7 @@ def test_folders_without_a_lock_are_swept_after_a_day(tmp_path, edit):
     for name in (old, new):
         (tmp_path / ".retained" / name).mkdir(parents=True)
     os.utime(tmp_path / ".retained" / old, (1, 1))
-    folder = EditFolder(tmp_path)
+    folder = EditRepository(tmp_path)
     retained = folder.retain(folder.get("a").key)
     own = folder._own.folder.name
     assert folders(tmp_path) == {new, own, f"{own}.lock"}
@@ -190,7 +190,7 @@ def test_a_file_system_without_locks(tmp_path, edit, monkeypatch):
 
     monkeypatch.setattr(module, "_take", refuse)
     put(tmp_path, edit("a"))
-    folder = EditFolder(tmp_path)
+    folder = EditRepository(tmp_path)
     version = folder.get("a")
     assert folder.retain(version.key).version is version
     assert folders(tmp_path) == set()
@@ -198,7 +198,7 @@ def test_a_file_system_without_locks(tmp_path, edit, monkeypatch):
 
 def test_a_lock_that_was_swept_before_it_was_taken(tmp_path, edit, monkeypatch):
     put(tmp_path, edit("a"))
-    folder, take, taken = EditFolder(tmp_path), module._take, []
+    folder, take, taken = EditRepository(tmp_path), module._take, []
 
     def sweeping(descriptor):
         if not taken:
@@ -217,8 +217,8 @@ def test_a_lock_that_was_swept_before_it_was_taken(tmp_path, edit, monkeypatch):
 
 FORK = """
 import gc, os, sys
-from unike_kernels.serving import EditFolder
-folder = EditFolder(sys.argv[1])
+from unike_kernels.serving import EditRepository
+folder = EditRepository(sys.argv[1])
 key = folder.get("a").key
 retained = folder.retain(key)
 own = folder._own.folder.name
@@ -263,7 +263,7 @@ def test_a_forked_child_does_not_keep_the_parents_lock(tmp_path, edit):
         process.wait(60)
         try:
             assert own in folders(tmp_path)
-            folder = EditFolder(tmp_path)
+            folder = EditRepository(tmp_path)
             retained = folder.retain(folder.get("a").key)
             assert own not in folders(tmp_path)
             del retained
@@ -276,24 +276,24 @@ def test_a_folder_that_cannot_be_written(tmp_path, edit, caplog):
     for id in "ab":
         put(tmp_path, edit(id))
     (tmp_path / ".retained").write_bytes(b"")  # in the way; nobody is refused as root
-    folder = EditFolder(tmp_path)
+    folder = EditRepository(tmp_path)
     key = folder.get("a").key
     retained = [folder.retain(key), folder.retain(folder.get("b").key)]
     assert folder.retain(key) is retained[0]
     (line,) = [record.getMessage() for record in caplog.records]
     assert line.startswith("edits: versions that are replaced cannot be kept for other processes")
-    assert EditFolder(tmp_path).held(key).key == key
+    assert EditRepository(tmp_path).held(key).key == key
     put(tmp_path, edit("a", seed=3))
     folder._last.clear()
     gc.collect()
     assert folder.held(key).key == key
     with pytest.raises(ValueError, match="'a' was replaced or revoked"):
-        EditFolder(tmp_path).retain(key)
+        EditRepository(tmp_path).retain(key)
 
 
 def test_what_was_asked_for_lately_is_kept(tmp_path, edit, monkeypatch):
     monkeypatch.setattr(module, "_RECENT", 3)
-    folder = EditFolder(tmp_path)
+    folder = EditRepository(tmp_path)
     for id in "abc":
         put(tmp_path, edit(id))
         folder.get(id)
@@ -335,15 +335,15 @@ def test_limits_are_counts(most):
 
 def test_a_version_whose_file_is_gone_can_be_retained_by_who_holds_it(tmp_path, edit):
     put(tmp_path, edit("a"))
-    folder = EditFolder(tmp_path)
+    folder = EditRepository(tmp_path)
     version = folder.get("a")
     put(tmp_path, edit("a", seed=3))
     retained = folder.retain(version.key)
-    assert first_key(EditFolder(tmp_path).held(version.key).edit) == first_key(version.edit)
+    assert first_key(EditRepository(tmp_path).held(version.key).edit) == first_key(version.edit)
     key = folder.get("a").key
     put(tmp_path, edit("a", seed=4))
     with pytest.raises(ValueError, match="'a' was replaced or revoked"):
-        EditFolder(tmp_path).retain(key)
+        EditRepository(tmp_path).retain(key)
     del retained
 
 
@@ -351,7 +351,7 @@ def test_versions_are_retained_and_let_go_at_once(tmp_path, edit):
     """By threads, while folders of dead processes are swept: nobody's file goes with another's."""
     for id in "ab":
         put(tmp_path, edit(id))
-    folder, others = EditFolder(tmp_path), tmp_path / ".retained"
+    folder, others = EditRepository(tmp_path), tmp_path / ".retained"
     keys = [folder.get(id).key for id in "ab"]
     failed = []
 
@@ -379,36 +379,36 @@ def test_versions_are_retained_and_let_go_at_once(tmp_path, edit):
 )
 def test_ids_are_names(tmp_path, id):
     with pytest.raises(ValueError, match="expected an id of letters"):
-        EditFolder(tmp_path).get(id)
+        EditRepository(tmp_path).get(id)
 
 
 def test_what_does_not_fit_is_refused(tmp_path, edit, caplog):
     with pytest.raises(FileNotFoundError, match="there is no folder"):
-        EditFolder(tmp_path / "none")
+        EditRepository(tmp_path / "none")
 
     def refuse(edit):
         raise uk.MismatchError(f"edit {edit.id!r}: not today")
 
-    folder = EditFolder(tmp_path, refuse)
+    folder = EditRepository(tmp_path, refuse)
     put(tmp_path, edit("a"))
     with pytest.raises(uk.MismatchError, match="not today"):
         folder.get("a")
     edit("b").save(tmp_path / "c.safetensors")
     with pytest.raises(ValueError, match="holds the edit 'b'; its name must be its id"):
-        EditFolder(tmp_path).get("c")
+        EditRepository(tmp_path).get("c")
     (tmp_path / "d.safetensors").write_bytes(b"no")
     with pytest.raises(ArtifactError, match=r"^edit: the file of 'd' is not valid$"):
-        EditFolder(tmp_path).get("d")
+        EditRepository(tmp_path).get("d")
     assert f"{tmp_path / 'd.safetensors'}: not a complete safetensors file" in caplog.text  # for the log alone
     (tmp_path / "e.safetensors").symlink_to("e.safetensors")
     with pytest.raises(ValueError, match=r"^edit: the file of 'e' cannot be read$"):
-        EditFolder(tmp_path).get("e")
+        EditRepository(tmp_path).get("e")
 
 
 def test_a_key_belongs_to_the_content_that_was_read(tmp_path, edit, monkeypatch):
     """Whatever takes the file's place, or is written to it, at that moment."""
     put(tmp_path, edit("a"))
-    folder, read = EditFolder(tmp_path), uk.Edit.read
+    folder, read = EditRepository(tmp_path), uk.Edit.read
 
     def replaced(file, path):
         put(tmp_path, edit("a", seed=3))

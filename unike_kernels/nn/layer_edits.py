@@ -20,7 +20,7 @@ from ..ops.patched_ffn import PreparedNeurons
 from ._drop_in import Tables
 
 
-class EditStore(Tables):
+class LayerEdits(Tables):
     """The extra neurons of all edits of one layer as a ragged pool.
 
     `set` makes it anew. `with_edit`, `without` and `with_beta` give another store and leave this one as it is, though
@@ -86,7 +86,7 @@ class EditStore(Tables):
         self._give(self.given)
 
     @torch.no_grad()
-    def with_edit(self, name: str, layer: Any, device: torch.device | None = None) -> EditStore:
+    def with_edit(self, name: str, layer: Any, device: torch.device | None = None) -> LayerEdits:
         """A store that has this edit too, behind the others; on a device where it is the first one."""
         new = self.copied()
         given = {**self.given, name: layer}
@@ -114,7 +114,7 @@ class EditStore(Tables):
         new._give(given)
         return new
 
-    def without(self, name: str) -> EditStore:
+    def without(self, name: str) -> LayerEdits:
         """A store without this edit. Where most of the pool is of removed edits, the others move together."""
         new = self.copied()
         left = {each: at for each, at in self.position.items() if each != name}
@@ -125,7 +125,7 @@ class EditStore(Tables):
         new._give({each: layer for each, layer in self.given.items() if each != name})
         return new
 
-    def with_beta(self, name: str, beta: float) -> EditStore:
+    def with_beta(self, name: str, beta: float) -> LayerEdits:
         """A store in which this edit has another beta."""
         new = self.copied()
         new.beta = self.beta.clone()
@@ -146,14 +146,14 @@ class EditStore(Tables):
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_views": {}}
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> EditStore:
+    def __deepcopy__(self, memo: dict[int, Any]) -> LayerEdits:
         if self._trained is not None:
             raise PatchError(
                 f"edits {list(self._trained.names)}: their tensors ask for gradients, and those of a copy of the model "
                 "would be others, which nobody trains or averages: copy the model when they are trained "
                 "(requires_grad_(False), then patch again)"
             )
-        new = EditStore.__new__(EditStore)
+        new = LayerEdits.__new__(LayerEdits)
         memo[id(self)] = new
         new.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
         return new
@@ -211,10 +211,10 @@ class EditStore(Tables):
 
     # --- what a pass computes with -----------------------------------------------------------------------------------
 
-    def copied(self) -> EditStore:
+    def copied(self) -> LayerEdits:
         """Another store of the same tensors, which stays as it is when this one changes."""
         self._follow()
-        new = EditStore.__new__(EditStore)
+        new = LayerEdits.__new__(LayerEdits)
         new.__dict__.update(self.__dict__, _buffers=dict(self._buffers), _views={}, _plan=None)
         return new
 
