@@ -130,7 +130,16 @@ class Anchor:
 
 
 def table(x: Tensor, name: str, dtypes: tuple[torch.dtype, ...] = tuple(DTYPES)) -> Tensor:
-    """Checks that `x` is [N, d >= 1] on the CPU, and makes its rows contiguous (their stride may stay any)."""
+    """`x` with contiguous rows at any stride, as the core reads it.
+
+    Args:
+        x: [N, d] on the CPU, d >= 1.
+        name: what messages call it.
+        dtypes: that it may have.
+
+    Raises:
+        ValueError: another shape, dtype or device.
+    """
     if x.ndim != 2 or x.dtype not in dtypes or x.device.type != "cpu":
         wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise ValueError(f"{name} must be {wanted} [N, d] on the CPU, got {describe(x)}")

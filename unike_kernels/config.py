@@ -94,6 +94,7 @@ class Config:
         return self.retrieval == "sequence" or self.alpha == "last"
 
     def to_dict(self) -> dict[str, Any]:
+        """The fields by name, as artifacts store them in JSON."""
         return dataclasses.asdict(self)
 
     @classmethod

@@ -65,10 +65,13 @@ def measure_all(
     """Measure a selection; write bench.json, report.md and report.html into `out`.
 
     Args:
-        out: a folder, made if need be.
-        select, only, growth, device: see `suite.cases`.
+        out: a folder, created if it does not exist.
+        select: "quick" or "full"; see `suite.cases`.
+        only: one operator's name; None: all.
+        growth: add retrieval from 15,000 to a million keys.
+        device: "cpu" or "cuda".
         compare: bench.json of an earlier run.
-        rounds: of each case; None: see `interleave`.
+        rounds: measurements of each case; None: see `interleave`.
 
     Returns:
         The exit status: 1 if any output was wrong.

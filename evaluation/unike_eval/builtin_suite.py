@@ -135,7 +135,8 @@ def world_suite(name: str, task: Task, model: nn.Module, processor: Any) -> Suit
     Args:
         name: of the world, "digits" or "easyvqa".
         task: "vqa"; of digits, "caption" too.
-        model, processor: see `unike_eval.toy.digits` and `unike_eval.toy.shapes`.
+        model: one of the world's own; see `unike_eval.toy.digits` and `unike_eval.toy.shapes`.
+        processor: the model's.
 
     Raises:
         ValueError: another world or task.

@@ -42,6 +42,7 @@ class EagerFFN(nn.Module):
         )  # fmt: skip
 
     def forward(self, x: Tensor) -> Tensor:
+        """The edited FFN's output, [..., d] -> [..., d]."""
         w = self._concatenate() if self.cache is None else self.cache
         hidden = activate(self.activation, F.linear(x, w.w_in, w.b_in))
         if w.w_up is not None:

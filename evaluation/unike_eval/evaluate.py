@@ -65,9 +65,13 @@ def write_tables(
     """Perform the runs of these tables that are not yet in `out`, and write each as Markdown and CSV.
 
     Args:
-        out: a folder, made if need be. What an interrupted run has measured is kept there, and not measured again.
-        names, split, requests, seed: see `experiments.table` and `experiments.perform`; "5a" is Figure 5a.
+        out: a folder, created if it does not exist. What an interrupted run has measured stays there, and is not
+            measured again.
+        names: of tables, see `experiments.table`; "5a" is Figure 5a.
         systems: only these; None: all.
+        split: "validation" or "test", whose requests are edited.
+        requests: at most so many of them, the first ones; None: all.
+        seed: of everything that is random.
 
     Returns:
         The exit status.

@@ -72,7 +72,8 @@ def measure_latency(
     Args:
         model: not patched.
         inputs: one encoded prompt, as `encode` gives it.
-        edits, memory: what is patched in.
+        edits: what is patched in.
+        memory: patched in, too; None: edits alone.
         rounds: interleaved repetitions, at least 3.
         calls: forward passes per repetition and system.
 

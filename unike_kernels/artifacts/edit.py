@@ -103,6 +103,7 @@ class Edit:
 
     @property
     def hidden_size(self) -> int:
+        """d, the width of the model's hidden states."""
         return int(next(iter(self.layers.values())).keys.shape[1])
 
     def shard(self, rank: int, world_size: int) -> Edit:
@@ -196,7 +197,14 @@ class Edit:
 
 
 def fresh_layer(keys: Tensor, key_bias: Tensor, zeta: Tensor, *, gated: bool) -> EditLayer:
-    """Neurons that do nothing yet: W_V = 0 and beta = 0. keys [n, d], key_bias [n], zeta [d]."""
+    """Neurons that do nothing yet: W_V = 0 and beta = 0.
+
+    Args:
+        keys: [n, d].
+        key_bias: [n].
+        zeta: [d].
+        gated: give them the factor of gated FFNs too, which is 1 at first.
+    """
     return EditLayer(
         keys=keys,
         key_bias=key_bias,

@@ -50,9 +50,15 @@ _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 def save(path: str | os.PathLike[str], kind: str, header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     """Write the tensors and the header to a temporary file beside `path`, then rename it; see `replacing`.
 
+    Args:
+        path: of the file; one that is there is replaced.
+        kind: of artifact, "edit", "memory", "index" or "states"; `load` must be asked for the same one.
+        header: what JSON can hold.
+        tensors: name -> tensor, on any device.
+
     Raises:
-        ArtifactError: the header is too large or cannot be written as JSON; the path is that of no regular file.
-        OSError: of the system, such as a full disk; the message names the path.
+        ArtifactError: the header is too large or cannot be written as JSON; `path` is not that of a regular file.
+        OSError: from the system, such as a full disk; the message names the path.
     """
     try:
         _plain(header)
@@ -260,8 +266,9 @@ def load(
     """The header and tensors of a file that `save` wrote.
 
     Args:
-        path, kind: of the file.
-        only: the tensors of these names; None: all.
+        path: of the file.
+        kind: of artifact that it must hold: "edit", "memory", "index" or "states".
+        only: names of the tensors to read; None: all.
         mmap: leave the tensors in the file, which must not change as long as they live: what is written to it shows
             in them, and reading what was cut off ends the process. Otherwise they are in memory of their own.
         verify: compare the tensors with their checksums.
@@ -284,7 +291,18 @@ def read(
     mmap: bool = False,
     verify: bool = True,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """`load` from an open file; `path` is what messages call it."""
+    """`load` from an open file.
+
+    Args:
+        file: opened for reading in binary mode.
+        path: what messages call it.
+        kind: see `load`, and so the arguments below.
+        only: names of the tensors to read; None: all.
+        mmap: leave the tensors in the file.
+        verify: compare the tensors with their checksums.
+
+    Raises ArtifactError as `load` does.
+    """
     try:
         metadata, table, start = _parsed(file)
     except (ValueError, RecursionError) as error:
@@ -431,15 +449,23 @@ def check_name(what: str, name: object) -> str:
 
 
 class Reader:
-    """Takes fields out of a header and tensors out of a file; whatever is missing, wrong or left over is an error."""
+    """Takes fields out of a header and tensors out of a file; whatever is missing, wrong or left over is an error.
+
+    Args:
+        path: of the file, for messages.
+        header: as `load` returns it.
+        tensors: as `load` returns them.
+    """
 
     def __init__(self, path: str | os.PathLike[str], header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         self.path, self._header, self._tensors = path, dict(header), dict(tensors)
 
     def fail(self, message: str) -> ArtifactError:
+        """The error to raise, with the file's path in front of the message."""
         return ArtifactError(f"{self.path}: {message}")
 
     def field(self, name: str, kind: type | tuple[type, ...]) -> Any:
+        """Take a field out of the header. Raises ArtifactError if it is missing or of another type."""
         if name not in self._header:
             raise self.fail(f"the header lacks {name!r}")
         value = self._header.pop(name)
@@ -462,6 +488,7 @@ class Reader:
         return t
 
     def has(self, name: str) -> bool:
+        """Whether the file has a tensor of this name that has not been taken yet."""
         return name in self._tensors
 
     def layers(self) -> list[int]:
@@ -478,13 +505,17 @@ class Reader:
         return {str(k): str(v) for k, v in self.field("notes", dict).items()}
 
     def build(self, make: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """make(...), its complaint about a value turned into an ArtifactError that names the file."""
+        """make(*args, **kwargs).
+
+        Raises ArtifactError, which names the file, in place of its TypeError or ValueError.
+        """
         try:
             return make(*args, **kwargs)
         except (TypeError, ValueError) as error:
             raise self.fail(str(error)) from error
 
     def done(self) -> None:
+        """Raises ArtifactError if any tensor or header field has not been taken."""
         if self._tensors:
             raise self.fail(f"unexpected tensors: {', '.join(sorted(self._tensors)[:8])}")
         if self._header:

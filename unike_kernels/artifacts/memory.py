@@ -167,6 +167,7 @@ class MemoryBank:
 
     @property
     def hidden_size(self) -> int:
+        """d, the width of the model's hidden states."""
         return int(next(iter(self.layers.values())).index.shape[1])
 
     @property

@@ -72,7 +72,13 @@ def _skeleton(name: str) -> nn.Module:
 
 
 def describe(model: nn.Module, neurons: int, entries: int) -> str:
-    """The table."""
+    """The table of a model's layers, and what an edit and a memory would add to each.
+
+    Args:
+        model: it may be on the meta device.
+        neurons: of an edit, in each layer.
+        entries: of the memory.
+    """
     decoder = backbones.find_decoder(model)
     usual, d = decoder.select(None), decoder.hidden_size
     r, rows = d // 8, min(K, entries)

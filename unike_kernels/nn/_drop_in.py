@@ -31,7 +31,14 @@ class Record:
     context: ModelContext
 
     def run(self, module: nn.Module, base: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What the module returns for a call; `base` is its own forward."""
+        """What the module returns for a call.
+
+        Args:
+            module: the adopted module.
+            base: its own forward.
+            args: of the call.
+            kwargs: of the call.
+        """
         raise NotImplementedError
 
     def move(self, fn: Any) -> None:
@@ -144,7 +151,15 @@ def check_free(module: nn.Module) -> None:
 
 
 def adopt(module: nn.Module, mixin: type[DropIn], record: Record) -> None:
-    """Let a module compute what the record says, too. Raises PatchError if it does so already for another one."""
+    """Let a module compute what a record says, in place.
+
+    Args:
+        module: any module; it becomes an instance of a subclass of its class.
+        mixin: the first base of that subclass.
+        record: what is computed.
+
+    Raises PatchError if the module is adopted already.
+    """
     check_free(module)
     module.__dict__[_RECORD] = record
     set_class(module, _subclass(mixin, type(module)))
@@ -235,7 +250,7 @@ def residual_position(module: nn.Module) -> int | None:
 
 
 def residual_of(position: int | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """The residual of a call, or None."""
+    """The residual of a call, from its `residual_position`; None: there is no such position."""
     if position is None:
         return None
     found: Tensor = kwargs["residual"] if "residual" in kwargs else args[position]

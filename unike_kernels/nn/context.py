@@ -118,14 +118,17 @@ class Pass:
         text: Tensor | None = None,
         **more: Any,
     ) -> Pass:
-        """A pass of `tokens` new tokens after `past` cached ones, of `batch` rows.
+        """A pass over `tokens` new tokens of each of `batch` rows, after `past` cached ones.
 
         Args:
-            version, selection: as in the pass.
-            batch, tokens, past: see above.
+            version: what it computes with.
+            selection: of each row.
+            batch: B, rows of the batch.
+            tokens: T, new tokens of each row.
+            past: tokens of each row that are in the cache already.
             attention_mask: [B, past + T]; None, or of another shape: there is no padding.
             text: bool [B or fewer, T], False at image placeholders; None, or of other shapes: not told.
-            more: further attributes of the pass.
+            **more: further attributes of the pass.
 
         Raises:
             ValueError: the batch is no multiple of the rows; a prompt comes in parts where it must be whole.
@@ -314,7 +317,9 @@ class ModelContext:
         Args:
             selection: what is `in_force`.
             cache: the generation's key-value cache, or None.
-            batch, tokens, inputs: see `Pass.of`.
+            batch: B, rows of the batch.
+            tokens: T, new tokens of each row.
+            **inputs: `past`, `attention_mask` and `text`; see `Pass.of`.
         """
         if self.orphaned:
             raise _copied_alone()

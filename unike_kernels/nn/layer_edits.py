@@ -87,7 +87,13 @@ class LayerEdits(Tables):
 
     @torch.no_grad()
     def with_edit(self, name: str, layer: Any, device: torch.device | None = None) -> LayerEdits:
-        """A store that has this edit too, behind the others; on a device where it is the first one."""
+        """A new store that has this edit too, behind the others.
+
+        Args:
+            name: the edit's id, which the store does not have yet.
+            layer: its `EditLayer`.
+            device: where the neurons are kept if it is the first edit; None: where it is. Others go to the store's.
+        """
         new = self.copied()
         given = {**self.given, name: layer}
         layer = _on(layer, self.indptr.device if self.ids else device or layer.keys.device)

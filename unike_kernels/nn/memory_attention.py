@@ -10,6 +10,7 @@ from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from ..config import Config
 from ..errors import PatchError
@@ -49,13 +50,15 @@ class MemoryTables(Tables):
         id: str | None = None,
         retriever: Retriever | None = None,
     ) -> None:
-        """Of a layer of a memory.
+        """Lay out one layer of a memory.
 
         Args:
             index: [N, d], the retrieval keys.
-            keys, values, encoder: as in `MemoryLayer`.
+            keys: [N, H, c], what the queries attend to.
+            values: [N, H, d]; None: the keys.
+            encoder: Enc_sem.
             id: of the `MemoryBank`.
-            retriever: of the same retrieval keys, which then are kept nowhere else; None: an exact search here.
+            retriever: searches the same retrieval keys, which are then not copied here; None: an exact search.
         """
         super().__init__()
         self.id, self.retriever, self.entries = id, retriever, len(index)
@@ -75,9 +78,12 @@ class MemoryTables(Tables):
             self.table(name, t)
 
     def retrieve(self, queries: Tensor, k: int, bounds: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Scores float32 [M, k] and ids int64 [M, k] of the entries for each query, within its bounds.
+        """Scores float32 [M, k] and ids int64 [M, k] of the entries that each query retrieves.
 
-        k here and below: that of the config, or all entries where there are fewer.
+        Args:
+            queries: [M, d], any float dtype.
+            k: entries for each query; the ids have fewer columns if the memory has fewer entries.
+            bounds: int64 [M, 2], the entries start, ..., stop - 1 that each query may retrieve; None: all.
         """
         queries, k = queries.detach(), self.at_most(k)
         if self.retriever is None:
@@ -115,12 +121,14 @@ class MemoryTables(Tables):
 
     @property
     def packed(self) -> PackedKeys | None:
+        """The packed index for a native scan; None: there is no such scan, or a retriever has the keys."""
         if self.codes is None or self.code_bounds is None or self.direction is None:
             return None
         return PackedKeys(self.codes, self.code_bounds, self.direction)
 
     @property
     def encoder(self) -> SemanticEncoder:
+        """Enc_sem, from its four tensors."""
         return SemanticEncoder(self.w1, self.b1, self.w2, self.b2)
 
 
@@ -130,7 +138,14 @@ _retrievers: WeakValueDictionary[int, MemoryTables] = WeakValueDictionary()
 
 @torch.library.custom_op("unike::retrieve", mutates_args=())
 def retrieve(queries: Tensor, k: int, ranges: Tensor | None, memory: int) -> tuple[Tensor, Tensor]:
-    """The search of a memory's retriever, which tracing does not look into."""
+    """The search of a memory's retriever, which tracing does not look into.
+
+    Args:
+        queries: [M, d].
+        k: entries for each query.
+        ranges: int64 [M, 2]; None: all entries.
+        memory: the `handle` of its `MemoryTables`.
+    """
     retriever = _retrievers[memory].retriever
     assert retriever is not None
     scores, ids = retriever.search(queries, k, ranges)
@@ -178,10 +193,12 @@ class MemoryShift(Record):
     def memory(self, value: MemoryTables | None) -> None:
         self.context.install(self.layer, memories=value)
 
+    @override
     def move(self, fn: Any) -> None:
         if self.memory is not None:
             self.memory._apply(fn)
 
+    @override
     def run(self, module: nn.Module, base: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         result = base(*args, **kwargs)
         now = self.context.now()
@@ -356,10 +373,11 @@ def shift_tokens(
     """The shifted attention output [M, d] of tokens that retrieve each for itself.
 
     Args:
-        memory, config: of the layer.
-        hidden: [M, d], at the attention's input.
+        memory: of the layer.
+        config: k, scale, alpha, convention and norm are read.
+        hidden: [M, d], the attention's input, which retrieves.
         queries: [M, H, c], of the latent attention.
-        inputs: [M, d], the attention's output.
+        inputs: [M, d], the attention's output, which is shifted.
         bounds: int64 [M, 2], the entries that each token may retrieve; None: all.
         anchor: see `ops.latent_attention`.
         out: see `PreparedMemory`.

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from ..errors import PatchError
 from ..ops import ACTIVATIONS, EditPool
@@ -44,9 +45,11 @@ class ExtraNeurons(Record):
         found: LayerEdits = self.context.current.edits[self.layer]
         return found
 
+    @override
     def move(self, fn: Any) -> None:
         self.edits._apply(fn)
 
+    @override
     def run(self, module: nn.Module, base: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         now, edits = self._now()
         if edits is None:
@@ -208,18 +211,19 @@ class PatchedFFN(DropIn):
         """Give an FFN extra neurons, in place.
 
         Args:
-            base: an FFN module, or the parts of one that stands inline in its layer: two or more modules that are
+            *base: an FFN module, or the parts of one that stands inline in its layer: two or more modules that are
                 called one after the other, which together then compute the FFN and its neurons.
             activation: of the extra neurons.
             dense: see `ExtraNeurons`.
-            context, layer: of the model, whose versions have the edits; None: of this module alone, without any.
+            context: of the model, whose versions hold the edits; None: one of this module's own, without edits.
+            layer: index in the decoder, under which the versions hold them.
 
         Returns:
-            The first of `base`, the same object; `extra_neurons` of it has the edits.
+            The first of `base`, the same object; `extra_neurons` of it gives its neurons.
 
         Raises:
             ValueError: an unknown activation.
-            TypeError: `base` is not modules.
+            TypeError: `base` is empty, or something in it is not a module.
             PatchError: one of them is patched already.
         """
         if activation not in ACTIVATIONS:

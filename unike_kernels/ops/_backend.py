@@ -126,9 +126,12 @@ def triton_refuse(t: torch.Tensor) -> str | None:
 
 
 def register_triton(op: str, module: str, refuse: Callable[[Any], str | None] = lambda _: None) -> None:
-    """Offer the function `op` of `module`, which imports triton and is imported when first called, as the backend.
+    """Offer a function of a module, which is imported when it is first called, as the Triton backend of `op`.
 
-    `refuse`: as of `register`, asked after what all Triton kernels refuse.
+    Args:
+        op: name of the operator, and of the function.
+        module: its full name; it may import triton.
+        refuse: as of `register`; asked if nothing that all Triton kernels refuse applies.
     """
 
     def run(*operands: Any) -> Any:
@@ -184,7 +187,7 @@ def available(op: str) -> dict[str, str | None]:
 
 
 def takes(op: str, name: str, operands: Operands) -> bool:
-    """Whether `op` has this backend, and it can run here and takes these operands."""
+    """Whether `op` has the backend `name`, which can run here and takes these operands."""
     impl = _table[op].get(name)
     return impl is not None and not impl.missing() and not impl.refuse(operands)
 

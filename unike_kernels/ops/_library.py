@@ -44,8 +44,8 @@ def define(
         run: its kernel for every device.
         fake: its shapes, for tracing.
         composed: `run` in operators of torch, for the derivatives that kernels do not have.
-        setup_context, backward: its first reverse derivative, as `torch.library.register_autograd` takes them; None:
-            that of `composed`.
+        setup_context: saves what `backward` needs, as `torch.library.register_autograd` takes it.
+        backward: the gradients, of first order, in the same way; None: those of `composed`.
     """
     name = schema[: schema.index("(")]
     _lib.define(schema)
@@ -210,7 +210,13 @@ def direct(like: Tensor) -> bool:
 
 
 def call(name: str, like: Tensor, *args: Any) -> Any:
-    """`torch.ops.unike.<name>(*args)`, by the shortest way; `like` is one of its activations."""
+    """`torch.ops.unike.<name>(*args)`, past the dispatcher where nothing needs it.
+
+    Args:
+        name: the operator.
+        like: one of its activations, which tells whether torch differentiates, traces or transforms the call.
+        *args: those of its schema.
+    """
     # The dispatcher computes what torch has put off.
     if direct(like) and not any(isinstance(t, Tensor) and t.is_neg() for t in args):
         return _kernels[name](*args)

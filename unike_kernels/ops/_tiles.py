@@ -56,7 +56,13 @@ def device_name() -> str:
 
 
 def tile_sizes(op: str, default: Tiles, candidates: Candidates) -> Tiles:
-    """The sizes for a launch of `op`: `default`, but for those that the cache has for this GPU."""
+    """The sizes for a launch of `op`: what `unike tune` has found for this GPU, else the defaults.
+
+    Args:
+        op: the operator.
+        default: a named tuple of sizes.
+        candidates: name -> sizes that a cache may give; others in it are ignored.
+    """
     if op in _forced:
         return _forced[op]
     known = {n: v for n, v in _tuned(device_name(), op).items() if v in candidates.get(n, ())}

@@ -33,8 +33,10 @@ def add_edit(model: nn.Module, edit: Edit, *, override: bool = False, running: R
         running: "keep" or "switch".
 
     Raises:
-        PatchError: the model is not patched, at other layers, or has an edit of this id.
+        PatchError: the model is not patched, is patched at other layers, or has an edit of this id.
         MismatchError: see `patch`.
+        TypeError: `edit` is not an Edit.
+        ValueError: another `running`.
     """
     state = require_state(model)
     _check_running(running)
@@ -55,9 +57,16 @@ def add_edit(model: nn.Module, edit: Edit, *, override: bool = False, running: R
 
 
 def remove_edit(model: nn.Module, id: str, *, running: Running = "keep") -> None:
-    """Take an edit out of a patched model, in place. For `running` see `add_edit`.
+    """Take an edit out of a patched model, in place.
 
-    Raises PatchError if the model is not patched or has no edit of this id.
+    Args:
+        model: a patched model.
+        id: of an edit that it has.
+        running: "keep": a running generation goes on with the edit; "switch": without it. See `add_edit`.
+
+    Raises:
+        PatchError: the model is not patched, or has no edit of this id.
+        ValueError: another `running`.
     """
     state = require_state(model)
     _check_running(running)
@@ -72,7 +81,15 @@ def remove_edit(model: nn.Module, id: str, *, running: Running = "keep") -> None
 def set_beta(model: nn.Module, id: str, beta: float, *, running: Running = "keep") -> None:
     """Give an installed edit another beta in all its layers: how strongly zeta' steers its values (Eq. 6).
 
-    Raises PatchError if the model is not patched or has no edit of this id, ValueError for a beta that is not finite.
+    Args:
+        model: a patched model.
+        id: of an edit that it has.
+        beta: the same for all layers; 0: zeta' does not steer.
+        running: "keep": a running generation goes on with the beta of before; "switch": with this one. See `add_edit`.
+
+    Raises:
+        PatchError: the model is not patched, or has no edit of this id.
+        ValueError: a beta that is not finite, or another `running`.
     """
     state = require_state(model)
     _check_running(running)
@@ -89,11 +106,20 @@ def set_beta(model: nn.Module, id: str, beta: float, *, running: Running = "keep
 def swap_memory(
     model: nn.Module, memory: MemoryBank | None, *, override: bool = False, running: Running = "keep"
 ) -> None:
-    """Give a patched model another memory, or none. For `running` see `add_edit`, for `override` see `patch`.
+    """Give a patched model another memory, or none, in place.
+
+    Args:
+        model: a patched model; the memory's layers must be among those that were patched.
+        memory: None: no memory any more.
+        override: accept a memory that was not made for this model, its config or its edits.
+        running: "keep": a running generation goes on with the memory of before; "switch": with this one. See
+            `add_edit`.
 
     Raises:
         PatchError: the model is not patched, or not at the memory's layers.
         MismatchError: the memory is for another model or config, or an installed edit was trained with another one.
+        TypeError: `memory` is not a MemoryBank.
+        ValueError: another `running`.
     """
     state = require_state(model)
     _check_running(running)

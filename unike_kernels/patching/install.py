@@ -122,8 +122,8 @@ def patch(
             memory, alone or in a multimodal model. It may be wrapped, by torch.compile, DataParallel or PEFT, and may
             be wrapped and unwrapped later; all functions of this package look inside.
         edits: each adds its neurons to the layers that it names; ids must be distinct. Their tensors are copied; those
-            of an edit that asks for gradients compute as they are in every pass, for who trains them by hand (but see
-            `training.train_edit`).
+            of an edit that asks for gradients are used as they are in every pass, for those who train them by hand (but
+            see `training.train_edit`).
         memory: shifts the attention output of the layers that it names.
         layers: patched too, though no edit or memory names them; None: where nothing names any, the last four that
             have an FFN.
@@ -243,7 +243,15 @@ def _remove(model: nn.Module) -> None:
 
 @contextmanager
 def patched(model: nn.Module, *args: Any, **kwargs: Any) -> Iterator[PatchReport]:
-    """`patch(model, ...)` for the length of a `with` block."""
+    """`patch` for the length of a `with` block.
+
+    Args:
+        model: see `patch`.
+        *args: of `patch`.
+        **kwargs: of `patch`.
+
+    Raises as `patch` does.
+    """
     report = patch(model, *args, **kwargs)
     try:
         yield report
@@ -303,7 +311,20 @@ def make_tables(
     device: torch.device,
     retriever: Callable[[Tensor], Retriever] | None = None,
 ) -> MemoryTables | None:
-    """What a memory holds for a layer, on the device where its attention computes."""
+    """The tables of one layer of a memory.
+
+    Args:
+        memory: or None.
+        layer: index in the decoder.
+        device: where the layer's attention computes.
+        retriever: see `patch`; None: what the memory's `search` says.
+
+    Returns:
+        None where there is no memory, or it has nothing for this layer.
+
+    Raises:
+        ValueError: the retriever does not have as many keys as it was given.
+    """
     if memory is None or layer not in memory.layers:
         return None
     m = memory.layers[layer]

@@ -123,6 +123,12 @@ class DecoderHook:
     placeholders: frozenset[int] | None  # given where those of images and the like must be told from text
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Check that the patched modules are still in place, and begin a pass of this call's batch.
+
+        Raises:
+            PatchError: another module stands where one was patched.
+            ValueError: the config needs input_ids or a mask [batch, tokens], and the call has none.
+        """
         context, cache = self.context, kwargs.get("past_key_values")
         if not torch.compiler.is_compiling():
             self.places.check()
@@ -156,6 +162,7 @@ class DecoderEndHook:
     context: ModelContext
 
     def __call__(self, *_: Any) -> None:
+        """End the pass, and forget which of its tokens were text."""
         self.context.local.text = None  # an embedding inside of the decoder has noted it for nobody
         self.context.end()
 
@@ -173,6 +180,7 @@ class EmbeddingHook:
     first: bool = False  # whether its module comes before the embedding
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Note which of this call's ids are text; without ids [B, T], the embedding's hook forgets what was noted."""
         local, ids = self.context.local, kwargs.get("input_ids", args[0] if args else None)
         if isinstance(ids, Tensor) and ids.dim() == 2 and not ids.is_floating_point():
             if self.first or local.text is None or local.text.shape != ids.shape:
@@ -199,6 +207,7 @@ class BoundCheckpoint:
     context: ModelContext
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Checkpoint `function`, bound to the pass that runs now. torch.compile traces it unbound."""
         if not torch.compiler.is_compiling():
             function = self.context.bound(function)
         return self.checkpoint(function, *args, **kwargs)
@@ -253,10 +262,12 @@ class PatchedState:
 
     @property
     def edits(self) -> Mapping[str, Edit]:
+        """id -> edit, of the current version."""
         return self.installed.artifacts
 
     @property
     def memory(self) -> MemoryBank | None:
+        """The memory of the current version, or None."""
         return self.installed.memory
 
     def __getstate__(self) -> dict[str, Any]:
@@ -333,7 +344,13 @@ def outside_inference_mode() -> AbstractContextManager[Any]:
 
 
 def log_event(event: str, state: PatchedState, **more: Any) -> None:
-    """A record of level INFO for those who listen to the logger "unike_kernels"; its `unike` is a dict for machines."""
+    """Log what has happened to a patched model, at level INFO, as "unike_kernels"; the record's `unike` is a dict.
+
+    Args:
+        event: the function that did it.
+        state: the model's, afterwards.
+        **more: further entries.
+    """
     memory = state.memory
     entry = {"event": event, "edits": len(state.edits), "memory": memory.id if memory else None, **more}
     _log.info("%s", " ".join(f"{k}={v}" for k, v in entry.items()), extra={"unike": entry})

@@ -65,10 +65,18 @@ class ApproximateIndex:
     def search(self, queries: Tensor, k: int, ranges: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Some of the k keys of highest cosine, best first; see `Retriever.search`.
 
-        Queries of one range are searched together, so that many ranges in a batch take as many searches.
+        Queries with the same range are searched together: a batch takes as many searches as it has different ranges.
+
+        Args:
+            queries: [M, d], any float dtype, on the device of the index.
+            k: how many, at least 1; may exceed N.
+            ranges: int64 [M, 2], 0 <= start <= stop <= N; query m searches only keys[start : stop]. None: all keys.
+
+        Returns:
+            scores float32 [M, k] and ids int64 [M, k], on the device of the index.
 
         Raises:
-            TypeError, ValueError: a wrong dtype, shape, device or k.
+            TypeError, ValueError: a wrong dtype, shape, device or k; ranges outside the keys.
         """
         _check.rows("queries", queries)
         _check.unwrapped("queries", queries)

@@ -133,8 +133,9 @@ class EditBank:
         """What `apply` calls: laid out once, and kept while the bank stays as it is, for a batch that comes again.
 
         Args:
-            layer, rows: see `pool`.
-            tokens: how many of the batch's tokens belong to each row, in this order; None: equal runs.
+            layer: one of the bank's.
+            rows: for each row the ids of its edits in their order, [] for none.
+            tokens: how many of the batch's tokens belong to each row, in the order of the rows; None: as many to each.
 
         Raises as `pool` does.
         """

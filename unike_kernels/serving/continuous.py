@@ -114,10 +114,11 @@ class EditingManager(ContinuousBatchingManager):
         """transformers' own, for a request with edits.
 
         Args:
-            args, kwargs: transformers'.
+            *args: transformers'.
             unike_edit: the ids of its edits, or one.
             unike_memory: whether the memory shifts it, or the tenant whose entries alone do, which must be named where
                 there are tenants; None: it does, unless the memory has tenants.
+            **kwargs: transformers'.
 
         Raises:
             ValueError: no such edit or tenant, or one that does not fit this model; ids that are none, or not distinct.

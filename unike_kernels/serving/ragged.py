@@ -130,7 +130,16 @@ class RaggedRuntime:
         self._rows, self._tokens, self._shifted, self._bounds = (), (), False, None
 
     def ffn(self, layer: int, x: Tensor, out: Tensor) -> None:
-        """Add the neurons of each request's edits to `out`, the FFN's output on `x`, in place. Both [T, d]."""
+        """Add the neurons of each request's edits to an FFN's output, in place.
+
+        Args:
+            layer: index in the decoder.
+            x: [T, d], the FFN's input; the step's tokens come first, padding behind them.
+            out: [T, d], the FFN's output on `x`.
+
+        Raises:
+            RuntimeError: fewer tokens than the step holds.
+        """
         if not self.bank.has_neurons(layer) or not any(self._rows):
             return
         own = slice(self._all_of(x))  # padding is behind
@@ -144,7 +153,16 @@ class RaggedRuntime:
         return total
 
     def attention(self, layer: int, hidden: Tensor, out: Tensor) -> None:
-        """Shift `out`, the attention's output on `hidden`, in place. Both [T, d]."""
+        """Shift an attention's output towards the memory, in place.
+
+        Args:
+            layer: index in the decoder; one without memory is left as it is.
+            hidden: [T, d], the attention's input; the step's tokens come first, padding behind them.
+            out: [T, d], the attention's output on `hidden`.
+
+        Raises:
+            RuntimeError: fewer tokens than the step holds.
+        """
         tables = self._tables.get(layer)
         if tables is None or not self._shifted or self.memory is None:
             return

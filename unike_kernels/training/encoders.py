@@ -82,6 +82,7 @@ class Disentangled:
         return self.w_zeta @ self.zeta
 
     def semantic_weights(self) -> SemanticEncoder:
+        """A copy of Enc_sem's weights, as a memory and the operators take them."""
         first, _, last = self.semantic
         assert isinstance(first, nn.Linear)
         assert isinstance(last, nn.Linear)
@@ -89,7 +90,13 @@ class Disentangled:
 
 
 def truthfulness_loss(pos: Tensor, neg: Tensor, tau: float) -> Tensor:
-    """Eq. 4, averaged over the 2n states. pos, neg: Enc_tru of the states, [n, t]."""
+    """Eq. 4, averaged over the 2n states.
+
+    Args:
+        pos: [n, t], Enc_tru(h_pos).
+        neg: [n, t], Enc_tru(h_neg).
+        tau: temperature of the cosines.
+    """
     states = F.normalize(torch.cat([pos, neg]), dim=-1)
     s = states @ states.T / tau
     n = len(pos)
@@ -98,7 +105,14 @@ def truthfulness_loss(pos: Tensor, neg: Tensor, tau: float) -> Tensor:
 
 
 def semantic_loss(sem: Tensor, pos: Tensor, neg: Tensor, tau: float) -> Tensor:
-    """Eq. 5, averaged over n. sem: h_sem as it is, [n, d]; pos, neg: Enc_sem of the states, [n, d]."""
+    """Eq. 5, averaged over n.
+
+    Args:
+        sem: [n, d], h_sem as it is.
+        pos: [n, d], Enc_sem(h_pos).
+        neg: [n, d], Enc_sem(h_neg).
+        tau: temperature of the cosines.
+    """
     anchor = F.normalize(sem, dim=-1)
     s = torch.stack([anchor @ F.normalize(h, dim=-1).T for h in (pos, neg)], -1) / tau  # [n, n, 2]
     own = s.diagonal().T.logsumexp(-1)
@@ -124,7 +138,8 @@ def disentangle(
 
     Args:
         sem: [N, d], h_sem at the attention's output: the anchors of Eq. 5.
-        pos, neg: [N, d], h_pos and h_neg where the memory takes its values: what Enc_sem sees.
+        pos: [N, d], h_pos where the memory takes its values: what Enc_sem sees.
+        neg: [N, d], h_neg of the same place.
         training: see `EncoderTraining`.
         truth_states: h_pos and h_neg [N, d] as Enc_tru sees them; None: `pos` and `neg`.
         progress: show a progress bar.

@@ -74,12 +74,17 @@ class Batch:
 def encode(processor: Any, samples: Sequence[Sample], device: torch.device | str = "cpu") -> Batch:
     """Tokenise `prompt + " " + answer` with a Hugging Face processor (or tokenizer, for text alone).
 
-    A processor that takes what follows a prompt apart from it, as `suffix` (PaliGemma), is given the answer so. All
-    inputs that the processor makes are kept but for labels.
+    A processor that takes what follows the prompt as an argument of its own, `suffix` (PaliGemma), gets the answer
+    there. All inputs that the processor makes are kept, except for labels.
+
+    Args:
+        processor: the model's processor or tokenizer.
+        samples: one or more; with an image each, or all without.
+        device: where the batch is put.
 
     Raises:
-        ValueError: no samples; some with and some without an image; a prompt without tokens; or one whose tokens are
-            not the first ones of the prompt with its answer, so that the answer's tokens cannot be told.
+        ValueError: no samples; some with and some without an image; a prompt without tokens; or one whose tokens
+            are not the first ones of prompt and answer together, so that the answer's tokens cannot be told apart.
     """
     if not samples:
         raise ValueError("samples: expected at least one, got none")
@@ -238,12 +243,13 @@ def repeated(batch: Batch, times: int) -> Batch:
 
 
 def drop_tokens(batch: Batch, seeds: Mapping[int, int], share: float, kept_ids: Collection[int]) -> Batch:
-    """The batch, in some rows without a share of the prompt's tokens.
+    """The batch with a random share of the prompt's tokens left out in some rows.
 
     Args:
-        seeds: row -> seed; what a row loses depends on it and its seed alone.
-        share: chance of each token to be left out; the last one of a prompt stays.
-        kept_ids: of tokens that stay too, such as `placeholder_ids`.
+        batch: as `encode` makes it; it is not changed.
+        seeds: row -> seed; what a row loses depends on that row and its seed alone. Other rows stay whole.
+        share: probability that a token is left out; the last one of a prompt stays.
+        kept_ids: token ids that always stay, such as `placeholder_ids`.
     """
     if not seeds:
         return batch
@@ -270,7 +276,14 @@ def drop_tokens(batch: Batch, seeds: Mapping[int, int], share: float, kept_ids: 
 
 
 def with_prompt_dropout(model: nn.Module, batch: Batch, share: float, seed: int) -> Batch:
-    """With a share: the batch, and behind it a copy without such a share of the prompts' tokens (prompt dropout)."""
+    """The batch, and behind it a copy with some tokens of its prompts left out (prompt dropout).
+
+    Args:
+        model: whose placeholders for images and the like always stay.
+        batch: as `encode` makes it.
+        share: probability that a token is left out; 0: the batch alone.
+        seed: of each row of the copy.
+    """
     rows, copies = len(batch.ends), 2 if share else 1
     seeds = dict.fromkeys(range(rows, copies * rows), seed)
     return drop_tokens(repeated(batch, copies), seeds, share, placeholder_ids(model))

@@ -79,4 +79,5 @@ class EditResult:
 
     @property
     def steps(self) -> int:
+        """How many steps training took."""
         return len(self.losses)

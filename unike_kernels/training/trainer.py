@@ -144,9 +144,20 @@ def train_edits(
     Each edit becomes what `train_edit` makes of its request alone, up to rounding.
 
     Args:
-        requests: one or more; see `train_edit` for the other arguments.
+        model: a Hugging Face model, not patched.
+        processor: its processor or tokenizer.
+        requests: one or more; each answer is what the model shall say from now on.
+        memory: active during training exactly as at inference, and the source of zeta'; None: without either.
         ids: of the edits; None: random ones.
+        previous: edits that are in force already (sequential editing); they are not retrained.
+        preserve: samples on which the model shall not change; their mean FFN input also centres the new keys.
+        protect: samples on which the model with the previous edits shall not change, such as their requests.
+        layers: None: the memory's, else the last four.
+        config: None: the memory's, else the defaults.
+        zeta: layer -> [d], instead of the memory's zeta' (for ablations).
+        training: see `EditTraining`.
         batch_size: edits that are trained together; a step sees `training.preserve_batch` samples for each.
+        progress: show a progress bar.
 
     Raises:
         ValueError: as `train_edit` does; no requests, or ids that are not as many or not distinct.

@@ -11,15 +11,17 @@ KINDS = ("isotropic", "clumped", "hidden")
 
 
 def keys_and_queries(kind: str, n: int, b: int, d: int) -> tuple[Tensor, Tensor]:
-    """float32 [n, d] and [b, d] of one distribution, always the same.
+    """Keys, float32 [n, d], and queries, float32 [b, d], of one distribution; the same ones in every call.
 
     Args:
         kind: "isotropic": normal. "clumped": normal around a mean that is twice as long as the spread. "hidden": states
-            of a language model, n + b of them without repetition, d being its own.
-        n, b, d: the shapes.
+            of a language model, n + b different ones, with d its hidden size.
+        n: keys.
+        b: queries.
+        d: width of both.
 
     Raises:
-        ValueError: another kind; hidden states of another width or number.
+        ValueError: an unknown kind; hidden states of another width, or more than there are.
     """
     generator = torch.Generator().manual_seed(0)
     if kind == "hidden":

@@ -69,7 +69,8 @@ def measure(
 
     Args:
         case: what to measure.
-        rounds, seconds: see `interleave`.
+        rounds: see `interleave`; None: as many as fit into `seconds`.
+        seconds: for all rounds of all systems together.
         clock: see `interleave`; None: that of the case's device.
     """
     clock = clock or device.clock(case.device)

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import override
 
 from unike_kernels.backbones import device_of, find_decoder
 from unike_kernels.training.samples import Batch, Sample, encode, forward
@@ -90,6 +91,7 @@ class WeightEditor(Editor):
         self.parameters = last_ffn(model)
         self._before = [p.detach().clone() for p in self.parameters]
 
+    @override
     @torch.no_grad()
     def reset(self) -> None:
         for p, before in zip(self.parameters, self._before, strict=True):

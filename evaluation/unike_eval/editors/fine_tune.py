@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from typing_extensions import override
 
 from unike_kernels.training.samples import Sample, evaluating, with_prompt_dropout
 
@@ -40,6 +41,7 @@ class FineTune(WeightEditor):
         self.lr, self.steps, self.stop_loss = lr, steps, stop_loss
         self.prompt_dropout, self.seed = prompt_dropout, seed
 
+    @override
     def edit(self, request: Sample) -> None:
         batch = self.encode([request])
         with evaluating(self.model), only(self.model, self.parameters):

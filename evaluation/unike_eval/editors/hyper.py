@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import override
 
 from unike_kernels.backbones import find_decoder
 from unike_kernels.training.samples import Batch, Sample, evaluating, forward
@@ -74,6 +75,7 @@ class HyperEditor(Editor):
     def changes(self, request: Sample) -> dict[str, Tensor]:
         """Name of a linear -> what is added to its weight; differentiable in the network's parameters."""
 
+    @override
     def fit(self, suite: Suite) -> None:
         rng = Random(self.seed)
         optimizer = torch.optim.Adam(self.network.parameters(), self.lr)
@@ -96,6 +98,7 @@ class HyperEditor(Editor):
             apart = F.kl_div(self._log_probabilities(kept), usual, reduction="batchmean", log_target=True)
         return loss + self.locality * apart
 
+    @override
     def edit(self, request: Sample) -> None:
         with evaluating(self.model), only(self.model, []):
             changes = self.changes(request)
@@ -103,6 +106,7 @@ class HyperEditor(Editor):
             for name, change in changes.items():
                 self.linears[name].weight += change
 
+    @override
     @torch.no_grad()
     def reset(self) -> None:
         for name, before in self._before.items():

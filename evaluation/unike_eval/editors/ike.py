@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from unike_kernels.retrieval.exact import CosineIndex
 from unike_kernels.training.samples import Sample
@@ -35,14 +36,17 @@ class IKE(Editor):
         self._lines: list[str] = []
         self._edits: list[str] = []
 
+    @override
     def fit(self, suite: Suite) -> None:
         samples = [r.case.request for r in suite.train]
         self._lines = [_line(s) for s in samples]
         self._index = CosineIndex(torch.stack([self._embed(s.prompt) for s in samples]))
 
+    @override
     def edit(self, request: Sample) -> None:
         self._edits.append(_line(request))
 
+    @override
     def reset(self) -> None:
         self._edits.clear()
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
+from typing_extensions import override
 
 from unike_kernels.training.samples import Sample
 
@@ -30,21 +31,26 @@ class IntrinsicIKE(Editor):
         super().__init__(model, processor)
         self._neurons, self._prompts = UniKE(model, processor, latent=False, **intrinsic), IKE(model, processor, k=k)
 
+    @override
     def fit(self, suite: Suite) -> None:
         self._neurons.fit(suite)
         self._prompts.fit(suite)
 
+    @override
     def prepare(self, requests: Sequence[Sample]) -> None:
         self._neurons.prepare(requests)
 
+    @override
     def edit(self, request: Sample) -> None:
         self._neurons.edit(request)
         self._prompts.edit(request)
 
+    @override
     def reset(self) -> None:
         self._neurons.reset()
         self._prompts.reset()
 
+    @override
     def observe(self, samples: Sequence[Sample]) -> list[Observation]:
         with self._neurons.in_force():
             return self._prompts.observe(samples)

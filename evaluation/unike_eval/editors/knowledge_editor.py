@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from unike_kernels.training.samples import Sample
 
@@ -20,6 +21,7 @@ class KnowledgeEditor(HyperEditor):
 
     name = "KE"
 
+    @override
     def build(self) -> nn.Module:
         table = self.model.get_input_embeddings()  # type: ignore[operator]
         self._reader = nn.LSTM(table.embedding_dim, _HIDDEN, batch_first=True, bidirectional=True)
@@ -31,6 +33,7 @@ class KnowledgeEditor(HyperEditor):
         )
         return nn.ModuleList([self._reader, self._heads])
 
+    @override
     def changes(self, request: Sample) -> dict[str, Tensor]:
         tokenizer = getattr(self.processor, "tokenizer", self.processor)
         table = self.model.get_input_embeddings()  # type: ignore[operator]

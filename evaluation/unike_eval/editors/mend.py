@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from unike_kernels.training.samples import Sample, evaluating
 
@@ -24,6 +25,7 @@ class MEND(HyperEditor):
 
     name = "MEND"
 
+    @override
     def build(self) -> nn.Module:
         self._keys = {name: name.replace(".", "/") for name in self.linears}
         shapes = {(m.in_features, m.out_features) for m in self.linears.values()}
@@ -33,6 +35,7 @@ class MEND(HyperEditor):
         )
         return nn.ModuleList([self._transforms, self._layers])
 
+    @override
     def fit(self, suite: Suite) -> None:
         with evaluating(self.model), only(self.model, []):
             seen = [self.gradients(r.case.request) for r in suite.train[:_MEASURED]]
@@ -42,6 +45,7 @@ class MEND(HyperEditor):
             self._layers[key].measure(factors[_counts(factors, inputs)], inputs)  # type: ignore[operator]
         super().fit(suite)
 
+    @override
     def changes(self, request: Sample) -> dict[str, Tensor]:
         found = {}
         for name, (u, delta) in self.gradients(request).items():

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import override
 
 from unike_kernels.backbones import find_decoder
 from unike_kernels.training.samples import Sample, batches, evaluating, forward
@@ -62,17 +63,21 @@ class SERAC(Editor):
         self.sharpness, self.threshold = nn.Parameter(torch.tensor(1.0)), nn.Parameter(torch.tensor(0.0))
         self._edits: list[Sample] = []
 
+    @override
     def fit(self, suite: Suite) -> None:
         with evaluating(self.model):
             self._fit_classifier(suite)
             self._fit_counterfactual(suite)
 
+    @override
     def edit(self, request: Sample) -> None:
         self._edits.append(request)
 
+    @override
     def reset(self) -> None:
         self._edits.clear()
 
+    @override
     @torch.no_grad()
     def observe(self, samples: Sequence[Sample]) -> list[Observation]:
         if not self._edits:

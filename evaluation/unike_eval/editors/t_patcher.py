@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import override
 
 from unike_kernels.artifacts.edit import Edit, fresh_layer
 from unike_kernels.artifacts.fingerprint import fingerprint
@@ -64,6 +65,7 @@ class TPatcher(Editor):
         self._kept = torch.empty(0, decoder.hidden_size)
         self._edits: list[Edit] = []
 
+    @override
     @torch.no_grad()
     def fit(self, suite: Suite) -> None:
         samples = suite.preserve[: self.remembered]
@@ -71,6 +73,7 @@ class TPatcher(Editor):
             groups = [self._inputs(self.encode([samples[i] for i in group])) for group in batches(samples, 32)]
         self._kept = torch.cat([q[mask] for q, mask in groups])
 
+    @override
     def edit(self, request: Sample) -> None:
         batch = self.encode([request])
         name = f"patch-{len(self._edits)}"
@@ -101,9 +104,11 @@ class TPatcher(Editor):
         layers = {self._layer: patches.detached()}
         self._edits.append(Edit(name, layers, self._activation, Config(), fingerprint(self.model), None, {}))
 
+    @override
     def reset(self) -> None:
         self._edits.clear()
 
+    @override
     def observe(self, samples: Sequence[Sample]) -> list[Observation]:
         with patched(self.model, self._edits, layers=[self._layer]):
             return super().observe(samples)

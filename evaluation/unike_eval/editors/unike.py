@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from unike_kernels.artifacts.edit import Edit
 from unike_kernels.artifacts.memory import MemoryBank
@@ -73,6 +74,7 @@ class UniKE(Editor):
         self._memory: MemoryBank | None = None
         self._zeta: dict[int, Tensor] | None = None
 
+    @override
     def fit(self, suite: Suite) -> None:
         made = self._made(suite)
         self._preserve = suite.preserve
@@ -107,11 +109,13 @@ class UniKE(Editor):
             found[i] = direction * (right.norm() / direction.norm().clamp(min=1e-12))
         return found
 
+    @override
     def prepare(self, requests: Sequence[Sample]) -> None:
         if self.intrinsic:
             made = self._trained(requests)
             self._prepared = {id(request): edit for request, edit in zip(requests, made, strict=True)}
 
+    @override
     def edit(self, request: Sample) -> None:
         if not self.intrinsic:
             return
@@ -140,6 +144,7 @@ class UniKE(Editor):
         )
         return [result.edit for result in results]
 
+    @override
     def reset(self) -> None:
         self._edits.clear()
         self._requests.clear()
@@ -148,6 +153,7 @@ class UniKE(Editor):
         """Within the block the model is the edited one."""
         return patched(self.model, self._edits, self._memory, config=self.config)
 
+    @override
     def observe(self, samples: Sequence[Sample]) -> list[Observation]:
         with self.in_force():
             return super().observe(samples)

@@ -399,6 +399,7 @@ class GenericMemory:
     name = "generic"
 
     def parts(self, group: Group, addresses: np.ndarray):
+        """(space, indices of the lanes in it, where its window starts) for each space that some address belongs to."""
         spaces = (
             (group.launch_memory, addresses < SHARED_WINDOW, 0),
             (group.block.shared, (addresses >= SHARED_WINDOW) & (addresses < LOCAL_WINDOW), SHARED_WINDOW),

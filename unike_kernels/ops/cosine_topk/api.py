@@ -37,7 +37,7 @@ _backend.register_triton("cosine_topk", f"{__package__}.triton")
 
 
 def packed_of(codes: Tensor | None, error_bounds: Tensor | None, direction: Tensor | None) -> PackedKeys | None:
-    """The three flat arguments of an operator's schema as one."""
+    """The three arguments that stand for `PackedKeys` in an operator's schema, as one; None where any is missing."""
     if codes is None or error_bounds is None or direction is None:
         return None
     return PackedKeys(codes, error_bounds, direction)
@@ -120,9 +120,20 @@ def normalize_rows(x: Tensor) -> Tensor:
 
 
 def check_retrieval(queries: Tensor, name: str, table: Tensor, k: int, ranges: Tensor | None) -> int:
-    """The checks that all searches share, but for the shape of the table; `name` is what the caller calls it.
+    """The checks that all searches share, except for the shape of the table.
 
-    Returns k as an int of Python's.
+    Args:
+        queries: [M, d].
+        name: what the caller calls the table.
+        table: the keys, or a tensor on their device.
+        k: may be an integer of numpy's.
+        ranges: int64 [M, 2], or None.
+
+    Returns:
+        k as a Python int.
+
+    Raises:
+        TypeError, ValueError: a wrong dtype, shape, device or k.
     """
     k = _check.count("k", k)
     if k > (most := max(MOST_RESULTS, len(table))):

@@ -60,10 +60,13 @@ def search(
 
     Args:
         queries: float32 or bfloat16 [m, d] on the device of everything else.
-        rows, packed: as `Keys` takes them. Without `packed` the rows are scanned, and copied if they are not aligned.
-        k: how many.
-        ranges: as of `Keys.search`; one outside the keys gives ids -1 and scores NaN.
-        values: [n, ...] contiguous; their rows of the keys that are found are gathered.
+        rows: float32 [n, d], unit rows; without `packed` they are scanned, and copied if they are not aligned.
+            None: `packed` alone decides.
+        packed: codes, bounds and direction of `pack_keys`, scanned instead of the rows; None: the rows are scanned.
+        k: keys to return for each query; may exceed n.
+        ranges: int64 [m, 2], the keys start, ..., stop - 1 that each query sees; a range outside the keys gives ids -1
+            and scores NaN. None: all keys.
+        values: [n, ...] contiguous; the rows that belong to the keys found are gathered.
         workspace: None: that of the current stream.
 
     Returns:

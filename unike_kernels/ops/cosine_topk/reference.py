@@ -104,7 +104,14 @@ def cosine_topk(
 
 
 def scores_of(queries: Tensor, keys: Tensor, ids: Tensor, normalized: bool) -> Tensor:
-    """The scores [M, k] of keys that were found, from their rows alone: bits of the search, with all derivatives."""
+    """The scores [M, k] of keys that a search has found: the same bits, with all derivatives.
+
+    Args:
+        queries: [M, d].
+        keys: [N, d].
+        ids: int64 [M, k], -1: none.
+        normalized: the keys are unit rows already.
+    """
     found = ids >= 0
     # What a query that found nothing holds reaches no gradient.
     q = normalize_rows(torch.where(found.any(-1, keepdim=True), queries, 0.0))
@@ -121,6 +128,13 @@ def cosine_topk_backward(
     """Gradients of the scores [M, k] to the queries [M, d] and keys [N, d]; ids have none.
 
     With u = x / |x|: d cos(q, k) / dq = (u_k - cos * u_q) / |q|. A query that found nothing has no gradient.
+
+    Args:
+        grad: [M, k], of the scores.
+        queries: [M, d].
+        keys: [N, d].
+        ids: int64 [M, k], what the search found, -1: none.
+        normalized: the keys are unit rows already.
     """
     if len(keys) == 0:
         return torch.zeros_like(queries), torch.zeros_like(keys)

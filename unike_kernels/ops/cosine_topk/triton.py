@@ -211,12 +211,18 @@ def cosine_topk(
     out: tuple[Tensor, Tensor] | None = None,
     workspace: Workspace | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The canonical top-k of `reference.cosine_topk` in one launch; queries [M, d] and keys [N, d], not float64.
+    """The canonical top-k of `reference.cosine_topk` in one launch.
 
-    More than 256 results a query are left to the definition, and packed keys are not read. Ranges are read back to be
-    checked: without them nothing waits for the device.
+    For more than 256 results a query the definition runs instead. Ranges are read back to be checked; without them
+    nothing waits for the device.
 
     Args:
+        queries: [M, d], any float dtype but float64.
+        keys: [N, d], likewise.
+        k: keys to return for each query; may exceed N.
+        normalized: the keys are unit rows already.
+        ranges: int64 [M, 2], the keys start, ..., stop - 1 that each query sees; None: all.
+        packed: not read; the keys are.
         out: scores float32 [M, k] and ids int64 [M, k], contiguous; None: new tensors.
         workspace: None: that of the current stream.
     """

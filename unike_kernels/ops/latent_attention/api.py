@@ -78,7 +78,13 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
 
 
 def backward_of(ctx: Any, grad: Tensor, grad_alpha: Tensor) -> tuple[Tensor | None, ...]:
-    """The gradients to the arguments of the schema, from what `_setup` saved."""
+    """The gradients with respect to the arguments of the schema, from what `_setup` saved.
+
+    Args:
+        ctx: torch's, of the forward call.
+        grad: [M, d], of the output.
+        grad_alpha: [M], of alpha.
+    """
     saved = ctx.saved_tensors
     grads = torch.ops.unike.latent_attention_backward(grad, grad_alpha, *saved, *ctx.switches)
     grad_q, grad_h, given, anchor = grads
@@ -114,7 +120,10 @@ def check_tables(
     convention: str,
     norm: str,
 ) -> None:
-    """The checks that latent_attention and memory_attention share."""
+    """The checks that latent_attention and memory_attention share; the tensors with heads, as in `LatentOperands`.
+
+    Raises TypeError and ValueError as these two do.
+    """
     _check.one_of("convention", convention, CONVENTIONS)
     _check.one_of("norm", norm, NORMS)
     _check.floating("inputs", inputs, (None, None))
@@ -150,7 +159,14 @@ def divides(name: str, rows: int, tokens: int) -> None:
 
 
 def blend_of(queries: Tensor, scale: float | None, convention: str, norm: str) -> Blend:
-    """The switches, with the default scale for queries [M, H, c]."""
+    """The switches as the kernels take them.
+
+    Args:
+        queries: [M, H, c], whose width gives the default scale.
+        scale: of the logits; None: 1 / sqrt(c).
+        convention: "inclusion" or "eq7".
+        norm: "match" or "none".
+    """
     return Blend(1 / math.sqrt(queries.shape[-1]) if scale is None else float(scale), convention, norm)
 
 
@@ -189,7 +205,8 @@ def latent_attention(
         scale: of the logits; None: 1 / sqrt(c).
         alpha: [1] or [M], a given gate instead of the computed one.
         anchor: [R, d], compared with Enc_sem(h_know) instead of `inputs` (the paper's h_input[-1]).
-        convention: "inclusion" or "eq7"; norm: "match" or "none". See `Config`.
+        convention: "inclusion" or "eq7"; see `Config`.
+        norm: "match" or "none"; see `Config`.
         projected: [N, r] or [N, H, r], `project_values(values, encoder)`: a native kernel that has them does not read
             w1 for each token, as Enc_sem's first layer commutes with the average of the values.
 

@@ -37,11 +37,12 @@ class Memory:
     """The tables of a memory, checked and laid out once (unike_memory, unike_semantic_encoder); keeps them alive."""
 
     def __init__(self, keys: Tensor, values: Tensor, projected: Tensor | None, encoder: SemanticEncoder) -> None:
-        """
+        """Lay out the tables. Shapes are checked by the caller, here and below.
+
         Args:
-            keys, values: [n, heads, width] and [n, heads, d] on the CPU, one tensor or two, any float dtype but
-                float64; shapes checked by the caller, here and below.
-            projected: [n, heads, r], the values by w1, or None.
+            keys: [n, heads, width] on the CPU, any float dtype but float64.
+            values: [n, heads, d], likewise; may be the same tensor as the keys.
+            projected: [n, heads, r], the values multiplied by w1, or None.
             encoder: Enc_sem.
 
         Raises:
@@ -86,15 +87,18 @@ class Memory:
     def gradients(
         self, grad: Tensor, grad_alpha: Tensor, queries: Tensor, inputs: Tensor, ids: Tensor, gate: Gate
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """The gradients of `attend` to queries, inputs, a given alpha and a given anchor, in float32.
+        """The gradients of `attend` with respect to queries, inputs, a given alpha and a given anchor, in float32.
 
         Args:
-            grad: float32 or bfloat16 [m, d].
-            grad_alpha: float32 [m].
-            queries, inputs, ids, gate: as of `attend`.
+            grad: float32 or bfloat16 [m, d], of the output.
+            grad_alpha: float32 [m], of alpha.
+            queries: as `attend` took them, and so the next three.
+            inputs: [m, d].
+            ids: int64 [rows, k].
+            gate: with the alpha and the anchor of that call.
 
         Returns:
-            [m, heads * width], [m, d], [m] or None, [m, d] or None: the last two of each token.
+            [m, heads * width], [m, d], [m] or None, [m, d] or None; the last two hold a gradient for each token.
         """
         queries, inputs, ids = _native.table(queries, "queries"), _native.table(inputs, "inputs"), _native.aligned(ids)
         grad, grad_alpha = _native.table(grad, "grad"), _native.aligned(grad_alpha)

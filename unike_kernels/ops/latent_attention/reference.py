@@ -171,7 +171,7 @@ def latent_attention(
 ) -> tuple[Tensor, Tensor]:
     """The shifted attention output [M, d] and alpha [M].
 
-    The arguments are those of `LatentOperands`; the definition has no use for projected values.
+    The arguments are those of `LatentOperands`; the definition does not need projected values.
     """
     s = _steps(queries, inputs, keys, values, ids, encoder, alpha, anchor, blend)
     know = s.know * s.stretch.unsqueeze(-1)
@@ -195,7 +195,10 @@ def latent_attention_backward(
     blend: Blend,
     projected: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Gradients to queries, inputs, a given alpha and a given anchor. The memory and Enc_sem are constants."""
+    """Gradients with respect to queries, inputs, a given alpha and a given anchor.
+
+    The memory and Enc_sem are constants. The arguments are those of `LatentBackwardOperands`.
+    """
     s = _steps(queries, inputs, keys, values, ids, encoder, alpha, anchor, blend)
     shifted = s.valid.any(-1, keepdim=True)
     g = torch.where(shifted, grad.to(s.h.dtype), 0.0)

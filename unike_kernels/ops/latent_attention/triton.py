@@ -474,6 +474,16 @@ def latent_attention(
     """The shifted output and alpha, in one launch. Any dtypes but float64; see `reference.latent_attention`.
 
     Args:
+        queries: [M, H, c].
+        inputs: [M, d], what is shifted.
+        keys: [N, H, c].
+        values: [N, H, d].
+        ids: int64 [R, k], the entries of each row, -1: none; R rows share the M tokens evenly.
+        encoder: Enc_sem.
+        alpha: [1] or [M], a given gate; None: it is computed.
+        anchor: [R, d], compared with Enc_sem(h_know); None: the inputs are.
+        blend: scale, convention and norm.
+        projected: [N, H, r], the values multiplied by w1; None: the kernel multiplies.
         out: [M, d] and float32 [M], contiguous; None: new ones.
         workspace: None: that of the current stream.
     """

@@ -285,6 +285,18 @@ def latent_attention_backward(
     Those of an alpha or an anchor that several tokens share are then added up by torch.
 
     Args:
+        grad: [M, d], of the output.
+        grad_alpha: [M], of alpha.
+        queries: [M, H, c].
+        inputs: [M, d], what is shifted.
+        keys: [N, H, c].
+        values: [N, H, d].
+        ids: int64 [R, k], the entries of each row, -1: none; R rows share the M tokens evenly.
+        encoder: Enc_sem.
+        alpha: [1] or [M], a given gate; None: it is computed.
+        anchor: [R, d], compared with Enc_sem(h_know); None: the inputs are.
+        blend: scale, convention and norm.
+        projected: [N, H, r], the values multiplied by w1; None: the kernel multiplies.
         workspace: None: that of the current stream.
     """
     m, d = inputs.shape

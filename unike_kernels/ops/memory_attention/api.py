@@ -194,7 +194,9 @@ class PreparedMemory:
             inputs: [M, d], what is shifted.
             k: entries a token.
             ranges: int64 [M, 2], the entries that each token may retrieve; None: all.
-            alpha, anchor, blend: see `LatentOperands`.
+            alpha: [1] or [M], a given gate; None: it is computed.
+            anchor: [R, d], compared with Enc_sem(h_know), R dividing M; None: the inputs are.
+            blend: scale, convention and norm.
             out: [M, d] in the dtype of the inputs with contiguous rows, written and returned; may be the inputs. Not
                 where gradients are asked for. None: a new one.
         """
@@ -238,13 +240,19 @@ def memory_attention(
         hidden: [M, d], the attention module's input h_pre, which retrieves.
         inputs: [M, d], the attention module's output h_input, which is shifted.
         index: float32 [N, d], the retrieval keys h_sem as `ops.normalize_rows` gives them.
-        keys, values: [N, d], or [N, H, c] and [N, H, d]; see `latent_attention`.
+        keys: [N, d] or [N, H, c], what the queries attend to.
+        values: [N, d] or [N, H, d]; with several heads their outputs are summed.
         encoder: Enc_sem.
         k: entries per token.
         queries: [M, H, c], what attends to `keys`; None: `hidden`.
         ranges: int64 [M, 2], the entries that each token may retrieve (an empty range: the token is not shifted).
-        scale, alpha, anchor, convention, norm, projected: see `latent_attention`.
+        scale: of the logits; None: 1 / sqrt(c).
+        alpha: [1] or [M], a given gate instead of the computed one.
+        anchor: [R, d], compared with Enc_sem(h_know) instead of `inputs`; each row serves M / R tokens.
+        convention: "inclusion" or "eq7"; see `Config`.
+        norm: "match" or "none"; see `Config`.
         packed: `ops.pack_keys(index, ...)`, for a faster scan on the CPU.
+        projected: [N, r] or [N, H, r], `project_values(values, encoder)`; see `latent_attention`.
 
     Returns:
         out [M, d] in the dtype of `inputs`, alpha [M], ids int64 [M, k].

@@ -28,8 +28,13 @@ def attend(
 
     Args:
         hidden: float32 or bfloat16 [m, index.d], any strides.
-        queries, inputs, memory, gate: as of `Memory.attend`.
-        k, ranges: as of `Keys.search`.
+        queries: float32 or bfloat16 [m, heads * width], any strides.
+        inputs: float32 or bfloat16 [m, d], any strides.
+        k: entries a token.
+        ranges: int64 [m, 2] on the CPU, the entries start, ..., stop - 1 that each token may retrieve; None: all.
+        index: the retrieval keys.
+        memory: the tables to attend to.
+        gate: how far tokens are shifted.
         out: [m, d] in the dtype of the inputs with contiguous rows, written; may be the inputs. None: a new one.
         details: return alpha and the ids; else None for both.
 

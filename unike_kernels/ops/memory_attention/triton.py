@@ -81,10 +81,24 @@ def memory_attention(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The shifted output, alpha and the ids. Any dtypes but float64; see `reference.memory_attention`.
 
-    In one launch for up to 64 tokens and 256 entries of each, else in two. Packed keys are not read. Ranges are not
-    read back to be checked, so that nothing waits for the device: they are clipped to the index.
+    In one launch for up to 64 tokens that retrieve up to 256 entries each, else in two. Ranges are not read back to be
+    checked, so that nothing waits for the device: they are clipped to the index.
 
     Args:
+        hidden: [M, d], what retrieves.
+        index: [N, d], unit rows.
+        k: entries a token.
+        ranges: int64 [M, 2], the entries start, ..., stop - 1 that each token may retrieve; None: all.
+        queries: [M, H, c].
+        inputs: [M, d], what is shifted.
+        keys: [N, H, c].
+        values: [N, H, d].
+        encoder: Enc_sem.
+        alpha: [1] or [M], a given gate; None: it is computed.
+        anchor: [R, d], compared with Enc_sem(h_know), R dividing M; None: the inputs are.
+        blend: scale, convention and norm.
+        packed: not read; the index is.
+        projected: [N, H, r], the values multiplied by w1; None: the kernel multiplies.
         out: [M, d], float32 [M] and int64 [M, k], contiguous; None: new ones.
         workspace: None: that of the current stream.
     """

@@ -189,7 +189,14 @@ def _check_pool(x: Tensor, pool: EditPool) -> None:
 
 
 def add_extra_neurons(x: Tensor, base: Tensor, pool: EditPool, activation: str) -> Tensor:
-    """`patched_ffn` for a base computed elsewhere, unchecked: for callers that made the pool themselves."""
+    """`patched_ffn` for a base computed elsewhere, unchecked: for callers that made the pool themselves.
+
+    Args:
+        x: [..., d], the FFN's input.
+        base: [..., d], the FFN's output.
+        pool: the extra neurons of all edits, and the edits of each row.
+        activation: one of `ACTIVATIONS`.
+    """
     out: Tensor = _library.call("add_extra_neurons", x, _tokens(x), _tokens(base), *pool, activation)
     return out.reshape(x.shape)
 
@@ -200,13 +207,20 @@ def _tokens(x: Tensor) -> Tensor:
 
 
 def fused_ffn(x: Tensor, base: FFNWeights, pool: EditPool, activation: str) -> Tensor:
-    """`patched_ffn` of weights, unchecked: for callers that made the pool themselves."""
+    """`patched_ffn` for a base given as weights, unchecked: for callers that made the pool themselves.
+
+    Args:
+        x: [..., d], the FFN's input.
+        base: the FFN's weights.
+        pool: the extra neurons of all edits, and the edits of each row.
+        activation: one of `ACTIVATIONS`.
+    """
     out: Tensor = _library.call("patched_ffn", x, _tokens(x), *base, *pool, activation)
     return out.reshape(x.shape)
 
 
 def fuses(x: Tensor, base: FFNWeights, pool: EditPool, activation: str) -> bool:
-    """Whether a kernel here computes base and neurons of these operands in one launch."""
+    """Whether a kernel on this machine computes `fused_ffn` of the same arguments in one launch."""
     operands = FusedOperands(x, base, pool, activation)
     return _backend.forced_backend() in (None, "triton") and _backend.takes("patched_ffn", "triton", operands)
 
@@ -242,7 +256,13 @@ class PreparedNeurons:
         return type(self), (self.pool, self.activation)
 
     def of_rows(self, row_indptr: Tensor, row_edits: Tensor, token_rows: Tensor | None) -> PreparedNeurons:
-        """The same neurons for another batch, in a fraction of the time: see `EditPool`."""
+        """The same neurons for another batch, in a fraction of the time.
+
+        Args:
+            row_indptr: int64 [R + 1], row r uses edits row_edits[row_indptr[r] : row_indptr[r + 1]].
+            row_edits: int64 [S].
+            token_rows: int64 [M], the row of each token; None: the tokens belong to the rows in R equal runs.
+        """
         new = object.__new__(type(self))
         new.__dict__.update(self.__dict__)  # a copy would be laid out anew
         new.pool = self.pool._replace(row_indptr=row_indptr, row_edits=row_edits, token_rows=token_rows)

@@ -45,7 +45,13 @@ class Pool:
         self.native = _native.core().Pool((*self._sizes, rows), self._dtype, addresses)
 
     def of_rows(self, row_indptr: Tensor, row_edits: Tensor, token_rows: Tensor | None) -> Pool:
-        """The same neurons for another batch: see `EditPool`; int64, contiguous, on the CPU."""
+        """The same neurons for another batch. All tensors are contiguous, on the CPU.
+
+        Args:
+            row_indptr: int64 [R + 1], row r uses edits row_edits[row_indptr[r] : row_indptr[r + 1]].
+            row_edits: int64 [S].
+            token_rows: int64 [m], the row of each token; None: the tokens belong to the rows in R equal runs.
+        """
         new = copy.copy(self)
         new.tensors = (*self.tensors[:8], row_indptr, row_edits, token_rows)
         new._lay_out(row_indptr.shape[0] - 1)
@@ -55,7 +61,8 @@ class Pool:
         """`base` plus the extra neurons of each token's edits.
 
         Args:
-            x, base: float32 or bfloat16 [m, d] on the CPU, any strides.
+            x: float32 or bfloat16 [m, d] on the CPU, any strides; the FFN's input.
+            base: likewise; the FFN's output.
             out: [m, d] in the dtype of base with contiguous rows, written; may be base. None: a new one.
 
         Returns:
@@ -88,10 +95,11 @@ class Pool:
         return out
 
     def gradients(self, grad: Tensor, x: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradients of `add` to x and to keys, key_bias, up, up_bias, values, zeta and beta of the pool.
+        """The gradients of `add` with respect to x, and the pool's keys, key_bias, up, up_bias, values, zeta and beta.
 
         Args:
-            grad, x: float32 or bfloat16 [m, d] on the CPU, any strides.
+            grad: float32 or bfloat16 [m, d] on the CPU, any strides; of the output.
+            x: likewise; the FFN's input.
 
         Returns:
             float32, None for what the pool lacks.

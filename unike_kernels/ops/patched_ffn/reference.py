@@ -183,7 +183,14 @@ def _aligned(block: Tensor) -> Tensor:
 
 
 def add_extra_neurons(x: Tensor, base_out: Tensor, pool: EditPool, activation: str) -> Tensor:
-    """base_out + the extra neurons' output; a token without edits keeps the bits of base_out. x, base_out: [M, d]."""
+    """base_out + the extra neurons' output, [M, d]; a token without edits keeps the bits of base_out.
+
+    Args:
+        x: [M, d], the FFN's input.
+        base_out: [M, d], the FFN's output.
+        pool: the extra neurons of all edits, and the edits of each row.
+        activation: one of `ACTIVATIONS`.
+    """
     slots = token_slots(pool, x.shape[0])
     wide_x, wide_pool = widen(x, pool)
     extra = torch.zeros_like(wide_x)
@@ -205,7 +212,14 @@ def add_extra_neurons(x: Tensor, base_out: Tensor, pool: EditPool, activation: s
 
 
 def add_extra_neurons_backward(grad: Tensor, x: Tensor, pool: EditPool, activation: str) -> ExtraGradients:
-    """Gradients of `add_extra_neurons` but for base_out, whose gradient is `grad` itself."""
+    """Gradients of `add_extra_neurons`, except for base_out's, which is `grad` itself.
+
+    Args:
+        grad: [M, d], of the output.
+        x: [M, d], the FFN's input.
+        pool: the extra neurons of all edits, and the edits of each row.
+        activation: one of `ACTIVATIONS`.
+    """
     slots = token_slots(pool, x.shape[0])
     wide_x, p = widen(x, pool)
     ends = pool.indptr.tolist()
@@ -243,7 +257,16 @@ def add_extra_neurons_backward(grad: Tensor, x: Tensor, pool: EditPool, activati
 
 
 def ffn(x: Tensor, w: FFNWeights, activation: str) -> Tensor:
-    """FFN(q) of Eq. 1 in the one dtype of its operands, [M, d] -> [M, d]: as models themselves compute it."""
+    """FFN(q) of Eq. 1 in the one dtype of its operands, as models themselves compute it.
+
+    Args:
+        x: [M, d].
+        w: the weights.
+        activation: one of `ACTIVATIONS`.
+
+    Returns:
+        [M, d].
+    """
     hidden = activate(activation, F.linear(x, w.w_in, w.b_in))
     if w.w_up is not None:
         hidden = hidden * F.linear(x, w.w_up, w.b_up)
@@ -251,14 +274,30 @@ def ffn(x: Tensor, w: FFNWeights, activation: str) -> Tensor:
 
 
 def base_ffn(x: Tensor, base: FFNWeights, activation: str) -> Tensor:
-    """FFN(q) of Eq. 1, in float32 at least, rounded once to x's dtype. x: [M, d] -> [M, d]."""
+    """FFN(q) of Eq. 1, in float32 at least, rounded once to x's dtype.
+
+    Args:
+        x: [M, d].
+        base: the weights, of any float dtype.
+        activation: one of `ACTIVATIONS`.
+
+    Returns:
+        [M, d].
+    """
     wide = torch.promote_types(x.dtype, torch.float32)
     w = FFNWeights(*(None if t is None else t.to(wide) for t in base))  # type: ignore[arg-type]
     return ffn(x.to(wide), w, activation).to(x.dtype)
 
 
 def base_ffn_backward(grad: Tensor, x: Tensor, base: FFNWeights, activation: str) -> tuple[Tensor, FFNWeights]:
-    """Gradients of `base_ffn` to x and to each weight that there is."""
+    """Gradients of `base_ffn` with respect to x and to each weight that there is.
+
+    Args:
+        grad: [M, d], of the output.
+        x: [M, d].
+        base: the weights.
+        activation: one of `ACTIVATIONS`.
+    """
     wide = torch.promote_types(x.dtype, torch.float32)
     w = FFNWeights(*(None if t is None else t.to(wide) for t in base))  # type: ignore[arg-type]
     wide_x, g = x.to(wide), grad.to(wide)

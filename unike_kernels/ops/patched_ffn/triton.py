@@ -176,9 +176,13 @@ def add_extra_neurons(
     out: Tensor | None = None,
     workspace: Workspace | None = None,
 ) -> Tensor:
-    """base_out + the extra neurons of each token, in one launch. x, base_out: [M, d], of any dtype but float64.
+    """base_out + the extra neurons of each token, in one launch, [M, d].
 
     Args:
+        x: [M, d], the FFN's input, of any float dtype but float64.
+        base_out: [M, d], the FFN's output, likewise.
+        pool: the extra neurons of all edits, and the edits of each row.
+        activation: one of `ops.ACTIVATIONS`.
         out: [M, d] contiguous, of base_out's dtype, may be base_out; None: a new tensor.
         workspace: None: that of the current stream.
     """

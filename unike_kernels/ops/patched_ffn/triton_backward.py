@@ -208,10 +208,13 @@ def add_extra_neurons_backward_kernel(
 def add_extra_neurons_backward(
     grad: Tensor, x: Tensor, pool: EditPool, activation: str, *, workspace: Workspace | None = None
 ) -> ExtraGradients:
-    """The gradients of `add_extra_neurons` but for base_out, each in the dtype of what it belongs to.
+    """The gradients of `add_extra_neurons` except for base_out's, each in the dtype of what it belongs to.
 
     Args:
-        grad, x: [M, d], of any dtype but float64.
+        grad: [M, d], of the output, of any float dtype but float64.
+        x: [M, d], the FFN's input, likewise.
+        pool: the extra neurons of all edits, and the edits of each row.
+        activation: one of `ops.ACTIVATIONS`.
         workspace: None: that of the current stream.
     """
     m, d = x.shape

@@ -189,10 +189,13 @@ def patched_ffn(
     out: Tensor | None = None,
     workspace: Workspace | None = None,
 ) -> Tensor:
-    """FFN(x) + the extra neurons of each token, [M, d]; any dtypes but float64. One launch for up to 64
-    tokens, 32 of float32.
+    """FFN(x) + the extra neurons of each token, [M, d], in one launch for up to 64 tokens (32 in float32).
 
     Args:
+        x: [M, d], of any float dtype but float64.
+        base: the FFN's weights, likewise.
+        pool: the extra neurons of all edits, and the edits of each row.
+        activation: one of `ops.ACTIVATIONS`.
         out: [M, d] contiguous, of x's dtype; None: a new tensor.
         workspace: None: that of the current stream.
     """
