@@ -139,7 +139,7 @@ def world_suite(name: str, task: Task, model: nn.Module, processor: Any) -> Suit
         processor: the model's.
 
     Raises:
-        ValueError: another world or task.
+        ValueError: an unknown world or task.
     """
     facts, plain = split_facts(name, task)
     # Captions have few facts left; locality is measured on both tasks' in any case, as it is for questions.

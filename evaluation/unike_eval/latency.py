@@ -78,7 +78,7 @@ def measure_latency(
         calls: forward passes per repetition and system.
 
     Raises:
-        RuntimeError: the edited systems do not compute the same, so that no time would mean anything.
+        RuntimeError: the edited systems compute different things, so that their times could not be compared.
         ValueError: too few rounds or calls.
     """
     if rounds < 3 or calls < 1:

@@ -269,14 +269,14 @@ def load(
         path: of the file.
         kind: of artifact that it must hold: "edit", "memory", "index" or "states".
         only: names of the tensors to read; None: all.
-        mmap: leave the tensors in the file, which must not change as long as they live: what is written to it shows
-            in them, and reading what was cut off ends the process. Otherwise they are in memory of their own.
+        mmap: leave the tensors in the file, which must not change as long as they live: what is written to it shows in
+            them, and reading a part that was cut off kills the process. Otherwise they are read into memory.
         verify: compare the tensors with their checksums.
 
     Raises:
         FileNotFoundError: there is no such file.
         ArtifactError: not a safetensors file, truncated, damaged, of another kind or version, or without a JSON header;
-            no regular file.
+            or not a regular file.
     """
     with opened(path) as file:
         return read(file, path, kind, only, mmap=mmap, verify=verify)
@@ -296,9 +296,9 @@ def read(
     Args:
         file: opened for reading in binary mode.
         path: what messages call it.
-        kind: see `load`, and so the arguments below.
+        kind: of artifact that it must hold; see `load`.
         only: names of the tensors to read; None: all.
-        mmap: leave the tensors in the file.
+        mmap: leave the tensors in the file; see `load`.
         verify: compare the tensors with their checksums.
 
     Raises ArtifactError as `load` does.

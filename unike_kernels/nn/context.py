@@ -127,11 +127,11 @@ class Pass:
             tokens: T, new tokens of each row.
             past: tokens of each row that are in the cache already.
             attention_mask: [B, past + T]; None, or of another shape: there is no padding.
-            text: bool [B or fewer, T], False at image placeholders; None, or of other shapes: not told.
+            text: bool [B or fewer, T], False at image placeholders; None, or of another shape: it is not known.
             **more: further attributes of the pass.
 
         Raises:
-            ValueError: the batch is no multiple of the rows; a prompt comes in parts where it must be whole.
+            ValueError: the batch is not a multiple of the rows; a prompt comes in parts where it must be whole.
         """
         if selection.rows is not None and batch % selection.rows:
             raise ValueError(f"rows: {selection.rows} edit sets were given, the batch has {batch} rows")
@@ -312,10 +312,10 @@ class ModelContext:
         return self._tracing if torch.compiler.is_compiling() else self._thread
 
     def begin(self, selection: Selection | None, cache: Any = None, *, batch: int, tokens: int, **inputs: Any) -> None:
-        """A pass begins.
+        """Begin a pass.
 
         Args:
-            selection: what is `in_force`.
+            selection: what `in_force` says; None: nothing, the pass is the base model's.
             cache: the generation's key-value cache, or None.
             batch: B, rows of the batch.
             tokens: T, new tokens of each row.

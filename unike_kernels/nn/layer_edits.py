@@ -92,7 +92,7 @@ class LayerEdits(Tables):
         Args:
             name: the edit's id, which the store does not have yet.
             layer: its `EditLayer`.
-            device: where the neurons are kept if it is the first edit; None: where it is. Others go to the store's.
+            device: where the neurons are kept if it is the first edit; None: where `layer` is.
         """
         new = self.copied()
         given = {**self.given, name: layer}

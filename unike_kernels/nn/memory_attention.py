@@ -370,7 +370,7 @@ def shift_tokens(
     anchor: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """The shifted attention output [M, d] of tokens that retrieve each for itself.
+    """The shifted attention output [M, d] of tokens, each of which retrieves its own entries.
 
     Args:
         memory: of the layer.

@@ -131,7 +131,7 @@ def register_triton(op: str, module: str, refuse: Callable[[Any], str | None] = 
     Args:
         op: name of the operator, and of the function.
         module: its full name; it may import triton.
-        refuse: as of `register`; asked if nothing that all Triton kernels refuse applies.
+        refuse: see `register`; asked after the reasons that hold for every Triton kernel.
     """
 
     def run(*operands: Any) -> Any:

@@ -36,7 +36,7 @@ def add_edit(model: nn.Module, edit: Edit, *, override: bool = False, running: R
         PatchError: the model is not patched, is patched at other layers, or has an edit of this id.
         MismatchError: see `patch`.
         TypeError: `edit` is not an Edit.
-        ValueError: another `running`.
+        ValueError: an unknown `running`.
     """
     state = require_state(model)
     _check_running(running)
@@ -66,7 +66,7 @@ def remove_edit(model: nn.Module, id: str, *, running: Running = "keep") -> None
 
     Raises:
         PatchError: the model is not patched, or has no edit of this id.
-        ValueError: another `running`.
+        ValueError: an unknown `running`.
     """
     state = require_state(model)
     _check_running(running)
@@ -89,7 +89,7 @@ def set_beta(model: nn.Module, id: str, beta: float, *, running: Running = "keep
 
     Raises:
         PatchError: the model is not patched, or has no edit of this id.
-        ValueError: a beta that is not finite, or another `running`.
+        ValueError: a beta that is not finite, or an unknown `running`.
     """
     state = require_state(model)
     _check_running(running)
@@ -119,7 +119,7 @@ def swap_memory(
         PatchError: the model is not patched, or not at the memory's layers.
         MismatchError: the memory is for another model or config, or an installed edit was trained with another one.
         TypeError: `memory` is not a MemoryBank.
-        ValueError: another `running`.
+        ValueError: an unknown `running`.
     """
     state = require_state(model)
     _check_running(running)

@@ -123,7 +123,7 @@ class DecoderHook:
     placeholders: frozenset[int] | None  # given where those of images and the like must be told from text
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Check that the patched modules are still in place, and begin a pass of this call's batch.
+        """Check that the patched modules are still in place, and begin a pass over this call's batch.
 
         Raises:
             PatchError: another module stands where one was patched.

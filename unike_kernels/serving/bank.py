@@ -130,7 +130,7 @@ class EditBank:
     def prepared(
         self, layer: int, rows: Sequence[Sequence[str]], tokens: Sequence[int] | None = None
     ) -> PreparedNeurons:
-        """What `apply` calls: laid out once, and kept while the bank stays as it is, for a batch that comes again.
+        """The neurons that `apply` calls, laid out once and kept for the same batch until the bank changes.
 
         Args:
             layer: one of the bank's.

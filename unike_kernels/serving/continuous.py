@@ -111,17 +111,17 @@ class EditingManager(ContinuousBatchingManager):
         unike_memory: bool | str | None = None,
         **kwargs: Any,
     ) -> str | None:
-        """transformers' own, for a request with edits.
+        """transformers' `add_request`, for a request with edits.
 
         Args:
             *args: transformers'.
             unike_edit: the ids of its edits, or one.
-            unike_memory: whether the memory shifts it, or the tenant whose entries alone do, which must be named where
-                there are tenants; None: it does, unless the memory has tenants.
+            unike_memory: whether the memory shifts it, or the tenant whose entries alone do; True is
+                refused where there are tenants. None: it does, unless there are tenants.
             **kwargs: transformers'.
 
         Raises:
-            ValueError: no such edit or tenant, or one that does not fit this model; ids that are none, or not distinct.
+            ValueError: an unknown edit or tenant, or one that does not fit this model; invalid or repeated ids.
         """
         ids = check_ids("unike_edit", unike_edit)
         if ids and self._folder is None:

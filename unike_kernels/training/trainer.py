@@ -139,7 +139,7 @@ def train_edits(
     batch_size: int = 8,
     progress: bool = True,
 ) -> list[EditResult]:
-    """`train_edit` for requests that know nothing of each other, several in one pass: each row has its own neurons.
+    """`train_edit` for several independent requests at once: each row of a pass has its own neurons.
 
     Each edit becomes what `train_edit` makes of its request alone, up to rounding.
 
@@ -160,7 +160,7 @@ def train_edits(
         progress: show a progress bar.
 
     Raises:
-        ValueError: as `train_edit` does; no requests, or ids that are not as many or not distinct.
+        ValueError: as `train_edit` does; no requests; ids that are not distinct, or not one for each request.
     """
     if is_patched(model):
         raise PatchError(

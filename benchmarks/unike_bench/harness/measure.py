@@ -65,7 +65,7 @@ class Row:
 def measure(
     case: Case, *, rounds: int | None = None, seconds: float = 6.0, clock: Callable[[], float] | None = None
 ) -> list[Row]:
-    """A row for each system of the case; its data is gone afterwards.
+    """Measure a case: a row for each of its systems. Its data is freed afterwards.
 
     Args:
         case: what to measure.

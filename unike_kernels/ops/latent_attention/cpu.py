@@ -92,10 +92,10 @@ class Memory:
         Args:
             grad: float32 or bfloat16 [m, d], of the output.
             grad_alpha: float32 [m], of alpha.
-            queries: as `attend` took them, and so the next three.
-            inputs: [m, d].
-            ids: int64 [rows, k].
-            gate: with the alpha and the anchor of that call.
+            queries: [m, heads * width], of the `attend` call.
+            inputs: [m, d], of the same call.
+            ids: int64 [rows, k], of the same call.
+            gate: of the same call.
 
         Returns:
             [m, heads * width], [m, d], [m] or None, [m, d] or None; the last two hold a gradient for each token.
