@@ -1,9 +1,14 @@
 """Memories as values and as files."""
 
+import copy
+import dataclasses
+import pickle
+
 import pytest
 import torch
 
 import unike_kernels as uk
+from unike_kernels.artifacts import files
 from unike_kernels.ops import SemanticEncoder
 
 
@@ -105,3 +110,20 @@ def test_a_bank_whose_layers_do_not_fit():
     for values, tables in (("pre", True), ("out", False), ("projected", False)):
         with pytest.raises(ValueError, match=rf"MemoryBank.layers: with Config\(values='{values}'\) layer 1 should"):
             bank({1: layer(own_values=tables)}, config=uk.Config(values=values))
+
+
+def test_the_id_follows_the_tables(monkeypatch):
+    """Another object of the same tables has the id without hashing them anew; of other tables it has another one."""
+    made = bank()
+    hashed = []
+    digest = files.digest
+    monkeypatch.setattr(files, "digest", lambda tensors: hashed.append(1) or digest(tensors))
+    again = dataclasses.replace(made, search=uk.ANNConfig())
+    assert again.id == made.id and not hashed
+    one = dataclasses.replace(made.layers[2], index=made.layers[2].index + 1)
+    other = dataclasses.replace(made, layers={**made.layers, 2: one})
+    assert other.id != made.id
+    swapped = dataclasses.replace(made, layers={2: made.layers[3], 3: made.layers[2]})
+    assert swapped.id == digest(swapped._tensors()) and len(hashed) == 2
+    assert dataclasses.replace(made, layers={3: made.layers[3]}).id not in (made.id, swapped.id)
+    assert copy.deepcopy(made).id == pickle.loads(pickle.dumps(made)).id == made.id

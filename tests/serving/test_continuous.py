@@ -245,7 +245,7 @@ def test_layers_without_an_ffn(make_model, make_edit, running, tmp_path):
 def test_a_memory_of_a_layer_without_attention(make_memory):
     model = model_of(HYBRIDS["qwen3_next"].family)
     one = make_memory(model.float(), uk.Config(k=7, values="out", alpha=0.4), layers=(1, 3))
-    memory = dataclasses.replace(one, layers={0: one.layers[1], 1: one.layers[1]}, id="")
+    memory = dataclasses.replace(one, layers={0: one.layers[1], 1: one.layers[1]})
     with pytest.raises(
         uk.UnsupportedModelError, match=r"layer 0 \(Qwen3NextDecoderLayer\): looked for one self-attention"
     ):

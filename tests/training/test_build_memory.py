@@ -15,6 +15,7 @@ from unike_kernels.training import (
     Sample,
     Triplet,
     build_memory,
+    extend_memory,
     extract,
     train_edit,
 )
@@ -91,7 +92,7 @@ def test_the_same_seed_makes_the_same_memory(make_model, processor):
 @pytest.mark.parametrize(
     ("triplets", "layers", "message"),
     [
-        ([], None, "triplets: expected at least 2, got 0"),
+        ([], None, "triplets: expected at least one, got none"),
         (TRIPLETS[:3], None, "triplets: expected at least 4"),
         (TRIPLETS, [9], "layers: expected indices in 0..5"),
         ([Triplet("w1", "w2", "w3", torch.rand(8, 8))] * 4, None, r"shape \(16, 16\), not \(8, 8\)"),
@@ -100,6 +101,50 @@ def test_the_same_seed_makes_the_same_memory(make_model, processor):
 def test_what_is_refused(make_model, processor, triplets, layers, message):
     with pytest.raises(ValueError, match=message):
         build(make_model("opt"), processor, triplets, layers=layers)
+
+
+@pytest.mark.parametrize("values", ["pre", "out", "projected"])
+def test_a_memory_is_extended(make_model, processor, values, tmp_path):
+    """By the entries that a memory of all triplets has, and by nothing else."""
+    model, config = make_model("llama"), uk.Config(k=5, values=values)
+    memory = build(model, processor, TRIPLETS[:9], config=config, layers=[1, 4]).memory
+    extended = extend_memory(model, processor, memory, TRIPLETS[9:], progress=False)
+    assert len(memory) == 9 and len(extended) == 12
+    states = build(model, processor, config=config, layers=[1, 4]).memory
+    for i, m in extended.layers.items():
+        for name in ("index", "keys", *(() if values == "pre" else ("values",))):
+            assert torch.equal(getattr(m, name)[:9], getattr(memory.layers[i], name))
+            # Batches of other rows round otherwise.
+            torch.testing.assert_close(getattr(m, name)[9:], getattr(states.layers[i], name)[9:])
+        assert m.encoder is memory.layers[i].encoder and m.zeta_prime is memory.layers[i].zeta_prime
+    assert extended.config == memory.config and extended.base_model == memory.base_model
+    assert extended.id != memory.id
+    extended.save(tmp_path / "m")
+    assert uk.MemoryBank.load(tmp_path / "m").id == extended.id
+    one = extend_memory(model, processor, extended, TRIPLETS[:1], progress=False)
+    assert len(one) == 13
+    uk.patch(model, memory=one)
+    model(input_ids=torch.arange(5, 9)[None])
+    uk.swap_memory(model, memory)
+    with pytest.raises(uk.PatchError, match="the model is patched"):
+        extend_memory(model, processor, memory, TRIPLETS[:1], progress=False)
+
+
+def test_a_memory_of_tenants_is_extended_by_entries_of_nobody(make_model, processor):
+    model = make_model("llama")
+    memory = build(model, processor, layers=[4]).memory
+    joined = uk.MemoryBank.joined({"acme": memory})
+    extended = extend_memory(model, processor, joined, TRIPLETS[:2], progress=False)
+    assert extended.entries("acme") == range(12) and len(extended) == 14 and extended.parts == joined.parts
+
+
+def test_what_a_memory_is_not_extended_by(make_model, processor):
+    model = make_model("llama")
+    memory = build(model, processor, layers=[4]).memory
+    with pytest.raises(ValueError, match="triplets: expected at least one, got none"):
+        extend_memory(model, processor, memory, [], progress=False)
+    with pytest.raises(uk.MismatchError, match=f"memory {memory.id}: "):
+        extend_memory(make_model("opt"), processor, memory, TRIPLETS, progress=False)
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference_mode"])

@@ -79,9 +79,8 @@ def test_half_precision_comes_out_as_float32(make_model, processor):
 
 def test_what_is_refused(make_model, processor):
     model = make_model("opt")
-    for triplets in ([], TRIPLETS[:1]):
-        with pytest.raises(ValueError, match=f"triplets: expected at least 2, got {len(triplets)}"):
-            extract(model, processor, triplets)
+    with pytest.raises(ValueError, match="triplets: expected at least one, got none"):
+        extract(model, processor, [])
     with pytest.raises(ValueError, match=r"triplets\[1\]: the positive and the negative answer are both 'w2'"):
         extract(model, processor, [TRIPLETS[0], Triplet("w1", "w2", "w2")])
     with pytest.raises(ValueError, match=r"layers: expected indices in 0..5, got \[6\]"):

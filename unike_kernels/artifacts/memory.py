@@ -75,6 +75,9 @@ class MemoryLayer:
         return named | {f"encoder.{name}": t for name, t in self.encoder._asdict().items()}
 
 
+_HASHED = "_hashed"  # where the first layer of a memory keeps the layers that were hashed together, and their hash
+
+
 @dataclass(frozen=True)
 class MemoryBank:
     """The memory of a model: the same N entries at every edited layer.
@@ -95,7 +98,7 @@ class MemoryBank:
     config: Config
     base_model: dict[str, Any]
     notes: dict[str, str] = field(default_factory=dict)
-    id: str = ""
+    id: str = field(init=False)
     tenants: Mapping[str, range] = field(default_factory=dict)
     parts: Mapping[str, str] = field(default_factory=dict)
     search: ANNConfig | None = None
@@ -112,9 +115,7 @@ class MemoryBank:
                     f"MemoryBank.layers: with Config(values={self.config.values!r}) layer {i} should "
                     f"{'take its keys as values' if layer.values is not None else 'have values of its own'}"
                 )
-        if not self.id:
-            object.__setattr__(self, "id", files.digest(self._tensors()))
-
+        object.__setattr__(self, "id", self._digest())
         for what, name in [("id", self.id), *(("tenants", name) for name in self.tenants)]:
             files.check_name(f"MemoryBank.{what}", name)
         if set(self.tenants) != set(self.parts):
@@ -174,6 +175,16 @@ class MemoryBank:
     def nbytes(self) -> int:
         """Bytes of all tensors as stored. Patched in, the index is kept once more as normalised float32 rows."""
         return sum(t.nbytes for t in self._tensors().values())
+
+    def _digest(self) -> str:
+        """A hash of the tables, kept with them: another object of the same ones, in other settings, has it at once."""
+        first, tables = next(iter(self.layers.values())), [*self.layers.items()]
+        known = vars(first).get(_HASHED)
+        if known is None or [(i, id(m)) for i, m in known[0]] != [(i, id(m)) for i, m in tables]:
+            known = tables, files.digest(self._tensors())
+            object.__setattr__(first, _HASHED, known)
+        found: str = known[1]
+        return found
 
     def _tensors(self) -> dict[str, Tensor]:
         return {f"layers.{i}.{name}": t for i, layer in self.layers.items() for name, t in layer.tensors().items()}

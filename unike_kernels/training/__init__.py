@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .build_memory import MemoryResult, build_memory
+from .build_memory import MemoryResult, build_memory, extend_memory
 from .encoders import Disentangled, EncoderTraining, disentangle
 from .extract import Hidden, extract
 from .samples import Sample, Triplet, encode
@@ -21,6 +21,7 @@ __all__ = [
     "build_memory",
     "disentangle",
     "encode",
+    "extend_memory",
     "extract",
     "train_edit",
     "train_edits",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from ..artifacts.fingerprint import fingerprint
 from ..artifacts.memory import MemoryBank, MemoryLayer
 from ..backbones import Decoder, find_decoder, project_memory, score_scale
 from ..config import Config
+from ..patching import check_artifacts
 from .encoders import Disentangled, EncoderTraining, disentangle
 from .extract import Hidden, extract
 from .samples import Triplet, taking_gradients
@@ -102,3 +103,54 @@ def build_memory(
         tables[i] = MemoryLayer(h.sem_pre, keys, values, space.semantic_weights(), space.zeta, space.zeta_prime)
     notes = {"triplets": str(len(triplets)), "training": str(training or EncoderTraining())}
     return MemoryResult(MemoryBank(tables, config, fingerprint(model), notes), hidden, spaces)
+
+
+@taking_gradients
+def extend_memory(
+    model: nn.Module,
+    processor: Any,
+    memory: MemoryBank,
+    triplets: Sequence[Triplet],
+    *,
+    batch_size: int = 32,
+    store: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+) -> MemoryBank:
+    """A memory with further triplets as entries behind its own; its encoders and zeta' stay what they are.
+
+    It has an id of its own, as edits that were trained with the other one were not trained with these entries. In a
+    memory of tenants the new entries are nobody's own: rows that name a tenant do not use them.
+
+    Args:
+        model: the Hugging Face model that the memory was made for, not patched.
+        processor: its processor or tokenizer.
+        memory: what is added to; it stays as it is.
+        triplets: one or more.
+        batch_size: triplets per forward pass of the extraction.
+        store: a folder for the extracted states, as for `extract`.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: no triplets.
+        PatchError: the model is patched.
+        MismatchError: the memory was made for another model.
+    """
+    decoder = find_decoder(model)
+    check_artifacts(model, decoder, [], memory, memory.config, override=False)
+    layers = sorted(memory.layers)
+    hidden = extract(model, processor, triplets, layers=layers, batch_size=batch_size, store=store, progress=progress)
+    tables = {}
+    for i in layers:
+        have, states = memory.layers[i], hidden[i]
+        keys, values, *_ = _tables(decoder, i, states, memory.config.values)
+        tables[i] = replace(
+            have,
+            index=_behind(have.index, states.sem_pre),
+            keys=_behind(have.keys, keys),
+            values=None if have.values is None or values is None else _behind(have.values, values),
+        )
+    return replace(memory, layers=tables, notes={**memory.notes, "extended": f"by {len(triplets)} triplets"})
+
+
+def _behind(table: Tensor, rows: Tensor) -> Tensor:
+    return torch.cat([table, rows.to(table)])

@@ -81,8 +81,7 @@ def extract(
     Args:
         model: a Hugging Face model, not patched.
         processor: its processor or tokenizer.
-        triplets: at least two (one has no negatives to be told from). They are looked at some at a time, so that a lazy
-            sequence need not hold all images.
+        triplets: at least one. They are looked at some at a time, so that a lazy sequence need not hold all images.
         layers: decoder layers; None: the last four that have attention.
         batch_size: triplets per forward pass.
         store: a folder for the states. They are written there in parts as they are made, so that memory holds one layer
@@ -99,8 +98,8 @@ def extract(
         ArtifactError: the store holds a part of other triplets, layers or of another model, or a damaged one. Images
             are not compared.
     """
-    if len(triplets) < 2:
-        raise ValueError(f"triplets: expected at least 2, got {len(triplets)}")
+    if not triplets:
+        raise ValueError("triplets: expected at least one, got none")
     if is_patched(model):
         raise PatchError("extract: the model is patched; unpatch it first")
     chosen = find_decoder(model).select(layers, need=("attention",))
