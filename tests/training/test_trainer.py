@@ -441,10 +441,10 @@ KEEP = [Sample("w9 w12", "w8"), Sample("w7 w6 w5 w4", "w4"), Sample("w3 w3", "w5
 @pytest.mark.parametrize(
     ("kind", "config", "dropout", "with_memory"),
     [
-        ("opt", {}, 0.3, False),
+        pytest.param("opt", {}, 0.3, False, marks=pytest.mark.slow),
         ("llama", {"neurons": "gated"}, 0.0, True),
         ("blip2-opt", {"tokens": "answer"}, 0.3, True),
-        ("llama", {"w_zeta": "edit"}, 0.0, True),  # which comes from the memory
+        pytest.param("llama", {"w_zeta": "edit"}, 0.0, True, marks=pytest.mark.slow),  # which comes from the memory
         pytest.param("opt", {}, 0.3, True, marks=pytest.mark.slow),
         pytest.param("llama", {"neurons": "gated"}, 0.0, False, marks=pytest.mark.slow),
         pytest.param("blip2-opt", {"tokens": "answer"}, 0.3, False, marks=pytest.mark.slow),

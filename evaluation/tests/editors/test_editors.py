@@ -64,6 +64,7 @@ def test_edits_and_takes_them_back(system, setting):
         assert now.grad is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("system", [FineTune, TPatcher, UniKE])
 def test_what_is_trained_for_each_edit_reaches_it(system, setting):
     model, processor, suite = setting
