@@ -87,7 +87,7 @@ class MemoryBank:
         config: the semantics under which it was built.
         base_model: fingerprint of the model that it was extracted from.
         notes: how it was made, for people.
-        id: a hash of the contents; an `Edit` records it.
+        id: a hash of the tables, computed whatever is given; an `Edit` records it.
         tenants: name -> entries that belong to it alone; see `joined`.
         parts: tenant -> id of the memory that it came from.
         search: how entries are retrieved where that need not be exact; None: exactly. A setting of this object, not of
@@ -98,7 +98,7 @@ class MemoryBank:
     config: Config
     base_model: dict[str, Any]
     notes: dict[str, str] = field(default_factory=dict)
-    id: str = field(init=False)
+    id: str = ""
     tenants: Mapping[str, range] = field(default_factory=dict)
     parts: Mapping[str, str] = field(default_factory=dict)
     search: ANNConfig | None = None
