@@ -1,5 +1,6 @@
 """A folder of edits: what is there now, what somebody still holds, and what other processes can reach."""
 
+import dataclasses
 import errno
 import gc
 import os
@@ -431,3 +432,39 @@ def test_a_key_belongs_to_the_content_that_was_read(tmp_path, edit, monkeypatch)
     monkeypatch.setattr(uk.Edit, "read", written_to)
     with pytest.raises(ValueError, match=r"a\.safetensors was written to while it was read; replace it by renaming"):
         folder.get("a")
+
+
+def test_a_version_that_is_retained_anew_keeps_its_file(tmp_path, edit):
+    """While the one before it lets go of its own."""
+    folder = EditRepository(tmp_path)
+    put(tmp_path, edit("a"))
+    key = folder.get("a").key
+    one, another = folder._kept(key), folder._kept(key)
+    assert len(list(folder._retained_files(key))) == 2
+    del one
+    gc.collect()
+    (left,) = folder._retained_files(key)
+    assert uk.Edit.load(left).id == "a"
+    del another
+
+
+@pytest.mark.parametrize("what", ["time", "size", "file"])
+def test_each_of_three_things_tells_a_replaced_file(tmp_path, edit, what):
+    folder, path, aside = EditRepository(tmp_path), tmp_path / "a.safetensors", tmp_path / "aside"
+    put(tmp_path, edit("a"))
+    before, state = folder.get("a"), path.stat()
+    if what == "file":  # another one, of the same size and time
+        edit("a", seed=3).save(aside)
+        os.replace(aside, path)
+        os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+        assert (path.stat().st_size, path.stat().st_mtime_ns) == (state.st_size, state.st_mtime_ns)
+    elif what == "size":  # written in place, at the same time
+        dataclasses.replace(edit("a", seed=3), notes={"more": "text " * 9}).save(aside)
+        path.write_bytes(aside.read_bytes())
+        os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+    else:
+        edit("a", seed=3).save(aside)
+        path.write_bytes(aside.read_bytes())
+        os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns + 1))
+    after = folder.get("a")
+    assert after.key != before.key and first_key(after.edit) != first_key(before.edit)
