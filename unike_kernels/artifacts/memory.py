@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from ..config import ANNConfig, Config
 from ..errors import ArtifactError, MismatchError
@@ -75,7 +77,10 @@ class MemoryLayer:
         return named | {f"encoder.{name}": t for name, t in self.encoder._asdict().items()}
 
 
-_HASHED = "_hashed"  # where the first layer of a memory keeps the layers that were hashed together, and their hash
+# The first layer of a memory -> the layers that were hashed together, and their hash.
+_HASHED: MutableMapping[MemoryLayer, tuple[tuple[tuple[int, weakref.ref[MemoryLayer]], ...], str]] = (
+    WeakIdKeyDictionary()
+)
 
 
 @dataclass(frozen=True)
@@ -178,12 +183,11 @@ class MemoryBank:
 
     def _digest(self) -> str:
         """A hash of the tables, kept with them: another object of the same ones, in other settings, has it at once."""
-        first, tables = next(iter(self.layers.values())), [*self.layers.items()]
-        known = vars(first).get(_HASHED)
-        if known is None or [(i, id(m)) for i, m in known[0]] != [(i, id(m)) for i, m in tables]:
-            known = tables, files.digest(self._tensors())
-            object.__setattr__(first, _HASHED, known)
-        found: str = known[1]
+        first, layers = next(iter(self.layers.values())), self.layers.items()
+        together, found = _HASHED.get(first, ((), ""))
+        if [(i, id(known())) for i, known in together] != [(i, id(layer)) for i, layer in layers]:
+            found = files.digest(self._tensors())
+            _HASHED[first] = tuple((i, weakref.ref(layer)) for i, layer in layers), found
         return found
 
     def _tensors(self) -> dict[str, Tensor]:
