@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from unike_kernels.training.samples import Sample
 
+from .wordings import Split
+
 
 def _samples(lines: str) -> tuple[Sample, ...]:
     r"""A prompt and an answer a line, with "\n" in words where a prompt breaks its line."""
     return tuple(Sample(*line.replace("\\n", "\n").split(" | ")) for line in lines.strip().split("\n"))
 
 
-# In halves: the first for validation, the second for the test.
 FAR = _samples(r"""
 Water is made of hydrogen and | oxygen
 The opposite of hot is | cold
@@ -82,7 +83,6 @@ The meeting was opened by | the head of the school, who welcomed all guests.
 """)
 
 
-def halves(samples: tuple[Sample, ...]) -> dict[str, tuple[Sample, ...]]:
-    """For validation, and for the test."""
-    middle = len(samples) // 2
-    return {"validation": samples[:middle], "test": samples[middle:]}
+def of_split(samples: tuple[Sample, ...], split: Split) -> tuple[Sample, ...]:
+    """A third of them, which no other split has."""
+    return samples[("train", "validation", "test").index(split) :: 3]

@@ -13,7 +13,7 @@ from unike_kernels.training.samples import Sample
 from ..answers import answers
 from ..metrics import Case
 from ..suite import Request, Suite
-from .elsewhere import FAR, TEXT, halves
+from .elsewhere import FAR, TEXT, of_split
 from .facts import Fact, facts
 from .wordings import Split, prompts
 
@@ -34,20 +34,24 @@ def countries_suite(model: nn.Module, tokenizer: Any) -> Suite:
     """The suite for a model.
 
     Each fact is a request once: in one wording, with the right answer if the model says another one, else with that of
-    another country (a counterfactual). Its rephrasings are the split's other wordings; near are facts of the same
-    relation and other countries, the subject's are the country's other facts, both in any wording of the split; far are
-    questions about other things, and free text. No split shares a country or a wording with another.
+    another country (a counterfactual). Of the facts for training that the model knows, half are no requests but what is
+    preserved. Rephrasings are the split's other wordings; near are facts of the same relation and other countries, the
+    subject's are the country's other facts, both in any wording of the split; far are questions about other things, and
+    free text. No two splits share any of these.
 
     Args:
         model: a language model, see `unike_eval.models.smollm2`.
         tokenizer: its tokenizer.
     """
-    split = {name: list(_requests(name, of, model, tokenizer)) for name, of in split_facts().items()}
-    kept = [s for r in split["train"] for s in (r.case.request,) if r.wrong.startswith(s.answer)]
-    return Suite("countries", **split, preserve=[*kept, *halves(FAR)["validation"]])
+    preserve = list(of_split(FAR, "train"))
+    split = {name: list(_requests(name, of, model, tokenizer, preserve)) for name, of in split_facts().items()}
+    return Suite("countries", **split, preserve=preserve)
 
 
-def _requests(split: Split, of: Sequence[Fact], model: nn.Module, tokenizer: Any) -> Iterator[Request]:
+def _requests(
+    split: Split, of: Sequence[Fact], model: nn.Module, tokenizer: Any, preserve: list[Sample]
+) -> Iterator[Request]:
+    """Half of what the model is right about in training is no request, but goes to what is preserved."""
     rng = Random(f"countries {split}")
     worded = {fact: prompts(fact, split, tokenizer) for fact in of}
     asked = {fact: rng.sample(words, min(len(words), _WORDINGS)) for fact, words in worded.items()}
@@ -56,16 +60,18 @@ def _requests(split: Split, of: Sequence[Fact], model: nn.Module, tokenizer: Any
     def other(fact: Fact) -> Sample:
         return Sample(rng.choice(worded[fact]), fact.answer)
 
-    half: Split = "validation" if split == "train" else split
     for (fact, (prompt, *rest)), found in zip(asked.items(), said, strict=True):
         right = found.lower().startswith(fact.answer.lower())
+        if right and split == "train" and rng.random() < 0.5:
+            preserve.append(Sample(prompt, fact.answer))
+            continue
         choices = sorted({f.answer for f in of if f.relation == fact.relation} - {fact.answer})
         wanted = rng.choice(choices) if right else fact.answer
         neighbours = [f for f in of if f.relation == fact.relation and f != fact]
         case = Case(
             Sample(prompt, wanted),
             rephrasings=tuple(Sample(words, wanted) for words in rest),
-            text_locality=(*rng.sample(halves(FAR)[half], _FAR), *rng.sample(halves(TEXT)[half], _TEXT)),
+            text_locality=(*rng.sample(of_split(FAR, split), _FAR), *rng.sample(of_split(TEXT, split), _TEXT)),
             near_locality=tuple(map(other, rng.sample(neighbours, _NEAR))),
             subject_locality=tuple(other(f) for f in of if f.country == fact.country and f != fact),
         )
