@@ -8,6 +8,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from . import _library
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -33,7 +35,7 @@ def rows(name: str, t: Tensor) -> None:
 
 def unwrapped(name: str, t: Tensor) -> None:
     """`t` is not what a transformation of `torch.func` makes of a tensor."""
-    if torch._C._functorch.is_functorch_wrapped_tensor(t):
+    if _library.wrapped(t):
         raise TypeError(
             f"{name}: an index searches outside of torch.func alone; ops.cosine_topk works inside of it, too"
         )
