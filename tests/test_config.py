@@ -71,8 +71,8 @@ def test_differences_are_those_that_inference_sees():
     ("values", "needed"),
     [({}, False), ({"alpha": 0.5}, False), ({"alpha": "last"}, True), ({"retrieval": "sequence"}, True)],
 )
-def test_needs_prompt_lengths(values, needed):
-    assert uk.Config(**values).needs_prompt_lengths is needed
+def test_needs_prompt_ends(values, needed):
+    assert uk.Config(**values).needs_prompt_ends is needed
 
 
 def test_numbers_of_other_libraries():

@@ -14,7 +14,7 @@ from typing import Any
 
 from . import nn, ops
 from ._version import __version__
-from .artifacts import Edit, EditLayer, MemoryBank, MemoryLayer
+from .artifacts import Edit, EditLayer, MemoryBank, MemoryLayer, Scope
 from .config import ANNConfig, Config
 from .environment import show_config
 from .errors import ArtifactError, BackendUnavailableError, MismatchError, PatchError, UnsupportedModelError
@@ -71,6 +71,7 @@ __all__ = [
     "MismatchError",
     "PatchError",
     "PatchReport",
+    "Scope",
     "UnsupportedModelError",
     "__version__",
     "add_edit",

@@ -16,12 +16,15 @@ _CHOICES = {
     "norm": ("match", "none"),
     "neurons": ("plain", "gated"),
     "w_zeta": ("memory", "edit"),
+    "scope": ("all", "memory"),
 }
+_LATER: dict[str, Any] = {"scope": "all"}  # what older artifacts do not say, and mean
 
 # More entries than any attention over them makes use of, and what a search on a CUDA device takes.
 MOST_ENTRIES = 2**20
 
-_TRAINING_ONLY = ("neurons", "w_zeta", "beta")  # what they led to is in the edit's own tensors
+# What they led to is in the edit's own tensors: its neurons, zeta' and beta, and its entries.
+_TRAINING_ONLY = ("neurons", "w_zeta", "beta", "scope")
 
 
 @dataclass(frozen=True)
@@ -31,20 +34,27 @@ class Config:
     Attributes:
         k: entries retrieved (the paper's top-40), 1 to 2**20; where a memory has fewer, all of them, at their cost.
         retrieval: "token": each token retrieves its own entries (causal, stateless); "sequence": once, with the last
-            prompt token, as the paper words it (needs `uk.rows(..., prompt_lengths=...)`).
+            prompt token, as the paper words it.
         tokens: which tokens are shifted: "all"; "text" (not those of an image); or "answer", from the last prompt token
-            on, which is where the memory's keys come from (needs `uk.rows(..., prompt_lengths=...)`). Padding never is.
+            on, which is where the memory's keys come from. Padding never is.
         values: what the memory attention returns: "out" (h_pos at the attention's output, where the blend takes place),
             "pre" (h_pos at its input, keys and values in one, the paper's wording), "projected" (W_k and W_v W_o per
             head, Eq. 8 to the letter).
         scale: of the attention logits; None: 1 / sqrt(width of a key).
         alpha: the gate: "token" (cosine with the token's own h_input), "last" (with h_input of the last prompt token,
-            Eq. 7; needs `uk.rows(..., prompt_lengths=...)`), or a fixed number in 0..1.
+            Eq. 7), or a fixed number in 0..1.
         convention: "inclusion": (1 - alpha) h_input + alpha h_know; "eq7": Eq. 7 to the letter, the other way round.
         norm: "match": h_know is rescaled to |h_input|; "none": literal.
         neurons: on gated FFNs, "plain" neurons Act(q K + b) (Eq. 3) or "gated" ones Act(q K + b) * (q U + c).
         w_zeta: "memory": W_zeta is trained with the encoders and frozen; "edit": trained inside each edit.
         beta: of a trained edit's beta * zeta' (Eq. 6).
+        scope: where an edit acts: "all": in every row that selects it, at all tokens; "memory": from the last prompt
+            token on, in the rows for whose prompt its own entry wins against those of the memory's other facts and of
+            the other edits (see `Scope`). The other rows are the unedited model's, bit for bit.
+
+    Where a prompt ends is found as the model is used: a pass of several tokens, and the first one over a key-value
+    cache, end with their prompt. `uk.rows(..., prompt_lengths=...)` tells it where that is not so: in teacher forcing,
+    assisted decoding, and passes without a cache.
 
     Raises:
         ValueError: a value out of its range; the message names it.
@@ -61,6 +71,7 @@ class Config:
     neurons: str = "plain"
     w_zeta: str = "memory"
     beta: float = 0.1
+    scope: str = "all"
 
     def __post_init__(self) -> None:
         for name, allowed in _CHOICES.items():
@@ -84,9 +95,9 @@ class Config:
             raise ValueError(f"Config.beta: expected a finite number, got {self.beta!r}")
 
     @property
-    def needs_prompt_lengths(self) -> bool:
+    def needs_prompt_ends(self) -> bool:
         """Whether a forward pass must know where each prompt ends."""
-        return self.needs_whole_prompts or self.tokens == "answer"
+        return self.needs_whole_prompts or self.tokens == "answer" or self.scope == "memory"
 
     @property
     def needs_whole_prompts(self) -> bool:
@@ -101,10 +112,10 @@ class Config:
     def from_dict(cls, values: dict[str, Any]) -> Config:
         """The inverse of `to_dict`. Raises ValueError for an unknown or missing name or a value out of range."""
         names = {f.name for f in dataclasses.fields(cls)}
-        if not isinstance(values, dict) or set(values) != names:
+        if not isinstance(values, dict) or {*_LATER, *values} != names:
             got = sorted(values) if isinstance(values, dict) else type(values).__name__
             raise ValueError(f"Config: expected the fields {sorted(names)}, got {got}")
-        return cls(**values)
+        return cls(**{**_LATER, **values})
 
     def differences(self, other: Config) -> list[str]:
         """Each field that an inference depends on and in which the two differ, as 'name: mine != theirs'."""

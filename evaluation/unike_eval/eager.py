@@ -87,7 +87,7 @@ def eager(model: nn.Module, edits: Sequence[Edit], memory: MemoryBank | None, *,
     """
     config = memory.config if memory else Config()
     gated = any(layer.up is not None for e in edits for layer in e.layers.values())
-    if config.needs_prompt_lengths or config.values == "projected" or config.tokens == "text" or gated:
+    if config.needs_prompt_ends or config.values == "projected" or config.tokens == "text" or gated:
         raise NotImplementedError(
             "the eager baseline knows plain neurons, and retrieval and gate that are the same for every token"
         )

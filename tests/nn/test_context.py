@@ -65,30 +65,34 @@ def test_only_text_is_shifted():
 )
 def test_the_prompts_end(mask, lengths, last):
     """A sequence may go on after its prompt, as a target does in training."""
-    state = prompt(*lengths)
-    state.saved[0, "ids"] = torch.zeros(1)
-    made = a_pass(2, 4, 0, mask, prompt=state)
-    assert made.prompt_end.tolist() == last
-    assert made.saved is state.saved and state.saved == {}
+    made = a_pass(2, 4, 0, mask, prompt=prompt(*lengths))
+    assert made.last.tolist() == last and made.prompted
 
 
 def test_one_length_for_each_run_of_beams():
-    assert a_pass(6, 4, rows=2, prompt=prompt(2, 4)).prompt_end.tolist() == [1, 1, 1, 3, 3, 3]
+    assert a_pass(6, 4, rows=2, prompt=prompt(2, 4)).last.tolist() == [1, 1, 1, 3, 3, 3]
 
 
 @pytest.mark.parametrize("mask", [LEFT, None])
 def test_after_the_prompt_what_it_left_is_kept(mask):
-    state = prompt(2, 4)
-    first = a_pass(2, 4, 0, mask, prompt=state)
-    first.saved[0, "ids"] = torch.zeros(1)
+    context, selection = ModelContext(config=Config(alpha="last")), Selection(prompt=prompt(2, 4))
+
+    def begun(tokens, past, mask):
+        context.begin(selection, batch=2, tokens=tokens, past=past, attention_mask=mask)
+        made = context.now()
+        context.end()
+        return made
+
+    first = begun(4, 0, mask)
+    first.generation.saved[0, "ids"] = torch.zeros(1)
     for past in (4, 5):
         grown = None if mask is None else torch.cat([mask, torch.ones(2, past - 3).long()], 1)
-        made = a_pass(2, 1, past, grown, prompt=state)
-        assert made.prompt_end is None
-        assert list(made.saved) == [(0, "ids")]
+        made = begun(1, past, grown)
+        assert made.last is None and made.prompted
+        assert list(made.generation.saved) == [(0, "ids")]
     # Another prompt has a place of its own: the first one's pass may be computed again.
-    other = a_pass(2, 4, 0, mask, prompt=state)
-    assert other.saved == {} and list(first.saved) == [(0, "ids")]
+    other = begun(4, 0, mask)
+    assert other.generation.saved == {} and list(first.generation.saved) == [(0, "ids")]
 
 
 @pytest.mark.parametrize(
@@ -120,7 +124,6 @@ def test_a_prompt_in_parts_is_an_error(tokens, past, mask, lengths):
 def test_from_the_prompts_end_on(tokens, past, mask, shifted):
     made = a_pass(2, tokens, past, mask, prompt=prompt(2, 3, tokens="answer"))
     assert made.shifted.int().tolist() == shifted
-    assert made.prompt_end is None
 
 
 def test_a_batch_that_is_no_multiple_of_the_rows_is_an_error():

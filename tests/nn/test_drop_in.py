@@ -276,7 +276,7 @@ def test_a_copy_shares_nothing_with_its_source(make, way, base):
 @pytest.mark.parametrize("way", ["deepcopy", "pickle"])
 def test_a_part_of_a_model_that_was_copied_alone_is_refused(way, base):
     """Nobody could select anything for it."""
-    context = ModelContext(in_model=True)
+    context = ModelContext(config=Config())
     MemoryAttention.from_module(base, Config(), context=context)
     twin = copies(base)[way]
     with pytest.raises(PatchError, match="was copied or pickled alone"):

@@ -10,7 +10,7 @@ from torch import nn
 
 from unike_kernels import ops
 from unike_kernels.config import Config
-from unike_kernels.nn import MemoryAttention, MemoryTables, ModelContext, Pass, PromptState, Selection, memory_shift
+from unike_kernels.nn import Generation, MemoryAttention, MemoryTables, ModelContext, Pass, Selection, memory_shift
 from unike_kernels.nn._drop_in import class_forward
 
 B, T, D, N, HEADS = 3, 4, 6, 15, 2
@@ -59,10 +59,11 @@ def make(config=None, context=None, returns=tuple, **kwargs):
     return new, hidden, out[0] if returns is tuple else out
 
 
-def in_pass(module, hidden, ranges=None, **what):
+def in_pass(module, hidden, ranges=None, saved=None, **what):
     """What the module puts out in a pass like this one: the tokens to shift, the prompt's end, ranges of the rows."""
-    prompt = PromptState(torch.tensor([0]), Config(alpha="last"))
-    made = Pass(memory_shift(module).context.current, Selection(memory_ranges=ranges, prompt=prompt), **what)
+    generation = Generation(saved={} if saved is None else saved)
+    version, selection = memory_shift(module).context.current, Selection(memory_ranges=ranges)
+    made = Pass(version, selection, prompted=True, generation=generation, **what)
     with memory_shift(module).context.running(made):
         return module(hidden)[0]
 
@@ -179,7 +180,7 @@ def test_each_row_has_its_own_part_of_the_memory(retrieval, masked):
     ranges = torch.tensor([[-1, -1], [0, 0], [4, 9]])
     shifted = torch.ones(B, T, dtype=torch.bool)
     shifted[:, 0] = False
-    got = in_pass(new, hidden, ranges, shifted=shifted if masked else None, prompt_end=torch.tensor(LAST))
+    got = in_pass(new, hidden, ranges, shifted=shifted if masked else None, last=torch.tensor(LAST))
     assert torch.equal(got[1], out[1])
     assert torch.equal(got[:, 0], out[:, 0]) == masked
     for row in (0, 2):
@@ -187,7 +188,7 @@ def test_each_row_has_its_own_part_of_the_memory(retrieval, masked):
         alone = MemoryTables(m.index[part], m.keys[part], m.values[part], m.encoder)
         single = copy.deepcopy(new)
         memory_shift(single).memory = alone
-        wanted = in_pass(single, hidden[row : row + 1], prompt_end=torch.tensor(LAST[row : row + 1]))[0]
+        wanted = in_pass(single, hidden[row : row + 1], last=torch.tensor(LAST[row : row + 1]))[0]
         start = int(masked)
         torch.testing.assert_close(got[row, start:], wanted[start:], rtol=0, atol=1e-5)
 
@@ -208,7 +209,7 @@ def test_what_depends_on_the_prompts_end(alpha, retrieval):
     config = Config(k=3, retrieval=retrieval, alpha=alpha)
     new, hidden, out = make(config, layer=7)
     saved = {}
-    first = in_pass(new, hidden, prompt_end=torch.tensor(LAST), saved=saved)
+    first = in_pass(new, hidden, last=torch.tensor(LAST), saved=saved)
     m = memory_shift(new).memory
     ends = torch.stack([out[row, t] for row, t in enumerate(LAST)])
     queries = torch.stack([hidden[row, t] for row, t in enumerate(LAST)])
@@ -247,7 +248,7 @@ def test_layers_remember_for_themselves():
     config = Config(k=3, retrieval="sequence")
     for layer in (0, 1):
         new, hidden, _ = make(config, context, layer=layer)
-        in_pass(new, hidden, prompt_end=torch.tensor(LAST), saved=saved)
+        in_pass(new, hidden, last=torch.tensor(LAST), saved=saved)
     assert set(saved) == {(0, "ids"), (1, "ids")}
     assert not torch.equal(*saved.values())
 

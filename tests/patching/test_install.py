@@ -480,8 +480,9 @@ def test_prompt_in_two_chunks_is_refused(setup):
             s.model(input_ids=one["input_ids"][:, :3])
         cache = s.model.model(input_ids=one["input_ids"], use_cache=True).past_key_values
         s.model(input_ids=one["input_ids"][:, :1], past_key_values=cache)
+        unknown = copy.deepcopy(cache)
         with uk.rows(s.model, prompt_lengths=[6]), pytest.raises(ValueError, match="start with the prompt"):
-            s.model(input_ids=one["input_ids"][:, :1], past_key_values=cache)
+            s.model(input_ids=one["input_ids"][:, :1], past_key_values=unknown)
 
 
 def test_prepared_mask_is_refused_where_it_would_hide_the_prompts_end(setup):

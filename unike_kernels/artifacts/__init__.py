@@ -5,5 +5,6 @@ from __future__ import annotations
 from .edit import Edit, EditLayer, fresh_layer
 from .fingerprint import fingerprint
 from .memory import MemoryBank, MemoryLayer
+from .scope import Scope
 
-__all__ = ["Edit", "EditLayer", "MemoryBank", "MemoryLayer", "fingerprint", "fresh_layer"]
+__all__ = ["Edit", "EditLayer", "MemoryBank", "MemoryLayer", "Scope", "fingerprint", "fresh_layer"]

@@ -40,6 +40,7 @@ def check_compatibility(
     *,
     config: Config | None = None,
     memories: Sequence[str | None] | None = None,
+    scope: str | None = None,
     override: bool = False,
 ) -> None:
     """Whether an edit or a memory fits a model. Sizes and layers must; the rest may be overridden.
@@ -52,6 +53,7 @@ def check_compatibility(
         config: the switches that it is to be used with; None: its own.
         memories: of an edit: the ids of the memories in force, one of which it must have been trained with, None for
             none; the first is the one that messages name. None: not judged.
+        scope: of an edit: the id of the scope that decides where it acts; None: none does.
         override: accept another base model, config or memory.
 
     Raises:
@@ -79,6 +81,11 @@ def check_compatibility(
                 raise MismatchError(f"{name}: it is for {artifact.activation} FFNs, the {model.what}'s are {found}")
         if memories is not None and artifact.memory_id not in memories:
             problems.append(f"it was trained with the memory {artifact.memory_id}, this one is {memories[0]}")
+        if scope is not None and artifact.scope_id != scope:
+            raise MismatchError(
+                f"{name}: it has {'no entries' if artifact.scope_id is None else 'entries of another scope'}, by which "
+                "the memory decides where it acts: make some (training.with_entries)"
+            )
     if problems and not override:
         raise MismatchError(f"{name}: {'; '.join(problems)}. Pass override=True to use it all the same.")
     if warning:

@@ -79,6 +79,9 @@ class Edit:
         base_model: fingerprint of the model, see `artifacts.fingerprint`.
         memory_id: `MemoryBank.id` of the memory that it was trained with; None: without one.
         notes: free text for people, such as the prompt and the target.
+        entries: float32 [n, c], unit rows: the keys of the prompts that it is meant for, its own one first; None: it
+            has none, and can act only wherever it is selected.
+        scope_id: `Scope.id` of the scope that they were made with.
     """
 
     id: str
@@ -88,9 +91,20 @@ class Edit:
     base_model: dict[str, Any]
     memory_id: str | None
     notes: dict[str, str] = field(default_factory=dict)
+    entries: Tensor | None = None
+    scope_id: str | None = None
 
     def __post_init__(self) -> None:
         files.check_name("Edit.id", self.id)
+        if (self.entries is None) != (self.scope_id is None):
+            raise ValueError("Edit: expected entries and scope_id together, got one of them")
+        if self.entries is not None:
+            files.check_name("Edit.scope_id", self.scope_id)
+            shape = list(self.entries.shape)
+            if self.entries.dtype != torch.float32 or len(shape) != 2 or 0 in shape:
+                raise ValueError(f"Edit.entries: expected float32 [n, c], got {self.entries.dtype} {shape}")
+            if not ((self.entries.norm(dim=-1) - 1).abs() < 1e-3).all():
+                raise ValueError("Edit.entries: expected unit rows")
         if self.memory_id is not None:
             files.check_name("Edit.memory_id", self.memory_id)
         if not self.layers:
@@ -127,7 +141,8 @@ class Edit:
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
-        return sum(t.nbytes for layer in self.layers.values() for t in layer.tensors().values())
+        own = 0 if self.entries is None else self.entries.nbytes
+        return own + sum(t.nbytes for layer in self.layers.values() for t in layer.tensors().values())
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file, atomically. Raises ArtifactError for a tensor that is not finite."""
@@ -137,6 +152,8 @@ class Edit:
                 if not t.isfinite().all():
                     raise ArtifactError(f"edit {self.id!r}: layer {index}: {name} holds NaN or infinity")
                 tensors[f"layers.{index}.{name}"] = t
+        if self.entries is not None:
+            tensors["entries"] = self.entries
         header = {
             "id": self.id,
             "layers": sorted(self.layers),
@@ -145,6 +162,7 @@ class Edit:
             "config": self.config.to_dict(),
             "base_model": self.base_model,
             "memory_id": self.memory_id,
+            "scope_id": self.scope_id,
             "notes": self.notes,
         }
         files.save(path, "edit", header, tensors)
@@ -191,6 +209,8 @@ class Edit:
             base_model=reader.build(validate_fingerprint, reader.field("base_model", dict)),
             memory_id=reader.field("memory_id", (str, type(None))),
             notes=reader.notes(),
+            entries=reader.tensor("entries", (None, None)) if reader.has("entries") else None,
+            scope_id=reader.field("scope_id", (str, type(None))) if reader.says("scope_id") else None,
         )
         reader.done()
         return edit

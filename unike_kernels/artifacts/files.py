@@ -491,10 +491,14 @@ class Reader:
         """Whether the file has a tensor of this name that has not been taken yet."""
         return name in self._tensors
 
-    def layers(self) -> list[int]:
-        """The header's layer indices: distinct, ascending, not negative."""
+    def says(self, name: str) -> bool:
+        """Whether the header has a field of this name that has not been taken yet."""
+        return name in self._header
+
+    def layers(self, least: int = 1) -> list[int]:
+        """The header's layer indices, so many at least: distinct, ascending, not negative."""
         layers = self.field("layers", list)
-        if not layers or any(not isinstance(i, int) or isinstance(i, bool) or i < 0 for i in layers):
+        if len(layers) < least or any(not isinstance(i, int) or isinstance(i, bool) or i < 0 for i in layers):
             raise self.fail(f"header field 'layers': expected a list of layer indices, got {layers!r:.80}")
         if layers != sorted(set(layers)):
             raise self.fail(f"header field 'layers': expected distinct ascending indices, got {layers!r:.80}")

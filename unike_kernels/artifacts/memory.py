@@ -18,6 +18,7 @@ from ..ops import SemanticEncoder
 from . import files
 from .fingerprint import agree
 from .fingerprint import validate as validate_fingerprint
+from .scope import Scope
 
 
 @dataclass(frozen=True)
@@ -85,18 +86,20 @@ _HASHED: MutableMapping[MemoryLayer, tuple[tuple[tuple[int, weakref.ref[MemoryLa
 
 @dataclass(frozen=True)
 class MemoryBank:
-    """The memory of a model: the same N entries at every edited layer.
+    """The memory of a model: the same N entries at every edited layer, and what decides where edits act.
 
     Attributes:
-        layers: decoder layer index -> tables.
+        layers: decoder layer index -> tables; none where the memory has a scope alone.
         config: the semantics under which it was built.
         base_model: fingerprint of the model that it was extracted from.
         notes: how it was made, for people.
-        id: a hash of the tables, computed whatever is given; an `Edit` records it.
+        id: a hash of the layers' tables (of the scope, where there are none), computed whatever is given; an `Edit`
+            records it.
         tenants: name -> entries that belong to it alone; see `joined`.
         parts: tenant -> id of the memory that it came from.
         search: how entries are retrieved where that need not be exact; None: exactly. A setting of this object, not of
             the file.
+        scope: what decides where edits act, see Config.scope; None: edits act wherever they are selected.
     """
 
     layers: Mapping[int, MemoryLayer]
@@ -107,12 +110,15 @@ class MemoryBank:
     tenants: Mapping[str, range] = field(default_factory=dict)
     parts: Mapping[str, str] = field(default_factory=dict)
     search: ANNConfig | None = None
+    scope: Scope | None = None
 
     def __post_init__(self) -> None:
-        if not self.layers:
-            raise ValueError("MemoryBank.layers: expected at least one layer, got none")
+        if not self.layers and self.scope is None:
+            raise ValueError("MemoryBank.layers: expected at least one layer, or a scope; got none")
+        if self.config.scope == "memory" and self.scope is None:
+            raise ValueError("MemoryBank.scope: Config(scope='memory') needs one, got None")
         sizes = {tuple(layer.index.shape) for layer in self.layers.values()}
-        if len(sizes) != 1:
+        if len(sizes) > 1:
             raise ValueError(f"MemoryBank.layers: expected the same [N, d] in every layer, got {sorted(sizes)}")
         for i, layer in self.layers.items():
             if (layer.values is None) != (self.config.values == "pre"):
@@ -133,7 +139,7 @@ class MemoryBank:
                 raise ValueError(f"MemoryBank.tenants: {name!r} has {entries}, the memory {len(self)} entries")
 
     def __len__(self) -> int:
-        return int(next(iter(self.layers.values())).index.shape[0])
+        return int(next(iter(self.layers.values())).index.shape[0]) if self.layers else 0
 
     @classmethod
     def joined(cls, banks: Mapping[str, MemoryBank]) -> MemoryBank:
@@ -158,7 +164,15 @@ class MemoryBank:
             tenants[tenant] = range(start, start + len(bank))
             start += len(bank)
         parts = {tenant: bank.id for tenant, bank in banks.items()}
-        return cls(layers, first.config, first.base_model, {"joined": ", ".join(banks)}, tenants=tenants, parts=parts)
+        return cls(
+            layers,
+            first.config,
+            first.base_model,
+            {"joined": ", ".join(banks)},
+            tenants=tenants,
+            parts=parts,
+            scope=first.scope,
+        )
 
     @property
     def ids(self) -> tuple[str, ...]:
@@ -174,6 +188,8 @@ class MemoryBank:
     @property
     def hidden_size(self) -> int:
         """d, the width of the model's hidden states."""
+        if self.scope is not None:
+            return self.scope.hidden_size
         return int(next(iter(self.layers.values())).index.shape[1])
 
     @property
@@ -183,15 +199,20 @@ class MemoryBank:
 
     def _digest(self) -> str:
         """A hash of the tables, kept with them: another object of the same ones, in other settings, has it at once."""
+        if not self.layers:
+            return files.digest(self._tensors())
         first, layers = next(iter(self.layers.values())), self.layers.items()
         together, found = _HASHED.get(first, ((), ""))
         if [(i, id(known())) for i, known in together] != [(i, id(layer)) for i, layer in layers]:
-            found = files.digest(self._tensors())
+            found = files.digest(self._tables())
             _HASHED[first] = tuple((i, weakref.ref(layer)) for i, layer in layers), found
         return found
 
-    def _tensors(self) -> dict[str, Tensor]:
+    def _tables(self) -> dict[str, Tensor]:
         return {f"layers.{i}.{name}": t for i, layer in self.layers.items() for name, t in layer.tensors().items()}
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return self._tables() | (self.scope.tensors() if self.scope is not None else {})
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file, atomically, with checksums of all that is in it."""
@@ -204,6 +225,7 @@ class MemoryBank:
             "base_model": self.base_model,
             "notes": self.notes,
             "tenants": {name: [r.start, r.stop, self.parts[name]] for name, r in self.tenants.items()},
+            "scope": None if self.scope is None else self.scope.header(),
         }
         files.save(path, "memory", header, self._tensors())
 
@@ -225,7 +247,9 @@ class MemoryBank:
         reader = files.Reader(path, *files.load(path, "memory", mmap=mmap))
         n, d = reader.field("entries", int), reader.field("hidden_size", int)
         layers = {}
-        for index in reader.layers():
+        told = reader.field("scope", (dict, type(None))) if reader.says("scope") else None
+        scope = None if told is None else Scope.read(reader, told)
+        for index in reader.layers(least=0 if scope else 1):
             prefix = f"layers.{index}."
             keys = reader.tensor(prefix + "keys", (n, None, None))
             w1 = reader.tensor(prefix + "encoder.w1", (None, d))
@@ -255,6 +279,7 @@ class MemoryBank:
             notes=reader.notes(),
             tenants={name: range(start, stop) for name, (start, stop, _) in tenants.items()},
             parts={name: id for name, (_, _, id) in tenants.items()},
+            scope=scope,
         )
         reader.done()
         if bank.id != stated:
@@ -269,6 +294,8 @@ def _differences(one: MemoryBank, other: MemoryBank) -> list[str]:
         found.append("config")
     if not agree(one.base_model, other.base_model):
         found.append("base model")
+    if (one.scope is None) != (other.scope is None) or (one.scope and other.scope and one.scope.id != other.scope.id):
+        found.append("scope")
     if one.layers.keys() != other.layers.keys():
         return [*found, "layers"]
     for i, a in one.layers.items():

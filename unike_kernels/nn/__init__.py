@@ -6,6 +6,7 @@ from ._drop_in import (
     DropIn,
     adoption,
     base_class,
+    first_argument,
     put_back,
     record_of,
     release,
@@ -13,17 +14,19 @@ from ._drop_in import (
     residual_position,
     unpatched,
 )
-from .context import ModelContext, Pass, PromptState, Selection, Version
+from .context import Generation, ModelContext, Pass, PromptState, Selection, Version
 from .dense import Dense
 from .layer_edits import LayerEdits
 from .memory_attention import MemoryAttention, MemoryShift, MemoryTables, memory_shift, shift_tokens
 from .patched_ffn import ExtraNeurons, PatchedFFN, extra_neurons
+from .routing import Route, Router
 from .trace import LayerTrace, Trace
 
 __all__ = [
     "Dense",
     "DropIn",
     "ExtraNeurons",
+    "Generation",
     "LayerEdits",
     "LayerTrace",
     "MemoryAttention",
@@ -33,12 +36,15 @@ __all__ = [
     "Pass",
     "PatchedFFN",
     "PromptState",
+    "Route",
+    "Router",
     "Selection",
     "Trace",
     "Version",
     "adoption",
     "base_class",
     "extra_neurons",
+    "first_argument",
     "memory_shift",
     "put_back",
     "record_of",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -16,33 +17,60 @@ from torch import Tensor
 from ..config import Config
 from ..errors import PatchError
 from .ambient import Ambient
+from .routing import Router, Rows, Seen, behind_prompts
 from .trace import PassTrace, Trace
 
 
 @dataclass(frozen=True, eq=False)
 class Version:
-    """What is installed in a model between two changes: layer -> its edits, and layer -> its memory, or None."""
+    """What is installed in a model between two changes.
+
+    Attributes:
+        edits: layer -> its edits.
+        memories: layer -> its memory, or None.
+        router: decides which edits act in a row; None: those that the row selects.
+    """
 
     edits: Mapping[int, Any]
     memories: Mapping[int, Any]
+    router: Router | None = None
 
 
 NOTHING = Version({}, {})
 
 
 @dataclass(eq=False)
+class Generation:
+    """What the passes over one key-value cache have in common, or those of a `rows` block that have no cache.
+
+    Attributes:
+        version: that they compute with; None: the current one.
+        tokens: how many have come, in the cache and in passes.
+        decoding: whether a pass of one token has followed the prompt.
+        saved: (layer, name) -> tensor [B, ...] that the last pass with the last prompt token computed.
+        seen: what the router has seen of the prompts, and decided.
+    """
+
+    version: Version | None = None
+    tokens: int = 0
+    decoding: bool = False
+    saved: dict[tuple[int, str], Tensor] = field(default_factory=dict)
+    seen: Seen | None = None
+
+
+@dataclass(eq=False)
 class PromptState:
-    """For the modes that depend on the last prompt token.
+    """For the modes that depend on the last prompt token, where a `rows` block tells which it is.
 
     Attributes:
         lengths: int64 [R], prompt tokens of each row, padding not counted.
         config: says which modes those are.
-        saved: (layer, name) -> tensor [B, ...] that the last pass with the last prompt token computed.
+        generation: of the passes without a cache.
     """
 
     lengths: Tensor
     config: Config
-    saved: dict[tuple[int, str], Tensor] = field(default_factory=dict)
+    generation: Generation = field(default_factory=Generation)
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +80,7 @@ class Selection:
     Attributes:
         rows: how many edit sets; None: every row uses everything.
         edits: for each row the ids of its edits; None: all of them.
+        forced: whether these act, though a router would decide otherwise.
         memory_ranges: int64 [R, 2], the entries that each row may retrieve, [-1, -1] for all; None: all rows all.
         ranges_memory_id: id of the memory that these ranges are of; None: they hold for any.
         prompt: set by `uk.rows(..., prompt_lengths=...)`.
@@ -61,6 +90,7 @@ class Selection:
 
     rows: int | None = None
     edits: tuple[tuple[str, ...], ...] | None = None
+    forced: bool = False
     memory_ranges: Tensor | None = None
     ranges_memory_id: str | None = None
     prompt: PromptState | None = None
@@ -84,8 +114,13 @@ class Pass:
         version: what it computes with.
         selection: of each row.
         shifted: bool [B, T], the tokens that the memory may shift; None: all.
-        prompt_end: int64 [B], index of the last prompt token; None: it is not in this pass, or does not matter.
-        saved: see `PromptState`; filled by the pass that has a `prompt_end`.
+        visible: bool [B, T], the tokens that are no padding; None: all.
+        prompted: whether it is known where prompts end.
+        last: int64 [B], index among this pass's tokens of the last one of each prompt, negative where that came before;
+            None: they all came before, or it does not matter.
+        generation: of which it is a part.
+        shape: (B, T).
+        scoped: whether an edit acts from the last prompt token on alone, and where the router says so.
         trace: where layers record what they did; None: nobody asks.
         traced: whether torch.compile traces it.
         graph_task: the backward pass that it is a part of, as torch numbers them; -1: none.
@@ -97,8 +132,12 @@ class Pass:
     version: Version
     selection: Selection = EVERYTHING
     shifted: Tensor | None = None
-    prompt_end: Tensor | None = None
-    saved: dict[tuple[int, str], Tensor] = field(default_factory=dict)
+    visible: Tensor | None = None
+    prompted: bool = False
+    last: Tensor | None = None
+    generation: Generation = field(default_factory=Generation)
+    shape: tuple[int, int] = (1, 0)
+    scoped: bool = False
     trace: PassTrace | None = None
     traced: bool = False
     graph_task: int = -1
@@ -116,6 +155,9 @@ class Pass:
         past: int = 0,
         attention_mask: Tensor | None = None,
         text: Tensor | None = None,
+        config: Config | None = None,
+        prompted: bool = False,
+        ends: Tensor | None = None,
         **more: Any,
     ) -> Pass:
         """A pass over `tokens` new tokens of each of `batch` rows, after `past` cached ones.
@@ -128,6 +170,9 @@ class Pass:
             past: tokens of each row that are in the cache already.
             attention_mask: [B, past + T]; None, or of another shape: there is no padding.
             text: bool [B or fewer, T], False at image placeholders; None, or of another shape: it is not known.
+            config: of the model; None: nothing in it depends on where prompts end, unless the selection says where.
+            prompted: whether the model's passes tell where prompts end.
+            ends: int64 [B], where the selection does not say: see `last`; None: all prompts came before.
             **more: further attributes of the pass.
 
         Raises:
@@ -136,27 +181,63 @@ class Pass:
         if selection.rows is not None and batch % selection.rows:
             raise ValueError(f"rows: {selection.rows} edit sets were given, the batch has {batch} rows")
         mask = attention_mask if attention_mask is not None and attention_mask.dim() == 2 else None
-        shifted = None if mask is None else mask[:, mask.shape[1] - tokens :].bool()
+        shifted = visible = None if mask is None else mask[:, mask.shape[1] - tokens :].bool()
         if text is not None:
             text = text.repeat_interleave(max(batch // text.shape[0], 1), 0)
             if text.shape == (batch, tokens):
                 shifted = text if shifted is None else shifted & text
-        prompt = selection.prompt
-        if prompt is None:
-            return cls(version, selection, shifted, **more)
-        lengths = prompt.lengths if selection.prompt_lengths is None else selection.prompt_lengths
-        last, end = _prompt_ends(lengths, prompt.config, batch, mask) - past, None
-        if prompt.config.tokens == "answer":
+        prompt, last = selection.prompt, ends
+        if prompt is not None:
+            config = prompt.config
+            lengths = prompt.lengths if selection.prompt_lengths is None else selection.prompt_lengths
+            last = _prompt_ends(lengths, config, batch, mask) - past
+        if config is not None and last is not None and config.tokens == "answer":
             answers = torch.arange(tokens, dtype=torch.int64, device=last.device) >= last.unsqueeze(1)
             shifted = answers if shifted is None else shifted & answers
-        if prompt.config.needs_whole_prompts and not bool((last < 0).all()):
-            if bool((last < 0).any()) or bool((last >= tokens).any()) or past:
+        if prompt is not None and last is not None and prompt.config.needs_whole_prompts:
+            behind = bool((last < 0).all())
+            if not behind and (bool((last < 0).any()) or bool((last >= tokens).any()) or past):
                 raise ValueError(
                     "rows: with alpha='last' or retrieval='sequence' the whole prompt must come in one forward pass; "
                     f"prompts of {prompt.lengths.tolist()} tokens, {past} cached and {tokens} new ones"
                 )
-            prompt.saved, end = {}, last
-        return cls(version, selection, shifted, end, prompt.saved, **more)
+            last = None if behind else last
+        return cls(
+            version,
+            selection,
+            shifted,
+            visible,
+            prompted or prompt is not None,
+            last,
+            shape=(batch, tokens),
+            scoped=config is not None and config.scope == "memory",
+            **more,
+        )
+
+    def acting(self) -> tuple[Rows | None, Tensor | None]:
+        """The edits that act in each row, None for all of them in each, and the row of each token, None for equal
+        runs; a row that is the last one more is that of the tokens without edits."""
+        if not self.scoped:
+            return self.selection.edits, None
+        if not self.prompted or self.traced:
+            raise ValueError(
+                "this Config needs the prompt's end (scope='memory'): call the model inside uk.rows(model, "
+                "prompt_lengths=[...])"
+                if not self.prompted
+                else "scope='memory': expected a model that is not compiled"
+            )
+        batch, tokens = self.shape
+        if self.selection.forced or self.version.router is None:
+            named = self.selection.edits or ((),)
+            rows = tuple(row for row in named for _ in range(batch // len(named)))
+        else:
+            routes = self.version.router.routes(self, batch)
+            rows = tuple(() if route.edit is None else (route.edit,) for route in routes)
+            if self.trace is not None:
+                self.trace.routes[:] = routes
+        if self.last is None:
+            return rows, None
+        return (*rows, ()), behind_prompts(self.last, tokens)
 
 
 def _prompt_ends(lengths: Tensor, config: Config, batch: int, mask: Tensor | None) -> Tensor:
@@ -202,7 +283,7 @@ class ModelContext:
     Args:
         version: what is installed.
         default: what a pass without a selection computes with, "all" or "none".
-        in_model: whether a decoder announces its passes; False for a module alone.
+        config: of the model whose decoder announces its passes; None: of a module alone.
 
     Attributes:
         orphaned: whether it was copied with a part of its model alone, so that nobody can select anything for it.
@@ -211,9 +292,9 @@ class ModelContext:
     """
 
     def __init__(
-        self, version: Version = NOTHING, default: Literal["all", "none"] = "all", *, in_model: bool = False
+        self, version: Version = NOTHING, default: Literal["all", "none"] = "all", config: Config | None = None
     ) -> None:
-        self.default, self.in_model, self.orphaned = default, in_model, False
+        self.default, self.config, self.orphaned = default, config, False
         self.selections: Ambient[Selection] = Ambient()
         self.traces: Ambient[Trace] = Ambient()
         self._begin_anew()
@@ -223,11 +304,12 @@ class ModelContext:
         self._thread, self._tracing, self._key = _Thread(), _Tracing(), next(_keys)
         self._lock = threading.RLock()
         _contexts[self._key] = self
-        self.forget_running()
+        self._running: WeakKeyDictionary[Any, Generation] = WeakKeyDictionary()
 
     def forget_running(self) -> None:
         """Let running generations go on with the current version."""
-        self._running: WeakKeyDictionary[Any, Version] = WeakKeyDictionary()
+        for generation in list(self._running.values()):
+            generation.version = None
 
     # --- what is installed and selected --------------------------------------------------------------------------
 
@@ -241,7 +323,9 @@ class ModelContext:
     def install(self, layer: int, **what: Any) -> None:
         """Publish a version with other `edits` or other `memories` of a layer."""
         with self._lock:
-            changed = {name: {**getattr(self.current, name), layer: value} for name, value in what.items()}
+            changed: dict[str, Any] = {
+                name: {**getattr(self.current, name), layer: value} for name, value in what.items()
+            }
             self.publish(replace(self.current, **changed))
 
     @contextmanager
@@ -311,7 +395,19 @@ class ModelContext:
         """What the thread that asks is at."""
         return self._tracing if torch.compiler.is_compiling() else self._thread
 
-    def begin(self, selection: Selection | None, cache: Any = None, *, batch: int, tokens: int, **inputs: Any) -> None:
+    def begin(
+        self,
+        selection: Selection | None,
+        cache: Any = None,
+        *,
+        batch: int,
+        tokens: int,
+        past: int = 0,
+        attention_mask: Tensor | None = None,
+        tells: bool = True,
+        device: torch.device | None = None,
+        **inputs: Any,
+    ) -> None:
         """Begin a pass.
 
         Args:
@@ -319,19 +415,36 @@ class ModelContext:
             cache: the generation's key-value cache, or None.
             batch: B, rows of the batch.
             tokens: T, new tokens of each row.
-            **inputs: `past`, `attention_mask` and `text`; see `Pass.of`.
+            past: see `Pass.of`; it matters only where the selection says where prompts end.
+            attention_mask: see `Pass.of`.
+            tells: whether it can be told from such passes where prompts end.
+            device: of the hidden states.
+            **inputs: `text`; see `Pass.of`.
+
+        Raises:
+            ValueError: where prompts end must be known, and is not.
         """
         if self.orphaned:
             raise _copied_alone()
         traced = torch.compiler.is_compiling()
-        version = self.current if traced else self._version_of(cache)
+        tells = tells and self.config is not None and self.config.needs_prompt_ends
+        tells = tells and selection is not None and selection.prompt is None
+        generation = Generation() if traced else self._generation(cache, selection, tokens, past, tells)
         trace = None if traced else self.traces.innermost()
+        ends = self._ends(generation, batch, tokens, attention_mask, device) if tells else None
+        generation.tokens += tokens
         local = self.local
         local.running = Pass.of(
-            NOTHING if selection is None else version,
+            NOTHING if selection is None else generation.version or self.current,
             selection or EVERYTHING,
             batch=batch,
             tokens=tokens,
+            past=past,
+            attention_mask=attention_mask,
+            config=self.config,
+            prompted=tells,
+            ends=ends,
+            generation=generation,
             trace=None if trace is None else trace.value.begin(batch, tokens),
             traced=traced,
             graph_task=-1 if traced else torch._C._current_graph_task_id(),
@@ -339,11 +452,59 @@ class ModelContext:
             **inputs,
         )
 
-    def end(self) -> None:
-        """The pass that began last has ended, or failed."""
+    def end(self, cache: Any = None) -> None:
+        """The pass that began last has ended, or failed; the cache that it has made is what its generation is known by
+        from now on."""
         local = self.local
         if local.running is not None:
+            if cache is not None and not local.running.traced:
+                with contextlib.suppress(TypeError):
+                    self._running.setdefault(cache, local.running.generation)
             local.running = local.running.outer
+
+    def _generation(self, cache: Any, selection: Selection | None, tokens: int, past: int, tells: bool) -> Generation:
+        """That with this cache; a new one where it is empty, or there is none."""
+        try:
+            known = self._running.get(cache)
+        except TypeError:  # None, or a tuple: nothing that a generation could be known by
+            prompt = None if selection is None else selection.prompt
+            if prompt is None:
+                return Generation(self.current)
+            if not past:  # another prompt; the pass of the one before may be computed again
+                prompt.generation = Generation()
+            return prompt.generation
+        if known is not None and ((tells and tokens > 1) or known.version not in (None, self.current)):
+            left = int(cache.get_seq_length())  # asked only now: on a GPU, some have to wait for it
+            if tells and tokens > 1 and 0 < left < known.tokens:
+                raise ValueError(
+                    f"past_key_values: of {known.tokens} tokens {left} are left; where tokens are taken back, as in "
+                    "assisted decoding, passes do not tell where a prompt ends: say uk.rows(model, prompt_lengths=...)"
+                )
+            known = known if left else None
+        if known is None:
+            known = self._running[cache] = Generation(self.current)
+        known.version = known.version or self.current
+        return known
+
+    def _ends(
+        self, generation: Generation, batch: int, tokens: int, mask: Tensor | None, device: torch.device | None
+    ) -> Tensor | None:
+        """int64 [B], the last token that is no padding; None for one that follows a prompt."""
+        assert self.config is not None
+        if tokens == 1 and generation.tokens:
+            generation.decoding = True
+            return None
+        if generation.tokens and not generation.decoding and self.config.needs_whole_prompts:
+            raise ValueError(
+                "with alpha='last' or retrieval='sequence' the whole prompt must come in one forward pass; "
+                f"{generation.tokens} tokens of it came before, now {tokens}"
+            )
+        if generation.decoding:  # a further prompt, say of a chat
+            generation.decoding, generation.seen = False, None
+        if mask is None or mask.dim() != 2:
+            return torch.full((batch,), tokens - 1, dtype=torch.int64, device=device)
+        behind = mask[:, mask.shape[1] - tokens :].flip(-1).to(torch.int64).argmax(-1)
+        return tokens - 1 - behind
 
     def now(self) -> Pass:
         """The pass that runs in this thread, for its layers; outside of one, what a pass would get that began now."""
@@ -361,7 +522,7 @@ class ModelContext:
             raise _copied_alone()
         traced = torch.compiler.is_compiling()
         if not traced:
-            if self.in_model and torch._C._current_graph_task_id() != -1:
+            if self.config is not None and torch._C._current_graph_task_id() != -1:
                 raise _lost()
             if not self.selections.blocks and self.default == "all":
                 return self._idle
@@ -373,17 +534,6 @@ class ModelContext:
         """`Pass.inputs` of the pass that runs in this thread."""
         local = self.local
         return local.inputs if local.running is None else local.running.inputs
-
-    def _version_of(self, cache: Any) -> Version:
-        """That of the generation with this cache."""
-        version = self.current
-        try:
-            known = self._running.setdefault(cache, version)
-        except TypeError:  # None, or a tuple: nothing that a generation could be known by
-            return version
-        if known is not version and cache.get_seq_length() == 0:  # asked only now: on a GPU, some have to wait for it
-            known = self._running[cache] = version
-        return known
 
     @contextmanager
     def running(self, made: Pass) -> Iterator[None]:
@@ -420,7 +570,7 @@ class ModelContext:
         return {name: value for name, value in vars(self).items() if name not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, orphaned=state["in_model"])  # until the model's own state comes along
+        vars(self).update(state, orphaned=state["config"] is not None)  # until the model's own state comes along
         self._begin_anew()
         self.publish(self.current)
 

@@ -287,18 +287,35 @@ class LayerEdits(Tables):
             rows: see `pool`.
             tokens: how many of the tokens belong to each row; None: equal runs.
         """
-        self._follow()
-        if self._plan is None:  # an attribute has changed
-            with outside():
-                self._views, self._plan = {}, PreparedNeurons(self.pool(), activation)
+        plan = self._laid_out(activation)
         view = self._views.get((rows, tokens))
         if view is None:
             if len(self._views) >= _VIEWS:
                 self._views.clear()
             with outside():
                 of_tokens = None if tokens is None else token_rows(tokens, self.indptr.device)
-                view = self._views[rows, tokens] = self._plan.of_rows(*self.csr(rows), of_tokens)
+                view = self._views[rows, tokens] = plan.of_rows(*self.csr(rows), of_tokens)
         return view
+
+    def of_tokens(self, activation: str, rows: Sequence[Sequence[str]] | None, row_of_each: Tensor) -> PreparedNeurons:
+        """The same for tokens in any order, not kept.
+
+        Args:
+            activation: of the FFN.
+            rows: see `pool`.
+            row_of_each: int64 [M], the row of each token.
+        """
+        plan = self._laid_out(activation)
+        with outside():
+            return plan.of_rows(*self.csr(rows), row_of_each)
+
+    def _laid_out(self, activation: str) -> PreparedNeurons:
+        self._follow()
+        if self._plan is None:  # an attribute has changed
+            with outside():
+                self._views, self._plan = {}, PreparedNeurons(self.pool(), activation)
+        plan: PreparedNeurons = self._plan
+        return plan
 
 
 @dataclass(eq=False)

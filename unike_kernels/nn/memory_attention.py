@@ -281,7 +281,7 @@ class MemoryShift(Record):
     def _bounds(self, now: Pass, memory: MemoryTables, rows: Tensor | None, batch: int, tokens: int) -> Tensor | None:
         """int64 [B * T, 2]: the entries that each token may retrieve; None: all tokens, all entries."""
         shifted = now.shifted
-        if self.config.tokens == "answer" and now.selection.prompt is None:
+        if self.config.tokens == "answer" and not now.prompted:
             raise _unknown_prompt("tokens='answer'")
         if shifted is None and rows is None:
             return None
@@ -295,14 +295,14 @@ class MemoryShift(Record):
 
     def _from_prompt_end(self, now: Pass, name: str, compute: Callable[[Tensor], Tensor]) -> Tensor:
         """What the last prompt token gives: computed in the pass that holds it, remembered in those that follow."""
-        if now.selection.prompt is None:
+        if not now.prompted:
             raise _unknown_prompt("alpha='last' or retrieval='sequence'")
-        key = (self.layer, name)
-        if now.prompt_end is not None:
-            now.saved[key] = compute(now.prompt_end)
-        if key not in now.saved:
-            raise ValueError("the prompt itself was not seen inside this uk.rows(...) block; start with the prompt")
-        return now.saved[key]
+        key, saved = (self.layer, name), now.generation.saved
+        if now.last is not None:
+            saved[key] = compute(now.last)
+        if key not in saved:
+            raise ValueError("the prompt itself was not seen; start with the prompt, in the same uk.rows(...) block")
+        return saved[key]
 
 
 class MemoryAttention(DropIn):

@@ -76,26 +76,36 @@ class ExtraNeurons(Record):
         if now.trace is not None:
             record = now.trace.at(self.layer)
             record.neuron_seconds = seconds_since(start)
-            found = self._activations(edits, now.selection.edits, hidden_states)
+            found = self._activations(edits, *now.acting(), hidden_states)
             record.neurons = {name: t.view(*now.trace.shape, -1) for name, t in found.items()}
         return result
 
     def _add(self, now: Pass, edits: LayerEdits, hidden_states: Tensor, out: Tensor) -> Tensor:
+        rows, token_rows = now.acting()
+        if now.scoped and not any(name in edits.position for row in rows or () for name in row):
+            return out
         if now.traced or torch.is_grad_enabled():
-            return add_extra_neurons(hidden_states, out, self._pool(now, edits), self.activation)
-        return edits.view(self.activation, now.selection.edits)(hidden_states, out)
+            pool = self._pool(now, edits, rows)._replace(token_rows=token_rows)
+            return add_extra_neurons(hidden_states, out, pool, self.activation)
+        if token_rows is not None:
+            return edits.of_tokens(self.activation, rows, token_rows)(hidden_states, out)
+        return edits.view(self.activation, rows)(hidden_states, out)
 
-    def _pool(self, now: Pass, edits: LayerEdits) -> EditPool:
+    def _pool(self, now: Pass, edits: LayerEdits, rows: tuple[tuple[str, ...], ...] | None) -> EditPool:
         """The neurons, and the edits of each row of this pass."""
         if now.traced:
             return edits.pool(selected=None if now.selection.csr is None else now.selection.csr[self.layer])
-        return edits.pool(now.selection.edits)
+        return edits.pool(rows)
 
     @torch.no_grad()
     def _activations(
-        self, edits: LayerEdits, rows: tuple[tuple[str, ...], ...] | None, hidden_states: Tensor
+        self,
+        edits: LayerEdits,
+        rows: tuple[tuple[str, ...], ...] | None,
+        token_rows: Tensor | None,
+        hidden_states: Tensor,
     ) -> dict[str, Tensor]:
-        """Edit id -> what its neurons put out, [..., n]; 0 in rows that do not use it."""
+        """Edit id -> what its neurons put out, [..., n]; 0 for tokens that do not use it."""
         found = {}
         for name in edits.ids:
             layer = edits.layer(name)
@@ -105,7 +115,8 @@ class ExtraNeurons(Record):
             if rows is not None:
                 uses = torch.tensor([name in row for row in rows], dtype=torch.bool, device=out.device)
                 tokens = out.shape[:-1].numel() // len(rows)
-                out = out * uses.repeat_interleave(tokens).view(*out.shape[:-1], 1)
+                of_tokens = uses.repeat_interleave(tokens) if token_rows is None else uses[token_rows]
+                out = out * of_tokens.view(*out.shape[:-1], 1)
             found[name] = out.cpu()
         return found
 
@@ -116,11 +127,13 @@ class ExtraNeurons(Record):
         if (
             not _on_gpu(hidden_states)
             or self.dense is None
+            or now.scoped
             or now.trace is not None
             or not self._may_fuse(hidden_states)
         ):
             return None
-        operands = hidden_states, self.dense.weights(), self._pool(now, edits), self.activation
+        pool = self._pool(now, edits, now.selection.edits)
+        operands = hidden_states, self.dense.weights(), pool, self.activation
         return fused_ffn(*operands) if fuses(*operands) else None
 
     def _may_fuse(self, hidden_states: Tensor) -> bool:

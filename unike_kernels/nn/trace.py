@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from .routing import Route
+
 
 @dataclass
 class LayerTrace:
@@ -42,6 +44,7 @@ class PassTrace:
 
     shape: tuple[int, int]
     layers: dict[int, LayerTrace]
+    routes: list[Route]
 
     def at(self, layer: int) -> LayerTrace:
         """The record of a layer."""
@@ -53,15 +56,18 @@ class Trace:
 
     Attributes:
         passes: of each forward pass, layer index -> `LayerTrace`.
+        routes: of each forward pass, which edit acts in each row, and why; with scope="memory", where there are edits.
     """
 
     def __init__(self) -> None:
         self.passes: list[dict[int, LayerTrace]] = []
+        self.routes: list[list[Route]] = []
 
     def begin(self, batch: int, tokens: int) -> PassTrace:
         """The record of a pass that begins."""
         self.passes.append({})
-        return PassTrace((batch, tokens), self.passes[-1])
+        self.routes.append([])
+        return PassTrace((batch, tokens), self.passes[-1], self.routes[-1])
 
     def counters(self) -> dict[str, float]:
         """Sums over passes and layers, as a server would export them.

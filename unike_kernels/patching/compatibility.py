@@ -12,6 +12,7 @@ from ..artifacts.edit import Edit
 from ..artifacts.fingerprint import identity
 from ..artifacts.memory import MemoryBank
 from ..config import Config
+from ..errors import MismatchError
 
 
 def describe(model: nn.Module, decoder: backbones.Decoder) -> ModelDescription:
@@ -39,8 +40,16 @@ def check_artifacts(
         override: see `check_compatibility`.
     """
     description = describe(model, decoder)
-    memories = (memory.id, *memory.ids) if memory else (None,)
+    memories = (memory.id, *memory.ids) if memory and memory.layers else (None,)
+    scope = None
+    if config.scope == "memory":
+        if memory is None or memory.scope is None:
+            raise MismatchError("scope='memory': expected a memory that has a scope (training.build_scope makes one)")
+        scope = memory.scope.id
+        deciding = memory.scope.layers[-1]
+        if early := sorted({i for edit in edits for i in edit.layers if i < deciding}):
+            raise MismatchError(f"edits: their layers {early} come before layer {deciding}, which decides")
     for edit in edits:
-        check_compatibility(edit, description, config=config, memories=memories, override=override)
+        check_compatibility(edit, description, config=config, memories=memories, scope=scope, override=override)
     if memory is not None:
         check_compatibility(memory, description, config=config, override=override)

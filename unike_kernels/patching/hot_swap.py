@@ -16,7 +16,7 @@ from ..artifacts.memory import MemoryBank
 from ..errors import PatchError
 from ..nn import LayerEdits
 from .compatibility import check_artifacts
-from .install import make_tables
+from .install import entries_of, make_router, make_tables, set_prompt_hooks
 from .session import Installed, PatchedState, Running, log_event, outside_inference_mode, require_state
 
 
@@ -52,8 +52,12 @@ def add_edit(model: nn.Module, edit: Edit, *, override: bool = False, running: R
         for i, layer in edit.layers.items():
             ffn = state.ffns[i]
             stores[i] = ffn.edits.with_edit(edit.id, layer, backbones.device_of(ffn.modules[0]))
-        _publish(state, running, edits=stores, artifacts={**state.edits, edit.id: edit})
-        log_event("add_edit", state, edit=edit.id, layers=sorted(edit.layers), nbytes=edit.nbytes)
+        before = state.installed.router
+        router = None if before is None else before.with_edit(edit.id, entries_of(edit))
+        _publish(state, running, edits=stores, router=router, artifacts={**state.edits, edit.id: edit})
+        replaced = [] if router is None else [old for old, by in router.replaced.items() if by == edit.id]
+        more = {"replaces": replaced} if replaced else {}
+        log_event("add_edit", state, edit=edit.id, layers=sorted(edit.layers), nbytes=edit.nbytes, **more)
 
 
 def remove_edit(model: nn.Module, id: str, *, running: Running = "keep") -> None:
@@ -74,7 +78,8 @@ def remove_edit(model: nn.Module, id: str, *, running: Running = "keep") -> None
         edit = _installed(state, id)
         stores = {i: state.ffns[i].edits.without(id) for i in edit.layers}
         artifacts = {name: e for name, e in state.edits.items() if name != id}
-        _publish(state, running, edits=stores, artifacts=artifacts)
+        router = state.installed.router
+        _publish(state, running, edits=stores, router=router and router.without(id), artifacts=artifacts)
         log_event("remove_edit", state, edit=id)
 
 
@@ -135,7 +140,9 @@ def swap_memory(
             i: make_tables(memory, i, backbones.device_of(attention.module), state.retriever)
             for i, attention in state.attentions.items()
         }
-        _publish(state, running, memories=tables, memory=memory)
+        router = make_router(memory, state.config, state.edits)
+        _publish(state, running, memories=tables, router=router, memory=memory)
+        set_prompt_hooks(state.decoder, state.context, router)
         log_event("swap_memory", state)
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from dataclasses import replace as with_changes
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -25,6 +26,7 @@ from ..nn import (
     MemoryTables,
     ModelContext,
     PatchedFFN,
+    Router,
     base_class,
     extra_neurons,
     memory_shift,
@@ -42,6 +44,7 @@ from .session import (
     PatchedState,
     Place,
     Places,
+    PromptHook,
     log_event,
     outside_inference_mode,
     release_checkpoints,
@@ -65,6 +68,8 @@ class PatchReport:
         edits: ids.
         memory: id of the memory, or None.
         nbytes: bytes of the edits and of the memory's tables.
+        scope: where edits act, see `Config.scope`.
+        replaced: with scope="memory", edits whose fact a newer one is about, too -> the newer one, which wins.
     """
 
     model: str
@@ -73,6 +78,8 @@ class PatchReport:
     edits: tuple[str, ...]
     memory: str | None
     nbytes: int
+    scope: str = "all"
+    replaced: Mapping[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = [
@@ -80,6 +87,9 @@ class PatchReport:
             f"  edits: {', '.join(self.edits) or 'none'}; memory: {self.memory or 'none'}; {self.nbytes:,} bytes",
             "  layer  FFN                       attention       neurons  entries",
         ]
+        if self.scope == "memory":
+            replaced = [f"  {new!r} takes the place of {old!r}: one fact" for old, new in self.replaced.items()]
+            lines[2:2] = ["  scope: an edit acts where its entry wins", *replaced]
         lines += [f"  {i:5d}  {ffn:24s}  {attn:14s}  {n:7d}  {m:7d}" for i, ffn, attn, n, m in self.layers]
         return "\n".join(lines)
 
@@ -101,6 +111,7 @@ def patch(
     *,
     layers: Sequence[int] | None = None,
     config: Config | None = None,
+    scope: Literal["all", "memory"] | None = None,
     default: Literal["all", "none"] = "all",
     retriever: Callable[[Tensor], Retriever] | None = None,
     replace: bool = False,
@@ -128,6 +139,7 @@ def patch(
         layers: patched too, though no edit or memory names them; None: where nothing names any, the last four that
             have an FFN.
         config: the semantics; None: the memory's, else the edits', else the defaults.
+        scope: where an edit acts, instead of what the config says (see `Config.scope`).
         default: what a pass outside of every `rows` block uses: "all" edits and the memory, or "none". With "all", such
             a pass is an error while another logical call has a block open that gives some row less.
         retriever: makes the index of a layer's retrieval keys [N, d], which the memory is then searched with, such as
@@ -164,6 +176,7 @@ def patch(
 
     decoder = backbones.find_decoder(model)
     chosen = config or (memory.config if memory else None) or (edits[0].config if edits else None) or Config()
+    chosen = chosen if scope is None else with_changes(chosen, scope=scope)
     check_artifacts(model, decoder, list(edits), memory, chosen, override)
     edited, remembering = sorted({i for edit in edits for i in edit.layers}), sorted(memory.layers if memory else ())
     wanted = {*edited, *remembering}
@@ -185,7 +198,8 @@ def patch(
             layer.index: make_tables(memory, layer.index, backbones.device_of(layer.attention.module), retriever)
             for layer in with_attention
         }
-    context = ModelContext(Installed(stores, tables, named, memory), default, in_model=True)
+        router = make_router(memory, chosen, named)
+    context = ModelContext(Installed(stores, tables, router, named, memory), default, chosen)
     places = Places(decoder.module, _places(model, decoder, chosen_layers), {})
     by_text = memory is not None and chosen.tokens == "text"
     placeholders = backbones.required_placeholder_ids(model) if by_text else None
@@ -200,6 +214,7 @@ def patch(
             if layer.index in stores:
                 state.ffns[layer.index] = extra_neurons(_ffn(layer, dense[layer.index], context))
         decoder.module.register_forward_pre_hook(DecoderHook(context, places, placeholders), with_kwargs=True)
+        set_prompt_hooks(decoder, context, router)
         decoder.module.register_forward_hook(DecoderEndHook(context), always_call=True)
         if placeholders is not None:
             embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
@@ -338,6 +353,35 @@ def make_tables(
     return MemoryTables(m.index, m.keys, m.values, m.encoder, memory.id, found).to(device)
 
 
+def make_router(memory: MemoryBank | None, config: Config, edits: Mapping[str, Edit]) -> Router | None:
+    """What decides which of these edits act in a row, with the memory's scope; None where nothing does."""
+    if memory is None or memory.scope is None or config.scope != "memory":
+        return None
+    of = memory.scope
+    router = Router(of.id, of.encoder, of.layers, of.entries, of.facts, of.threshold, of.same)
+    for name, edit in edits.items():
+        router = router.with_edit(name, entries_of(edit))
+    return router
+
+
+def entries_of(edit: Edit) -> Tensor:
+    """Of an edit that has some, as `check_artifacts` has made sure."""
+    assert edit.entries is not None
+    return edit.entries
+
+
+def set_prompt_hooks(decoder: backbones.Decoder, context: ModelContext, router: Router | None) -> None:
+    """Let the router see what comes to its layers, and none that was there before."""
+    for layer in decoder.layers:
+        hooks = layer.module._forward_pre_hooks
+        for key in [key for key, hook in hooks.items() if isinstance(hook, PromptHook)]:
+            del hooks[key]
+            layer.module._forward_pre_hooks_with_kwargs.pop(key, None)
+    for i in router.places if router else ():
+        hook = PromptHook(context, i)
+        decoder.layers[i].module.register_forward_pre_hook(hook, with_kwargs=True)
+
+
 def _report(model: nn.Module, decoder: backbones.Decoder, state: PatchedState) -> PatchReport:
     rows = []
     nbytes = sum(edit.nbytes for edit in state.edits.values())
@@ -350,4 +394,14 @@ def _report(model: nn.Module, decoder: backbones.Decoder, state: PatchedState) -
         rows.append((i, names, layer.attention.name if attention is not None else "none", neurons, entries))
         nbytes += sum(b.nbytes for b in (tables.buffers() if tables else ()))
     memory = state.memory.id if state.memory else None
-    return PatchReport(type(model).__name__, decoder.path, tuple(rows), tuple(state.edits), memory, nbytes)
+    router = state.installed.router
+    return PatchReport(
+        type(model).__name__,
+        decoder.path,
+        tuple(rows),
+        tuple(state.edits),
+        memory,
+        nbytes,
+        state.config.scope,
+        router.replaced if router else {},
+    )

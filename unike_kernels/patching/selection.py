@@ -38,11 +38,12 @@ def rows(
 
     Args:
         model: a patched model.
-        edits: for each row the ids of its edits, [] for none; None: every row uses all.
+        edits: for each row the ids of its edits, [] for none; None: every row uses all. With Config(scope="memory")
+            these are the ones that may act in it.
         memory: for each row whether it uses the memory, or the tenant whose entries alone it uses (see
             `MemoryBank.joined`); None: all rows use all entries.
-        prompt_lengths: tokens of each row's prompt without padding (image placeholders count); needed by the configs
-            alpha="last", retrieval="sequence" and tokens="answer".
+        prompt_lengths: tokens of each row's prompt without padding (image placeholders count), where what depends on
+            that cannot see it: see `Config`.
 
     Raises:
         PatchError: the model is not patched, or an edit id is unknown.
@@ -61,7 +62,7 @@ def rows(
     device, chosen = backbones.device_of(model), state.context.selection() or Selection()
     if counts:
         chosen = replace(chosen, rows=next(iter(counts.values())))
-    if prompt_lengths is not None and state.config.needs_prompt_lengths:
+    if prompt_lengths is not None and state.config.needs_prompt_ends:
         lengths = torch.tensor(list(prompt_lengths), dtype=torch.int64, device=device)
         chosen = replace(chosen, prompt=PromptState(lengths, state.config))
     if edits is not None:
@@ -86,10 +87,10 @@ def explain(model: nn.Module) -> Iterator[Trace]:
 
 
 def selecting(model: nn.Module, edits: Sequence[Sequence[str]]) -> AbstractContextManager[None]:
-    """As `rows`, for neurons that were put in by `set_layers`: the ids are not looked up."""
+    """As `rows`, for neurons that were put in by `set_layers`: the ids are not looked up, and these edits act."""
     context = require_state(model).context
     chosen = context.selection() or Selection()
-    return context.selecting(replace(chosen, rows=len(edits), edits=tuple(map(tuple, edits))))
+    return context.selecting(replace(chosen, rows=len(edits), edits=tuple(map(tuple, edits)), forced=True))
 
 
 def _memory_ranges(rows: Sequence[bool | str], memory: MemoryBank | None, device: torch.device) -> Mapping[str, Any]:

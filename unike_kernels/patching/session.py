@@ -18,7 +18,17 @@ from ..artifacts.edit import Edit
 from ..artifacts.memory import MemoryBank
 from ..config import Config
 from ..errors import PatchError
-from ..nn import DropIn, ExtraNeurons, MemoryShift, ModelContext, Version, adoption, base_class, put_back
+from ..nn import (
+    DropIn,
+    ExtraNeurons,
+    MemoryShift,
+    ModelContext,
+    Version,
+    adoption,
+    base_class,
+    first_argument,
+    put_back,
+)
 from ..retrieval import Retriever
 
 _ATTRIBUTE = "_unike"
@@ -148,11 +158,21 @@ class DecoderHook:
         if selection is not None and selection.prompt is not None:
             if mask is not None and plain is None:
                 raise ValueError(
-                    "attention_mask: alpha='last', retrieval='sequence' and tokens='answer' find the prompt's end in a "
-                    "mask [batch, tokens]; a prepared one (static cache) does not tell"
+                    "attention_mask: uk.rows(prompt_lengths=...) finds the prompt's end in a mask [batch, tokens]; a "
+                    "prepared one (static cache) does not tell"
                 )
             past = 0 if cache is None else int(cache.get_seq_length())
-        context.begin(selection, cache, batch=batch, tokens=tokens, past=past, attention_mask=plain, text=text)
+        context.begin(
+            selection,
+            cache,
+            batch=batch,
+            tokens=tokens,
+            past=past,
+            attention_mask=plain,
+            text=text,
+            tells=cache is not None or kwargs.get("use_cache") is not False,
+            device=None if source is None else source.device,
+        )
 
 
 @dataclass
@@ -161,10 +181,10 @@ class DecoderEndHook:
 
     context: ModelContext
 
-    def __call__(self, *_: Any) -> None:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """End the pass, and forget which of its tokens were text."""
         self.context.local.text = None  # an embedding inside of the decoder has noted it for nobody
-        self.context.end()
+        self.context.end(getattr(output, "past_key_values", None))
 
 
 @dataclass
@@ -196,7 +216,21 @@ def _is_text(ids: Tensor, placeholders: frozenset[int]) -> Tensor:
     return text
 
 
-HOOKS = (DecoderHook, DecoderEndHook, EmbeddingHook)
+@dataclass
+class PromptHook:
+    """Forward pre-hook of a decoder layer whose input tells something about the prompt. Picklable with the model."""
+
+    context: ModelContext
+    layer: int
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Show the router of this pass what comes to the layer."""
+        now = self.context.now()
+        if now.version.router is not None and now.last is not None and not now.selection.forced:
+            now.version.router.see(now, self.layer, first_argument(args, kwargs))
+
+
+HOOKS = (DecoderHook, DecoderEndHook, EmbeddingHook, PromptHook)
 
 
 @dataclass

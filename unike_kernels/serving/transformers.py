@@ -84,9 +84,9 @@ class EditedModels:
         self._made: WeakKeyDictionary[Any, dict[tuple[str, ...], Any]] = WeakKeyDictionary()
 
     @property
-    def needs_prompt_lengths(self) -> bool:
+    def needs_prompt_ends(self) -> bool:
         """Whether the memory needs to know where prompts end."""
-        return self._memory is not None and self._memory.config.needs_prompt_lengths
+        return self._memory is not None and self._memory.config.needs_prompt_ends
 
     def split(self, name: str) -> tuple[str, list[Version]]:
         """The base model's name, and the versions of the edits that follow it.
@@ -105,7 +105,7 @@ class EditedModels:
         if key not in known:
             made = sharing_weights(model)
             patch(made, [version.edit for version in versions], self._memory)
-            if self.needs_prompt_lengths:
+            if self.needs_prompt_ends:
                 made.generate = _knowing_prompts(made)
             while len(known) >= _KEPT:
                 del known[next(iter(known))]
@@ -158,7 +158,7 @@ def _resolving(original: Callable[..., Any], models: EditedModels) -> Callable[.
             return original(self, body)
         try:
             base, versions = models.split(asked)
-            if models.needs_prompt_lengths and _decides(self):
+            if models.needs_prompt_ends and _decides(self):
                 raise RequestError(
                     400, "model: the memory here needs to know where a prompt ends; a decision has no end"
                 )
@@ -272,7 +272,7 @@ def serve(
     loaded = memory if memory is None or isinstance(memory, MemoryBank) else MemoryBank.load(memory)
     if loaded is not None and options.get("continuous_batching"):
         check_memory(loaded)
-    if loaded is not None and options.get("compile") and loaded.config.needs_prompt_lengths:
+    if loaded is not None and options.get("compile") and loaded.config.needs_prompt_ends:
         raise ValueError(
             "memory: with compile=True transformers' masks do not tell where prompts end; expected one with "
             f"retrieval='token', alpha='token' or a number, and tokens='all' or 'text'; got {loaded.config}"

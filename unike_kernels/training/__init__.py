@@ -6,6 +6,7 @@ from .build_memory import MemoryResult, build_memory, extend_memory
 from .encoders import Disentangled, EncoderTraining, disentangle
 from .extract import Hidden, extract
 from .samples import Sample, Triplet, encode
+from .scope import Fact, ScopeResult, ScopeTraining, build_scope, extend_scope, prompt_keys, with_entries
 from .settings import EditResult, EditTraining
 from .trainer import train_edit, train_edits
 
@@ -14,15 +15,22 @@ __all__ = [
     "EditResult",
     "EditTraining",
     "EncoderTraining",
+    "Fact",
     "Hidden",
     "MemoryResult",
     "Sample",
+    "ScopeResult",
+    "ScopeTraining",
     "Triplet",
     "build_memory",
+    "build_scope",
     "disentangle",
     "encode",
     "extend_memory",
+    "extend_scope",
     "extract",
+    "prompt_keys",
     "train_edit",
     "train_edits",
+    "with_entries",
 ]

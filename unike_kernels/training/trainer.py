@@ -32,6 +32,7 @@ from .samples import (
     taking_gradients,
     with_prompt_dropout,
 )
+from .scope import prompt_keys
 from .settings import EditResult, EditTraining
 
 
@@ -181,20 +182,25 @@ def train_edits(
     if config.w_zeta == "edit" and memory is None:
         raise ValueError("config.w_zeta: 'edit' needs a memory, which holds zeta")
     decoder = find_decoder(model)
-    chosen = decoder.select(sorted(memory.layers) if layers is None and memory else layers)
+    chosen = decoder.select(sorted(memory.layers) if layers is None and memory and memory.layers else layers)
     device = device_of(model)
     start = {i: _zeta_prime(i, memory, zeta, decoder.hidden_size).to(device) for i in chosen}
-    base = fingerprint(model)
+    base, scope = fingerprint(model), memory.scope if memory else None
+    entries = [None] * len(requests) if scope is None else prompt_keys(model, processor, scope, requests).split(1)
+    scoped = config.scope == "memory"  # where these edits act, the previous ones do not
+    before = () if scoped else previous
     results: dict[int, EditResult] = {}
     with _frozen(model), tqdm(total=len(requests), desc="edit", disable=not progress, leave=False) as bar:
         kept = _Preserve() if preserve or protect else None
         if kept is not None:
             kept.add(model, processor, preserve, training)
-        with patched(model, previous, memory, layers=chosen, config=config):
-            if kept is not None:
+            if scoped:
+                kept.add(model, processor, protect, training, training.prompt_dropout)
+        with patched(model, before, memory, layers=chosen, config=config):
+            if kept is not None and not scoped:
                 kept.add(model, processor, protect, training, training.prompt_dropout)
             ffns = {i: ffn for i, ffn in patched_ffns(model).items() if i in chosen}
-            trainer = _Trainer(model, processor, ffns, kept, previous, training)
+            trainer = _Trainer(model, processor, ffns, kept, before, training)
             for group in batches(requests, batch_size):
                 trained = [_Training(names[i], requests[i]) for i in group]
                 trainer.begin(trained, start, config, memory)
@@ -206,8 +212,10 @@ def train_edits(
                         decoder.layers[chosen[0]].activation,
                         config,
                         base,
-                        memory.id if memory else None,
+                        memory.id if memory and memory.layers else None,
                         {"prompt": each.request.prompt, "answer": each.request.answer, "training": str(training)},
+                        entries[i],
+                        None if scope is None else scope.id,
                     )
                     results[i] = EditResult(edit, tuple(each.losses), each.divergence, each.reached, each.stopped)
     return [results[i] for i in range(len(requests))]

@@ -1,0 +1,371 @@
+"""scope="memory": an edit acts from the prompt's end on, in the rows whose prompt its entry wins, and nowhere else."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+import unike_kernels as uk
+from unike_kernels.artifacts import fingerprint
+from unike_kernels.backbones import find_decoder
+from unike_kernels.ops.prompt_encoder import PromptEncoder
+
+CONFIG = uk.Config(scope="memory", k=3)
+LAYERS = (2, 3)
+PROMPTS = torch.tensor([[5, 6, 7, 8, 9], [9, 3, 4, 11, 12], [20, 21, 22, 23, 24]])
+MORE = torch.tensor([[30, 31], [32, 33], [34, 35]])
+
+
+def inputs_of(model, layers, ids):
+    """Layer -> what comes to it, as the unpatched model computes it."""
+    found, modules = {}, find_decoder(model).layers
+
+    def note(i):
+        def hook(module, args, kwargs):
+            found[i] = args[0] if args else kwargs["hidden_states"]
+
+        return modules[i].module.register_forward_pre_hook(hook, with_kwargs=True)
+
+    handles = [note(i) for i in layers]
+    with torch.no_grad():
+        model(input_ids=ids)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def make_encoder(model, queries=2, width=16, d=64):
+    """A random one, centred for this model."""
+    g, found = torch.Generator().manual_seed(0), inputs_of(model, (0, *LAYERS), PROMPTS)
+    draw = lambda *shape: torch.randn(*shape, generator=g)  # noqa: E731
+    wide = (queries + len(LAYERS)) * d
+    return PromptEncoder(
+        found[0].mean((0, 1)), found[0].std((0, 1)), draw(queries, d),
+        torch.stack([found[i][:, -1].mean(0) for i in LAYERS]),
+        draw(24, wide) / wide**0.5, draw(24) * 0.1, draw(width, 24), draw(width) * 0.1,
+    )  # fmt: skip
+
+
+def keys_of(model, encoder, ids):
+    """Enc_key by hand."""
+    e, found = encoder, inputs_of(model, (0, *LAYERS), ids)
+    x = (found[0] - e.mean) / e.spread
+    weights = (x @ e.queries.T / x.shape[-1] ** 0.5).softmax(1)
+    unit = lambda t: t / t.norm(dim=-1, keepdim=True) * t.shape[-1] ** 0.5  # noqa: E731
+    pooled = unit(torch.einsum("bth,btd->bhd", weights, x)).flatten(1)
+    states = unit(torch.stack([found[i][:, -1] for i in LAYERS], 1) - e.means).flatten(1)
+    hidden = torch.nn.functional.gelu(torch.cat([pooled, states], 1) @ e.w1.T + e.b1)
+    key = hidden @ e.w2.T + e.b2
+    return key / key.norm(dim=-1, keepdim=True)
+
+
+@pytest.fixture(params=["opt", "llama"])
+def setup(request, make_model, make_edit):
+    """A model, a memory of a scope alone whose other fact is the third prompt, and edits of the first two."""
+    model = make_model(request.param)
+    encoder = make_encoder(model)
+    keys = keys_of(model, encoder, PROMPTS)
+    scope = uk.Scope(LAYERS, encoder, keys[2:], torch.tensor([0]), 0.01, 0.02, 1.9, ("third",))
+    memory = uk.MemoryBank({}, CONFIG, fingerprint(model), scope=scope)
+
+    def edit(name, row):
+        made = make_edit(model, name, config=CONFIG, seed=row, layers=(3, 4))
+        return replace(made, entries=keys[row : row + 1], scope_id=scope.id)
+
+    return model, memory, [edit("a", 0), edit("b", 1)]
+
+
+@torch.no_grad()
+def logits(model, ids, **inputs):
+    return model(input_ids=ids, **inputs).logits
+
+
+@torch.no_grad()
+def by_hand(model, edits, memory, row, following=()):
+    """Logits [1 + n, V] at the prompt's end and at n following tokens, edited by hand from the prompt's end on."""
+    model = copy.deepcopy(model)
+    cache = DynamicCache(config=model.config)
+    model(input_ids=PROMPTS[row : row + 1, :-1], past_key_values=cache)
+    tokens = [PROMPTS[row, -1:], *following]
+    with uk.patched(model, edits, memory, scope="all"):
+        return torch.cat([model(input_ids=t.view(1, 1), past_key_values=cache).logits[0] for t in tokens])
+
+
+def test_an_edit_acts_from_its_prompts_end_on(setup):
+    model, memory, edits = setup
+    base = logits(model, PROMPTS)
+    wanted = [by_hand(model, [edit], memory, row) for row, edit in enumerate(edits)]
+    uk.patch(model, edits, memory)
+    got = logits(model, PROMPTS)
+    assert torch.equal(got[:, :-1], base[:, :-1]) and torch.equal(got[2], base[2])
+    for row in (0, 1):
+        torch.testing.assert_close(got[row, -1:], wanted[row], rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(got[row, -1], base[row, -1], rtol=1e-2, atol=1e-2)
+    uk.unpatch(model)
+    assert torch.equal(logits(model, PROMPTS), base)
+    assert not any(layer._forward_pre_hooks for layer in model.modules())
+
+
+def generated(model, ids=PROMPTS, **options):
+    return model.generate(
+        input_ids=ids, max_new_tokens=4, min_new_tokens=4, do_sample=False, return_dict_in_generate=True,
+        output_logits=True, **{"attention_mask": torch.ones_like(ids), **options},
+    )  # fmt: skip
+
+
+def test_a_generation_keeps_its_routes(setup):
+    model, memory, edits = setup
+    base = generated(model)
+    uk.patch(model, edits, memory)
+    got = generated(model)
+    assert all(torch.equal(step[2], plain[2]) for step, plain in zip(got.logits, base.logits, strict=True))
+    uk.unpatch(model)
+    for row, edit in enumerate(edits):
+        following = got.sequences[row, 5:-1].unbind()
+        wanted = by_hand(model, [edit], memory, row, following)
+        torch.testing.assert_close(torch.stack([step[row] for step in got.logits]), wanted, rtol=1e-4, atol=1e-4)
+    for step, plain in zip(got.logits, base.logits, strict=True):
+        assert not torch.equal(step[0], plain[0]) and not torch.equal(step[1], plain[1])
+
+
+def padded(row, side):
+    ids, mask = torch.zeros(1, 8, dtype=torch.int64), torch.zeros(1, 8, dtype=torch.int64)
+    where = slice(3, 8) if side == "left" else slice(0, 5)
+    ids[:, where], mask[:, where] = PROMPTS[row], 1
+    return ids, mask
+
+
+@pytest.mark.parametrize("row", [0, 2])
+def test_padding_counts_for_nothing(setup, row):
+    model, memory, edits = setup
+    uk.patch(model, edits, memory)
+    wanted = logits(model, PROMPTS[row : row + 1])[0]
+    for side, where in (("left", slice(3, 8)), ("right", slice(0, 5))):
+        ids, mask = padded(row, side)
+        got = logits(model, ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0))
+        torch.testing.assert_close(got[0, where], wanted, rtol=1e-4, atol=1e-4)
+    ids, mask = padded(row, "left")
+    plain, got = generated(model, PROMPTS[row : row + 1]), generated(model, ids, attention_mask=mask)
+    assert torch.equal(plain.sequences[0, 5:], got.sequences[0, 8:])
+
+
+def test_beams_have_the_routes_of_their_prompt(setup):
+    model, memory, edits = setup
+    plain = generated(model, num_beams=3).logits
+    uk.patch(model, edits, memory)
+    together = generated(model, num_beams=3).logits
+    for row in range(3):
+        alone, beams = generated(model, PROMPTS[row : row + 1], num_beams=3).logits, slice(3 * row, 3 * row + 3)
+        for step, own, base in zip(together, alone, plain, strict=True):
+            torch.testing.assert_close(step[beams], own, rtol=1e-4, atol=1e-4)
+            assert torch.equal(step[beams], base[beams]) is (row == 2)
+
+
+@pytest.mark.parametrize("parts", [(2, 3), (2, 1, 2), (4, 1)])
+def test_a_prompt_in_chunks(setup, parts):
+    """Of one token, too, where the block says where the prompt ends."""
+    model, memory, edits = setup
+    uk.patch(model, edits, memory)
+    wanted = logits(model, PROMPTS)[:, -1]
+    with uk.rows(model, prompt_lengths=[5, 5, 5]):
+        cache = DynamicCache(config=model.config)
+        for part in PROMPTS.split(parts, 1):
+            got = logits(model, part, past_key_values=cache)
+    torch.testing.assert_close(got[:, -1], wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_the_last_chunk_decides(setup):
+    model, memory, edits = setup
+    uk.patch(model, edits, memory)
+    with uk.explain(model) as trace:
+        logits(model, PROMPTS)
+        cache = DynamicCache(config=model.config)
+        for part in PROMPTS.split((2, 3), 1):
+            logits(model, part, past_key_values=cache)
+    assert [route.edit for route in trace.routes[2]] == [route.edit for route in trace.routes[0]] == ["a", "b", None]
+    assert trace.routes[2][0].score > 0.9  # the first chunk's last token was routed, too, and may have been edited
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_where_answers_follow_their_prompts(setup, cached):
+    """Teacher forcing: prompts of different lengths, one after the other end in one pass or in several."""
+    model, memory, edits = setup
+    whole = torch.cat([PROMPTS, MORE], 1)
+    ids = whole.clone()
+    ids[1], mask = torch.cat([torch.zeros(2, dtype=torch.int64), PROMPTS[1]]), torch.ones_like(whole)
+    mask[1, :2] = 0
+    uk.patch(model, edits, memory)
+    wanted = []
+    for row, more in ((0, MORE[0]), (1, MORE[1][:0]), (2, MORE[2])):
+        cache = DynamicCache(config=model.config)
+        steps = [logits(model, PROMPTS[row : row + 1], past_key_values=cache)]
+        steps += [logits(model, t.view(1, 1), past_key_values=cache) for t in more]
+        wanted.append(torch.cat(steps, 1)[0])
+    position = (mask.cumsum(-1) - 1).clamp(min=0)
+    with uk.rows(model, prompt_lengths=[5, 5, 5]):
+        if cached:
+            cache = DynamicCache(config=model.config)
+            parts = []
+            for a, b in ((0, 3), (3, 6), (6, 7)):
+                at = {"attention_mask": mask[:, :b], "position_ids": position[:, a:b]}
+                parts.append(logits(model, ids[:, a:b], past_key_values=cache, **at))
+            got = torch.cat(parts, 1)
+        else:
+            got = logits(model, ids, attention_mask=mask, position_ids=position, use_cache=False)
+    for row, own in enumerate(wanted):
+        torch.testing.assert_close(got[row, 7 - len(own) :], own, rtol=1e-4, atol=1e-4)
+
+
+def test_a_row_may_use_only_what_it_selects(setup):
+    model, memory, edits = setup
+    base = logits(model, PROMPTS)
+    uk.patch(model, edits, memory)
+    free = logits(model, PROMPTS)
+    with uk.rows(model, edits=[["b", "a"], [], ["b"]]):
+        got = logits(model, PROMPTS)
+    assert torch.equal(got[1:], base[1:])
+    torch.testing.assert_close(got[0], free[0], rtol=1e-5, atol=1e-5)
+
+
+def test_a_further_prompt_is_routed_anew(setup):
+    """A chat goes on with the cache of before; what is asked next is another prompt."""
+    model, memory, edits = setup
+    uk.patch(model, edits, memory)
+    cache = DynamicCache(config=model.config)
+    with uk.explain(model) as trace:
+        logits(model, PROMPTS[:1], past_key_values=cache)
+        logits(model, MORE[:1, :1], past_key_values=cache)
+        logits(model, PROMPTS[2:], past_key_values=cache)
+        logits(model, MORE[:1, :1], past_key_values=cache)
+    named = [[route.edit for route in routes] for routes in trace.routes]
+    assert named[:2] == [["a"], ["a"]] and named[2] == named[3] and trace.routes[2][0].score < 0.999
+
+
+def test_explain_tells_who_won_and_why(setup):
+    model, memory, edits = setup
+    uk.patch(model, edits, memory)
+    with uk.explain(model) as trace:
+        logits(model, PROMPTS)
+    a, b, third = trace.routes[0]
+    assert (a.edit, b.edit, third.edit) == ("a", "b", None)
+    assert third.other == 0 and third.other_score == pytest.approx(1, abs=1e-5) and third.score < third.other_score
+    assert a.score == pytest.approx(1, abs=1e-5) and a.margin > a.threshold == 0.01
+    assert "'a' acts: cosine with 'a' 1.000" in str(a) and "no edit acts" in str(third)
+    assert "fact 0 of the memory 1.000" in str(third)
+    assert trace.passes[0][3].neurons["a"][0, -1].any() and not trace.passes[0][3].neurons["a"][0, :-1].any()
+    assert not trace.passes[0][3].neurons["a"][1:].any()
+
+
+def test_a_change_reaches_running_generations_or_not(setup):
+    model, memory, (a, b) = setup
+    uk.patch(model, [a], memory)
+
+    def second(prepare):
+        """The second token's logits for the first prompt, after a change behind the first one."""
+        cache = DynamicCache(config=model.config)
+        logits(model, PROMPTS[:1], past_key_values=cache)
+        prepare()
+        return logits(model, MORE[:1, :1], past_key_values=cache)
+
+    wanted = second(lambda: None)
+    assert torch.equal(second(lambda: uk.add_edit(model, b)), wanted)
+    assert torch.equal(second(lambda: uk.remove_edit(model, "a")), wanted)
+    uk.add_edit(model, a)
+    gone = second(lambda: uk.remove_edit(model, "a", running="switch"))
+    assert not torch.equal(gone, wanted)
+    back = second(lambda: uk.add_edit(model, a, running="switch"))
+    assert torch.equal(back, second(lambda: None)) is False  # the first token was not edited, the second one is
+    assert not torch.equal(back, gone)
+
+
+def test_the_newer_of_two_edits_of_a_fact_wins(setup):
+    model, memory, (a, b) = setup
+    memory = replace(memory, scope=replace(memory.scope, same=0.5))
+    newer = replace(b, id="newer", entries=a.entries)
+    report = uk.patch(model, [a, newer, b], memory)
+    assert report.replaced == {"a": "newer"} and "'newer' takes the place of 'a'" in str(report)
+
+    def winner():
+        with uk.explain(model) as trace:
+            logits(model, PROMPTS[:1])
+        return trace.routes[0][0].edit
+
+    assert winner() == "newer"
+    with uk.rows(model, edits=[["a"]]):
+        assert winner() == "a"  # of what the row may use
+    uk.remove_edit(model, "newer")
+    assert winner() == "a"
+    uk.add_edit(model, newer)
+    assert winner() == "newer"
+
+
+def test_what_an_edit_is_about_is_no_other_fact(setup):
+    """The memory's own entry of the fact does not keep the edit from acting."""
+    model, memory, (a, _) = setup
+    scope = replace(memory.scope, same=0.5)
+    third = replace(a, id="third", entries=scope.entries)
+    uk.patch(model, [third, a], replace(memory, scope=scope))
+    with uk.explain(model) as trace:
+        logits(model, PROMPTS)
+    assert [route.edit for route in trace.routes[0]] == ["a", trace.routes[0][1].edit, "third"]
+    uk.remove_edit(model, "third")
+    with uk.explain(model) as trace:
+        logits(model, PROMPTS)
+    assert trace.routes[0][2].edit is None and trace.routes[0][2].other == 0
+
+
+def test_copies_and_files_are_as_good(setup, tmp_path):
+    model, memory, edits = setup
+    uk.patch(model, edits, memory)
+    wanted = logits(model, PROMPTS)
+    assert torch.equal(logits(copy.deepcopy(model), PROMPTS), wanted)
+    assert torch.equal(logits(pickle.loads(pickle.dumps(model)), PROMPTS), wanted)
+    uk.unpatch(model)
+    memory.save(tmp_path / "memory.safetensors")
+    read = uk.MemoryBank.load(tmp_path / "memory.safetensors")
+    assert read.id == memory.id and read.scope.id == memory.scope.id and read.scope.names == ("third",)
+    for edit in edits:
+        edit.save(tmp_path / f"{edit.id}.safetensors")
+    uk.patch(model, [uk.Edit.load(tmp_path / f"{edit.id}.safetensors") for edit in edits], read)
+    assert torch.equal(logits(model, PROMPTS), wanted)
+
+
+def test_many_edits_of_which_few_act(setup, make_edit):
+    model, memory, edits = setup
+    torch.manual_seed(3)
+    uk.patch(model, edits, memory)
+    wanted = logits(model, PROMPTS)
+    for i in range(40):
+        entry = torch.nn.functional.normalize(torch.randn(2, 16), dim=-1)
+        uk.add_edit(model, replace(edits[0], id=f"more {i}", entries=entry))
+    torch.testing.assert_close(logits(model, PROMPTS), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_what_does_not_fit_is_refused(setup, make_edit, make_memory):
+    model, memory, (a, b) = setup
+    with pytest.raises(uk.MismatchError, match="scope='memory': expected a memory that has a scope"):
+        uk.patch(model, [a], scope="memory")
+    with pytest.raises(uk.MismatchError, match="it has no entries, by which the memory decides"):
+        uk.patch(model, [replace(a, entries=None, scope_id=None)], memory)
+    with pytest.raises(uk.MismatchError, match="entries of another scope"):
+        uk.patch(model, [replace(a, scope_id="another")], memory, override=True)
+    early = replace(a, layers={1: a.layers[3]})
+    with pytest.raises(uk.MismatchError, match=r"their layers \[1\] come before layer 3, which decides"):
+        uk.patch(model, [early], memory)
+    uk.patch(model, [a], memory)
+    with pytest.raises(uk.MismatchError, match="entries"):
+        uk.add_edit(model, replace(b, scope_id="another"))
+    with pytest.raises(uk.MismatchError, match="expected a memory that has a scope"):
+        uk.swap_memory(model, None)
+    with pytest.raises(ValueError, match="prompt's end"):
+        logits(model, PROMPTS, use_cache=False)
+    cache = DynamicCache(config=model.config)
+    logits(model, PROMPTS, past_key_values=cache)
+    cache.crop(-2)
+    with pytest.raises(ValueError, match="of 5 tokens 3 are left"):
+        logits(model, PROMPTS[:, 3:], past_key_values=cache)

@@ -1,0 +1,310 @@
+"""Which edits act in a row: those whose entry its prompt is nearest to, if that is near enough.
+
+The rule: the best cosine of the prompt's key with an entry of an edit, minus the best cosine with an entry of anything
+else (the memory's other facts, and the other edits), is above a threshold. Else no edit acts.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..ops.cosine_topk import cosine_topk
+from ..ops.prompt_encoder import Pooled, PromptEncoder, encode_prompts, pool_tokens, prompt_features
+from ._drop_in import Tables
+
+if TYPE_CHECKING:
+    from .context import Pass
+
+Rows = tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True)
+class Route:
+    """What was decided for a row, and why.
+
+    Attributes:
+        edit: the one that acts, or None.
+        nearest: the edit with the nearest entry; None: there is no edit that the row may use.
+        score: the cosine of the prompt's key with that entry.
+        other: what else is nearest: the number of one of the memory's other facts, or another edit; None: nothing.
+        other_score: its cosine; 0 for nothing.
+        threshold: that score - other_score must exceed.
+    """
+
+    edit: str | None
+    nearest: str | None
+    score: float
+    other: int | str | None
+    other_score: float
+    threshold: float
+
+    @property
+    def margin(self) -> float:
+        """By how much the edit is nearer than anything else."""
+        return self.score - self.other_score
+
+    def __str__(self) -> str:
+        if self.nearest is None:
+            return "no edit acts: the row may use none"
+        if self.other is None:
+            than = "the memory has no other facts"
+        else:
+            what = f"edit {self.other!r}" if isinstance(self.other, str) else f"fact {self.other} of the memory"
+            than = f"{what} {self.other_score:.3f}"
+        sides = f"cosine with {self.nearest!r} {self.score:.3f}, {than}: margin {self.margin:.3f}"
+        if self.edit is None:
+            return f"no edit acts: {sides}, at most the threshold {self.threshold:.3f}"
+        return f"{self.edit!r} acts: {sides}, above the threshold {self.threshold:.3f}"
+
+
+@dataclass(eq=False)
+class Seen:
+    """What a router has seen of the prompts of a generation.
+
+    Attributes:
+        pooled: of the tokens so far.
+        states: layer -> [B, d] of the last tokens.
+        key: [B, c] of the prompts that have ended.
+        ended: bool [B], which have.
+        scope: id of the one whose encoder made the key.
+        routes: of each row, as the router `decided` for the selected edits.
+    """
+
+    pooled: Pooled | None = None
+    states: dict[int, Tensor] = field(default_factory=dict)
+    key: Tensor | None = None
+    ended: Tensor | None = None
+    scope: str = ""
+    routes: tuple[Route, ...] = ()
+    decided: tuple[Router, Rows | None] | None = None
+
+
+class Router(Tables):
+    """The entries of a model's edits, and those of other facts.
+
+    Args:
+        scope: id of the scope that they are of.
+        encoder: Enc_key.
+        layers: whose input its last states are, ascending.
+        others: float32 [N, c], unit rows: entries of other facts.
+        facts: int64 [N], the fact of each.
+        threshold: a margin above which an edit acts.
+        same: a margin above which a prompt surely asks for a fact.
+    """
+
+    others: Tensor
+    facts: Tensor
+    entries: Tensor
+
+    def __init__(
+        self,
+        scope: str,
+        encoder: PromptEncoder,
+        layers: Sequence[int],
+        others: Tensor,
+        facts: Tensor,
+        threshold: float,
+        same: float,
+    ) -> None:
+        super().__init__()
+        self.scope, self.layers, self.threshold, self.same = scope, tuple(layers), threshold, same
+        for name, t in encoder._asdict().items():
+            self.table(name, t)
+        self.table("others", others)
+        self.table("facts", facts)
+        self.table("entries", others[:0])
+        self.owners: list[str] = []  # of the entries
+        self.most = 0  # entries of one edit
+        self.replaced: dict[str, str] = {}  # an edit -> the newer one of the same fact
+        self.retired: dict[str, int] = {}  # an edit -> the memory's fact that it is about
+        self._tables: dict[tuple[str, ...] | None, _Candidates] = {}
+
+    @property
+    def places(self) -> list[int]:
+        """The layers whose inputs `see` must see."""
+        return sorted({*self.layers, *([0] if self.pools else [])})
+
+    @property
+    def pools(self) -> bool:
+        """Whether the key depends on the embeddings, too."""
+        return len(self.encoder.queries) > 0
+
+    @property
+    def encoder(self) -> PromptEncoder:
+        """Enc_key, from its tensors."""
+        return PromptEncoder(*(getattr(self, name) for name in PromptEncoder._fields))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self._tables.clear()
+        return super()._apply(fn, recurse)
+
+    # --- what is installed -------------------------------------------------------------------------------------------
+
+    def with_edit(self, name: str, entries: Tensor) -> Router:
+        """A new router with this edit, too. Where it is surely about the fact of another edit, it takes that one's
+        place; where about one of the memory's, that does not count as another fact."""
+        new = self._copied()
+        entries = entries.to(self.entries)
+        about = self._about(entries[:1])
+        if isinstance(about, str):
+            new.replaced = {**self.replaced, about: name}
+        elif about is not None:
+            new.retired = {**self.retired, name: about}
+        new.entries = torch.cat([self.entries, entries])
+        new.owners = [*self.owners, *[name] * len(entries)]
+        new.most = max(self.most, len(entries))
+        return new
+
+    def without(self, name: str) -> Router:
+        """A new router without this edit; what it had taken the place of is back."""
+        new = self._copied()
+        kept = [i for i, owner in enumerate(self.owners) if owner != name]
+        new.entries = self.entries[torch.tensor(kept, dtype=torch.int64, device=self.entries.device)]
+        new.owners = [self.owners[i] for i in kept]
+        new.replaced = {old: by for old, by in self.replaced.items() if name not in (old, by)}
+        new.retired = {edit: fact for edit, fact in self.retired.items() if edit != name}
+        return new
+
+    def _copied(self) -> Router:
+        new = copy.copy(self)
+        new.__dict__.update(_buffers=dict(self._buffers), _tables={})
+        return new
+
+    def _about(self, prompt: Tensor) -> str | int | None:
+        """The edit, or the number of the fact, that a prompt [1, c] surely asks for."""
+        route = self._among(prompt, None)[0]
+        if route.nearest is not None and route.margin > self.same:
+            return route.nearest
+        if not len(self.others):
+            return None
+        scores, ids = (t[0] for t in cosine_topk(prompt, self.others, len(self.others), normalized=True))
+        facts = self.facts[ids]
+        different = scores[facts != facts[0]]
+        rival = max(route.score, float(different[0]) if len(different) else 0.0)
+        return int(facts[0]) if float(scores[0]) - rival > self.same else None
+
+    # --- what is decided ---------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def see(self, now: Pass, layer: int, hidden: Tensor) -> None:
+        """Take from a layer's input [B, T, d] what tells something about the prompts."""
+        assert now.last is not None
+        if self.entries.device != hidden.device:
+            self._apply(lambda t: t.to(hidden.device))
+        generation, last, encoder = now.generation, now.last, self.encoder
+        seen = generation.seen = generation.seen or Seen()
+        batch, tokens = hidden.shape[:2]
+        if layer == 0 and self.pools:
+            position = torch.arange(tokens, dtype=torch.int64, device=hidden.device)
+            within = position <= last.unsqueeze(1)
+            within = within if now.visible is None else within & now.visible
+            seen.pooled = pool_tokens(encoder, hidden, within, seen.pooled)
+        if layer in self.layers:
+            rows = torch.arange(batch, dtype=torch.int64, device=hidden.device)
+            seen.states[layer] = hidden[rows, last.clamp(0, tokens - 1)]
+        if layer == self.layers[-1]:
+            states = torch.stack([seen.states[i] for i in self.layers], 1)
+            key = encode_prompts(encoder, prompt_features(encoder, seen.pooled, states)).nan_to_num()
+            ended = (last >= 0) & (last < tokens)
+            if seen.key is not None and seen.ended is not None:  # of prompts that ended in earlier passes
+                key, ended = torch.where(ended.unsqueeze(1), key, seen.key), ended | seen.ended
+            seen.key, seen.ended, seen.scope, seen.decided = key, ended, self.scope, None
+
+    def routes(self, now: Pass, batch: int) -> tuple[Route, ...]:
+        """What is decided for each of `batch` rows."""
+        seen, rows = now.generation.seen, now.selection.edits
+        if seen is None or seen.key is None or seen.ended is None:
+            raise ValueError("the prompt itself was not seen; start with the prompt, in the same uk.rows(...) block")
+        if seen.decided != (self, rows):
+            if seen.scope == self.scope:
+                beams = 1 if rows is None else len(seen.key) // len(rows)
+                named = [None] * len(seen.key) if rows is None else [row for row in rows for _ in range(beams)]
+                routes = self._decide(seen.key, named)
+            else:  # another memory has come, which cannot read the key
+                routes = [_nothing(self.threshold)] * len(seen.key)
+            ended = seen.ended.tolist()
+            seen.routes = tuple(r if e else _nothing(self.threshold) for r, e in zip(routes, ended, strict=True))
+            seen.decided = self, rows
+        if batch % len(seen.routes):
+            raise ValueError(f"the prompts had {len(seen.routes)} rows, a later pass has {batch}")
+        return tuple(route for route in seen.routes for _ in range(batch // len(seen.routes)))
+
+    def _decide(self, keys: Tensor, rows: Sequence[tuple[str, ...] | None]) -> list[Route]:
+        """For each key [B, c] among the edits that its row names, or all."""
+        found: list[Route | None] = [None] * len(rows)
+        for names in dict.fromkeys(rows):
+            mine = [b for b, row in enumerate(rows) if row == names]
+            queries = keys[torch.tensor(mine, dtype=torch.int64, device=keys.device)]
+            for b, route in zip(mine, self._among(queries, names), strict=True):
+                found[b] = route
+        return [route for route in found if route is not None]
+
+    def _among(self, keys: Tensor, names: tuple[str, ...] | None) -> list[Route]:
+        of = self._candidates(names)
+        if not of.owners:
+            return [_nothing(self.threshold)] * len(keys)
+        # So many that the best entry of a second edit is among them.
+        found = cosine_topk(keys, of.entries, min(self.most + 1, len(of.owners)), normalized=True)
+        best = cosine_topk(keys, of.others, 1, normalized=True) if of.facts else None
+        routes = []
+        for b, (scores, ids) in enumerate(zip(*(t.tolist() for t in found), strict=True)):
+            nearest = of.owners[ids[0]]
+            second = [(s, of.owners[i]) for s, i in zip(scores, ids, strict=True) if of.owners[i] != nearest][:1]
+            rivals: list[tuple[float, str | int]] = [*second]
+            if best is not None:
+                rivals.append((float(best[0][b, 0]), of.facts[int(best[1][b, 0])]))
+            rival, other = max(rivals, key=lambda pair: pair[0]) if rivals else (0.0, None)
+            acts = nearest if scores[0] - rival > self.threshold else None
+            routes.append(Route(acts, nearest, scores[0], other, rival, self.threshold))
+        return routes
+
+    def _candidates(self, names: tuple[str, ...] | None) -> _Candidates:
+        """What competes in a row: its edits, but for those that a newer one of them has replaced, and the other facts,
+        but for those that one of them is about."""
+        if names not in self._tables:
+            among = set(self.owners if names is None else names)
+            live = [i for i, name in enumerate(self.owners) if name in among and self.replaced.get(name) not in among]
+            about = {fact for name, fact in self.retired.items() if name in among}
+            facts = self.facts.tolist()
+            others = [i for i, fact in enumerate(facts) if fact not in about]
+            rows, rest = (torch.tensor(i, dtype=torch.int64, device=self.entries.device) for i in (live, others))
+            if len(self._tables) >= _TABLES:
+                self._tables.clear()
+            self._tables[names] = _Candidates(
+                self.entries[rows], [self.owners[i] for i in live], self.others[rest], [facts[i] for i in others]
+            )
+        return self._tables[names]
+
+
+class _Candidates(NamedTuple):
+    """Unit rows [E, c] and the edit of each, and unit rows [N, c] and the fact of each."""
+
+    entries: Tensor
+    owners: list[str]
+    others: Tensor
+    facts: list[int]
+
+
+_TABLES = 64  # sets of edits that rows may use, whose tables are kept
+
+
+def _nothing(threshold: float) -> Route:
+    return Route(None, None, 0.0, None, 0.0, threshold)
+
+
+def behind_prompts(last: Tensor, tokens: int) -> Tensor:
+    """int64 [B * T]: the row of each token that is its prompt's last one or comes later, B for the others.
+
+    Args:
+        last: int64 [B], see `Pass.last`.
+        tokens: T.
+    """
+    batch = len(last)
+    rows, position = (torch.arange(n, dtype=torch.int64, device=last.device) for n in (batch, tokens))
+    return torch.where(position >= last.unsqueeze(1), rows.unsqueeze(1), batch).flatten()
