@@ -13,7 +13,7 @@ from transformers import DynamicCache
 import unike_kernels as uk
 from unike_kernels.artifacts import fingerprint
 from unike_kernels.backbones import find_decoder
-from unike_kernels.ops.prompt_encoder import PromptEncoder
+from unike_kernels.ops.prompt_encoder import PromptEncoder, StateBlock, TextBlock, Vocabulary
 
 CONFIG = uk.Config(scope="memory", k=3)
 LAYERS = (2, 3)
@@ -39,38 +39,66 @@ def inputs_of(model, layers, ids):
     return found
 
 
-def make_encoder(model, queries=2, width=16, d=64):
+PIECES = ("", "", "", *(f" {chr(97 + i % 26)}{i}" for i in range(3, 20)), *(f"x{i}" for i in range(20, 44)))
+
+
+def make_encoder(model, layers):
     """A random one, centred for this model."""
-    g, found = torch.Generator().manual_seed(0), inputs_of(model, (0, *LAYERS), PROMPTS)
-    draw = lambda *shape: torch.randn(*shape, generator=g)  # noqa: E731
-    wide = (queries + len(LAYERS)) * d
-    return PromptEncoder(
-        found[0].mean((0, 1)), found[0].std((0, 1)), draw(queries, d),
-        torch.stack([found[i][:, -1].mean(0) for i in LAYERS]),
-        draw(24, wide) / wide**0.5, draw(24) * 0.1, draw(width, 24), draw(width) * 0.1,
-    )  # fmt: skip
+    g, embedding = torch.Generator().manual_seed(0), model.get_input_embeddings()
+    e, h, heads, c = embedding.embedding_dim, 6, 2, 8
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=g) / max(shape[-1] if len(shape) < 3 else shape[1] * shape[2], 1) ** 0.5
+
+    def block():
+        return TextBlock(
+            draw(h, e), draw(h, 256), draw(h), draw(h, h, 3), draw(h), draw(heads, h) * 3, draw(heads),
+            draw(c, e), draw(c, 256),
+        )  # fmt: skip
+
+    states = None
+    if layers:
+        found, d = inputs_of(model, layers, PROMPTS), model.config.hidden_size
+        means = torch.stack([found[i][:, -1].mean(0) for i in layers])
+        states = StateBlock(means, draw(12, d * len(layers)), draw(12), draw(c, 12), draw(c))
+    weight = embedding.weight.detach()
+    return PromptEncoder(weight.mean(0), weight.std(0), (block(), block()), states)
 
 
-def keys_of(model, encoder, ids):
-    """Enc_key by hand."""
-    e, found = encoder, inputs_of(model, (0, *LAYERS), ids)
-    x = (found[0] - e.mean) / e.spread
-    weights = (x @ e.queries.T / x.shape[-1] ** 0.5).softmax(1)
-    unit = lambda t: t / t.norm(dim=-1, keepdim=True) * t.shape[-1] ** 0.5  # noqa: E731
-    pooled = unit(torch.einsum("bth,btd->bhd", weights, x)).flatten(1)
-    states = unit(torch.stack([found[i][:, -1] for i in LAYERS], 1) - e.means).flatten(1)
-    hidden = torch.nn.functional.gelu(torch.cat([pooled, states], 1) @ e.w1.T + e.b1)
-    key = hidden @ e.w2.T + e.b2
-    return key / key.norm(dim=-1, keepdim=True)
+def keys_of(model, encoder, layers, ids):
+    """Enc_key by hand, prompt by prompt."""
+    found, vocabulary = inputs_of(model, layers, ids) if layers else {}, Vocabulary(PIECES)
+    unit = lambda t: t / t.norm(dim=-1, keepdim=True)  # noqa: E731
+    gelu = torch.nn.functional.gelu
+    keys = []
+    for row, own in enumerate(ids):
+        with torch.no_grad():
+            x = model.get_input_embeddings()(own)
+        x = unit((x - encoder.mean) / encoder.spread) * x.shape[-1] ** 0.5
+        s, parts = vocabulary.spelled(own.tolist()), []
+        for b in encoder.blocks:
+            before = torch.nn.functional.pad(x @ b.token.T + s @ b.word.T + b.bias, (0, 0, 1, 1))
+            around = [sum(b.conv[:, :, j] @ before[t + j] for j in range(3)) + b.conv_bias for t in range(len(own))]
+            h = gelu(before[1:-1] + gelu(torch.stack(around)))
+            weights = (h @ b.query.T + b.query_bias).softmax(0)
+            values = (x @ b.token_value.T + s @ b.word_value.T).view(len(own), len(b.query), -1)
+            parts.append(unit(torch.einsum("th,thc->hc", weights, values).flatten()))
+        if layers:
+            last = encoder.states
+            states = torch.stack([found[i][row, -1] for i in layers]) - last.means
+            states = (unit(states) * states.shape[-1] ** 0.5).flatten()
+            parts.append(unit(last.w2 @ gelu(last.w1 @ states + last.b1) + last.b2))
+        keys.append(torch.cat(parts) / len(parts) ** 0.5)
+    return torch.stack(keys)
 
 
-@pytest.fixture(params=["opt", "llama"])
+@pytest.fixture(params=[("opt", ()), ("llama", ()), ("llama", LAYERS)], ids=["opt", "llama", "llama-states"])
 def setup(request, make_model, make_edit):
     """A model, a memory of a scope alone whose other fact is the third prompt, and edits of the first two."""
-    model = make_model(request.param)
-    encoder = make_encoder(model)
-    keys = keys_of(model, encoder, PROMPTS)
-    scope = uk.Scope(LAYERS, encoder, keys[2:], torch.tensor([0]), 0.01, 0.02, 1.9, ("third",))
+    model, layers = make_model(request.param[0]), request.param[1]
+    encoder = make_encoder(model, layers)
+    keys = keys_of(model, encoder, layers, PROMPTS)
+    scope = uk.Scope(encoder, PIECES, layers, keys[2:], torch.tensor([0]), 0.01, 0.02, 1.9, ("third",))
     memory = uk.MemoryBank({}, CONFIG, fingerprint(model), scope=scope)
 
     def edit(name, row):
@@ -341,7 +369,7 @@ def test_many_edits_of_which_few_act(setup, make_edit):
     uk.patch(model, edits, memory)
     wanted = logits(model, PROMPTS)
     for i in range(40):
-        entry = torch.nn.functional.normalize(torch.randn(2, 16), dim=-1)
+        entry = torch.nn.functional.normalize(torch.randn(2, memory.scope.entries.shape[1]), dim=-1)
         uk.add_edit(model, replace(edits[0], id=f"more {i}", entries=entry))
     torch.testing.assert_close(logits(model, PROMPTS), wanted, rtol=1e-5, atol=1e-5)
 
@@ -355,8 +383,9 @@ def test_what_does_not_fit_is_refused(setup, make_edit, make_memory):
     with pytest.raises(uk.MismatchError, match="entries of another scope"):
         uk.patch(model, [replace(a, scope_id="another")], memory, override=True)
     early = replace(a, layers={1: a.layers[3]})
-    with pytest.raises(uk.MismatchError, match=r"their layers \[1\] come before layer 3, which decides"):
-        uk.patch(model, [early], memory)
+    if memory.scope.layers:
+        with pytest.raises(uk.MismatchError, match=r"their layers \[1\] come before layer 3, which decides"):
+            uk.patch(model, [early], memory)
     uk.patch(model, [a], memory)
     with pytest.raises(uk.MismatchError, match="entries"):
         uk.add_edit(model, replace(b, scope_id="another"))

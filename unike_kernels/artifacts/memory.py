@@ -188,9 +188,9 @@ class MemoryBank:
     @property
     def hidden_size(self) -> int:
         """d, the width of the model's hidden states."""
-        if self.scope is not None:
-            return self.scope.hidden_size
-        return int(next(iter(self.layers.values())).index.shape[1])
+        if self.layers:
+            return int(next(iter(self.layers.values())).index.shape[1])
+        return int(self.base_model["hidden_size"] or 0)
 
     @property
     def nbytes(self) -> int:

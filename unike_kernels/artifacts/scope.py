@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops.prompt_encoder import PromptEncoder
+from ..ops.prompt_encoder import SPELLING, PromptEncoder, StateBlock, TextBlock
 from . import files
 
 
@@ -21,8 +21,10 @@ class Scope:
     an entry of another fact or of another edit, is above `threshold`.
 
     Attributes:
-        layers: decoder layers whose input at the last prompt token the key is made of, ascending.
         encoder: Enc_key.
+        pieces: what the model's tokens spell, see `ops.prompt_encoder.Vocabulary`.
+        layers: decoder layers whose input at the last prompt token the key is made of, too, ascending; none where the
+            text alone counts.
         entries: float32 [N, c], unit rows: keys of prompts that ask for other facts.
         facts: int64 [N], which fact each of them asks for, numbered from 0.
         threshold: of the margin.
@@ -31,8 +33,9 @@ class Scope:
         names: of the facts, for people; None: they have none.
     """
 
-    layers: tuple[int, ...]
     encoder: PromptEncoder
+    pieces: tuple[str, ...]
+    layers: tuple[int, ...]
     entries: Tensor
     facts: Tensor
     threshold: float
@@ -41,31 +44,28 @@ class Scope:
     names: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        if not self.layers or list(self.layers) != sorted({*self.layers}) or self.layers[0] < 0:
+        if list(self.layers) != sorted({*self.layers}) or any(i < 0 for i in self.layers):
             raise ValueError(f"Scope.layers: expected ascending layer indices, got {list(self.layers)}")
-        encoder, d = self.encoder, self.encoder.mean.shape[-1]
-        (h, c), layers = (len(encoder.queries), encoder.w2.shape[0]), len(self.layers)
-        r = encoder.w1.shape[0]
-        expected = {
-            "mean": (d,), "spread": (d,), "queries": (h, d), "means": (layers, d), "w1": (r, (h + layers) * d),
-            "b1": (r,), "w2": (c, r), "b2": (c,),
-        }  # fmt: skip
-        found = {**encoder._asdict(), "entries": self.entries}
-        expected["entries"] = (len(self.entries), c)
-        for name, t in found.items():
+        if not self.encoder.blocks or (self.encoder.states is None) != (not self.layers):
+            raise ValueError(
+                f"Scope.encoder: expected blocks for the text, and one for the states of the layers {list(self.layers)}"
+            )
+        expected = {**_shapes(self.encoder, len(self.layers)), "entries": (len(self.entries), self.encoder.width)}
+        for name, t in {**self.encoder.tensors(), "entries": self.entries}.items():
             if tuple(t.shape) != expected[name]:
                 raise ValueError(f"Scope.{name}: expected shape {list(expected[name])}, got {list(t.shape)}")
             if t.dtype != torch.float32 or not t.isfinite().all():
                 raise ValueError(f"Scope.{name}: expected finite float32, got {t.dtype} or NaN or infinity")
+        if not ((self.entries.norm(dim=-1) - 1).abs() < 1e-3).all():
+            raise ValueError("Scope.entries: expected unit rows")
         if self.facts.dtype != torch.int64 or self.facts.shape != self.entries.shape[:1]:
             raise ValueError(
                 f"Scope.facts: expected int64 [{len(self.entries)}], got {self.facts.dtype} {list(self.facts.shape)}"
             )
-        count = int(self.facts.max()) + 1 if len(self.facts) else 0
         if len(self.facts) and int(self.facts.min()) < 0:
             raise ValueError("Scope.facts: expected numbers from 0, got a negative one")
-        if self.names is not None and len(self.names) < count:
-            raise ValueError(f"Scope.names: expected one for each of {count} facts, got {len(self.names)}")
+        if self.names is not None and len(self.names) < self.count:
+            raise ValueError(f"Scope.names: expected one for each of {self.count} facts, got {len(self.names)}")
         for name in ("threshold", "false_alarms", "same"):
             if not abs(getattr(self, name)) <= 2:
                 raise ValueError(f"Scope.{name}: expected a number in -2..2, got {getattr(self, name)!r}")
@@ -73,17 +73,14 @@ class Scope:
     @property
     def id(self) -> str:
         """A hash of the encoder: entries are of the same scope if they have been made with it."""
-        return files.digest(self._encoder() | {"layers": torch.tensor(self.layers, dtype=torch.int64, device="cpu")})
+        told = "\0".join([*map(str, self.layers), *self.pieces]).encode()
+        spelled = torch.frombuffer(bytearray(told), dtype=torch.uint8)
+        return files.digest({**self.encoder.tensors(), "pieces": spelled})
 
     @property
-    def width(self) -> int:
-        """c, of an entry."""
-        return int(self.entries.shape[1])
-
-    @property
-    def hidden_size(self) -> int:
-        """d, the width of the model's hidden states."""
-        return int(self.encoder.mean.shape[-1])
+    def count(self) -> int:
+        """Of the facts."""
+        return int(self.facts.max()) + 1 if len(self.facts) else 0
 
     def extended(self, entries: Tensor, facts: Tensor, names: tuple[str, ...] | None = None) -> Scope:
         """With further facts, behind its own.
@@ -93,25 +90,26 @@ class Scope:
             facts: int64 [n], numbered from 0.
             names: of the facts, for people.
         """
-        have = int(self.facts.max()) + 1 if len(self.facts) else 0
-        known = (self.names or ("",) * have)[:have]
-        return replace(
+        more = replace(
             self,
             entries=torch.cat([self.entries, entries]),
-            facts=torch.cat([self.facts, facts + have]),
-            names=(*known, *(names or ("",) * (int(facts.max()) + 1))),
+            facts=torch.cat([self.facts, facts + self.count]),
+            names=None,
         )
-
-    def _encoder(self) -> dict[str, Tensor]:
-        return {f"scope.{name}": t for name, t in self.encoder._asdict().items()}
+        if self.names is None and names is None:
+            return more
+        known, new = (self.names or ("",) * self.count)[: self.count], names or ("",) * (more.count - self.count)
+        return replace(more, names=(*known, *new))
 
     def tensors(self) -> dict[str, Tensor]:
         """Name -> tensor, as a file has them."""
-        return {**self._encoder(), "scope.entries": self.entries}
+        return {f"scope.{name}": t for name, t in {**self.encoder.tensors(), "entries": self.entries}.items()}
 
     def header(self) -> dict[str, Any]:
         """What a file says of it beside the tensors."""
         return {
+            "blocks": len(self.encoder.blocks),
+            "pieces": list(self.pieces),
             "layers": list(self.layers),
             "facts": self.facts.tolist(),
             "threshold": self.threshold,
@@ -123,27 +121,58 @@ class Scope:
     @classmethod
     def read(cls, reader: files.Reader, header: Mapping[str, Any]) -> Scope:
         """From a file whose header says this of it. Raises ArtifactError."""
-        if set(header) != {"layers", "facts", "threshold", "false_alarms", "same", "names"}:
-            raise reader.fail(f"header field 'scope': expected its six fields, got {sorted(header)}")
-        layers, facts, names = header["layers"], header["facts"], header["names"]
-        for name in ("layers", "facts"):
-            if not isinstance(header[name], list) or not all(type(i) is int and 0 <= i < 2**31 for i in header[name]):
-                raise reader.fail(f"header field 'scope': expected numbers from 0 as {name}")
-        if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
-            raise reader.fail("header field 'scope': expected texts as names")
-        if not all(type(header[name]) in (int, float) for name in ("threshold", "false_alarms", "same")):
-            raise reader.fail("header field 'scope': expected numbers as threshold, false_alarms and same")
-        shapes = {"queries": (None, None), "means": (None, None), "w1": (None, None), "w2": (None, None)}
-        encoder = {name: reader.tensor(f"scope.{name}", shapes.get(name, (None,))) for name in PromptEncoder._fields}
+        kinds = {
+            "blocks": int, "pieces": [str], "layers": [int], "facts": [int], "threshold": float, "false_alarms": float,
+            "same": float, "names": [str],
+        }  # fmt: skip
+        if set(header) != set(kinds):
+            raise reader.fail(f"header field 'scope': expected {sorted(kinds)}, got {sorted(header)}")
+        for name, kind in kinds.items():
+            value = header[name]
+            if name == "names" and value is None:
+                continue
+            each = value if isinstance(kind, list) else [value]
+            one: type = kind[0] if isinstance(kind, list) else kind  # type: ignore[assignment]
+            if not isinstance(each, list) or not all(type(v) is one for v in each):
+                raise reader.fail(f"header field 'scope': expected {name} of {one.__name__}, got {value!r:.80}")
+        if not 1 <= header["blocks"] <= 16 or any(not 0 <= i < 2**31 for i in (*header["layers"], *header["facts"])):
+            raise reader.fail("header field 'scope': expected 1 to 16 blocks, layers and facts from 0")
+        blocks, names = header["blocks"], header["names"]
+        wide = {"token", "word", "query", "token_value", "word_value", "w1", "w2", "means"}
+        wanted = ["mean", "spread", *(f"blocks.{i}.{name}" for i in range(blocks) for name in TextBlock._fields)]
+        wanted += [f"states.{name}" for name in StateBlock._fields] if header["layers"] else []
+        shape = {name: (None,) * (3 if name.endswith("conv") else 1 + (name.split(".")[-1] in wide)) for name in wanted}
+        tensors = {name: reader.tensor(f"scope.{name}", shape[name]) for name in wanted}
         scope: Scope = reader.build(
             cls,
-            tuple(layers),
-            PromptEncoder(**encoder),
+            PromptEncoder.of(tensors, blocks, bool(header["layers"])),
+            tuple(header["pieces"]),
+            tuple(header["layers"]),
             reader.tensor("scope.entries", (None, None)),
-            torch.tensor(facts, dtype=torch.int64, device="cpu"),
-            float(header["threshold"]),
-            float(header["false_alarms"]),
-            float(header["same"]),
+            torch.tensor(header["facts"], dtype=torch.int64, device="cpu"),
+            header["threshold"],
+            header["false_alarms"],
+            header["same"],
             None if names is None else tuple(names),
         )
         return scope
+
+
+def _shapes(encoder: PromptEncoder, layers: int) -> dict[str, tuple[int, ...]]:
+    """What the encoder's tensors must be, by the sizes that some of them say."""
+    e = len(encoder.mean)
+    found: dict[str, tuple[int, ...]] = {"mean": (e,), "spread": (e,)}
+    for i, block in enumerate(encoder.blocks):
+        h, (heads, c) = len(block.token), (len(block.query), len(block.word_value))
+        shapes = {
+            "token": (h, e), "word": (h, SPELLING), "bias": (h,), "conv": (h, h, 3), "conv_bias": (h,),
+            "query": (heads, h), "query_bias": (heads,), "token_value": (c, e), "word_value": (c, SPELLING),
+        }  # fmt: skip
+        if not heads or c % heads:
+            raise ValueError(f"Scope.blocks.{i}: expected a multiple of {heads} values, got {c}")
+        found |= {f"blocks.{i}.{name}": shape for name, shape in shapes.items()}
+    if encoder.states is not None:
+        (_, d), r, c = encoder.states.means.shape, len(encoder.states.w1), len(encoder.states.w2)
+        shapes = {"means": (layers, d), "w1": (r, layers * d), "b1": (r,), "w2": (c, r), "b2": (c,)}
+        found |= {f"states.{name}": shape for name, shape in shapes.items()}
+    return found

@@ -259,6 +259,7 @@ class _Thread(threading.local):
 
     running: Pass | None = None
     text: Tensor | None = None  # bool [B, T] of the last embedded ids, False at image placeholders
+    embedded: tuple[Tensor, Tensor] | None = None  # these ids and their embeddings, where a router wants them
     inside: tuple[tuple[Any, Pass | None], ...] = ()  # patched modules whose instance's own forward runs, and where
 
     def __init__(self) -> None:
@@ -271,6 +272,7 @@ class _Tracing:
     def __init__(self) -> None:
         self.running: Pass | None = None
         self.text: Tensor | None = None
+        self.embedded: tuple[Tensor, Tensor] | None = None
         self.inputs: dict[int, Any] = {}
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..ops.cosine_topk import cosine_topk
-from ..ops.prompt_encoder import Pooled, PromptEncoder, encode_prompts, pool_tokens, prompt_features
+from ..ops.prompt_encoder import SPELLING, PromptEncoder, Text, Vocabulary, encode_prompts
 from ._drop_in import Tables
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ class Seen:
     """What a router has seen of the prompts of a generation.
 
     Attributes:
-        pooled: of the tokens so far.
+        tokens: of each pass: ids int64 [B, T], embeddings [B, T, e], and bool [B, T], which of them the prompts are of.
         states: layer -> [B, d] of the last tokens.
         key: [B, c] of the prompts that have ended.
         ended: bool [B], which have.
@@ -76,7 +76,7 @@ class Seen:
         routes: of each row, as the router `decided` for the selected edits.
     """
 
-    pooled: Pooled | None = None
+    tokens: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
     states: dict[int, Tensor] = field(default_factory=dict)
     key: Tensor | None = None
     ended: Tensor | None = None
@@ -91,7 +91,8 @@ class Router(Tables):
     Args:
         scope: id of the scope that they are of.
         encoder: Enc_key.
-        layers: whose input its last states are, ascending.
+        vocabulary: of the model.
+        layers: whose input its last states are, ascending; none where the text alone counts.
         others: float32 [N, c], unit rows: entries of other facts.
         facts: int64 [N], the fact of each.
         threshold: a margin above which an edit acts.
@@ -106,6 +107,7 @@ class Router(Tables):
         self,
         scope: str,
         encoder: PromptEncoder,
+        vocabulary: Vocabulary,
         layers: Sequence[int],
         others: Tensor,
         facts: Tensor,
@@ -113,9 +115,11 @@ class Router(Tables):
         same: float,
     ) -> None:
         super().__init__()
-        self.scope, self.layers, self.threshold, self.same = scope, tuple(layers), threshold, same
-        for name, t in encoder._asdict().items():
-            self.table(name, t)
+        self.scope, self.vocabulary, self.layers = scope, vocabulary, tuple(layers)
+        self.threshold, self.same = threshold, same
+        self._blocks = len(encoder.blocks)
+        for name, t in encoder.tensors().items():
+            self.table(_key(name), t)
         self.table("others", others)
         self.table("facts", facts)
         self.table("entries", others[:0])
@@ -128,17 +132,13 @@ class Router(Tables):
     @property
     def places(self) -> list[int]:
         """The layers whose inputs `see` must see."""
-        return sorted({*self.layers, *([0] if self.pools else [])})
-
-    @property
-    def pools(self) -> bool:
-        """Whether the key depends on the embeddings, too."""
-        return len(self.encoder.queries) > 0
+        return sorted({0, *self.layers})
 
     @property
     def encoder(self) -> PromptEncoder:
         """Enc_key, from its tensors."""
-        return PromptEncoder(*(getattr(self, name) for name in PromptEncoder._fields))
+        tensors = {name.replace("/", "."): t for name, t in self._buffers.items() if t is not None}
+        return PromptEncoder.of(tensors, self._blocks, bool(self.layers))
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self._tables.clear()
@@ -192,29 +192,48 @@ class Router(Tables):
     # --- what is decided ---------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def see(self, now: Pass, layer: int, hidden: Tensor) -> None:
-        """Take from a layer's input [B, T, d] what tells something about the prompts."""
+    def see(self, now: Pass, layer: int, hidden: Tensor, embedded: tuple[Tensor, Tensor] | None) -> None:
+        """Take what tells something about the prompts, where a layer begins.
+
+        Args:
+            now: the pass.
+            layer: one of `places`.
+            hidden: [B, T, d], its input.
+            embedded: the ids int64 [B, T] that were embedded last, and their embeddings [B, T, e].
+
+        Raises ValueError where these are not of this pass.
+        """
         assert now.last is not None
         if self.entries.device != hidden.device:
             self._apply(lambda t: t.to(hidden.device))
-        generation, last, encoder = now.generation, now.last, self.encoder
+        generation, last = now.generation, now.last
         seen = generation.seen = generation.seen or Seen()
         batch, tokens = hidden.shape[:2]
-        if layer == 0 and self.pools:
-            position = torch.arange(tokens, dtype=torch.int64, device=hidden.device)
-            within = position <= last.unsqueeze(1)
-            within = within if now.visible is None else within & now.visible
-            seen.pooled = pool_tokens(encoder, hidden, within, seen.pooled)
+        if layer == 0:
+            if embedded is None or batch % len(embedded[0]) or embedded[0].shape[1] != tokens:
+                raise ValueError("inputs_embeds: scope='memory' tells prompts apart by input_ids; give those")
+            ids, embeddings = (t.repeat_interleave(batch // len(t), 0) for t in embedded)
+            within = torch.arange(tokens, dtype=torch.int64, device=hidden.device) <= last.unsqueeze(1)
+            seen.tokens.append((ids, embeddings, within if now.visible is None else within & now.visible))
         if layer in self.layers:
             rows = torch.arange(batch, dtype=torch.int64, device=hidden.device)
             seen.states[layer] = hidden[rows, last.clamp(0, tokens - 1)]
-        if layer == self.layers[-1]:
-            states = torch.stack([seen.states[i] for i in self.layers], 1)
-            key = encode_prompts(encoder, prompt_features(encoder, seen.pooled, states)).nan_to_num()
+        if layer == self.places[-1]:
+            states = torch.stack([seen.states[i] for i in self.layers], 1) if self.layers else None
+            key = encode_prompts(self.encoder, self._text(seen), states).nan_to_num()
             ended = (last >= 0) & (last < tokens)
             if seen.key is not None and seen.ended is not None:  # of prompts that ended in earlier passes
                 key, ended = torch.where(ended.unsqueeze(1), key, seen.key), ended | seen.ended
             seen.key, seen.ended, seen.scope, seen.decided = key, ended, self.scope, None
+
+    def _text(self, seen: Seen) -> Text:
+        ids, embeddings, within = (torch.cat(parts, 1) for parts in zip(*seen.tokens, strict=True))
+        words = torch.zeros(*ids.shape, SPELLING, dtype=torch.float32, device="cpu")
+        for row, (of_row, there) in enumerate(zip(ids.tolist(), within.tolist(), strict=True)):
+            own = [i for i, t in enumerate(there) if t]
+            words[row, own] = self.vocabulary.spelled([of_row[i] for i in own])
+        each = torch.arange(ids.numel(), dtype=torch.int64, device=ids.device).view(ids.shape)
+        return Text(embeddings.flatten(0, 1), words.flatten(0, 1).to(ids.device), each, each, within)
 
     def routes(self, now: Pass, batch: int) -> tuple[Route, ...]:
         """What is decided for each of `batch` rows."""
@@ -289,6 +308,11 @@ class _Candidates(NamedTuple):
     owners: list[str]
     others: Tensor
     facts: list[int]
+
+
+def _key(name: str) -> str:
+    """What a buffer may be called."""
+    return name.replace(".", "/")
 
 
 _TABLES = 64  # sets of edits that rows may use, whose tables are kept

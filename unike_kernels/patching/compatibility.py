@@ -45,8 +45,10 @@ def check_artifacts(
     if config.scope == "memory":
         if memory is None or memory.scope is None:
             raise MismatchError("scope='memory': expected a memory that has a scope (training.build_scope makes one)")
+        if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+            raise MismatchError("scope='memory': expected a model whose prompt its decoder reads, not an encoder")
         scope = memory.scope.id
-        deciding = memory.scope.layers[-1]
+        deciding = max(memory.scope.layers, default=0)
         if early := sorted({i for edit in edits for i in edit.layers if i < deciding}):
             raise MismatchError(f"edits: their layers {early} come before layer {deciding}, which decides")
     for edit in edits:

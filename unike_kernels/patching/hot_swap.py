@@ -142,7 +142,7 @@ def swap_memory(
         }
         router = make_router(memory, state.config, state.edits)
         _publish(state, running, memories=tables, router=router, memory=memory)
-        set_prompt_hooks(state.decoder, state.context, router)
+        set_prompt_hooks(backbones.unwrap(model), state.decoder, state.context, router)
         log_event("swap_memory", state)
 
 

@@ -32,6 +32,7 @@ from ..nn import (
     memory_shift,
     release,
 )
+from ..ops.prompt_encoder import Vocabulary
 from ..retrieval import ApproximateIndex, Retriever
 from .compatibility import check_artifacts
 from .session import (
@@ -39,6 +40,7 @@ from .session import (
     AllOrNothing,
     DecoderEndHook,
     DecoderHook,
+    EmbeddedHook,
     EmbeddingHook,
     Installed,
     PatchedState,
@@ -214,7 +216,7 @@ def patch(
             if layer.index in stores:
                 state.ffns[layer.index] = extra_neurons(_ffn(layer, dense[layer.index], context))
         decoder.module.register_forward_pre_hook(DecoderHook(context, places, placeholders), with_kwargs=True)
-        set_prompt_hooks(decoder, context, router)
+        set_prompt_hooks(model, decoder, context, router)
         decoder.module.register_forward_hook(DecoderEndHook(context), always_call=True)
         if placeholders is not None:
             embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
@@ -247,12 +249,7 @@ def _remove(model: nn.Module) -> None:
     for module in {*(place.module for place in state.places.each), *tree}:  # and copies that others have made
         release(module)
     for module in {state.decoder.module, *tree}:
-        for key in [key for key, hook in module._forward_pre_hooks.items() if isinstance(hook, HOOKS)]:
-            del module._forward_pre_hooks[key]
-            module._forward_pre_hooks_with_kwargs.pop(key, None)
-        for key in [key for key, hook in module._forward_hooks.items() if isinstance(hook, HOOKS)]:
-            del module._forward_hooks[key]
-            module._forward_hooks_always_called.pop(key, None)
+        _remove_hooks(module, HOOKS)
     release_checkpoints(model)
 
 
@@ -358,7 +355,7 @@ def make_router(memory: MemoryBank | None, config: Config, edits: Mapping[str, E
     if memory is None or memory.scope is None or config.scope != "memory":
         return None
     of = memory.scope
-    router = Router(of.id, of.encoder, of.layers, of.entries, of.facts, of.threshold, of.same)
+    router = Router(of.id, of.encoder, Vocabulary(of.pieces), of.layers, of.entries, of.facts, of.threshold, of.same)
     for name, edit in edits.items():
         router = router.with_edit(name, entries_of(edit))
     return router
@@ -370,16 +367,29 @@ def entries_of(edit: Edit) -> Tensor:
     return edit.entries
 
 
-def set_prompt_hooks(decoder: backbones.Decoder, context: ModelContext, router: Router | None) -> None:
+def set_prompt_hooks(
+    model: nn.Module, decoder: backbones.Decoder, context: ModelContext, router: Router | None
+) -> None:
     """Let the router see what comes to its layers, and none that was there before."""
-    for layer in decoder.layers:
-        hooks = layer.module._forward_pre_hooks
-        for key in [key for key, hook in hooks.items() if isinstance(hook, PromptHook)]:
-            del hooks[key]
-            layer.module._forward_pre_hooks_with_kwargs.pop(key, None)
-    for i in router.places if router else ():
-        hook = PromptHook(context, i)
-        decoder.layers[i].module.register_forward_pre_hook(hook, with_kwargs=True)
+    embedding: Any = getattr(model, "get_input_embeddings", lambda: None)()
+    for module in [embedding, *(layer.module for layer in decoder.layers)]:
+        if module is not None:
+            _remove_hooks(module, (PromptHook, EmbeddedHook))
+    if router is not None:
+        embedding.register_forward_hook(EmbeddedHook(context), with_kwargs=True)
+        for i in router.places:
+            hook = PromptHook(context, i)
+            decoder.layers[i].module.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def _remove_hooks(module: nn.Module, kinds: tuple[type, ...]) -> None:
+    for key in [key for key, hook in module._forward_pre_hooks.items() if isinstance(hook, kinds)]:
+        del module._forward_pre_hooks[key]
+        module._forward_pre_hooks_with_kwargs.pop(key, None)
+    for key in [key for key, hook in module._forward_hooks.items() if isinstance(hook, kinds)]:
+        del module._forward_hooks[key]
+        module._forward_hooks_with_kwargs.pop(key, None)
+        module._forward_hooks_always_called.pop(key, None)
 
 
 def _report(model: nn.Module, decoder: backbones.Decoder, state: PatchedState) -> PatchReport:

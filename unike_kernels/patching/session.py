@@ -184,6 +184,7 @@ class DecoderEndHook:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """End the pass, and forget which of its tokens were text."""
         self.context.local.text = None  # an embedding inside of the decoder has noted it for nobody
+        self.context.local.embedded = None
         self.context.end(getattr(output, "past_key_values", None))
 
 
@@ -227,10 +228,23 @@ class PromptHook:
         """Show the router of this pass what comes to the layer."""
         now = self.context.now()
         if now.version.router is not None and now.last is not None and not now.selection.forced:
-            now.version.router.see(now, self.layer, first_argument(args, kwargs))
+            now.version.router.see(now, self.layer, first_argument(args, kwargs), self.context.local.embedded)
 
 
-HOOKS = (DecoderHook, DecoderEndHook, EmbeddingHook, PromptHook)
+@dataclass
+class EmbeddedHook:
+    """Forward hook of the embedding: notes ids and embeddings for the router. Picklable with the model."""
+
+    context: ModelContext
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Note what was embedded last."""
+        ids = first_argument(args, kwargs)
+        noted = isinstance(output, Tensor) and ids.dim() == 2 and not ids.is_floating_point()
+        self.context.local.embedded = (ids, output.detach()) if noted else None
+
+
+HOOKS = (DecoderHook, DecoderEndHook, EmbeddingHook, PromptHook, EmbeddedHook)
 
 
 @dataclass

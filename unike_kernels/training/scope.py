@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -20,7 +21,15 @@ from ..backbones import device_of, find_decoder
 from ..config import Config
 from ..errors import PatchError
 from ..nn import first_argument
-from ..ops.prompt_encoder import PromptEncoder, encode_prompts, pool_tokens, prompt_features
+from ..ops.prompt_encoder import (
+    SPELLING,
+    PromptEncoder,
+    StateBlock,
+    Text,
+    TextBlock,
+    Vocabulary,
+    encode_prompts,
+)
 from ..patching import is_patched
 from .samples import Sample, batches, encode, evaluating, forward, taking_gradients
 
@@ -50,46 +59,44 @@ class ScopeTraining:
     """How a scope's encoder is trained and its threshold is found.
 
     Attributes:
-        width: c, of a key.
-        hidden: r, of the network.
-        queries: H, that attend to the embeddings; 0: the key is made of the last token alone.
+        blocks: that read the text.
+        heads: H, queries of a block.
+        head_width: of what a query sees; a block's part of the key has H times that.
+        hidden: h, of a block's tokens, and r, of the network that reads the last token's states.
         lr: of AdamW, at its highest.
         weight_decay: of AdamW.
         steps: of training.
-        facts: of a step.
+        subjects: of a step, with all their facts: neighbours of both kinds.
         wordings: of each of these facts.
         tau: temperature of the contrastive loss.
-        token_dropout: share of the embeddings that the queries do not see.
-        dropout: in front of the network.
-        held_out: share of the facts, all of a subject together, that threshold and `same` are found with.
+        token_dropout: share of the tokens that the queries do not see.
+        held_out: share of the subjects that threshold and `same` are found with.
         false_alarms: share of the neighbouring facts' prompts that may be above the threshold.
         seed: of all that is random.
     """
 
-    width: int = 64
-    hidden: int = 256
-    queries: int = 4
-    lr: float = 1e-3
+    blocks: int = 2
+    heads: int = 4
+    head_width: int = 32
+    hidden: int = 64
+    lr: float = 2e-3
     weight_decay: float = 1e-2
     steps: int = 300
-    facts: int = 96
+    subjects: int = 20
     wordings: int = 3
-    tau: float = 0.1
-    token_dropout: float = 0.2
-    dropout: float = 0.1
+    tau: float = 0.05
+    token_dropout: float = 0.1
     held_out: float = 0.2
-    false_alarms: float = 0.02
+    false_alarms: float = 0.01
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("width", "hidden", "lr", "steps", "facts", "tau"):
+        for name in ("blocks", "heads", "head_width", "hidden", "lr", "steps", "subjects", "tau"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"ScopeTraining.{name}: expected a positive number, got {getattr(self, name)!r}")
         if self.wordings < 2:
             raise ValueError(f"ScopeTraining.wordings: expected at least 2, got {self.wordings!r}")
-        if self.queries < 0:
-            raise ValueError(f"ScopeTraining.queries: expected 0 or more, got {self.queries!r}")
-        for name in ("token_dropout", "dropout", "held_out", "false_alarms"):
+        for name in ("token_dropout", "held_out", "false_alarms"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"ScopeTraining.{name}: expected 0 or more, below 1; got {getattr(self, name)!r}")
 
@@ -127,19 +134,18 @@ class _Seen:
     """What a key is made of, for n prompts.
 
     Attributes:
-        embeddings: [n, T, d], zeros in front.
-        within: bool [n, T], the tokens.
-        states: [n, L, d].
+        text: of them.
+        states: [n, L, d], or None.
     """
 
-    embeddings: Tensor
-    within: Tensor
-    states: Tensor
+    text: Text
+    states: Tensor | None
 
     def rows(self, rows: Tensor) -> _Seen:
-        within = self.within[rows]
-        first = int(within.any(0).long().argmax())  # the longest of these may be shorter than the longest of all
-        return _Seen(self.embeddings[rows, first:], within[:, first:], self.states[rows])
+        within = self.text.within[rows]
+        most = int(within.sum(-1).max())  # the longest of these may be shorter than the longest of all
+        at = {name: getattr(self.text, name)[rows, :most] for name in ("token", "word", "within")}
+        return _Seen(self.text._replace(**at), None if self.states is None else self.states[rows])
 
 
 @contextmanager
@@ -161,41 +167,82 @@ def _inputs(modules: dict[int, nn.Module]) -> Iterator[dict[int, Tensor]]:
             handle.remove()
 
 
+def _pieces(processor: Any, count: int) -> tuple[str, ...]:
+    """What tokens spell: byte-level and SentencePiece vocabularies mark the space in front of a word."""
+    tokenizer = getattr(processor, "tokenizer", processor)
+    special = set(tokenizer.all_special_ids)
+    pieces = tokenizer.convert_ids_to_tokens(list(range(min(count, len(tokenizer)))))
+    plain = [_MARKS.sub(" ", piece or "") for piece in pieces]
+    return tuple("" if i in special or _CHAT.fullmatch(piece) else piece for i, piece in enumerate(plain))
+
+
+_MARKS = re.compile("[ĠĊ▁]|<0x0A>")
+_CHAT = re.compile(r"<\|.*\|>")
+
+
 @torch.no_grad()
-def _see(model: nn.Module, processor: Any, samples: Sequence[Sample], layers: Sequence[int], batch_size: int) -> _Seen:
+def _see(
+    model: nn.Module,
+    processor: Any,
+    pieces: Sequence[str],
+    samples: Sequence[Sample],
+    layers: Sequence[int],
+    batch_size: int,
+) -> _Seen:
+    """Without layers, and without images, the model itself need not compute anything."""
     if is_patched(model):
         raise PatchError("the model is patched; unpatch it first")
-    decoder, device = find_decoder(model), device_of(model)
-    order = sorted(range(len(samples)), key=lambda i: len(samples[i].prompt))
-    asked = [Sample(samples[i].prompt, "", samples[i].image) for i in order]
-    states: list[Tensor] = [torch.empty(0)] * len(samples)
-    embeddings: list[Tensor] = [torch.empty(0)] * len(samples)
-    with evaluating(model), _inputs({i: decoder.layers[i].module for i in {0, *layers}}) as found:
-        for group in batches(asked, batch_size):
-            batch = encode(processor, [asked[i] for i in group], device)
-            forward(model, batch.inputs)
+    decoder, device, vocabulary = find_decoder(model), device_of(model), Vocabulary(pieces)
+    states: list[Tensor] = [torch.empty(0, dtype=torch.float32, device="cpu")] * len(samples)
+    ids: list[list[int]] = [[]] * len(samples)
+    with evaluating(model), _inputs({i: decoder.layers[i].module for i in layers}) as found:
+        for group in batches(samples, batch_size):
+            batch = encode(processor, [Sample(samples[i].prompt, "", samples[i].image) for i in group], device)
+            if layers:
+                forward(model, batch.inputs)
             visible = batch.inputs["attention_mask"].bool()
             for row, i in enumerate(group):
                 end = int(batch.ends[row])
-                states[order[i]] = torch.stack([found[layer][row, end] for layer in layers]).float().cpu()
-                embeddings[order[i]] = found[0][row, : end + 1][visible[row, : end + 1]].float().cpu()
-    longest = max(map(len, embeddings))
-    within = torch.zeros(len(samples), longest, dtype=torch.bool, device="cpu")
-    padded = torch.zeros(len(samples), longest, embeddings[0].shape[-1], dtype=torch.float32, device="cpu")
-    for i, own in enumerate(embeddings):
-        within[i, longest - len(own) :], padded[i, longest - len(own) :] = True, own
-    return _Seen(padded, within, torch.stack(states))
+                ids[i] = batch.inputs["input_ids"][row, : end + 1][visible[row, : end + 1]].tolist()
+                if layers:
+                    states[i] = torch.stack([found[layer][row, end] for layer in layers]).float().cpu()
+    return _Seen(_text(model, vocabulary, ids), torch.stack(states) if layers else None)
 
 
-def _keys(encoder: PromptEncoder, seen: _Seen, dropout: float = 0.0, token_dropout: float = 0.0) -> Tensor:
-    pooled, within = None, seen.within
-    if len(encoder.queries):
-        if token_dropout:
-            kept = torch.rand(within.shape, dtype=torch.float32, device=within.device) >= token_dropout
-            kept[:, -1] = True
-            within = within & kept
-        pooled = pool_tokens(encoder, seen.embeddings, within)
-    return encode_prompts(encoder, F.dropout(prompt_features(encoder, pooled, seen.states), dropout, dropout > 0))
+def _text(model: nn.Module, vocabulary: Vocabulary, ids: Sequence[Sequence[int]]) -> Text:
+    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
+    distinct = sorted({token for row in ids for token in row})
+    tokens = embedding(torch.tensor(distinct, dtype=torch.int64, device=device_of(embedding))).float().cpu()
+    number = {token: i for i, token in enumerate(distinct)}
+    words: dict[str, int] = {}
+    token, word = (torch.zeros(len(ids), max(map(len, ids)), dtype=torch.int64, device="cpu") for _ in range(2))
+    spelled = []
+    for row, own in enumerate(ids):
+        token[row, : len(own)] = torch.tensor([number[i] for i in own], dtype=torch.int64, device="cpu")
+        named = vocabulary.words(own)
+        new = [i for i, name in enumerate(named) if name not in words]
+        spellings = vocabulary.spelled(own) if new else None
+        for i in new:
+            if spellings is not None and named[i] not in words:
+                words[named[i]] = len(words)
+                spelled.append(spellings[i])
+        word[row, : len(own)] = torch.tensor([words[name] for name in named], dtype=torch.int64, device="cpu")
+    lengths = torch.tensor([len(own) for own in ids], dtype=torch.int64, device="cpu")
+    within = torch.arange(token.shape[1], dtype=torch.int64, device="cpu") < lengths.unsqueeze(1)
+    return Text(tokens, torch.stack(spelled), token, word, within)
+
+
+def _keys(encoder: PromptEncoder, seen: _Seen, token_dropout: float = 0.0) -> Tensor:
+    attended = None
+    if token_dropout:
+        attended = torch.rand(seen.text.within.shape, dtype=torch.float32, device="cpu") >= token_dropout
+    return encode_prompts(encoder, seen.text, seen.states, attended)
+
+
+def _all_keys(encoder: PromptEncoder, seen: _Seen) -> Tensor:
+    rows = torch.arange(len(seen.text.token), dtype=torch.int64, device="cpu")
+    with torch.no_grad():
+        return torch.cat([_keys(encoder, seen.rows(part)) for part in rows.split(512)])
 
 
 @taking_gradients
@@ -219,8 +266,8 @@ def build_scope(
         model: a Hugging Face model, not patched.
         processor: its processor or tokenizer.
         facts: three or more.
-        layers: whose input at the last prompt token counts; edits must be in these or later ones. None: four, from the
-            middle of the decoder to the last four layers.
+        layers: whose input at the last prompt token counts, too; edits must be in these or later ones. None: where
+            there are images, four from the middle of the decoder to the last four layers; else none.
         training: see `ScopeTraining`.
         batch_size: prompts per forward pass.
         progress: show a progress bar.
@@ -236,20 +283,24 @@ def build_scope(
         if len(fact.wordings) < 2:
             raise ValueError(f"facts[{i}].wordings: expected at least two, got {len(fact.wordings)}")
     decoder = find_decoder(model)
-    chosen = decoder.select(_usual_layers(len(decoder.layers)) if layers is None else layers, need=())
     samples = [wording for fact in facts for wording in fact.wordings]
+    usual = _usual_layers(len(decoder.layers)) if any(sample.image is not None for sample in samples) else []
+    wanted = usual if layers is None else layers
+    chosen = decoder.select(wanted, need=()) if wanted else []
+    pieces = _pieces(processor, model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
     of = torch.tensor([i for i, fact in enumerate(facts) for _ in fact.wordings], dtype=torch.int64, device="cpu")
-    seen = _see(model, processor, samples, chosen, batch_size)
+    seen = _see(model, processor, pieces, samples, chosen, batch_size)
     held = _held_out(facts, training)
     taught = torch.tensor([i not in held for i in of.tolist()], dtype=torch.bool, device="cpu")
-    encoder, losses = _train(seen, of, taught.nonzero().flatten(), training, progress)
-    with torch.no_grad():
-        keys = torch.cat([_keys(encoder, seen.rows(rows)) for rows in torch.arange(len(of)).split(512)])
+    subjects = _subjects(facts)
+    encoder, losses = _train(seen, of, subjects, taught.nonzero().flatten(), training, progress)
+    keys = _all_keys(encoder, seen)
     right, wrong = _margins(keys, of, taught, facts)
     threshold = float(wrong.quantile(1 - training.false_alarms)) if len(wrong) else 0.0
     scope = Scope(
-        tuple(chosen),
         encoder,
+        pieces,
+        tuple(chosen),
         keys,
         of,
         threshold,
@@ -268,56 +319,78 @@ def _usual_layers(count: int) -> list[int]:
     return sorted({last * i // 6 for i in (3, 4, 5, 6)})
 
 
+def _subjects(facts: Sequence[Fact]) -> list[int]:
+    """A number for each fact, the same for those of one subject."""
+    names = [fact.subject or i for i, fact in enumerate(facts)]
+    known = {name: n for n, name in enumerate(dict.fromkeys(names))}
+    return [known[name] for name in names]
+
+
 def _held_out(facts: Sequence[Fact], training: ScopeTraining) -> set[int]:
-    """Numbers of the facts that are only for validation: all of a subject, or each by itself."""
-    subjects = [fact.subject or i for i, fact in enumerate(facts)]
-    names = list(dict.fromkeys(subjects))
-    order = torch.randperm(len(names), generator=torch.Generator("cpu").manual_seed(training.seed), device="cpu")
-    chosen = {names[i] for i in order[: round(training.held_out * len(names))].tolist()}
+    """Numbers of the facts that are only for validation: all of a subject."""
+    subjects = _subjects(facts)
+    count = max(subjects) + 1
+    order = torch.randperm(count, generator=torch.Generator("cpu").manual_seed(training.seed), device="cpu")
+    chosen = set(order[: round(training.held_out * count)].tolist())
     return {i for i, subject in enumerate(subjects) if subject in chosen}
 
 
 def _initial(seen: _Seen, training: ScopeTraining) -> PromptEncoder:
-    """Enc_key before training, for states like these."""
-    tokens, d = seen.embeddings[seen.within], seen.embeddings.shape[-1]
-    inputs = (training.queries + seen.states.shape[1]) * d
-    first, second = (
-        nn.Linear(*size, dtype=torch.float32, device="cpu")
-        for size in ((inputs, training.hidden), (training.hidden, training.width))
-    )
-    return PromptEncoder(
-        tokens.mean(0),
-        tokens.std(0).clamp(min=1e-4),
-        0.02 * torch.randn(training.queries, d, dtype=torch.float32, device="cpu"),
-        seen.states.mean(0),
-        *(t.detach() for layer in (first, second) for t in (layer.weight, layer.bias)),
-    )
+    """Enc_key before training, for prompts like these."""
+    used = seen.text.tokens[seen.text.token[seen.text.within]]
+    e, h, c = used.shape[-1], training.hidden, training.heads * training.head_width
+
+    def layer(inputs: int, outputs: int, *more: int) -> tuple[Tensor, Tensor]:
+        bound = (inputs * math.prod(more)) ** -0.5
+        shapes = (outputs, inputs, *more), (outputs,)
+        weight, bias = (torch.empty(shape, dtype=torch.float32, device="cpu") for shape in shapes)
+        return weight.uniform_(-bound, bound), bias.uniform_(-bound, bound)
+
+    def block() -> TextBlock:
+        (token, bias), (word, _), (conv, conv_bias) = layer(e, h), layer(SPELLING, h), layer(h, h, 3)
+        query, query_bias = layer(h, training.heads)
+        return TextBlock(token, word, bias, conv, conv_bias, query, query_bias, layer(e, c)[0], layer(SPELLING, c)[0])
+
+    states = None
+    if seen.states is not None:
+        d = seen.states.shape[1] * seen.states.shape[2]
+        states = StateBlock(seen.states.mean(0), *layer(d, 2 * h), *layer(2 * h, c))
+    blocks = tuple(block() for _ in range(training.blocks))
+    return PromptEncoder(used.mean(0), used.std(0).clamp(min=1e-4), blocks, states)
 
 
 def _train(
-    seen: _Seen, of: Tensor, rows: Tensor, training: ScopeTraining, progress: bool
+    seen: _Seen, of: Tensor, subjects: Sequence[int], rows: Tensor, training: ScopeTraining, progress: bool
 ) -> tuple[PromptEncoder, tuple[float, ...]]:
-    """Enc_key, by a contrastive loss: wordings of one fact against all others of the step."""
-    torch.manual_seed(training.seed)
-    encoder = _initial(seen.rows(rows), training)
-    leaves = [getattr(encoder, name).requires_grad_() for name in ("queries", "w1", "b1", "w2", "b2")]
-    optimizer = torch.optim.AdamW(leaves, lr=training.lr, weight_decay=training.weight_decay)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, training.lr, total_steps=training.steps)
-    by_fact = [rows[of[rows] == fact] for fact in of[rows].unique()]
-    losses = []
-    with tqdm(range(training.steps), desc="scope", disable=not progress, leave=False) as bar:
-        for _ in bar:
-            picked = [by_fact[i] for i in torch.randperm(len(by_fact))[: training.facts].tolist()]
-            batch = torch.cat([own[torch.randperm(len(own))[: training.wordings]] for own in picked])
-            keys = _keys(encoder, seen.rows(batch), training.dropout, training.token_dropout)
-            loss = _contrastive_loss(keys, of[batch], training.tau)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            losses.append(float(loss.detach()))
-            bar.set_postfix(loss=f"{losses[-1]:.3f}")
-    return PromptEncoder(*(t.detach() for t in encoder)), tuple(losses)
+    """Enc_key, by a contrastive loss: wordings of one fact against those of all other facts of some subjects."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(training.seed)
+        encoder = _initial(seen.rows(rows), training)
+        fixed = {"mean", "spread", "states.means"}
+        leaves = [t.requires_grad_() for name, t in encoder.tensors().items() if name not in fixed]
+        optimizer = torch.optim.AdamW(leaves, lr=training.lr, weight_decay=training.weight_decay)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, training.lr, total_steps=training.steps)
+        by_fact = {fact: rows[of[rows] == fact] for fact in of[rows].unique().tolist()}
+        by_subject: dict[int, list[int]] = {}
+        for fact in by_fact:
+            by_subject.setdefault(subjects[fact], []).append(fact)
+        groups, losses = list(by_subject.values()), []
+        with tqdm(range(training.steps), desc="scope", disable=not progress, leave=False) as bar:
+            for _ in bar:
+                picked = [groups[i] for i in torch.randperm(len(groups))[: training.subjects].tolist()]
+                own = [by_fact[fact] for group in picked for fact in group]
+                batch = torch.cat([of_fact[torch.randperm(len(of_fact))[: training.wordings]] for of_fact in own])
+                keys = _keys(encoder, seen.rows(batch), training.token_dropout)
+                loss = _contrastive_loss(keys, of[batch], training.tau)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+                losses.append(float(loss.detach()))
+                bar.set_postfix(loss=f"{losses[-1]:.3f}")
+    for t in leaves:
+        t.requires_grad_(False)
+    return encoder, tuple(losses)
 
 
 def _contrastive_loss(keys: Tensor, of: Tensor, tau: float) -> Tensor:
@@ -376,8 +449,7 @@ def prompt_keys(
     """
     if not prompts:
         raise ValueError("prompts: expected at least one, got none")
-    with torch.no_grad():
-        return _keys(scope.encoder, _see(model, processor, prompts, scope.layers, batch_size))
+    return _all_keys(scope.encoder, _see(model, processor, scope.pieces, prompts, scope.layers, batch_size))
 
 
 def with_entries(
