@@ -6,6 +6,7 @@ import pytest
 import torch
 from backbones.hybrids import HYBRIDS
 from backbones.zoo import model_of
+from scopes import PROMPTS, scoped
 from transformers import CompileConfig, ContinuousBatchingConfig, GenerationConfig
 
 import unike_kernels as uk
@@ -104,6 +105,22 @@ def test_each_request_has_its_own_edits(model, edits, running, tmp_path):
     for _ in range(2):
         names = [manager.add_request(i, unike_edit=s) for i, s in zip(ids, SETS, strict=True)]
         found = collect(manager, len(SETS))
+        assert [found[name] for name in names] == wanted
+
+
+@of_both_decoders
+def test_the_memory_decides_where_an_edit_acts(model, make_edit, running, tmp_path):
+    memory, edits = scoped(model, make_edit)
+    edits = [loud(loud(edit)) for edit in edits]
+    for edit in edits:
+        edit.save(tmp_path / f"{edit.id}.safetensors")
+    asked = [(i, chosen) for i in PROMPTS.tolist() for chosen in (["a", "b"], ["b"], [])]
+    wanted = [expected(model, edits, i, chosen, memory) for i, chosen in asked]
+    assert wanted[0] != wanted[2] and wanted[3] != wanted[5] and wanted[6] == wanted[8]
+    manager = running(model, tmp_path, memory)
+    for _ in range(2):
+        names = [manager.add_request(i, unike_edit=chosen) for i, chosen in asked]
+        found = collect(manager, len(asked))
         assert [found[name] for name in names] == wanted
 
 

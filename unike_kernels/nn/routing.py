@@ -220,20 +220,29 @@ class Router(Tables):
             seen.states[layer] = hidden[rows, last.clamp(0, tokens - 1)]
         if layer == self.places[-1]:
             states = torch.stack([seen.states[i] for i in self.layers], 1) if self.layers else None
-            key = encode_prompts(self.encoder, self._text(seen), states).nan_to_num()
+            ids, embeddings, within = (torch.cat(parts, 1) for parts in zip(*seen.tokens, strict=True))
+            key = self.key(ids, embeddings, within, states)
             ended = (last >= 0) & (last < tokens)
             if seen.key is not None and seen.ended is not None:  # of prompts that ended in earlier passes
                 key, ended = torch.where(ended.unsqueeze(1), key, seen.key), ended | seen.ended
             seen.key, seen.ended, seen.scope, seen.decided = key, ended, self.scope, None
 
-    def _text(self, seen: Seen) -> Text:
-        ids, embeddings, within = (torch.cat(parts, 1) for parts in zip(*seen.tokens, strict=True))
+    def key(self, ids: Tensor, embeddings: Tensor, within: Tensor, states: Tensor | None = None) -> Tensor:
+        """The keys [B, c] of prompts.
+
+        Args:
+            ids: int64 [B, T].
+            embeddings: [B, T, e], of these.
+            within: bool [B, T], which of them are of the prompts.
+            states: [B, L, d], of the last token in each of the layers, if there are any.
+        """
         words = torch.zeros(*ids.shape, SPELLING, dtype=torch.float32, device="cpu")
         for row, (of_row, there) in enumerate(zip(ids.tolist(), within.tolist(), strict=True)):
             own = [i for i, t in enumerate(there) if t]
             words[row, own] = self.vocabulary.spelled([of_row[i] for i in own])
         each = torch.arange(ids.numel(), dtype=torch.int64, device=ids.device).view(ids.shape)
-        return Text(embeddings.flatten(0, 1), words.flatten(0, 1).to(ids.device), each, each, within)
+        text = Text(embeddings.flatten(0, 1), words.flatten(0, 1).to(ids.device), each, each, within)
+        return encode_prompts(self.encoder, text, states).nan_to_num()
 
     def routes(self, now: Pass, batch: int) -> tuple[Route, ...]:
         """What is decided for each of `batch` rows."""
@@ -244,7 +253,7 @@ class Router(Tables):
             if seen.scope == self.scope:
                 beams = 1 if rows is None else len(seen.key) // len(rows)
                 named = [None] * len(seen.key) if rows is None else [row for row in rows for _ in range(beams)]
-                routes = self._decide(seen.key, named)
+                routes = self.decide(seen.key, named)
             else:  # another memory has come, which cannot read the key
                 routes = [_nothing(self.threshold)] * len(seen.key)
             ended = seen.ended.tolist()
@@ -254,7 +263,7 @@ class Router(Tables):
             raise ValueError(f"the prompts had {len(seen.routes)} rows, a later pass has {batch}")
         return tuple(route for route in seen.routes for _ in range(batch // len(seen.routes)))
 
-    def _decide(self, keys: Tensor, rows: Sequence[tuple[str, ...] | None]) -> list[Route]:
+    def decide(self, keys: Tensor, rows: Sequence[tuple[str, ...] | None]) -> list[Route]:
         """For each key [B, c] among the edits that its row names, or all."""
         found: list[Route | None] = [None] * len(rows)
         for names in dict.fromkeys(rows):

@@ -90,7 +90,8 @@ class EditingManager(ContinuousBatchingManager):
         self._memory = memory
         if memory is not None:
             check_artifacts(model, self._decoder, [], memory, memory.config, override=False)
-            self._decoder.select(list(memory.layers), need=("attention",))
+            for i in memory.layers:
+                self._decoder.select([i], need=("attention",))
         layers = self._decoder.layers
         editable = [layer.index for layer in layers if layer.has("ffn")] or self._decoder.select(None)
         self._flat = RaggedRuntime(
@@ -115,7 +116,7 @@ class EditingManager(ContinuousBatchingManager):
 
         Args:
             *args: transformers'.
-            unike_edit: the ids of its edits, or one.
+            unike_edit: the ids of its edits, or one; with Config(scope="memory") those that may act.
             unike_memory: whether the memory shifts it, or the tenant whose entries alone do; True is
                 refused where there are tenants. None: it does, unless there are tenants.
             **kwargs: transformers'.
@@ -127,6 +128,10 @@ class EditingManager(ContinuousBatchingManager):
         if ids and self._folder is None:
             raise ValueError("unike_edit: this manager was made without a folder of edits")
         versions = tuple(self._folder.get(id) for id in ids) if self._folder is not None else ()
+        if versions:
+            prompt = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
+            embedding: Any = self.model.get_input_embeddings()  # type: ignore[operator]
+            versions = self._flat.decide(prompt, versions, embedding)
         kwargs[_KEY] = _Asked(versions, remembers(self._memory, unike_memory))
         return super().add_request(*args, **kwargs)
 

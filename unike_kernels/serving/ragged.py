@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,8 +12,8 @@ from torch import Tensor
 from ..artifacts.compatibility import check_compatibility
 from ..artifacts.edit import Edit
 from ..artifacts.memory import MemoryBank
-from ..nn import shift_tokens
-from ..patching.install import make_tables
+from ..nn import Router, shift_tokens
+from ..patching.install import entries_of, make_router, make_tables
 from ..retrieval import Retriever
 from .bank import EditBank
 from .repository import Version
@@ -24,10 +25,10 @@ class RequestSlice:
 
     Attributes:
         tokens: how many of the step's tokens are its own.
-        edits: keys of the edits that are added to them.
+        edits: keys of the edits that are added to them, with Config(scope="memory") from the last one of the prompt on.
         memory: whether the memory shifts them, or the tenant whose entries alone may (see `MemoryBank.joined`).
         prompt: of the tokens, how many come before the last one of the prompt: with Config(tokens="answer") these are
-            not shifted.
+            not shifted, and with Config(scope="memory") not edited.
     """
 
     tokens: int
@@ -69,6 +70,10 @@ class RaggedRuntime:
         self._device = torch.device(device)
         if memory is not None:
             check_memory(memory)
+        self._scoped = memory is not None and memory.config.scope == "memory"
+        router = make_router(memory, memory.config, {}) if memory is not None else None
+        self._router = None if router is None else router.to(self._device)
+        self._routers: dict[tuple[str, ...], Router] = {}
         made = {i: make_tables(memory, i, self._device, retriever) for i in (memory.layers if memory else ())}
         self._tables = {i: tables for i, tables in made.items() if tables is not None}
         self._rows: tuple[tuple[str, ...], ...] = ()
@@ -83,8 +88,7 @@ class RaggedRuntime:
 
     def check(self, edit: Edit) -> None:
         """Raises MismatchError for an edit that cannot be served: other layers, sizes or memory."""
-        memories = (self.memory.id, *self.memory.ids) if self.memory else (None,)
-        check_compatibility(edit, self.bank.description, memories=memories)
+        check_compatibility(edit, self.bank.description, **in_force(self.memory))
 
     def hold(self, version: Version, needed: Sequence[str] = ()) -> None:
         """Make an edit resident under its key. Where too many are, the oldest that are not `needed` go."""
@@ -96,6 +100,33 @@ class RaggedRuntime:
                 self.bank.remove(key)
         self.bank.add(replace(version.edit, id=version.key))
 
+    @torch.no_grad()
+    def decide(
+        self, prompt: Sequence[int], versions: Sequence[Version], embed: Callable[[Tensor], Tensor]
+    ) -> tuple[Version, ...]:
+        """Of a request's edits those that act: with Config(scope="memory") the one whose entry wins, or none.
+
+        Args:
+            prompt: its token ids.
+            versions: its edits.
+            embed: ids int64 [T] -> [T, e], the model's embedding.
+        """
+        if self._router is None or not versions:
+            return tuple(versions)
+        names = tuple(version.key for version in versions)
+        router = self._routers.get(names)
+        if router is None:
+            router = self._router
+            for version in versions:
+                router = router.with_edit(version.key, entries_of(version.edit))
+            if len(self._routers) >= _ROUTERS:
+                self._routers.clear()
+            self._routers[names] = router
+        ids = torch.tensor([list(prompt)], dtype=torch.int64, device=self._device)
+        key = router.key(ids, embed(ids[0]).unsqueeze(0), torch.ones_like(ids, dtype=torch.bool))
+        route = router.decide(key, [None])[0]
+        return tuple(version for version in versions if version.key == route.edit)
+
     def begin(self, shares: Sequence[RequestSlice]) -> None:
         """Say what the next passes hold: the requests' tokens in this order; what is behind them is padding.
 
@@ -104,10 +135,15 @@ class RaggedRuntime:
         for i, share in enumerate(shares):
             if len(set(share.edits)) != len(share.edits):
                 raise ValueError(f"shares[{i}].edits: expected distinct keys, got {list(share.edits)}")
-        self._rows = tuple(tuple(share.edits) for share in shares)
-        self._tokens = tuple(share.tokens for share in shares)
+        runs = [run for share in shares for run in self._runs(share)]
+        self._rows, self._tokens = tuple(rows for rows, _ in runs), tuple(tokens for _, tokens in runs)
         self._shifted = bool(self._tables) and any(share.memory for share in shares)
         self._bounds = self._entries(shares) if self._shifted else None
+
+    def _runs(self, share: RequestSlice) -> list[tuple[tuple[str, ...], int]]:
+        """Edits and tokens: with a scope, the prompt but for its last token is not edited."""
+        before = min(share.prompt, share.tokens) if self._scoped and share.edits else 0
+        return [*([((), before)] if before else []), (tuple(share.edits), share.tokens - before)]
 
     def _entries(self, shares: Sequence[RequestSlice]) -> Tensor | None:
         """int64 [T, 2]: the entries that each token may retrieve; None: all of them, each token."""
@@ -171,9 +207,25 @@ class RaggedRuntime:
         shift_tokens(tables, self.memory.config, h, h.unsqueeze(1), o, self._bounds, out=o)
 
 
+_ROUTERS = 256  # sets of edits whose entries are kept together
+
+
+def in_force(memory: MemoryBank | None) -> dict[str, Any]:
+    """What `check_compatibility` must know of a server's memory."""
+    if memory is None:
+        return {"memories": (None,)}
+    scope = memory.scope.id if memory.scope is not None and memory.config.scope == "memory" else None
+    return {"memories": memory.ids if memory.layers else (None,), "scope": scope}
+
+
 def check_memory(memory: MemoryBank) -> None:
     """Raises ValueError for a memory whose config needs more than flat tokens tell."""
     config = memory.config
+    if config.scope == "memory" and memory.scope is not None and memory.scope.layers:
+        raise ValueError(
+            f"memory: an engine of flat tokens serves a scope of the text alone; this one reads layers "
+            f"{list(memory.scope.layers)}, too (build_scope(layers=[]))"
+        )
     if config.needs_whole_prompts or config.tokens == "text" or config.values == "projected":
         raise ValueError(
             "memory: an engine of flat tokens serves retrieval='token', alpha='token' or a number, "

@@ -40,7 +40,7 @@ from ..backbones import Part, configured_activation, find_decoder
 from ..config import ANNConfig
 from ..errors import UnsupportedModelError
 from .hooks import hook_attention, hook_ffn
-from .ragged import RaggedRuntime, RequestSlice, check_memory, remembers
+from .ragged import RaggedRuntime, RequestSlice, check_memory, in_force, remembers
 from .repository import MOST_EDITS, EditRepository, VersionPin, check_ids, check_most
 
 KEY = "unike"  # in additional_config, and of what the front-end tells the worker about a request
@@ -128,7 +128,7 @@ class _Served:
         self.activation = configured_activation(text)
         self.memory = MemoryBank.load(settings["memory"]) if settings.get("memory") else None
         last = range(max(self.total - _LAYERS, 0), self.total)
-        self.layers = sorted(settings.get("layers") or (self.memory.layers if self.memory else last))
+        self.layers = sorted(settings.get("layers") or (self.memory.layers if self.memory else ()) or last)
         self._path = vllm_config.model_config.model
         if self.memory is not None:
             if settings.get("search"):
@@ -146,10 +146,9 @@ class _Served:
         description = ModelDescription(
             self.hidden_size, lambda _: self.activation, self.total, self.layers, identity, what="server"
         )
-        memories = (self.memory.id, *self.memory.ids) if self.memory else (None,)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # an engine casts and quantises as it likes
-            check_compatibility(artifact, description, memories=memories)
+            check_compatibility(artifact, description, **in_force(self.memory))
 
     def flat(self, device: torch.device | str = "cpu") -> RaggedRuntime:
         """Of the worker alone: the tables of a memory take time and room."""
@@ -297,6 +296,19 @@ def _told(params: Any) -> dict[str, Any]:
     return told
 
 
+def _acting(runner: Any, state: Any, keys: Sequence[str], served: _Served, flat: RaggedRuntime) -> tuple[str, ...]:
+    """Of a request's edits those that act in it, decided at its first step."""
+    if not hasattr(state, "unike_acting"):
+        versions = [served.folder.held(key) for key in keys] if served.folder is not None else []
+        language: Any = runner.get_model()
+        language = language.get_language_model() if hasattr(language, "get_language_model") else language
+        embed = getattr(language, "embed_input_ids", None) or language.get_input_embeddings
+        acting = flat.decide(state.prompt_token_ids, versions, embed)
+        state.unike_acting = tuple(version.key for version in acting)
+    found: tuple[str, ...] = state.unike_acting
+    return found
+
+
 def _shares(runner: Any, served: _Served, flat: RaggedRuntime) -> Sequence[RequestSlice]:
     """The requests of a step in their order, their edits made resident."""
     batch, starts, shares = runner.input_batch, runner.query_start_loc.np, []
@@ -304,7 +316,7 @@ def _shares(runner: Any, served: _Served, flat: RaggedRuntime) -> Sequence[Reque
     for row in range(batch.num_reqs):
         state = runner.requests[batch.req_ids[row]]
         told = _told(state.sampling_params)
-        keys = tuple(told["edits"])
+        keys = _acting(runner, state, told["edits"], served, flat)
         if served.folder is not None and any(key not in flat.bank for key in keys):
             needed = [key for each in runner.requests.values() for key in _told(each.sampling_params)["edits"]]
             for key in keys:

@@ -72,6 +72,7 @@ class ScopeTraining:
         token_dropout: share of the tokens that the queries do not see.
         held_out: share of the subjects that threshold and `same` are found with.
         false_alarms: share of the neighbouring facts' prompts that may be above the threshold.
+        entries: wordings of each fact that the scope keeps; more of them hardly tell more.
         seed: of all that is random.
     """
 
@@ -88,10 +89,11 @@ class ScopeTraining:
     token_dropout: float = 0.1
     held_out: float = 0.2
     false_alarms: float = 0.01
+    entries: int = 4
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("blocks", "heads", "head_width", "hidden", "lr", "steps", "subjects", "tau"):
+        for name in ("blocks", "heads", "head_width", "hidden", "lr", "steps", "subjects", "tau", "entries"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"ScopeTraining.{name}: expected a positive number, got {getattr(self, name)!r}")
         if self.wordings < 2:
@@ -120,7 +122,7 @@ class ScopeResult:
     def memory(self, model: nn.Module, config: Config | None = None) -> MemoryBank:
         """A memory that has this scope alone, for a model and with further settings."""
         config = replace(config or Config(), scope="memory")
-        return MemoryBank({}, config, fingerprint(model), {"facts": str(len(self.scope.entries))}, scope=self.scope)
+        return MemoryBank({}, config, fingerprint(model), {"facts": str(self.scope.count)}, scope=self.scope)
 
     def __str__(self) -> str:
         return (
@@ -297,12 +299,13 @@ def build_scope(
     keys = _all_keys(encoder, seen)
     right, wrong = _margins(keys, of, taught, facts)
     threshold = float(wrong.quantile(1 - training.false_alarms)) if len(wrong) else 0.0
+    kept = torch.cat([(of == i).nonzero().flatten()[: training.entries] for i in range(len(facts))])
     scope = Scope(
         encoder,
         pieces,
         tuple(chosen),
-        keys,
-        of,
+        keys[kept],
+        of[kept],
         threshold,
         training.false_alarms,
         max(float(wrong.max()), threshold) if len(wrong) else 1.0,
