@@ -440,8 +440,9 @@ def _asking(config: Config, queries: Tensor) -> tuple[Tensor, float | None]:
 
 def _unit(vectors: Tensor) -> Tensor:
     """Of length 1, or 0 where they are 0. [..., c] -> [..., c], of the same dtype."""
-    wide = vectors.to(torch.promote_types(vectors.dtype, torch.float32))  # the square of a half may be none
-    return torch.nn.functional.normalize(wide, dim=-1).to(vectors.dtype)
+    wide = vectors.to(torch.promote_types(vectors.dtype, torch.float32))  # whose squares are in its range
+    norm = wide.norm(dim=-1, keepdim=True)
+    return (wide / torch.where(norm == 0, 1.0, norm)).to(vectors.dtype)
 
 
 def _fixed_alpha(config: Config, inputs: Tensor) -> Tensor | None:
