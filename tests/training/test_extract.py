@@ -120,8 +120,8 @@ def test_an_image_of_which_the_prompt_speaks_comes_once(make_model, processor, m
         assert [(s.prompt, s.answer, s.image is image) for s, _ in runs] == [
             (t.prompt, "w2", True), (f"{t.prompt} w2. {again}", "w2", True), (f"{t.prompt} w3. {again}", "w2", True),
         ]  # fmt: skip
-    text = Triplet("w0 <image>", "w2", "w3")
-    assert extract_module._runs(text, True, ["<image>"])[1][0].prompt == "w0 <image> w2. w0 <image>"
+    text = Triplet("w0 <image>", "w2!", "w3")
+    assert extract_module._runs(text, True, ["<image>"])[1][0].prompt == "w0 <image> w2! w0 <image>"
 
 
 def test_what_is_refused_in_context(make_model, processor, monkeypatch):
