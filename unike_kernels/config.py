@@ -41,8 +41,8 @@ class Config:
             "pre" (h_pos at its input, keys and values in one, the paper's wording), "projected" (W_k and W_v W_o per
             head, Eq. 8 to the letter), or "context" (h_know of Eq. 2 itself: the attention's output where an answer's
             token is produced while the knowledge stands in the prompt). The last has an entry for each token of an
-            answer, which asks for retrieval="token" and tokens="answer", and can edit without neurons, in more layers
-            than these have; see `extract`.
+            answer, which asks for retrieval="token" and tokens="answer"; with norm="none", alpha=1.0 and more layers
+            than neurons have, it edits without them. See `extract`.
         scale: of the attention logits: a number; None: 1 / sqrt(width of a key); or "cosine": a logit is the cosine of
             query and key, divided by `tau`. States before attention are long and close to each other, so that with
             1 / sqrt(width) all retrieved entries weigh the same.
