@@ -167,7 +167,7 @@ def test_logits_are_cosines(values, how, dtype, monkeypatch):
     out = class_forward(new)(hidden)[0]
     if how == "compiling":
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    got = in_pass(new, hidden, prompt_end=torch.tensor(LAST))
+    got = in_pass(new, hidden, last=torch.tensor(LAST))
     monkeypatch.undo()
 
     flat = hidden.reshape(-1, D)
