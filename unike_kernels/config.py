@@ -11,14 +11,14 @@ from typing import Any, Literal
 _CHOICES = {
     "retrieval": ("token", "sequence"),
     "tokens": ("all", "text", "answer"),
-    "values": ("out", "pre", "projected"),
+    "values": ("out", "pre", "projected", "context"),
     "convention": ("inclusion", "eq7"),
     "norm": ("match", "none"),
     "neurons": ("plain", "gated"),
     "w_zeta": ("memory", "edit"),
     "scope": ("all", "memory"),
 }
-_LATER: dict[str, Any] = {"scope": "all"}  # what older artifacts do not say, and mean
+_LATER: dict[str, Any] = {"scope": "all", "tau": 0.02}  # what older artifacts do not say, and mean
 
 # More entries than any attention over them makes use of, and what a search on a CUDA device takes.
 MOST_ENTRIES = 2**20
@@ -39,15 +39,24 @@ class Config:
             on, which is where the memory's keys come from. Padding never is.
         values: what the memory attention returns: "out" (h_pos at the attention's output, where the blend takes place),
             "pre" (h_pos at its input, keys and values in one, the paper's wording), "projected" (W_k and W_v W_o per
-            head, Eq. 8 to the letter).
-        scale: of the attention logits; None: 1 / sqrt(width of a key).
+            head, Eq. 8 to the letter), or "context" (h_know of Eq. 2 itself: the attention's output where an answer's
+            token is produced while the knowledge stands in the prompt). The last has an entry for each token of an
+            answer, which asks for retrieval="token" and tokens="answer"; with norm="none", alpha=1.0 and more layers
+            than neurons have, it edits without them. See `extract`.
+        scale: of the attention logits: a number; None: 1 / sqrt(width of a key); or "cosine": a logit is the cosine of
+            query and key, divided by `tau`. States before attention are long and close to each other, so that with
+            1 / sqrt(width) all retrieved entries weigh the same.
+        tau: the temperature of scale="cosine"; without a meaning otherwise. On a language model 40 entries count as 39
+            with 1 / sqrt(width), as 26 with 0.05 and as 12 with 0.02 (see `LayerTrace.effective`).
         alpha: the gate: "token" (cosine with the token's own h_input), "last" (with h_input of the last prompt token,
             Eq. 7), or a fixed number in 0..1.
         convention: "inclusion": (1 - alpha) h_input + alpha h_know; "eq7": Eq. 7 to the letter, the other way round.
         norm: "match": h_know is rescaled to |h_input|; "none": literal.
         neurons: on gated FFNs, "plain" neurons Act(q K + b) (Eq. 3) or "gated" ones Act(q K + b) * (q U + c).
         w_zeta: "memory": W_zeta is trained with the encoders and frozen; "edit": trained inside each edit.
-        beta: of a trained edit's beta * zeta' (Eq. 6).
+        beta: of a trained edit's beta * zeta' (Eq. 6). It is an initialisation: W_V^extra + beta zeta' with W_V^extra
+            free is the same class of functions as W_V^extra alone, and what training adds has nothing of its direction
+            (measured on a language model: cosines of -0.01 to 0.01).
         scope: where an edit acts: "all": in every row that selects it, at all tokens; "memory": from the last prompt
             token on, in the rows for whose prompt its own entry wins against those of the memory's other facts and of
             the other edits (see `Scope`). The other rows are the unedited model's, bit for bit.
@@ -64,7 +73,8 @@ class Config:
     retrieval: str = "token"
     tokens: str = "all"
     values: str = "out"
-    scale: float | None = None
+    scale: float | str | None = None
+    tau: float = 0.02
     alpha: str | float = "token"
     convention: str = "inclusion"
     norm: str = "match"
@@ -77,7 +87,7 @@ class Config:
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"Config.{name}: expected one of {', '.join(allowed)}; got {getattr(self, name)!r}")
-        for name in ("k", "scale", "alpha", "beta"):  # a number of another library is as good, but no JSON
+        for name in ("k", "scale", "tau", "alpha", "beta"):  # a number of another library is as good, but no JSON
             value = getattr(self, name)
             if isinstance(value, numbers.Real) and not isinstance(value, int | float):
                 object.__setattr__(self, name, int(value) if isinstance(value, numbers.Integral) else float(value))
@@ -85,8 +95,10 @@ class Config:
             raise ValueError(f"Config.k: expected an integer of at least 1, got {self.k!r}")
         if self.k > MOST_ENTRIES:
             raise ValueError(f"Config.k: expected at most {MOST_ENTRIES}, got {self.k}")
-        if self.scale is not None and not (_is_number(self.scale) and self.scale > 0):
-            raise ValueError(f"Config.scale: expected None or a positive number, got {self.scale!r}")
+        if self.scale not in (None, "cosine") and not (_is_number(self.scale) and float(self.scale) > 0):
+            raise ValueError(f"Config.scale: expected None, 'cosine' or a positive number, got {self.scale!r}")
+        if not (_is_number(self.tau) and self.tau > 0):
+            raise ValueError(f"Config.tau: expected a positive number, got {self.tau!r}")
         if self.alpha not in ("token", "last") and not (
             _is_number(self.alpha) and 0 <= float(self.alpha) <= 1  # the type of a string is refused just before
         ):
@@ -110,7 +122,10 @@ class Config:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Config:
-        """The inverse of `to_dict`. Raises ValueError for an unknown or missing name or a value out of range."""
+        """The inverse of `to_dict`, of what older versions wrote, too.
+
+        Raises ValueError for an unknown or missing name or a value out of range.
+        """
         names = {f.name for f in dataclasses.fields(cls)}
         if not isinstance(values, dict) or {*_LATER, *values} != names:
             got = sorted(values) if isinstance(values, dict) else type(values).__name__

@@ -10,6 +10,7 @@ import unike_kernels as uk
 
 PRE = {"k": 7, "values": "pre"}
 CONFIGS = [PRE, {"k": 7, "values": "out"}, {**PRE, "convention": "eq7", "norm": "none", "alpha": 0.3, "scale": 0.5}]
+CONFIGS += [{**PRE, "scale": "cosine"}, {"k": 7, "values": "context", "scale": "cosine", "tau": 0.3}]
 
 
 @torch.no_grad()
@@ -18,7 +19,7 @@ def logits(model, inputs):
 
 
 @pytest.mark.parametrize("cached", [False, True])
-@pytest.mark.parametrize("config", CONFIGS, ids=["pre", "out", "switches"])
+@pytest.mark.parametrize("config", CONFIGS, ids=["pre", "out", "switches", "cosine", "context"])
 @pytest.mark.parametrize("kind", ["opt", "llama", "blip2-llama"])
 def test_equals_the_patched_model(make_model, make_memory, make_edit, make_inputs, kind, config, cached):
     model = make_model(kind)

@@ -62,7 +62,9 @@ def attend(hidden: Tensor, out: Tensor, memory: MemoryLayer, ids: Tensor, config
     q = hidden.float()
     keys = memory.keys[ids].squeeze(-2)
     values = keys if memory.values is None else memory.values[ids].squeeze(-2)
-    scale = config.scale or q.shape[-1] ** -0.5
+    scale: Any = config.scale or q.shape[-1] ** -0.5
+    if scale == "cosine":
+        q, keys, scale = F.normalize(q, dim=-1), F.normalize(keys, dim=-1), 1 / config.tau
     weights = torch.softmax(scale * torch.einsum("btd,btkd->btk", q, keys), -1)
     know = torch.einsum("btk,btkd->btd", weights, values)
     h = out.float()

@@ -12,6 +12,8 @@ from unike_kernels import ops
 from unike_kernels.config import Config
 from unike_kernels.nn import Generation, MemoryAttention, MemoryTables, ModelContext, Pass, Selection, memory_shift
 from unike_kernels.nn._drop_in import class_forward
+from unike_kernels.ops.latent_attention import reference
+from unike_kernels.retrieval import CosineIndex
 
 B, T, D, N, HEADS = 3, 4, 6, 15, 2
 LAST = [1, 3, 2]
@@ -39,12 +41,11 @@ def encoder():
     return ops.SemanticEncoder(torch.randn(3, D), torch.randn(3), torch.randn(D, 3), torch.randn(D))
 
 
-def tables(values="out"):
+def tables(values="out", **kwargs):
     projected = values == "projected"
     keys = torch.randn(N, HEADS, D // HEADS) if projected else torch.randn(N, 1, D)
-    return MemoryTables(
-        torch.randn(N, D) * 3, keys, None if values == "pre" else torch.randn(N, keys.shape[1], D), encoder()
-    )
+    own = None if values == "pre" else torch.randn(N, keys.shape[1], D)
+    return MemoryTables(torch.randn(N, D) * 3, keys, own, encoder(), **kwargs)
 
 
 def make(config=None, context=None, returns=tuple, **kwargs):
@@ -147,6 +148,57 @@ def test_each_switch_reaches_the_operator(switches, arguments):
     if switches and "values" not in switches:
         plain = {"k": 3, "scale": None, "convention": "inclusion", "norm": "match"}
         assert not torch.equal(got, by_hand(new, hidden, out, **plain)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("how", ["fused", "retriever", "sequence", "compiling"])
+@pytest.mark.parametrize("values", ["pre", "out", "projected"])
+def test_logits_are_cosines(values, how, dtype, monkeypatch):
+    """On each way: cos(query, key) / tau, values as they are; of short and of long queries."""
+    config = Config(k=3, values=values, scale="cosine", tau=0.2, retrieval="sequence" if how == "sequence" else "token")
+    new, hidden, _ = make(config)
+    given = tables(values)
+    keys, raw = given.keys.double(), values_of(given).double()
+    index = CosineIndex(given.retrieval_keys) if how == "retriever" else None
+    made = MemoryTables(given.retrieval_keys, given.keys, given.values, given.encoder, None, index, cosine=True)
+    memory_shift(new).memory = made
+    hidden = hidden * torch.tensor([1e-3, 1.0, 1e3]).view(B, 1, 1)
+    new, hidden = new.to(dtype), hidden.to(dtype)
+    out = class_forward(new)(hidden)[0]
+    if how == "compiling":
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    got = in_pass(new, hidden, last=torch.tensor(LAST))
+    monkeypatch.undo()
+
+    flat = hidden.reshape(-1, D)
+    asks = torch.stack([hidden[row, t] for row, t in enumerate(LAST)]) if how == "sequence" else flat
+    _, ids = ops.cosine_topk(asks, ops.normalize_rows(given.retrieval_keys), 3, normalized=True)
+    queries = heads_of(new, flat) if values == "projected" else flat.unsqueeze(1)
+    unit = [torch.nn.functional.normalize(t.double(), dim=-1) for t in (queries, keys)]
+    wanted, _ = reference.latent_attention(
+        unit[0], out.reshape(-1, D).double(), unit[1], raw, ids, reference.SemanticEncoder(*(
+            t.double() for t in made.encoder)), None, None, reference.Blend(5.0, "inclusion", "match"),
+    )  # fmt: skip
+    away = (got.reshape(-1, D).double() - wanted).norm(dim=-1) / wanted.norm(dim=-1)
+    assert away.max() < (0.05 if dtype == torch.bfloat16 else 5e-5)
+    assert torch.equal(values_of(made), values_of(given))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_query_of_zeros_has_cosines_of_zero(dtype):
+    """And one whose norm is beyond float16 has its cosines; both have gradients."""
+    new, hidden, _ = make(Config(k=3, scale="cosine", alpha=0.5))
+    memory_shift(new).memory = tables(cosine=True)
+    hidden[0, 1], hidden[1, 2] = hidden[0, 1] * 3e4 / hidden[0, 1].abs().max(), 0
+    hidden[0, 1, :3] = 6e4
+    wanted = new(hidden)[0].detach()
+    new, hidden = new.to(dtype), hidden.to(dtype)
+    hidden.requires_grad_()
+    got = new(hidden)[0]
+    got.sum().backward()
+    assert got.isfinite().all() and hidden.grad.isfinite().all()
+    away = (got.detach().float() - wanted).norm(dim=-1) / wanted.norm(dim=-1)
+    assert away.max() < (0.02 if dtype == torch.float16 else 1e-6)
 
 
 def test_a_table_of_values_is_what_is_read():

@@ -1,5 +1,6 @@
 """What the layers tell about themselves: against the reference operators, and without a change of the output."""
 
+import dataclasses
 import importlib
 import logging
 
@@ -17,6 +18,7 @@ CONFIGS = {
     "last, sequence": {"alpha": "last", "retrieval": "sequence"},
     "answer": {"tokens": "answer"},
     "projected": {"values": "projected", "scale": 0.5},
+    "cosine": {"values": "out", "scale": "cosine", "tau": 0.3, "retrieval": "sequence"},
 }
 
 
@@ -106,6 +108,70 @@ def test_the_gates_are_those_that_were_used(make_model, make_memory, make_inputs
     )  # fmt: skip
     torch.testing.assert_close(at.alpha.view(-1).double(), alpha, atol=1e-5, rtol=1e-4)
     assert (alpha > 0).any()
+
+
+@pytest.mark.parametrize(
+    ("switches", "spread"),
+    [
+        ({"scale": 1e-9}, (6.99, 7.0)),  # a uniform softmax
+        ({"scale": 1e4}, (1.0, 1.01)),
+        ({"k": 80, "scale": 1e-9}, (49.9, 50.0)),  # of 50 entries
+        ({"scale": "cosine", "tau": 1e-4}, (1.0, 1.3)),
+        ({"scale": "cosine", "tau": 1e4, "values": "out"}, (6.99, 7.0)),
+        ({"scale": 1e-9, "values": "projected"}, (6.99, 7.0)),
+        ({"scale": 1e-9, "retrieval": "sequence"}, (6.99, 7.0)),
+    ],
+)
+def test_how_far_the_attention_spreads(make_model, make_memory, switches, spread):
+    model = make_model("opt")
+    memory = make_memory(model, uk.Config(**{"k": 7, "values": "pre", "alpha": 0.5, "tokens": "answer", **switches}))
+    ids = torch.arange(4, 34)[None].repeat(20, 1)  # more tokens than are looked at together
+    with uk.patched(model, memory=memory), uk.explain(model) as explanation, uk.rows(model, prompt_lengths=[11] * 20):
+        model(input_ids=ids)
+    (told,) = explanation.passes
+    for at in told.values():
+        assert at.effective.shape == at.shift.shape == (20, 30)
+        assert (at.effective[:, :10] == 0).all() and (at.shift[:, :10] == 0).all()
+        mean = float(at.effective[:, 10:].mean())
+        assert spread[0] <= mean <= spread[1] + 1e-3
+        assert (at.shift[:, 10:] > 0).all()
+    assert spread[0] <= explanation.counters()["effective_mean"] <= spread[1] + 1e-3
+
+
+def test_entries_that_a_row_may_not_use_have_no_part_in_the_spread(make_model, make_memory):
+    model = make_model("opt")
+    memory = make_memory(model, uk.Config(k=7, values="pre", scale=1e-9))
+    memory = dataclasses.replace(memory, tenants={"acme": range(3, 6)}, parts={"acme": "another"})
+    with uk.patched(model, memory=memory), uk.explain(model) as explanation, uk.rows(model, memory=["acme", False]):
+        model(input_ids=IDS)
+    for at in explanation.passes[0].values():
+        torch.testing.assert_close(at.effective, torch.tensor([3.0, 0.0]).view(2, 1).expand(2, 5), atol=1e-3, rtol=0)
+
+
+def test_the_spread_and_the_shift_by_hand(make_model, make_memory):
+    model = make_model("opt", dtype=torch.float64)
+    memory = make_memory(model, uk.Config(k=7, values="out", scale=0.3), layers=[5])
+    seen = {}
+    module = find_decoder(model).layers[5].attention.module
+
+    def note(name):
+        return lambda _, args, kwargs, out: seen.__setitem__(name, (kwargs["hidden_states"].detach(), out[0].detach()))
+
+    with torch.no_grad():
+        hook = module.register_forward_hook(note("plain"), with_kwargs=True)
+        model(input_ids=IDS)
+        hook.remove()
+        with uk.patched(model, memory=memory), uk.explain(model) as explanation:
+            hook = module.register_forward_hook(note("shifted"), with_kwargs=True)
+            model(input_ids=IDS)
+            hook.remove()
+    at, m = explanation.passes[0][5], memory.layers[5]
+    moved = (seen["shifted"][1] - seen["plain"][1]).norm(dim=-1)
+    torch.testing.assert_close(at.shift.double(), moved, atol=1e-6, rtol=1e-5)
+    logits = 0.3 * torch.einsum("btd,btkd->btk", seen["plain"][0], m.keys[at.entries].squeeze(-2))
+    p = logits.softmax(-1)
+    torch.testing.assert_close(at.effective.double(), (-(p * p.log()).sum(-1)).exp(), atol=1e-5, rtol=1e-5)
+    assert 1.5 < float(at.effective.mean()) < 6.5
 
 
 def test_every_pass_tells_for_itself(make_model, make_memory):

@@ -97,6 +97,30 @@ def test_no_request_depends_on_another_ones_edits(versions):
         start += share.tokens
 
 
+@pytest.mark.parametrize("values", ["pre", "out", "context"])
+@pytest.mark.parametrize("scale", [None, "cosine"])
+def test_the_memory_shifts_as_in_a_patched_model(make_model, make_memory, values, scale):
+    model = make_model("llama")
+    memory = make_memory(model, uk.Config(k=7, values=values, scale=scale, tau=0.3), layers=LAYERS)
+    ids, seen = torch.arange(4, 12)[None], []
+    with uk.patched(model, memory=memory):
+        attention = model.model.layers[2].self_attn
+        handle = attention.register_forward_hook(
+            lambda _, args, kwargs, out: seen.append((kwargs["hidden_states"][0], out[0][0])), with_kwargs=True
+        )
+        model(input_ids=ids)
+        handle.remove()
+    handle = attention.register_forward_hook(lambda *args: seen.append(args[-1][0][0]))
+    model(input_ids=ids)
+    handle.remove()
+    (hidden, wanted), out = seen[0], seen[1].detach().clone()
+    runtime = RaggedRuntime(LAYERS, D, "silu", memory)
+    runtime.begin([RequestSlice(5), RequestSlice(3)])
+    runtime.attention(2, hidden, out)
+    torch.testing.assert_close(out, wanted, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(out, seen[1], atol=1e-3)
+
+
 @pytest.mark.parametrize("tokens", ["all", "answer"])
 def test_the_memory_shifts_whom_it_may(make_model, make_memory, versions, tokens):
     memory = make_memory(make_model("llama"), uk.Config(k=7, values="out", tokens=tokens, alpha=0.4), layers=LAYERS)

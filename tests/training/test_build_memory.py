@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 import unike_kernels as uk
 from unike_kernels.backbones import find_decoder
+from unike_kernels.ops.latent_attention import reference
 from unike_kernels.training import (
     EditTraining,
     EncoderTraining,
@@ -19,6 +20,7 @@ from unike_kernels.training import (
     extract,
     train_edit,
 )
+from unike_kernels.training.samples import encode, forward
 
 TRIPLETS = [Triplet(f"w{i} w{i + 9}", f"w{i + 18}", f"w{i + 1} w{i + 5}") for i in range(12)]
 SHORT = EncoderTraining(lr=1e-3, steps=60)
@@ -58,6 +60,65 @@ def test_tables(make_model, processor, kind, values, tmp_path):
     result.memory.save(tmp_path / "m")
     assert uk.MemoryBank.load(tmp_path / "m").id == result.memory.id
     uk.patch(model, memory=result.memory)
+
+
+PHRASES = [Triplet(t.prompt, f"{t.positive} w{i}", t.negative) for i, t in enumerate(TRIPLETS)]
+
+
+def test_tables_of_values_in_context(make_model, processor, tmp_path):
+    """An entry for each token of the answers; keys are the plain states, values those with the knowledge in front."""
+    model, config = make_model("llama"), uk.Config(k=5, values="context", scale="cosine", tokens="answer")
+    result = build(model, processor, PHRASES[:9], config=config, layers=[1, 2, 3, 4, 5])
+    hidden = extract(model, processor, PHRASES[:9], layers=[1, 4], context=True, progress=False)
+    assert len(result.memory) == 18 and result.memory.notes["triplets"] == "9"
+    for i, h in hidden.items():
+        m = result.memory.layers[i]
+        assert torch.equal(m.index, h.sem_pre) and torch.equal(m.keys[:, 0], h.sem_pre)
+        assert torch.equal(m.values[:, 0], h.pos_out)
+        # The gate compares Enc_sem(value) with the output at the same place.
+        anchors = F.normalize(h.sem_out, dim=-1)
+        seen = F.normalize(reference.encode(m.encoder, h.pos_out), dim=-1)
+        own = (anchors @ seen.T).softmax(-1).diagonal()
+        assert own.mean() > 1.2 / 18
+    extended = extend_memory(model, processor, result.memory, PHRASES[9:], progress=False)
+    assert len(extended) == 24 and extended.config == config
+    extended.save(tmp_path / "m")
+    assert uk.MemoryBank.load(tmp_path / "m").id == extended.id
+    joined = uk.MemoryBank.joined({"acme": result.memory, "globex": extended})
+    assert joined.entries("globex") == range(18, 42)
+
+
+def test_a_memory_in_more_layers_than_the_edit(make_model, processor, tmp_path):
+    """It is active below the neurons while they are trained, as it is afterwards; artifacts fit, and swap."""
+    model, config = (
+        make_model("llama"),
+        uk.Config(k=5, values="context", scale="cosine", tokens="answer", alpha=0.5, beta=0),
+    )
+    memory = build(model, processor, PHRASES, config=config, layers=[0, 1, 2, 3, 4, 5]).memory
+    brief = EditTraining(neurons=2, steps=3, lr=0.1, stop_loss=1e-9)
+    kept = [Sample("w30 w31", "w32")]
+    request = Sample("w1 w2", "w3")
+    made = train_edit(
+        model, processor, request, memory, layers=[4, 5], training=brief, id="a", preserve=kept, progress=False
+    )
+    assert sorted(made.edit.layers) == [4, 5] and made.edit.memory_id == memory.id
+    made.edit.save(tmp_path / "e")
+    edit = uk.Edit.load(tmp_path / "e")
+
+    def loss():
+        batch = encode(processor, [request])
+        with torch.no_grad(), uk.rows(model, prompt_lengths=batch.prompt_lengths):
+            return float(F.cross_entropy(forward(model, batch.inputs)[0, -2], batch.inputs["input_ids"][0, -1]))
+
+    report = uk.patch(model, [edit], memory)
+    assert [(i, n, entries) for i, _, _, n, entries in report.layers] == [(i, 2 if i > 3 else 0, 24) for i in range(6)]
+    after = loss()
+    uk.remove_edit(model, "a")
+    assert loss() == pytest.approx(made.losses[0], rel=1e-4)  # fresh neurons do nothing
+    assert after < made.losses[0]
+    uk.swap_memory(model, memory)
+    uk.add_edit(model, edit)
+    assert loss() == after
 
 
 def test_a_scale_that_is_given_is_kept(make_model, processor):

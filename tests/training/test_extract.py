@@ -61,6 +61,85 @@ def test_states_are_those_of_each_sequence_alone(make_model, make_processor, kin
         assert {getattr(hidden, name).shape for name in Hidden.__dataclass_fields__} == {(5, 64)}
 
 
+IN_CONTEXT = [
+    Triplet("w1 w2 w3", "w4 w30", "w5 w6"),
+    Triplet("w7 w8", "w9 w10 w11!", "w12 w13", IMAGES[0]),
+    Triplet("w13", "w14", "w15 w16", IMAGES[1]),
+    Triplet("w22", " ".join(f"w{i}" for i in range(23, 33)), "w25 w31 w32"),
+]
+
+
+@torch.no_grad()
+def behind_knowledge(model, processor, triplet, knowledge, layer):
+    """Input and output of the layer's attention where the first eight tokens of the positive answer are produced."""
+    text = " ".join([*knowledge, triplet.prompt, triplet.positive])
+    inputs = dict(processor([text], None if triplet.image is None else triplet.image[None]))
+    tokens = len(triplet.positive.split())
+    last = inputs["input_ids"].shape[1] - 1
+    at, seen = [last - tokens + i for i in range(min(tokens, 8))], {}
+
+    def look(module, args, kwargs, output):
+        seen["pre"], seen["out"] = kwargs["hidden_states"], output[0]
+
+    handle = find_decoder(model).layers[layer].attention.module.register_forward_hook(look, with_kwargs=True)
+    target = model.language_model if triplet.image is None and hasattr(model, "language_model") else model
+    target(**inputs)
+    handle.remove()
+    return {site: seen[site][0, at] for site in ("pre", "out")}
+
+
+@pytest.mark.parametrize("padding_side", ["left", "right"])
+@pytest.mark.parametrize("kind", ["llama", "blip2-opt"])
+def test_states_in_context_are_those_of_each_text_alone(make_model, make_processor, kind, padding_side):
+    """A token of the answer is an entry: without knowledge, behind the true and behind the wrong one."""
+    model, processor = make_model(kind), make_processor(padding_side)
+    triplets = [t for t in IN_CONTEXT if kind == "blip2-opt" or t.image is None]
+    found = extract(model, processor, triplets, layers=[1, 5], context=True, batch_size=3, progress=False)
+    for layer, hidden in found.items():
+        start = 0
+        for t in triplets:
+            entries = slice(start, start := start + min(len(t.positive.split()), 8))
+            known, wrong = t.positive + ("" if t.positive.endswith("!") else "."), t.negative + "."
+            for name, knowledge in (("sem", []), ("pos", [t.prompt, known]), ("neg", [t.prompt, wrong])):
+                alone = behind_knowledge(model, processor, t, knowledge, layer)
+                for site in ("pre", "out"):
+                    states = getattr(hidden, f"{name}_{site}")[entries]
+                    torch.testing.assert_close(states, alone[site], atol=2e-5, rtol=1e-5)
+        assert {getattr(hidden, name).shape for name in Hidden.__dataclass_fields__} == {(start, 64)}
+        assert not torch.allclose(hidden.pos_out, hidden.neg_out)
+
+
+def test_an_image_of_which_the_prompt_speaks_comes_once(make_model, processor, monkeypatch):
+    """Its placeholders are those of the model's config, and what else the processor calls an image."""
+    model = make_model("blip2-opt")
+    monkeypatch.setattr(processor, "boi_token", "<begin>", raising=False)
+    image = IMAGES[0]
+    triplet = Triplet("w0 <image> <begin> w1", "w2", "w3", image)
+    for t, again in ((triplet, "w0   w1"), (Triplet("<image> <begin> w1", "w2", "w3", image), "w1")):
+        runs = extract_module._runs(t, True, extract_module._placeholders(model, processor))
+        assert [(s.prompt, s.answer, s.image is image) for s, _ in runs] == [
+            (t.prompt, "w2", True), (f"{t.prompt} w2. {again}", "w2", True), (f"{t.prompt} w3. {again}", "w2", True),
+        ]  # fmt: skip
+    text = Triplet("w0 <image>", "w2!", "w3")
+    assert extract_module._runs(text, True, ["<image>"])[1][0].prompt == "w0 <image> w2! w0 <image>"
+
+
+def test_what_is_refused_in_context(make_model, processor, monkeypatch):
+    model = make_model("opt")
+    with pytest.raises(ValueError, match=r"triplets\[1\]: the positive answer '' has no tokens"):
+        extract(model, processor, [TRIPLETS[0], Triplet("w1", "", "w2")], context=True, progress=False)
+    original = extract_module.encode
+
+    def other(*args):
+        batch = original(*args)
+        batch.inputs["input_ids"][:, -1] += int(batch.inputs["input_ids"].shape[1] > 5)
+        return batch
+
+    monkeypatch.setattr(extract_module, "encode", other)
+    with pytest.raises(ValueError, match=r"triplets\[0\]: the positive answer 'w4' has other tokens behind the know"):
+        extract(model, processor, TRIPLETS[:1], context=True, progress=False)
+
+
 def test_the_model_is_left_as_it_was(make_model, processor):
     model = make_model("opt").train()
     extract(model, processor, TRIPLETS[:1] * 2, layers=[0], progress=False)
@@ -125,6 +204,37 @@ def test_a_store_holds_the_same_states(make_model, processor, tmp_path, passes):
     passes.clear()
     same_states(kept, extract(model, processor, LONG, layers=[1, 5], store=tmp_path / "s", progress=False))
     assert passes == []
+
+
+def test_a_store_holds_the_same_states_in_context(make_model, processor, tmp_path, passes):
+    model = make_model("opt")
+    triplets = [Triplet(t.prompt, t.positive + " w3" * (i % 3), t.negative) for i, t in enumerate(LONG)]
+    kept = extract(model, processor, triplets, layers=[1], context=True, batch_size=4, progress=False)
+    assert passes == [4] * 6 + [3] * 3
+    assert len(kept[1].pos_out) == sum(1 + i % 3 for i in range(11))
+    for _ in range(2):
+        again = extract(
+            model, processor, triplets, layers=[1], context=True, batch_size=4, store=tmp_path, progress=False
+        )
+        same_states(kept, again)
+    assert len(passes) == 18
+    with pytest.raises(ArtifactError, match=r"its context are others; give another store"):
+        extract(model, processor, triplets, layers=[1], store=tmp_path, progress=False)
+
+
+def test_a_store_of_an_older_version_goes_on(make_model, processor, tmp_path, passes):
+    """It does not say that its states are without context."""
+    model = make_model("opt")
+    extract(model, processor, LONG[:4], layers=[1], store=tmp_path, progress=False)
+    (part,) = tmp_path.iterdir()
+    header, tensors = files.load(part, "states")
+    assert header.pop("context") is False
+    files.save(part, "states", {k: v for k, v in header.items() if k not in ("kind", "format")}, tensors)
+    passes.clear()
+    extract(model, processor, LONG[:4], layers=[1], store=tmp_path, progress=False)
+    assert passes == []
+    with pytest.raises(ArtifactError, match="its context are others"):
+        extract(model, processor, LONG[:4], layers=[1], context=True, store=tmp_path, progress=False)
 
 
 def test_an_interrupted_extraction_goes_on(make_model, processor, tmp_path, passes):

@@ -32,7 +32,7 @@ class MemoryTables(Tables):
     code_bounds: Tensor | None
     direction: Tensor | None
     all: Tensor  # int64 [1, 2], the bounds of all entries
-    keys: Tensor  # [N, H, c]
+    keys: Tensor  # [N, H, c]; unit ones for Config(scale="cosine")
     values: Tensor | None  # [N, H, d]; None: keys
     projected: Tensor  # [N, H, r], the first layer of Enc_sem on the values
     w1: Tensor
@@ -49,6 +49,8 @@ class MemoryTables(Tables):
         encoder: SemanticEncoder,
         id: str | None = None,
         retriever: Retriever | None = None,
+        *,
+        cosine: bool = False,
     ) -> None:
         """Lay out one layer of a memory.
 
@@ -59,8 +61,11 @@ class MemoryTables(Tables):
             encoder: Enc_sem.
             id: of the `MemoryBank`.
             retriever: searches the same retrieval keys, which are then not copied here; None: an exact search.
+            cosine: queries attend by cosine: the keys are made unit, once, and values that they were are kept apart.
         """
         super().__init__()
+        if cosine:
+            keys, values = _unit(keys), keys if values is None else values
         self.id, self.retriever, self.entries = id, retriever, len(index)
         self.retrieval_keys = index  # as the memory has them, no copy
         self._register()
@@ -262,8 +267,10 @@ class MemoryShift(Record):
             unit = torch.nn.functional.normalize(flat.to(found.dtype), dim=-1)
             scores = torch.einsum("md,mkd->mk", unit, found)
             scores = scores.masked_fill(ids < 0, float("-inf"))
-        _, alpha = _attended(memory, config, queries, inputs, ids, anchor)
+        shifted, alpha = _attended(memory, config, queries, inputs, ids, anchor)
         alpha = torch.where((ids >= 0).any(-1), alpha.detach().float(), 0.0)
+        record.shift = (shifted - inputs).detach().float().norm(dim=-1).view(shape).cpu()
+        record.effective = _effective(memory, config, queries.detach(), ids).view(shape).cpu()
         rest = (0, config.k - ids.shape[-1])  # where the memory has fewer entries than k
         ids, scores = (torch.nn.functional.pad(t, rest, value=v) for t, v in ((ids, -1), (scores, float("-inf"))))
         record.entries, record.scores = ids.view(*shape, -1).cpu(), scores.view(*shape, -1).cpu()
@@ -387,7 +394,8 @@ def shift_tokens(
         shifted = _attended(memory, config, queries, inputs, ids, anchor)[0]
         return shifted if out is None else out.copy_(shifted)
     alpha, k = _fixed_alpha(config, inputs), memory.at_most(config.k)
-    blend = blend_of(queries, config.scale, config.convention, config.norm)
+    queries, scale = _asking(config, queries)
+    blend = blend_of(queries, scale, config.convention, config.norm)
     if torch.compiler.is_compiling():  # a trace sees the operator, not how it is prepared
         values = memory.keys if memory.values is None else memory.values
         return attend(MemoryOperands(
@@ -402,11 +410,39 @@ def _attended(
 ) -> tuple[Tensor, Tensor]:
     """The shifted output [M, d] and the gate [M] of tokens whose entries `ids` [M, k] are known."""
     values = memory.keys if memory.values is None else memory.values
+    queries, scale = _asking(config, queries)
     return latent_attention(
         queries, inputs, memory.keys, values, ids, memory.encoder,
-        scale=config.scale, alpha=_fixed_alpha(config, inputs), anchor=anchor,
+        scale=scale, alpha=_fixed_alpha(config, inputs), anchor=anchor,
         convention=config.convention, norm=config.norm, projected=memory.projected,
     )  # fmt: skip
+
+
+def _effective(memory: MemoryTables, config: Config, queries: Tensor, ids: Tensor) -> Tensor:
+    """float32 [M], see `LayerTrace`: exp of the entropy of each head's softmax, in the mean over the heads."""
+    queries, scale = _asking(config, queries)
+    blend, found = blend_of(queries, scale, config.convention, config.norm), []
+    for q, entries in zip(queries.split(256), ids.split(256), strict=True):  # the entries' keys, [256, k, H, c]
+        keys = memory.keys[entries.clamp(min=0)].to(torch.promote_types(q.dtype, torch.float32))
+        logits = blend.scale * torch.einsum("mhc,mkhc->mhk", q.to(keys.dtype), keys)
+        p = logits.masked_fill((entries < 0).unsqueeze(1), float("-inf")).softmax(-1)
+        count = torch.special.entr(p).sum(-1).exp().mean(-1)
+        found.append(torch.where((entries >= 0).any(-1), count.float(), 0.0))
+    return torch.cat(found)
+
+
+def _asking(config: Config, queries: Tensor) -> tuple[Tensor, float | None]:
+    """Queries [M, H, c] as they are multiplied with the keys of `MemoryTables`, and the scale of their products."""
+    if isinstance(config.scale, str):  # "cosine"
+        return _unit(queries), 1 / config.tau
+    return queries, config.scale
+
+
+def _unit(vectors: Tensor) -> Tensor:
+    """Of length 1, or 0 where they are 0. [..., c] -> [..., c], of the same dtype."""
+    wide = vectors.to(torch.promote_types(vectors.dtype, torch.float32))  # whose squares are in its range
+    norm = wide.norm(dim=-1, keepdim=True)
+    return (wide / torch.where(norm == 0, 1.0, norm)).to(vectors.dtype)
 
 
 def _fixed_alpha(config: Config, inputs: Tensor) -> Tensor | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -19,6 +20,9 @@ class LayerTrace:
         entries: int64 [B, T, k], the memory's entries that each token retrieved, -1 for none; None: no memory here.
         scores: float32 [B, T, k], their cosines, -inf for none.
         alpha: float32 [B, T], the gate; 0 for a token that is not shifted.
+        effective: float32 [B, T], how many of its entries a token attends to: exp of the softmax's entropy, k where it
+            is uniform, 1 where one entry has all the weight; 0 for a token that is not shifted.
+        shift: float32 [B, T], |shifted output - output|.
         neurons: edit id -> [B, T, n], what its neurons put out; 0 in rows that do not use the edit.
         memory_seconds, neuron_seconds: what they took.
     """
@@ -26,6 +30,8 @@ class LayerTrace:
     entries: Tensor | None = None
     scores: Tensor | None = None
     alpha: Tensor | None = None
+    effective: Tensor | None = None
+    shift: Tensor | None = None
     neurons: dict[str, Tensor] = field(default_factory=dict)
     memory_seconds: float = 0.0
     neuron_seconds: float = 0.0
@@ -73,17 +79,13 @@ class Trace:
         """Sums over passes and layers, as a server would export them.
 
         `passes`; `tokens` that came to a layer with a memory; `shifted`, those with alpha above 0; `alpha_mean` and
-        `alpha_max` over these; `score_mean`, the best cosine of each that retrieved anything; `memory_seconds`,
-        `neuron_seconds`.
+        `alpha_max` over these; `score_mean`, the best cosine of each that retrieved anything, and `effective_mean`,
+        over how many entries each of them spread its attention; `memory_seconds`, `neuron_seconds`.
         """
         layers = [layer for each in self.passes for layer in each.values()]
-        alphas = [layer.alpha.flatten() for layer in layers if layer.alpha is not None]
-        alpha = torch.cat(alphas) if alphas else torch.empty(0, dtype=torch.float32, device="cpu")
-        bests = [
-            layer.scores[..., 0].flatten() for layer in layers if layer.scores is not None and layer.scores.shape[-1]
-        ]
-        best = torch.cat(bests) if bests else torch.empty(0, dtype=torch.float32, device="cpu")
-        open_, found = alpha[alpha > 0], best[best.isfinite()]
+        alpha, spread = (_all([getattr(layer, name) for layer in layers]) for name in ("alpha", "effective"))
+        best = _all([layer.scores[..., 0] if layer.scores is not None else None for layer in layers])
+        open_, found, spread = alpha[alpha > 0], best[best.isfinite()], spread[spread > 0]
         return {
             "passes": len(self.passes),
             "tokens": alpha.numel(),
@@ -91,6 +93,13 @@ class Trace:
             "alpha_mean": float(open_.mean()) if open_.numel() else 0.0,
             "alpha_max": float(open_.max()) if open_.numel() else 0.0,
             "score_mean": float(found.mean()) if found.numel() else 0.0,
+            "effective_mean": float(spread.mean()) if spread.numel() else 0.0,
             "memory_seconds": sum(layer.memory_seconds for layer in layers),
             "neuron_seconds": sum(layer.neuron_seconds for layer in layers),
         }
+
+
+def _all(parts: Sequence[Tensor | None]) -> Tensor:
+    """Those that are there, flat and behind one another."""
+    none = torch.empty(0, dtype=torch.float32, device="cpu")
+    return torch.cat([none, *(part.flatten() for part in parts if part is not None)])

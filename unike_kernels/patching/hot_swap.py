@@ -137,7 +137,7 @@ def swap_memory(
         edits = list(state.edits.values())
         check_artifacts(backbones.unwrap(model), state.decoder, edits, memory, state.config, override)
         tables = {
-            i: make_tables(memory, i, backbones.device_of(attention.module), state.retriever)
+            i: make_tables(memory, i, state.config, backbones.device_of(attention.module), state.retriever)
             for i, attention in state.attentions.items()
         }
         router = make_router(memory, state.config, state.edits)

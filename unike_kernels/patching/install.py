@@ -197,7 +197,9 @@ def patch(
         stores = {layer.index: _store(layer, named) for layer in chosen_layers if layer.has("ffn")}
         with_attention = [layer for layer in chosen_layers if layer.has("attention")]
         tables = {
-            layer.index: make_tables(memory, layer.index, backbones.device_of(layer.attention.module), retriever)
+            layer.index: make_tables(
+                memory, layer.index, chosen, backbones.device_of(layer.attention.module), retriever
+            )
             for layer in with_attention
         }
         router = make_router(memory, chosen, named)
@@ -320,6 +322,7 @@ def _attention(layer: backbones.Layer, config: Config, context: ModelContext) ->
 def make_tables(
     memory: MemoryBank | None,
     layer: int,
+    config: Config,
     device: torch.device,
     retriever: Callable[[Tensor], Retriever] | None = None,
 ) -> MemoryTables | None:
@@ -328,6 +331,7 @@ def make_tables(
     Args:
         memory: or None.
         layer: index in the decoder.
+        config: the switches in force.
         device: where the layer's attention computes.
         retriever: see `patch`; None: what the memory's `search` says.
 
@@ -347,7 +351,8 @@ def make_tables(
             raise ValueError(f"retriever: expected an index of the {len(m.index)} keys it was given, got {len(found)}")
     elif memory.search is not None:
         found = ApproximateIndex(m.index.to(device), memory.search)
-    return MemoryTables(m.index, m.keys, m.values, m.encoder, memory.id, found).to(device)
+    cosine = config.scale == "cosine"
+    return MemoryTables(m.index, m.keys, m.values, m.encoder, memory.id, found, cosine=cosine).to(device)
 
 
 def make_router(memory: MemoryBank | None, config: Config, edits: Mapping[str, Edit]) -> Router | None:

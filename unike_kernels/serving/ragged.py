@@ -12,7 +12,7 @@ from torch import Tensor
 from ..artifacts.compatibility import check_compatibility
 from ..artifacts.edit import Edit
 from ..artifacts.memory import MemoryBank
-from ..nn import Router, shift_tokens
+from ..nn import MemoryTables, Router, shift_tokens
 from ..patching.install import entries_of, make_router, make_tables
 from ..retrieval import Retriever
 from .bank import EditBank
@@ -68,14 +68,15 @@ class RaggedRuntime:
         self.bank = EditBank(layers, hidden_size, activation, device=device)
         self.memory, self._resident = memory, resident
         self._device = torch.device(device)
+        self._tables: dict[int, MemoryTables] = {}
         if memory is not None:
             check_memory(memory)
+            made = {i: make_tables(memory, i, memory.config, self._device, retriever) for i in memory.layers}
+            self._tables = {i: tables for i, tables in made.items() if tables is not None}
         self._scoped = memory is not None and memory.config.scope == "memory"
         router = make_router(memory, memory.config, {}) if memory is not None else None
         self._router = None if router is None else router.to(self._device)
         self._routers: dict[tuple[str, ...], Router] = {}
-        made = {i: make_tables(memory, i, self._device, retriever) for i in (memory.layers if memory else ())}
-        self._tables = {i: tables for i, tables in made.items() if tables is not None}
         self._rows: tuple[tuple[str, ...], ...] = ()
         self._tokens: tuple[int, ...] = ()
         self._shifted = False
@@ -229,7 +230,7 @@ def check_memory(memory: MemoryBank) -> None:
     if config.needs_whole_prompts or config.tokens == "text" or config.values == "projected":
         raise ValueError(
             "memory: an engine of flat tokens serves retrieval='token', alpha='token' or a number, "
-            f"tokens='all' or 'answer' and values='out' or 'pre'; got {config}"
+            f"tokens='all' or 'answer' and values other than 'projected'; got {config}"
         )
 
 

@@ -48,8 +48,10 @@ def _tables(decoder: Decoder, layer: int, hidden: Hidden, values: str) -> tuple[
     """keys [N, H, c], values [N, H, d] or None for the same, and what Enc_sem sees of h_pos and of h_neg [N, d]."""
     if values == "pre":
         return hidden.pos_pre.unsqueeze(1), None, hidden.pos_pre, hidden.neg_pre
-    if values == "out":
-        return hidden.pos_pre.unsqueeze(1), hidden.pos_out.unsqueeze(1), hidden.pos_out, hidden.neg_out
+    if values in ("out", "context"):
+        # Context: what asks there is the question alone, so the keys are its states, too.
+        keys = hidden.pos_pre if values == "out" else hidden.sem_pre
+        return keys.unsqueeze(1), hidden.pos_out.unsqueeze(1), hidden.pos_out, hidden.neg_out
     attention = decoder.layers[layer].attention.module
     parameter = next(attention.parameters())
     keys, table = (t.float().cpu() for t in project_memory(attention, hidden.pos_pre.to(parameter)))
@@ -92,7 +94,10 @@ def build_memory(
     if config.values == "projected" and config.scale is None:
         first = decoder.select(layers, need=("attention",))[0]
         config = Config(**{**config.to_dict(), "scale": score_scale(decoder.layers[first].attention.module)})
-    hidden = extract(model, processor, triplets, layers=layers, batch_size=batch_size, store=store, progress=progress)
+    hidden = extract(
+        model, processor, triplets, layers=layers, context=config.values == "context", batch_size=batch_size,
+        store=store, progress=progress,
+    )  # fmt: skip
     tables, spaces = {}, {}
     for i, h in hidden.items():
         keys, values, pos, neg = _tables(decoder, i, h, config.values)
@@ -138,7 +143,10 @@ def extend_memory(
     decoder = find_decoder(model)
     check_artifacts(model, decoder, [], memory, memory.config, override=False)
     layers = sorted(memory.layers)
-    hidden = extract(model, processor, triplets, layers=layers, batch_size=batch_size, store=store, progress=progress)
+    hidden = extract(
+        model, processor, triplets, layers=layers, context=memory.config.values == "context", batch_size=batch_size,
+        store=store, progress=progress,
+    )  # fmt: skip
     tables = {}
     for i in layers:
         have, states = memory.layers[i], hidden[i]

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,21 +19,24 @@ from tqdm.auto import tqdm
 
 from ..artifacts import files
 from ..artifacts.fingerprint import compare, fingerprint, validate
-from ..backbones import device_of, find_decoder
+from ..backbones import device_of, find_decoder, placeholder_ids
 from ..errors import ArtifactError, PatchError
 from ..nn import residual_of, residual_position
 from ..patching import is_patched
-from .samples import Sample, Triplet, batches, encode, evaluating, forward, taking_gradients
+from .samples import Batch, Sample, Triplet, batches, encode, evaluating, forward, taking_gradients
 
 _PART = 1024  # triplets whose states are written together
+_MOST_TOKENS = 8  # of an answer that become entries with context=True
 
 
 @dataclass(frozen=True)
 class Hidden:
-    """Hidden states of N triplets at one layer's attention module: its input ("pre") and its output ("out").
+    """Hidden states of N entries at one layer's attention module: its input ("pre") and its output ("out").
 
-    All are float32 [N, d] on the CPU. sem: the last token of the question; pos and neg: the last token of the question
-    with the true and with the wrong answer.
+    All are float32 [N, d] on the CPU. An entry is a triplet, and sem the last token of the question, pos and neg the
+    last token of the question with the true and with the wrong answer. Or, with `extract(..., context=True)`, an entry
+    is a token of a triplet's true answer, sem the position that produces it, and pos and neg the same position with the
+    true and with the wrong knowledge in the prompt.
     """
 
     sem_pre: Tensor
@@ -72,28 +76,34 @@ def extract(
     triplets: Sequence[Triplet],
     *,
     layers: Sequence[int] | None = None,
+    context: bool = False,
     batch_size: int = 32,
     store: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> Mapping[int, Hidden]:
     """Run the positive and the negative knowledge through the unpatched model and keep the states that matter.
 
+    With `context`, a triplet is run as "<prompt> <positive>" on its own, behind "<prompt> <positive>." and behind
+    "<prompt> <negative>.", and each of the first eight tokens of the positive answer becomes an entry. An image comes
+    once, in front of all; its placeholders are left out where the prompt comes again.
+
     Args:
         model: a Hugging Face model, not patched.
         processor: its processor or tokenizer.
         triplets: at least one. They are looked at some at a time, so that a lazy sequence need not hold all images.
         layers: decoder layers; None: the last four that have attention.
+        context: the states of Config(values="context").
         batch_size: triplets per forward pass.
         store: a folder for the states. They are written there in parts as they are made, so that memory holds one layer
             at most, and an extraction that was interrupted goes on after its last part. None: all stay in memory.
         progress: show a progress bar.
 
     Returns:
-        Layer index -> `Hidden`, rows in the order of `triplets`; with a store, read from there when asked for.
+        Layer index -> `Hidden`, entries in the order of `triplets`; with a store, read from there when asked for.
 
     Raises:
-        ValueError: too few triplets, a positive answer that equals the negative one, or a sample that is longer than
-            the model's context. Parts before it stay in the store.
+        ValueError: too few triplets, a positive answer that equals the negative one, with `context` one without tokens,
+            or a sample that is longer than the model's context. Parts before it stay in the store.
         PatchError: the model is patched; its states would be shifted ones.
         ArtifactError: the store holds a part of other triplets, layers or of another model, or a damaged one. Images
             are not compared.
@@ -108,10 +118,10 @@ def extract(
     with tqdm(total=len(triplets), desc="extract", disable=not progress) as bar:
         for start in starts:
             part = [triplets[i] for i in range(start, min(start + _PART, len(triplets)))]
-            header = _header(model, chosen, start, part)
+            header = _header(model, chosen, start, part, context)
             file = None if store is None else Path(store) / f"states-{start:07d}.safetensors"
             if file is None or not file.exists():
-                found = _extract(model, processor, part, chosen, batch_size, start)
+                found = _extract(model, processor, part, chosen, batch_size, start, context)
                 if file is None:
                     parts.append(found)
                 else:
@@ -128,6 +138,7 @@ def extract(
 def _check_part(file: Path, model: nn.Module, header: dict[str, Any]) -> None:
     """Whether a stored part is whole, and of this model and these triplets."""
     have, tensors = files.load(file, "states", mmap=True)
+    have = {"context": False, **have}  # older files do not say it
     same = {name: have.get(name) == value for name, value in header.items()}
     with contextlib.suppress(ValueError):  # one of another version has sampled other weights
         same["model"] = compare(validate(have.get("model")), model) == (None, None)
@@ -150,11 +161,13 @@ def _checked(file: Path, tensors: dict[str, Tensor], layers: Sequence[int]) -> N
             raise ArtifactError(f"{file}: tensor {name!r} holds NaN or infinity")
 
 
-def _header(model: nn.Module, layers: Sequence[int], start: int, part: Sequence[Triplet]) -> dict[str, Any]:
+def _header(
+    model: nn.Module, layers: Sequence[int], start: int, part: Sequence[Triplet], context: bool
+) -> dict[str, Any]:
     """What the states of these triplets depend on, but for the images."""
     told = json.dumps([[t.prompt, t.positive, t.negative, t.image is not None] for t in part])
     digest = hashlib.sha256(told.encode()).hexdigest()
-    return {"model": fingerprint(model), "layers": list(layers), "triplets": digest, "start": start}
+    return {"model": fingerprint(model), "layers": list(layers), "triplets": digest, "start": start, "context": context}
 
 
 def _joined(parts: Sequence[Hidden]) -> Hidden:
@@ -185,9 +198,53 @@ class _Stored(Mapping[int, Hidden]):
         return _joined(parts)
 
 
+def _runs(triplet: Triplet, context: bool, placeholders: Sequence[str]) -> list[tuple[Sample, tuple[str, ...]]]:
+    """The texts of a triplet, and which states each of them gives.
+
+    Args:
+        triplet: the triplet.
+        context: whether knowledge stands in front of the question.
+        placeholders: texts that stand for an image.
+    """
+    if not context:
+        answers = (triplet.positive, ("sem", "pos")), (triplet.negative, ("neg",))
+        return [(Sample(triplet.prompt, answer, triplet.image), states) for answer, states in answers]
+    again = triplet.prompt
+    for name in placeholders if triplet.image is not None else ():
+        again = again.replace(name, "")
+    known, misled = (
+        f"{triplet.prompt} {answer}{'' if answer.endswith(('.', '!', '?')) else '.'} {again.lstrip()}"
+        for answer in (triplet.positive, triplet.negative)
+    )
+    asked = (triplet.prompt, ("sem",)), (known, ("pos",)), (misled, ("neg",))
+    return [(Sample(prompt, triplet.positive, triplet.image), states) for prompt, states in asked]
+
+
+def _placeholders(model: nn.Module, processor: Any) -> list[str]:
+    """The texts that stand for an image in a prompt."""
+    tokenizer = getattr(processor, "tokenizer", processor)
+    tokens = [tokenizer.convert_ids_to_tokens(id) for id in sorted(placeholder_ids(model))]
+    tokens += [getattr(processor, name, None) for name in ("image_token", "boi_token")]
+    return [token for token in tokens if token and isinstance(token, str)]
+
+
+def _spans(batch: Batch, state: str, context: bool) -> list[range]:
+    """Of each row, the positions whose states are entries."""
+    ends, lasts = batch.ends.tolist(), batch.lasts.tolist()
+    if context:
+        return [range(end, min(last, end + _MOST_TOKENS)) for end, last in zip(ends, lasts, strict=True)]
+    return [range(at, at + 1) for at in (ends if state == "sem" else lasts)]
+
+
 @torch.no_grad()
 def _extract(
-    model: nn.Module, processor: Any, triplets: Sequence[Triplet], layers: Sequence[int], batch_size: int, start: int
+    model: nn.Module,
+    processor: Any,
+    triplets: Sequence[Triplet],
+    layers: Sequence[int],
+    batch_size: int,
+    start: int,
+    context: bool,
 ) -> dict[int, Hidden]:
     """The states of a part of the triplets, of which the first is number `start`."""
     for i, t in enumerate(triplets, start):
@@ -196,29 +253,43 @@ def _extract(
     decoder = find_decoder(model)
     attention = {i: decoder.layers[i].attention.module for i in layers}
     device = device_of(model)
-    found: dict[tuple[int, str], list[Tensor]] = {
-        (i, f"{state}_{site}"): [torch.empty(0, dtype=torch.float32, device="cpu")] * len(triplets)
-        for i in layers
-        for state in ("sem", "pos", "neg")
-        for site in ("pre", "out")
-    }
-    plan = batches([Sample(t.prompt, "", t.image) for t in triplets], batch_size)
+    seeing = any(t.image is not None for t in triplets)
+    placeholders = _placeholders(model, processor) if context and seeing else []
+    runs = [_runs(t, context, placeholders) for t in triplets]
+    found: dict[tuple[int, str], dict[int, Tensor]] = defaultdict(dict)
+    answers: dict[int, list[int]] = {}
     with evaluating(model), _record(attention) as store:
-        for indices in plan:
-            for state in ("pos", "neg"):
-                answers = [triplets[i].positive if state == "pos" else triplets[i].negative for i in indices]
-                samples = [
-                    Sample(triplets[i].prompt, a, triplets[i].image) for i, a in zip(indices, answers, strict=True)
-                ]
-                batch = encode(processor, samples, device)
+        for indices in batches([run[0][0] for run in runs], batch_size):
+            for turn, (_, states_of) in enumerate(runs[indices[0]]):
+                batch = encode(processor, [runs[i][turn][0] for i in indices], device)
                 forward(model, batch.inputs)
-                rows = torch.arange(len(indices), dtype=torch.int64, device=device)
-                for (layer, site), states in store.items():
-                    wanted = {f"{state}_{site}": batch.lasts}
-                    if state == "pos":
-                        wanted[f"sem_{site}"] = batch.ends
-                    for name, at in wanted.items():
-                        for i, row in zip(indices, states[rows, at].float().cpu(), strict=True):
-                            found[layer, name][i] = row
-    names = list(Hidden.__dataclass_fields__)
-    return {i: Hidden(**{name: torch.stack(found[i, name]) for name in names}) for i in layers}
+                for state in states_of:
+                    spans = _spans(batch, state, context)
+                    rows, at = torch.tensor(
+                        [(row, position) for row, span in enumerate(spans) for position in span],
+                        dtype=torch.int64, device=device,
+                    ).view(-1, 2).T  # fmt: skip
+                    if context:
+                        tokens = batch.inputs["input_ids"][rows, at + 1].split([len(span) for span in spans])
+                        _check_answers(triplets, start, indices, [t.tolist() for t in tokens], answers)
+                    for (layer, site), states in store.items():
+                        parts = states[rows, at].float().cpu().split([len(span) for span in spans])
+                        found[layer, f"{state}_{site}"].update(zip(indices, parts, strict=True))
+    order, names = range(len(triplets)), Hidden.__dataclass_fields__
+    return {i: Hidden(**{name: torch.cat([found[i, name][j] for j in order]) for name in names}) for i in layers}
+
+
+def _check_answers(
+    triplets: Sequence[Triplet],
+    start: int,
+    indices: Sequence[int],
+    tokens: Sequence[list[int]],
+    answers: dict[int, list[int]],
+) -> None:
+    """Note the tokens of these triplets' answers; whether they are the same ones with knowledge in front of them."""
+    for i, found in zip(indices, tokens, strict=True):
+        what = f"triplets[{start + i}]: the positive answer {triplets[i].positive!r}"
+        if not found:
+            raise ValueError(f"{what} has no tokens")
+        if answers.setdefault(i, found) != found:
+            raise ValueError(f"{what} has other tokens behind the knowledge, {found}, than alone, {answers[i]}")
