@@ -314,3 +314,26 @@ def test_what_does_not_fit_is_refused(setup, make_edit, make_memory):
     cache.crop(-2)
     with pytest.raises(ValueError, match="of 5 tokens 3 are left"):
         logits(model, PROMPTS[:, 3:], past_key_values=cache)
+
+
+@pytest.mark.parametrize("changes", [{}, {"alpha": "last"}, {"retrieval": "sequence"}, {"tokens": "answer"}])
+def test_the_memory_shifts_where_an_edit_acts(make_model, make_edit, make_memory, changes):
+    model = make_model("llama")
+    memory, edits = scoped(model, make_edit)
+    config = replace(memory.config, values="pre", **changes)
+    memory = replace(make_memory(model, replace(config, scope="all")), config=config, scope=memory.scope)
+    edits = [replace(edit, config=config, memory_id=memory.id) for edit in edits]
+    base = logits(model, PROMPTS)
+    uk.patch(model, edits, memory)
+    got = logits(model, PROMPTS)
+    assert torch.equal(got[:, :-1], base[:, :-1]) and torch.equal(got[2], base[2])
+    with uk.explain(model) as trace:
+        again = logits(model, PROMPTS)
+    alpha = trace.passes[0][2].alpha
+    assert torch.equal(again, got) and alpha[:2, -1].all() and not alpha[:, :-1].any() and not alpha[2].any()
+    uk.unpatch(model)
+    uk.patch(model, edits, replace(memory, layers={5: memory.layers[5]}), override=True)
+    assert not torch.allclose(logits(model, PROMPTS)[:2, -1], got[:2, -1], atol=1e-3)
+    uk.unpatch(model)
+    uk.patch(model, [], memory)
+    assert torch.equal(logits(model, PROMPTS), base)

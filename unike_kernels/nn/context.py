@@ -239,6 +239,13 @@ class Pass:
             return rows, None
         return (*rows, ()), behind_prompts(self.last, tokens)
 
+    def edited(self) -> Tensor:
+        """bool [B * T], the tokens that an edit acts on, where a router or a selection says so."""
+        rows, token_rows = self.acting()
+        device = None if token_rows is None else token_rows.device
+        uses = torch.tensor([bool(row) for row in rows or ()], dtype=torch.bool, device=device)
+        return uses.repeat_interleave(self.shape[1]) if token_rows is None else uses[token_rows]
+
 
 def _prompt_ends(lengths: Tensor, config: Config, batch: int, mask: Tensor | None) -> Tensor:
     """int64 [B], index of each row's last prompt token."""

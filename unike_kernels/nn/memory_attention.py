@@ -208,7 +208,7 @@ class MemoryShift(Record):
         result = base(*args, **kwargs)
         now = self.context.now()
         memory: MemoryTables | None = now.version.memories.get(self.layer)
-        if memory is None:
+        if memory is None or (now.scoped and not any(now.acting()[0] or ())):
             return result
         hidden = first_argument(args, kwargs)
         out = result[0] if isinstance(result, tuple) else result
@@ -290,7 +290,7 @@ class MemoryShift(Record):
         shifted = now.shifted
         if self.config.tokens == "answer" and not now.prompted:
             raise _unknown_prompt("tokens='answer'")
-        if shifted is None and rows is None:
+        if shifted is None and rows is None and not now.scoped:
             return None
         if shifted is not None and shifted.shape != (batch, tokens):
             raise RuntimeError(
@@ -298,6 +298,8 @@ class MemoryShift(Record):
                 f"{list(shifted.shape)}: call it through the model"
             )
         bounds = memory.all if rows is None else rows.repeat_interleave(batch * tokens // len(rows), 0)
+        if now.scoped:
+            bounds = torch.where(now.edited().unsqueeze(1), bounds, 0)
         return bounds if shifted is None else torch.where(shifted.reshape(-1, 1), bounds, 0)
 
     def _from_prompt_end(self, now: Pass, name: str, compute: Callable[[Tensor], Tensor]) -> Tensor:

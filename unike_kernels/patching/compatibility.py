@@ -49,8 +49,9 @@ def check_artifacts(
             raise MismatchError("scope='memory': expected a model whose prompt its decoder reads, not an encoder")
         scope = memory.scope.id
         deciding = max(memory.scope.layers, default=0)
-        if early := sorted({i for edit in edits for i in edit.layers if i < deciding}):
-            raise MismatchError(f"edits: their layers {early} come before layer {deciding}, which decides")
+        edited = {*memory.layers, *(i for edit in edits for i in edit.layers)}
+        if early := sorted(i for i in edited if i < deciding):
+            raise MismatchError(f"edits, memory: their layers {early} come before layer {deciding}, which decides")
     for edit in edits:
         check_compatibility(edit, description, config=config, memories=memories, scope=scope, override=override)
     if memory is not None:

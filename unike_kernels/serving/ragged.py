@@ -138,7 +138,7 @@ class RaggedRuntime:
                 raise ValueError(f"shares[{i}].edits: expected distinct keys, got {list(share.edits)}")
         runs = [run for share in shares for run in self._runs(share)]
         self._rows, self._tokens = tuple(rows for rows, _ in runs), tuple(tokens for _, tokens in runs)
-        self._shifted = bool(self._tables) and any(share.memory for share in shares)
+        self._shifted = bool(self._tables) and any(self._remembers(share) for share in shares)
         self._bounds = self._entries(shares) if self._shifted else None
 
     def _runs(self, share: RequestSlice) -> list[tuple[tuple[str, ...], int]]:
@@ -146,17 +146,22 @@ class RaggedRuntime:
         before = min(share.prompt, share.tokens) if self._scoped and share.edits else 0
         return [*([((), before)] if before else []), (tuple(share.edits), share.tokens - before)]
 
+    def _remembers(self, share: RequestSlice) -> bool | str:
+        """Whether the memory shifts a request; with a scope, only where an edit acts."""
+        return share.memory if share.edits or not self._scoped else False
+
     def _entries(self, shares: Sequence[RequestSlice]) -> Tensor | None:
         """int64 [T, 2]: the entries that each token may retrieve; None: all of them, each token."""
         assert self.memory is not None
-        answers = self.memory.config.tokens == "answer"
-        if all(share.memory is True and not (answers and share.prompt) for share in shares):
+        answers = self.memory.config.tokens == "answer" or self._scoped
+        if all(self._remembers(share) is True and not (answers and share.prompt) for share in shares):
             return None
         bounds, start = torch.zeros(sum(self._tokens), 2, dtype=torch.int64, device="cpu"), 0
         for share in shares:
-            first = share.tokens if not share.memory else min(share.prompt, share.tokens) if answers else 0
-            whole = range(len(self.memory) if share.memory else 0)
-            entries = self.memory.entries(share.memory) if isinstance(share.memory, str) else whole
+            asked = self._remembers(share)
+            first = share.tokens if not asked else min(share.prompt, share.tokens) if answers else 0
+            whole = range(len(self.memory) if asked else 0)
+            entries = self.memory.entries(asked) if isinstance(asked, str) else whole
             own = bounds[start + first : start + share.tokens]
             own[:, 0], own[:, 1] = entries.start, entries.stop
             start += share.tokens

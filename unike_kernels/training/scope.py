@@ -333,7 +333,8 @@ def _held_out(facts: Sequence[Fact], training: ScopeTraining) -> set[int]:
     """Numbers of the facts that are only for validation: all of a subject."""
     subjects = _subjects(facts)
     count = max(subjects) + 1
-    order = torch.randperm(count, generator=torch.Generator("cpu").manual_seed(training.seed), device="cpu")
+    generator = torch.Generator("cpu").manual_seed(training.seed)
+    order = torch.randperm(count, generator=generator, dtype=torch.int64, device="cpu")
     chosen = set(order[: round(training.held_out * count)].tolist())
     return {i for i, subject in enumerate(subjects) if subject in chosen}
 
@@ -380,9 +381,12 @@ def _train(
         groups, losses = list(by_subject.values()), []
         with tqdm(range(training.steps), desc="scope", disable=not progress, leave=False) as bar:
             for _ in bar:
-                picked = [groups[i] for i in torch.randperm(len(groups))[: training.subjects].tolist()]
+                picked = [
+                    groups[i]
+                    for i in torch.randperm(len(groups), dtype=torch.int64, device="cpu")[: training.subjects].tolist()
+                ]
                 own = [by_fact[fact] for group in picked for fact in group]
-                batch = torch.cat([of_fact[torch.randperm(len(of_fact))[: training.wordings]] for of_fact in own])
+                batch = torch.cat([of_fact[_shuffled(len(of_fact))[: training.wordings]] for of_fact in own])
                 keys = _keys(encoder, seen.rows(batch), training.token_dropout)
                 loss = _contrastive_loss(keys, of[batch], training.tau)
                 optimizer.zero_grad()
@@ -394,6 +398,10 @@ def _train(
     for t in leaves:
         t.requires_grad_(False)
     return encoder, tuple(losses)
+
+
+def _shuffled(count: int) -> Tensor:
+    return torch.randperm(count, dtype=torch.int64, device="cpu")
 
 
 def _contrastive_loss(keys: Tensor, of: Tensor, tau: float) -> Tensor:
