@@ -149,7 +149,13 @@ def world_suite(name: str, task: Task, model: nn.Module, processor: Any) -> Suit
         split: _wrong(model, processor, list(drawn[split].requests(facts[split], most)))
         for split, most in _PLANS[name, task].requests.items()
     }
-    return Suite(f"{name}-{task}", **requests, preserve=drawn["train"].preserve())
+    return Suite(
+        f"{name}-{task}",
+        requests["train"],
+        requests["validation"],
+        requests["test"],
+        drawn["train"].preserve(),
+    )
 
 
 def _wrong(model: nn.Module, processor: Any, requests: list[Request]) -> list[Request]:

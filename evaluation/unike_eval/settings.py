@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from unike_kernels.config import Config
-from unike_kernels.training import EditTraining, EncoderTraining
+from unike_kernels.training import EditTraining, EncoderTraining, ScopeTraining
 
 Settings = Mapping[str, Any]
 
@@ -61,7 +61,7 @@ def told(settings: Settings) -> str:
     """Settings in words; of a group, what is not the library's own default."""
     words = []
     for name, value in settings.items():
-        if isinstance(value, Config | EditTraining | EncoderTraining):
+        if isinstance(value, Config | EditTraining | EncoderTraining | ScopeTraining):
             usual = type(value)()
             changed = {f: v for f, v in vars(value).items() if v != getattr(usual, f)}
             words.append(" ".join([name, *(f"{f} {v}" for f, v in changed.items())]) if changed else f"{name} as usual")

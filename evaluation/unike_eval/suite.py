@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from unike_kernels.training.samples import Sample, Triplet
+from unike_kernels.training import Fact, Sample, Triplet
 
 from .metrics import Case
 
@@ -46,6 +46,7 @@ class Suite:
         validation: for choosing settings.
         test: for the figures that are reported.
         preserve: questions that the model answers, on which training may hold it; none of them is measured.
+        facts: for training, each asked for in several ways, from which a scope learns to tell facts apart.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Suite:
     validation: Sequence[Request]
     test: Sequence[Request]
     preserve: Sequence[Sample]
+    facts: Sequence[Fact] = ()
 
     def __post_init__(self) -> None:
         ids = [r.id for split in (self.train, self.validation, self.test) for r in split]

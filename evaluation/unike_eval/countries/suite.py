@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from unike_kernels import training
 from unike_kernels.training.samples import Sample
 
 from ..answers import answers
@@ -45,7 +46,11 @@ def countries_suite(model: nn.Module, tokenizer: Any) -> Suite:
     """
     preserve = list(of_split(FAR, "train"))
     split = {name: list(_requests(name, of, model, tokenizer, preserve)) for name, of in split_facts().items()}
-    return Suite("countries", **split, preserve=preserve)
+    asked = [
+        training.Fact([Sample(words, "") for words in prompts(fact, "train", tokenizer)], fact.country, fact.relation)
+        for fact in split_facts()["train"]
+    ]
+    return Suite("countries", split["train"], split["validation"], split["test"], preserve, asked)
 
 
 def _requests(

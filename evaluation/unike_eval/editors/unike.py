@@ -16,7 +16,15 @@ from unike_kernels.artifacts.edit import Edit
 from unike_kernels.artifacts.memory import MemoryBank
 from unike_kernels.config import Config
 from unike_kernels.patching import patched
-from unike_kernels.training import EditTraining, EncoderTraining, build_memory, train_edits
+from unike_kernels.training import (
+    EditTraining,
+    EncoderTraining,
+    ScopeResult,
+    ScopeTraining,
+    build_memory,
+    build_scope,
+    train_edits,
+)
 from unike_kernels.training.build_memory import MemoryResult
 from unike_kernels.training.samples import Sample
 
@@ -26,6 +34,7 @@ from .base import Editor
 
 STEERING = ("truth", "random", "semantic")
 
+_SCOPES: WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], ScopeResult]] = WeakKeyDictionary()
 _MADE: WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], MemoryResult]] = WeakKeyDictionary()
 
 
@@ -39,7 +48,11 @@ class UniKE(Editor):
         latent: shift the attention by the memory; False: neurons alone, zeta' as ever.
         steer: zeta' from the truthfulness space, "truth"; or as long, but a direction at random, "random", or that from
             wrong to right answers in the semantic space, "semantic".
-        seed: of the encoders, the edits and a direction at random.
+        scope: how a scope is trained that decides where an edit acts; None: edits act in every row.
+        scope_layers: whose states it reads, see `build_scope`.
+        layers: of the edits; None: those of the memory.
+        preserve: hold the model to what it says to the suite's preserved questions, and to other edits' requests.
+        seed: of the encoders, the edits, the scope and a direction at random.
     """
 
     name = "UniKE"
@@ -55,10 +68,18 @@ class UniKE(Editor):
         intrinsic: bool = True,
         latent: bool = True,
         steer: Literal["truth", "random", "semantic"] = "truth",
+        scope: ScopeTraining | None = None,
+        scope_layers: Sequence[int] | None = None,
+        layers: Sequence[int] | None = None,
+        preserve: bool = True,
         seed: int = 0,
     ) -> None:
         super().__init__(model, processor)
         self.config, self.seed = config or Config(), seed
+        self.scope = None if scope is None else replace(scope, seed=seed)
+        self.scope_layers, self.layers = scope_layers, layers
+        if scope is not None:
+            self.config = replace(self.config, scope="memory")
         self.encoders = replace(encoders or EncoderTraining(), seed=seed)
         self.training = training or EditTraining()
         if steer not in STEERING:
@@ -70,15 +91,20 @@ class UniKE(Editor):
         self._edits: list[Edit] = []
         self._requests: list[Sample] = []  # of the edits in force: those to come shall not answer for them
         self._prepared: dict[int, Edit] = {}
-        self._preserve: Sequence[Sample] = ()
+        self.preserve, self._preserve = preserve, list[Sample]()
         self._memory: MemoryBank | None = None
         self._zeta: dict[int, Tensor] | None = None
 
     @override
     def fit(self, suite: Suite) -> None:
+        self._preserve = list(suite.preserve) if self.preserve else []
+        scope = None if self.scope is None else self._scope(suite)
+        if scope is not None and not self.latent:  # a memory of the scope alone
+            self._memory = scope.memory(self.model, self.config)
+            return
         made = self._made(suite)
-        self._preserve = suite.preserve
-        self._memory = replace(made.memory, config=self.config) if self.latent else None
+        if self.latent:
+            self._memory = replace(made.memory, config=self.config, scope=scope.scope if scope else None)
         self._zeta = None if self.latent and self.steer == "truth" else self._directions(made)
 
     def _made(self, suite: Suite) -> MemoryResult:
@@ -88,7 +114,27 @@ class UniKE(Editor):
         if key not in known:
             triplets = [r.triplet for r in suite.train]
             known[key] = build_memory(
-                self.model, self.processor, triplets, config=self.config, training=self.encoders, progress=False
+                self.model,
+                self.processor,
+                triplets,
+                config=replace(self.config, scope="all"),
+                training=self.encoders,
+                progress=False,
+            )
+        return known[key]
+
+    def _scope(self, suite: Suite) -> ScopeResult:
+        """Of a suite's facts: variants that differ in other things share it."""
+        known = _SCOPES.setdefault(self.model, {})
+        key = suite.name, self.scope, self.scope_layers
+        if key not in known:
+            known[key] = build_scope(
+                self.model,
+                self.processor,
+                suite.facts,
+                layers=self.scope_layers,
+                training=self.scope,
+                progress=False,
             )
         return known[key]
 
@@ -136,7 +182,8 @@ class UniKE(Editor):
             ids=[f"edit-{n}-{i}" for i in range(len(requests))],
             previous=self._edits,
             preserve=self._preserve,
-            protect=self._requests,
+            protect=self._requests if self.preserve else (),
+            layers=self.layers,
             config=self.config,
             zeta=self._zeta,
             training=replace(self.training, seed=self.seed + n),
