@@ -303,10 +303,7 @@ def read(
 
     Raises ArtifactError as `load` does.
     """
-    try:
-        metadata, table, start = _parsed(file)
-    except (ValueError, RecursionError) as error:
-        raise ArtifactError(f"{path}: not a complete safetensors file: {error}") from error
+    metadata, table, start = _complete(file, path)
     found, version = metadata.get("format"), metadata.get("version")
     if found != f"unike.{kind}":
         raise ArtifactError(f"{path}: expected the format unike.{kind}, got {found!r:.80}")
@@ -343,6 +340,20 @@ def read(
             raise ArtifactError(f"{path}: tensor {name!r} does not agree with its checksum")
         tensors[name] = t
     return header, tensors
+
+
+def kind_of(path: str | os.PathLike[str]) -> str:
+    """Which kind of artifact a file says that it holds, "" for none. Raises as `load` does."""
+    with opened(path) as file:
+        return str(_complete(file, path)[0].get("format", "")).removeprefix("unike.")
+
+
+def _complete(file: IO[bytes], path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Any], int]:
+    """`_parsed`. Raises ArtifactError."""
+    try:
+        return _parsed(file)
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(f"{path}: not a complete safetensors file: {error}") from error
 
 
 def _parsed(file: IO[bytes]) -> tuple[dict[str, Any], dict[str, tuple[torch.dtype, list[int], int]], int]:

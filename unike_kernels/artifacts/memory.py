@@ -147,10 +147,12 @@ class MemoryBank:
 
         `uk.rows(model, memory=["acme", "globex", False])`: a row retrieves from the entries of its tenant alone, and no
         other tenant's entries change a bit of it. Edits that were trained with one of the memories fit the joined one.
+        What their scopes know of other facts, the joined one's knows, for the rows of all tenants.
 
         Raises:
             ValueError: no memories.
-            MismatchError: they differ in config, layers, base model, Enc_sem or zeta'.
+            MismatchError: they differ in config, layers, base model, Enc_sem, zeta', or in a scope's encoder or
+                thresholds.
         """
         if not banks:
             raise ValueError("banks: expected at least one memory, got none")
@@ -164,6 +166,9 @@ class MemoryBank:
             tenants[tenant] = range(start, start + len(bank))
             start += len(bank)
         parts = {tenant: bank.id for tenant, bank in banks.items()}
+        scope = first.scope
+        for _, bank in rest:
+            scope = scope and bank.scope and scope.joined(bank.scope)
         return cls(
             layers,
             first.config,
@@ -171,7 +176,7 @@ class MemoryBank:
             {"joined": ", ".join(banks)},
             tenants=tenants,
             parts=parts,
-            scope=first.scope,
+            scope=scope,
         )
 
     @property
@@ -294,7 +299,8 @@ def _differences(one: MemoryBank, other: MemoryBank) -> list[str]:
         found.append("config")
     if not agree(one.base_model, other.base_model):
         found.append("base model")
-    if (one.scope is None) != (other.scope is None) or (one.scope and other.scope and one.scope.id != other.scope.id):
+    scopes = [s and (s.id, s.threshold, s.same) for s in (one.scope, other.scope)]
+    if scopes[0] != scopes[1]:
         found.append("scope")
     if one.layers.keys() != other.layers.keys():
         return [*found, "layers"]

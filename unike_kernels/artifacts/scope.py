@@ -9,8 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ops.cosine_topk import cosine_topk
 from ..ops.prompt_encoder import SPELLING, PromptEncoder, StateBlock, TextBlock
 from . import files
+
+_ROUNDING = 1e-5  # of the cosine of two keys of one prompt, which were computed in other batches
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,7 @@ class Scope:
         for name in ("threshold", "false_alarms", "same"):
             if not abs(getattr(self, name)) <= 2:
                 raise ValueError(f"Scope.{name}: expected a number in -2..2, got {getattr(self, name)!r}")
+            object.__setattr__(self, name, float(getattr(self, name)))  # as a file has it
 
     @property
     def id(self) -> str:
@@ -100,6 +104,24 @@ class Scope:
             return more
         known, new = (self.names or ("",) * self.count)[: self.count], names or ("",) * (more.count - self.count)
         return replace(more, names=(*known, *new))
+
+    def joined(self, other: Scope) -> Scope:
+        """With what another scope of the same encoder knows. Facts that have an entry in common are one: as two they
+        would be each other's rivals."""
+        known, number = torch.zeros(len(other.entries), dtype=torch.bool, device="cpu"), {}
+        if len(self.entries) and len(other.entries):
+            cosine, nearest = (t[:, 0] for t in cosine_topk(other.entries, self.entries, 1, normalized=True))
+            known = cosine > 1 - _ROUNDING
+            number = dict(zip(other.facts[known].tolist(), self.facts[nearest[known]].tolist(), strict=True))
+        new = [fact for fact in other.facts.unique().tolist() if fact not in number]
+        number |= {fact: self.count + i for i, fact in enumerate(new)}
+        names = None
+        if self.names is not None or other.names is not None:
+            own = (self.names or ("",) * self.count)[: self.count]
+            names = (*own, *(other.names[fact] if other.names else "" for fact in new))
+        facts = torch.tensor([number[fact] for fact in other.facts[~known].tolist()], dtype=torch.int64, device="cpu")
+        entries = torch.cat([self.entries, other.entries[~known]])
+        return replace(self, entries=entries, facts=torch.cat([self.facts, facts]), names=names)
 
     def tensors(self) -> dict[str, Tensor]:
         """Name -> tensor, as a file has them."""

@@ -1,14 +1,18 @@
-"""`unike info MODEL`: what `patch` would find in a model, and what edits and a memory would cost there."""
+"""`unike info`: what `patch` would find in a model, and what edits and a memory would cost there; or what is in a file."""
 
 from __future__ import annotations
 
 import argparse
+import os
 from importlib import metadata
 
 import torch
 from torch import nn
 
 from .. import backbones
+from ..artifacts import files
+from ..artifacts.edit import Edit
+from ..artifacts.memory import MemoryBank
 from ..environment import show_config
 from ..errors import UnsupportedModelError
 
@@ -17,7 +21,7 @@ _WORDS = 4  # columns of the table that hold no numbers
 _SCAN = 64  # bytes to which the codes of an int8 scan are padded; 16 more bound their errors
 
 
-HELP = "versions, CPU and backends; or what would be patched in a model"
+HELP = "versions, CPU and backends; what would be patched in a model; or what an edit or a memory holds"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,16 +30,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "model",
         nargs="?",
         help="a folder, a name on the Hugging Face hub, or a model that a package brings (unike-eval: digits-opt, "
-        "digits-llama, easyvqa-opt, easyvqa-llama)",
+        "digits-llama, easyvqa-opt, easyvqa-llama); or the file of an edit or a memory",
     )
     parser.add_argument("--neurons", type=int, default=10, help="of an edit, in each layer (default: %(default)s)")
     parser.add_argument("--entries", type=int, default=15_000, help="of a memory (default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the versions, or the table of a model; no weights are read.
+    """Print the versions, the table of a model, of which no weights are read, or what a file holds.
 
     Raises:
+        ArtifactError: a file that is neither an edit nor a memory, or is damaged.
         FileNotFoundError: there is no such model.
         UnsupportedModelError: the structure of the model is not known.
         ValueError: a negative number.
@@ -47,6 +52,9 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(
             f"neurons, entries: expected numbers that are not negative, got {args.neurons} and {args.entries}"
         )
+    if os.path.isfile(args.model):
+        print(describe_file(args.model))
+        return 0
     print(describe(_skeleton(args.model), args.neurons, args.entries))
     return 0
 
@@ -109,6 +117,42 @@ def describe(model: nn.Module, neurons: int, entries: int) -> str:
         f"In {len(usual)} layers: {len(usual) * edit:,} parameters of an edit, and "
         f"{len(usual) * entries * d * 8 / 1e6:,.0f} MB for index and keys of the memory.",
     ])  # fmt: skip
+
+
+def describe_file(path: str) -> str:
+    """What an edit or a memory holds. Raises ArtifactError."""
+    artifact: Edit | MemoryBank = Edit.load(path) if files.kind_of(path) == "edit" else MemoryBank.load(path, mmap=True)
+    lines = _of_edit(artifact) if isinstance(artifact, Edit) else _of_memory(artifact)
+    model = artifact.base_model
+    return "\n".join([
+        *lines,
+        f"  model: {model['model_type']}, {model['layers']} layers, d = {artifact.hidden_size}",
+        f"  {artifact.config}",
+        *(f"  {name}: {text}" for name, text in artifact.notes.items()),
+    ])  # fmt: skip
+
+
+def _of_edit(edit: Edit) -> list[str]:
+    neurons = ", ".join(f"{i}: {len(layer.keys)}" for i, layer in sorted(edit.layers.items()))
+    lines = [f"edit {edit.id!r}: neurons in layers {neurons}; {edit.nbytes:,} bytes", f"  memory: {edit.memory_id}"]
+    if edit.entries is not None:
+        lines.append(f"  scope: {len(edit.entries)} {'entry' if len(edit.entries) == 1 else 'entries'} of {edit.scope_id}")
+    return lines
+
+
+def _of_memory(memory: MemoryBank) -> list[str]:
+    layers = ", ".join(map(str, sorted(memory.layers))) or "none"
+    lines = [f"memory {memory.id}: {len(memory):,} entries in layers {layers}; {memory.nbytes:,} bytes"]
+    lines += [f"  tenant {name!r}: {len(entries):,} entries" for name, entries in memory.tenants.items()]
+    if (scope := memory.scope) is not None:
+        reads = f"the text and layers {', '.join(map(str, scope.layers))}" if scope.layers else "the text"
+        lines += [
+            f"  scope {scope.id}: {scope.count:,} facts in {len(scope.entries):,} entries of width "
+            f"{scope.encoder.width}, told by {reads}",
+            f"  an edit acts above a margin of {scope.threshold:.3f}, in {scope.false_alarms:.1%} of the prompts for "
+            "neighbouring facts",
+        ]
+    return lines
 
 
 def _activation(layer: backbones.Layer) -> str:

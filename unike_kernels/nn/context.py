@@ -219,12 +219,10 @@ class Pass:
         runs; a row that is the last one more is that of the tokens without edits."""
         if not self.scoped:
             return self.selection.edits, None
-        if not self.prompted or self.traced:
+        if not self.prompted:
             raise ValueError(
                 "this Config needs the prompt's end (scope='memory'): call the model inside uk.rows(model, "
                 "prompt_lengths=[...])"
-                if not self.prompted
-                else "scope='memory': expected a model that is not compiled"
             )
         batch, tokens = self.shape
         if self.selection.forced or self.version.router is None:
@@ -435,9 +433,11 @@ class ModelContext:
         """
         if self.orphaned:
             raise _copied_alone()
-        traced = torch.compiler.is_compiling()
-        tells = tells and self.config is not None and self.config.needs_prompt_ends
+        traced = self._tracing_now()
         tells = tells and selection is not None and selection.prompt is None
+        tells = tells and self.config is not None and self.config.needs_prompt_ends
+        if traced and self.config is not None and self.config.needs_whole_prompts:
+            tells = False  # compiled code knows nothing of the pass before
         generation = Generation() if traced else self._generation(cache, selection, tokens, past, tells)
         trace = None if traced else self.traces.innermost()
         ends = self._ends(generation, batch, tokens, attention_mask, device) if tells else None
@@ -460,6 +460,15 @@ class ModelContext:
             outer=local.running,
             **inputs,
         )
+
+    def _tracing_now(self) -> bool:
+        """Whether torch.compile traces what asks. Raises ValueError where no compiled code can do what is asked for."""
+        traced = torch.compiler.is_compiling()
+        if traced and self.config is not None and self.config.scope == "memory":
+            # Without the break it would take the error for a reason not to compile this, and go on.
+            torch._dynamo.graph_break(msg=_COMPILED)  # type: ignore[no-untyped-call]
+            raise ValueError(_COMPILED)
+        return traced
 
     def end(self, cache: Any = None) -> None:
         """The pass that began last has ended, or failed; the cache that it has made is what its generation is known by
@@ -529,14 +538,14 @@ class ModelContext:
     def _outside(self) -> Pass:
         if self.orphaned:
             raise _copied_alone()
-        traced = torch.compiler.is_compiling()
+        traced = self._tracing_now()
         if not traced:
             if self.config is not None and torch._C._current_graph_task_id() != -1:
                 raise _lost()
             if not self.selections.blocks and self.default == "all":
                 return self._idle
         selection = self.in_force()
-        return Pass(NOTHING) if selection is None else Pass(self.current, selection, traced=traced)
+        return Pass(NOTHING) if selection is None else Pass(self.current, selection, generation=Generation(), traced=traced)
 
     @property
     def inputs(self) -> dict[int, Any]:
@@ -599,6 +608,11 @@ def _lost() -> PatchError:
 
 
 # --- compiled code ---------------------------------------------------------------------------------------------------
+
+_COMPILED = (
+    "scope='memory': expected a model that is not compiled, as the text of a prompt decides where an edit acts; call the "
+    "model itself, and generate(..., disable_compile=True) with a static cache"
+)
 
 _keys = itertools.count()
 _contexts: WeakValueDictionary[int, ModelContext] = WeakValueDictionary()

@@ -72,6 +72,7 @@ class PatchReport:
         nbytes: bytes of the edits and of the memory's tables.
         scope: where edits act, see `Config.scope`.
         replaced: with scope="memory", edits whose fact a newer one is about, too -> the newer one, which wins.
+        facts: with scope="memory", other facts that the memory knows.
     """
 
     model: str
@@ -82,6 +83,7 @@ class PatchReport:
     nbytes: int
     scope: str = "all"
     replaced: Mapping[str, str] = field(default_factory=dict)
+    facts: int = 0
 
     def __str__(self) -> str:
         lines = [
@@ -91,7 +93,7 @@ class PatchReport:
         ]
         if self.scope == "memory":
             replaced = [f"  {new!r} takes the place of {old!r}: one fact" for old, new in self.replaced.items()]
-            lines[2:2] = ["  scope: an edit acts where its entry wins", *replaced]
+            lines[2:2] = [f"  scope: an edit acts where its entry wins against {self.facts:,} other facts", *replaced]
         lines += [f"  {i:5d}  {ffn:24s}  {attn:14s}  {n:7d}  {m:7d}" for i, ffn, attn, n, m in self.layers]
         return "\n".join(lines)
 
@@ -419,4 +421,5 @@ def _report(model: nn.Module, decoder: backbones.Decoder, state: PatchedState) -
         nbytes,
         state.config.scope,
         router.replaced if router else {},
+        state.memory.scope.count if router and state.memory and state.memory.scope else 0,
     )

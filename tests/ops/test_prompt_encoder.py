@@ -1,0 +1,219 @@
+"""The key of a prompt: what its words are, how these are spelled, and what is read, against the same by hand."""
+
+import pytest
+import torch
+
+from unike_kernels.ops.prompt_encoder import (
+    SPELLING,
+    PromptEncoder,
+    StateBlock,
+    Text,
+    TextBlock,
+    Vocabulary,
+    encode_prompts,
+)
+
+PIECES = (" Par", "is", " paris", "?", " in", " 19", "84", "", "Par", " ", "'s", " 東京", "-", " x2", "é")
+
+
+@pytest.mark.parametrize(
+    ("ids", "words"),
+    [
+        ([], []),
+        ([0, 1], ["paris", "paris"]),
+        ([8, 1], ["paris", "paris"]),  # at the start of a line
+        ([2, 4, 0, 1, 3], ["paris", "in", "paris", "paris", "?"]),
+        ([0, 1, 10, 4], ["paris", "paris", "'s", "in"]),  # a sign begins a word, and ends one
+        ([0, 12, 8, 1], ["par", "-", "paris", "paris"]),
+        ([5, 6], ["1984", "1984"]),
+        ([4, 6, 13], ["in84", "in84", "x2"]),
+        ([7, 0, 7, 1], ["", "par", "", "is"]),  # chat markers
+        ([9, 8, 1], ["", "paris", "paris"]),
+        ([99, 1, 2**40], ["", "is", ""]),
+        ([11], ["東京"]),
+        ([8, 14], ["paré", "paré"]),
+        ([3, 3], ["?", "?"]),
+    ],
+)
+def test_the_words_of_a_text(ids, words):
+    assert Vocabulary(PIECES).words(ids) == words
+
+
+def test_a_spelling_is_that_of_the_whole_word():
+    """However it is cut into tokens; with the same numbers everywhere and for ever, as files depend on them."""
+    vocabulary = Vocabulary(PIECES)
+    one, other = vocabulary.spelled([0, 1, 3]), vocabulary.spelled([2, 3, 7])
+    assert one.shape == (3, SPELLING) and one.dtype == torch.float32
+    assert torch.equal(one[0], one[1]) and torch.equal(one[0], other[0])
+    assert torch.equal(one[2], other[1]) and not torch.equal(one[0], one[2])
+    assert not other[2].any()
+    torch.testing.assert_close(one.norm(dim=-1), torch.full((3,), 16.0))
+    assert vocabulary.spelled([]).shape == (0, SPELLING)
+    near, far = (torch.cosine_similarity(one[0], vocabulary.spelled([i])[0], dim=0) for i in (8, 4))
+    assert near > 0.35 > 0.25 > abs(far)
+    pinned = torch.tensor([1.8839833, 1.8839833, -0.4709958, 0.4709958, 0.4709958, -0.9419916])
+    torch.testing.assert_close(one[0, :6], pinned, rtol=1e-6, atol=1e-6)
+    assert int((one[0] > 0).sum()) == 90
+
+
+def test_spellings_that_are_forgotten_come_back(monkeypatch):
+    vocabulary = Vocabulary(PIECES)
+    before = vocabulary.spelled([0, 3, 4])
+    monkeypatch.setattr("unike_kernels.ops.prompt_encoder._WORDS", 2)
+    assert torch.equal(vocabulary.spelled([0, 3, 4]), before)
+    assert torch.equal(vocabulary.spelled([5, 3, 13, 4])[[1, 3]], before[1:])
+    assert len(vocabulary._known) <= 3
+
+
+def draw(*shape):
+    return torch.randn(*shape) / max(shape[-1], 1) ** 0.5
+
+
+def block(e, h, heads, c):
+    return TextBlock(
+        draw(h, e), draw(h, SPELLING), draw(h), draw(h, h, 3), draw(h), draw(heads, h) * 3, draw(heads),
+        draw(c, e), draw(c, SPELLING),
+    )  # fmt: skip
+
+
+E, STATES = 12, 20
+
+
+def make_encoder(layers=0):
+    states = StateBlock(draw(layers, STATES), draw(7, layers * STATES), draw(7), draw(5, 7), draw(5))
+    return PromptEncoder(draw(E), torch.rand(E) + 0.5, (block(E, 6, 2, 8), block(E, 5, 3, 9)), states if layers else None)
+
+
+def make_text(lengths, most=None):
+    """Each token with a row of its own in both tables."""
+    most = most or max(lengths)
+    count = len(lengths) * most
+    each = torch.arange(count).view(len(lengths), most)
+    within = torch.arange(most) < torch.tensor(lengths).unsqueeze(1)
+    return Text(torch.randn(count, E), torch.randn(count, SPELLING), each, each, within)
+
+
+def unit(x):
+    return x / x.norm(dim=-1, keepdim=True)
+
+
+def by_hand(encoder, text, states=None, attended=None):
+    """In float64, prompt by prompt and token by token."""
+    gelu = torch.nn.functional.gelu
+    encoder = PromptEncoder.of(
+        {name: t.double() for name, t in encoder.tensors().items()}, len(encoder.blocks), encoder.states is not None
+    )
+    keys = []
+    for row, within in enumerate(text.within):
+        x = text.tokens[text.token[row, within]].double()
+        s = text.words[text.word[row, within]].double()
+        x = unit((x - encoder.mean) / encoder.spread) * E**0.5
+        may = torch.ones(len(x), dtype=torch.bool) if attended is None else attended[row, within]
+        parts = []
+        for b in encoder.blocks:
+            own = x @ b.token.T + s @ b.word.T + b.bias
+            heads, seen = len(b.query), []
+            for t in range(len(x)):
+                around = b.conv_bias.clone()
+                for j in range(3):
+                    if 0 <= t + j - 1 < len(x):
+                        around += b.conv[:, :, j] @ own[t + j - 1]
+                seen.append(gelu(own[t] + gelu(around)))
+            logits = torch.stack(seen) @ b.query.T + b.query_bias
+            logits[~may] = float("-inf")
+            weights, values = logits.softmax(0), (x @ b.token_value.T + s @ b.word_value.T).view(len(x), heads, -1)
+            parts.append(unit(torch.stack([weights[:, i] @ values[:, i] for i in range(heads)]).flatten()))
+        if encoder.states is not None and states is not None:
+            last = encoder.states
+            own = unit(states[row].double() - last.means) * STATES**0.5
+            parts.append(unit(last.w2 @ gelu(last.w1 @ own.flatten() + last.b1) + last.b2))
+        keys.append(torch.cat(parts) / len(parts) ** 0.5)
+    return torch.stack(keys)
+
+
+@pytest.mark.parametrize("layers", [0, 2])
+@pytest.mark.parametrize("attends", ["all", "some"])
+def test_keys_against_the_same_by_hand(layers, attends):
+    encoder, text = make_encoder(layers), make_text([5, 1, 3])
+    states = torch.randn(3, layers, STATES) if layers else None
+    attended = torch.tensor([[1, 0, 1, 0, 0], [1, 0, 0, 0, 0], [0, 1, 1, 1, 1]]).bool() if attends == "some" else None
+    keys = encode_prompts(encoder, text, states, attended)
+    assert keys.shape == (3, encoder.width) == (3, 8 + 9 + (5 if layers else 0)) and keys.dtype == torch.float32
+    torch.testing.assert_close(keys.norm(dim=-1), torch.ones(3))
+    torch.testing.assert_close(keys.double(), by_hand(encoder, text, states, attended), rtol=1e-5, atol=1e-6)
+    if attends == "some":
+        assert not torch.allclose(keys, encode_prompts(encoder, text, states), atol=1e-3)
+
+
+def test_each_part_counts():
+    encoder, text, states = make_encoder(2), make_text([4]), torch.randn(1, 2, STATES)
+    key = encode_prompts(encoder, text, states)
+    for other in (text._replace(tokens=torch.randn_like(text.tokens)), text._replace(words=torch.randn_like(text.words))):
+        assert (encode_prompts(encoder, other, states) - key)[0, :17].abs().max() > 1e-2
+        assert torch.equal(encode_prompts(encoder, other, states)[0, 17:], key[0, 17:])
+    for layer in range(2):
+        changed = states.clone()
+        changed[0, layer] += torch.randn(STATES)
+        assert (encode_prompts(encoder, text, changed) - key)[0, 17:].abs().max() > 1e-2
+    torch.testing.assert_close(encode_prompts(encoder, text)[0] * (2 / 3) ** 0.5, key[0, :17])  # without states
+
+
+@pytest.mark.parametrize("sides", [(0, 3), (2, 0), (1, 4)])
+def test_padding_changes_nothing(sides):
+    """In front or behind, whatever stands in it."""
+    encoder, text = make_encoder(), make_text([5, 5])
+    key = encode_prompts(encoder, text)
+    tokens = torch.cat([text.tokens, 100 * torch.randn(1, E)])
+    words = torch.cat([text.words, 100 * torch.randn(1, SPELLING)])
+    token, word = (torch.nn.functional.pad(t, sides, value=len(tokens) - 1) for t in (text.token, text.word))
+    within = torch.nn.functional.pad(text.within, sides, value=False)
+    padded = encode_prompts(encoder, Text(tokens, words, token, word, within))
+    torch.testing.assert_close(padded, key, rtol=1e-5, atol=1e-6)
+
+
+def test_a_prompt_without_tokens_is_nothing():
+    encoder, text = make_encoder(), make_text([3, 0])
+    keys = encode_prompts(encoder, text)
+    assert keys.isfinite().all() and not keys[1].any()
+    torch.testing.assert_close(keys[:1], encode_prompts(encoder, text)[:1])
+    unseen = encode_prompts(encoder, text, attended=torch.zeros(2, 3, dtype=torch.bool))
+    assert not unseen.any()
+
+
+def test_tokens_and_words_that_come_again_are_projected_once():
+    """Tables of the distinct ones say the same as a row for each token."""
+    encoder, tokens, words = make_encoder(), torch.randn(4, E), torch.randn(3, SPELLING)
+    token, word = torch.tensor([[0, 1, 1, 3], [2, 2, 0, 1]]), torch.tensor([[0, 0, 2, 1], [1, 1, 0, 2]])
+    within = torch.tensor([[True, True, True, True], [True, True, True, False]])
+    each = torch.arange(8).view(2, 4)
+    apart = Text(tokens[token.flatten()], words[word.flatten()], each, each, within)
+    torch.testing.assert_close(
+        encode_prompts(encoder, Text(tokens, words, token, word, within)), encode_prompts(encoder, apart)
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_embeddings_of_any_precision(dtype):
+    encoder, text = make_encoder(), make_text([4, 2])
+    tokens = text.tokens.to(dtype)
+    keys = encode_prompts(encoder, text._replace(tokens=tokens))
+    assert keys.dtype == torch.float32
+    assert torch.equal(keys, encode_prompts(encoder, text._replace(tokens=tokens.float())))
+
+
+def test_gradients_reach_every_part():
+    encoder, text, states = make_encoder(2), make_text([4, 3]), torch.randn(2, 2, STATES)
+    tensors = {name: t.requires_grad_() for name, t in encoder.tensors().items()}
+    (encode_prompts(encoder, text, states) ** 2 @ torch.rand(encoder.width)).sum().backward()
+    shared = {"blocks.0.query_bias", "blocks.1.query_bias"}  # of all tokens the same: it makes no difference
+    assert all(t.grad.abs().max() > 1e-7 for name, t in tensors.items() if name not in shared)
+
+
+def test_an_encoder_is_its_tensors():
+    for layers in (0, 2):
+        encoder = make_encoder(layers)
+        again = PromptEncoder.of(encoder.tensors(), 2, bool(layers))
+        assert again.tensors().keys() == encoder.tensors().keys()
+        assert all(torch.equal(again.tensors()[name], t) for name, t in encoder.tensors().items())
+    with pytest.raises(KeyError, match="blocks.2"):
+        PromptEncoder.of(encoder.tensors(), 3, True)
