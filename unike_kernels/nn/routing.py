@@ -167,7 +167,8 @@ class Router(Tables):
         kept = [i for i, owner in enumerate(self.owners) if owner != name]
         new.entries = self.entries[torch.tensor(kept, dtype=torch.int64, device=self.entries.device)]
         new.owners = [self.owners[i] for i in kept]
-        new.replaced = {old: by for old, by in self.replaced.items() if name not in (old, by)}
+        passed_on = {old: self.replaced.get(name) if by == name else by for old, by in self.replaced.items()}
+        new.replaced = {old: by for old, by in passed_on.items() if old != name and by is not None}
         new.retired = {edit: fact for edit, fact in self.retired.items() if edit != name}
         return new
 
@@ -292,12 +293,20 @@ class Router(Tables):
             routes.append(Route(acts, nearest, scores[0], other, rival, self.threshold))
         return routes
 
+    def _newer(self, name: str) -> set[str]:
+        """The edits of this one's fact that came after it."""
+        found = set()
+        while name in self.replaced:
+            name = self.replaced[name]
+            found.add(name)
+        return found
+
     def _candidates(self, names: tuple[str, ...] | None) -> _Candidates:
         """What competes in a row: its edits, but for those that a newer one of them has replaced, and the other facts,
         but for those that one of them is about."""
         if names not in self._tables:
             among = set(self.owners if names is None else names)
-            live = [i for i, name in enumerate(self.owners) if name in among and self.replaced.get(name) not in among]
+            live = [i for i, name in enumerate(self.owners) if name in among and not self._newer(name) & among]
             about = {fact for name, fact in self.retired.items() if name in among}
             facts = self.facts.tolist()
             others = [i for i, fact in enumerate(facts) if fact not in about]

@@ -1,0 +1,175 @@
+"""Which edits act in a row, decided from keys: against the rule by hand."""
+
+import pytest
+import torch
+
+from unike_kernels.nn.routing import Route, Router, behind_prompts
+from unike_kernels.ops.prompt_encoder import PromptEncoder, TextBlock, Vocabulary
+
+E, C = 8, 16
+
+
+def make_router(others=None, facts=None, threshold=0.1, same=1.9):
+    block = TextBlock(
+        torch.randn(3, E), torch.randn(3, 256), torch.randn(3), torch.randn(3, 3, 3), torch.randn(3),
+        torch.randn(2, 3), torch.randn(2), torch.randn(C, E), torch.randn(C, 256),
+    )  # fmt: skip
+    encoder = PromptEncoder(torch.zeros(E), torch.ones(E), (block,))
+    others = torch.zeros(0, C) if others is None else others
+    facts = torch.arange(len(others)) if facts is None else torch.tensor(facts)
+    return Router("scope", encoder, Vocabulary((" a",)), (), others, facts, threshold, same)
+
+
+def unit(*shape):
+    return torch.nn.functional.normalize(torch.randn(*shape), dim=-1)
+
+
+def axis(*numbers):
+    """Unit vectors along these axes."""
+    return torch.eye(C)[list(numbers)]
+
+
+def by_hand(key, entries, names, others, facts, threshold):
+    """entries: edit -> [n, C]; names: those the row may use, None for all."""
+    own = {n: float((e @ key).max()) for n, e in entries.items() if names is None or n in names}
+    if not own:
+        return None, None, None
+    nearest = max(own, key=own.get)
+    rivals = [(v, n) for n, v in own.items() if n != nearest]
+    rivals += [(float(o @ key), f) for o, f in zip(others, facts, strict=True)]
+    rival, other = max(rivals, key=lambda pair: pair[0]) if rivals else (0.0, None)
+    return (nearest if own[nearest] - rival > threshold else None), nearest, other
+
+
+@pytest.mark.parametrize("others", [0, 1, 30])
+def test_rows_of_different_edits(others):
+    rest, facts = unit(others, C), [i // 2 for i in range(others)]
+    router, entries = make_router(rest, facts), {}
+    for name, n in (("a", 3), ("b", 1), ("c", 5), ("d", 2)):
+        entries[name] = unit(n, C)
+        router = router.with_edit(name, entries[name])
+    rows = [None, ("a",), (), ("b", "c"), ("c", "b"), ("d",), ("a", "b", "c", "d"), ("unknown",)] * 12
+    near = torch.cat([*entries.values(), rest]).repeat(9, 1)[: len(rows)]
+    keys = torch.nn.functional.normalize(near + unit(len(rows), C), dim=-1)
+    routes = router.decide(keys, rows)
+    acted = set()
+    for route, key, names in zip(routes, keys, rows, strict=True):
+        wanted = by_hand(key, entries, names, rest, facts, 0.1)
+        assert (route.edit, route.nearest, route.other) == wanted and route.threshold == 0.1
+        if route.nearest is not None:
+            assert route.score == pytest.approx(float((entries[route.nearest] @ key).max()), abs=1e-6)
+            assert route.margin == pytest.approx(route.score - route.other_score)
+        acted.add(route.edit)
+    assert {"a", None} < acted
+
+
+def test_many_rows_and_many_edits():
+    """A key is decided alone: the same whatever rows are beside it."""
+    rest = unit(50, C)
+    router = make_router(rest, threshold=0.05)
+    entries = {f"e{i}": unit(1 + i % 3, C) for i in range(60)}
+    for name, own in entries.items():
+        router = router.with_edit(name, own)
+    near = torch.cat([own[:1] for own in entries.values()]) + 0.1 * unit(60, C)
+    keys = torch.nn.functional.normalize(near, dim=-1).repeat(9, 1)
+    routes = router.decide(keys, [None] * 540)
+    assert routes == [*router.decide(keys[:270], [None] * 270), *router.decide(keys[270:], [None] * 270)]
+    assert routes[:60] == routes[60:120]
+    for route, key in zip(routes[:60], keys, strict=False):
+        assert (route.edit, route.nearest, route.other) == by_hand(key, entries, None, rest, range(50), 0.05)
+    assert {route.edit for route in routes} - {None}
+
+
+def test_no_edits_and_no_other_facts():
+    nothing = Route(None, None, 0.0, None, 0.0, 0.1)
+    assert make_router().decide(axis(0), [None]) == make_router(axis(0)).decide(axis(0), [("a",)]) == [nothing]
+    assert make_router().decide(axis(), []) == []
+    router = make_router().with_edit("a", axis(0))
+    far, near = router.decide(torch.stack([axis(1)[0], axis(0)[0]]), [None, None])
+    assert (near.edit, near.other, near.other_score, near.margin) == ("a", None, 0.0, 1.0)
+    assert (far.edit, far.nearest, far.margin) == (None, "a", 0.0)
+
+
+def test_a_tie_is_nobodys():
+    """Two edits as near, or an edit and a fact: the margin is 0. At the threshold itself no edit acts."""
+    two = make_router(threshold=0.0).with_edit("a", axis(0)).with_edit("b", axis(0))
+    assert [r.edit for r in two.decide(axis(0), [None])] == [None]
+    assert [r.edit for r in two.decide(axis(0, 0), [("a",), ("b",)])] == ["a", "b"]
+    fact = make_router(axis(0), threshold=0.0).with_edit("a", axis(0))
+    (route,) = fact.decide(axis(0), [None])
+    assert route.edit is None and route.other == 0 and route.margin == 0.0
+    at = make_router(threshold=1.0).with_edit("a", axis(0))
+    assert at.decide(axis(0), [None])[0].edit is None
+
+
+def test_an_edits_own_entries_are_no_rivals():
+    """All of the nearest ones may be its own; the best of another edit still counts."""
+    near = torch.nn.functional.normalize(axis(0).repeat(4, 1) + 0.05 * unit(4, C), dim=-1)
+    beside = torch.nn.functional.normalize(axis(0) + 0.8 * axis(1), dim=-1)
+    router = make_router(threshold=0.1).with_edit("one", near).with_edit("two", beside)
+    (route,) = router.decide(axis(0), [None])
+    assert route.edit == "one" and route.other == "two" and route.other_score == pytest.approx(float(beside[0, 0]))
+
+
+def test_a_newer_edit_of_a_fact_takes_the_place():
+    slightly = torch.nn.functional.normalize(axis(0) + 0.1 * axis(1), dim=-1)
+    first = make_router(axis(5), same=0.5).with_edit("old", axis(0)).with_edit("other", axis(2))
+    router = first.with_edit("new", slightly)
+    assert router.replaced == {"old": "new"} and not first.replaced
+    assert [r.edit for r in router.decide(axis(0, 0, 2), [None, ("old", "other"), None])] == ["new", "old", "other"]
+    assert router.decide(axis(0), [("new", "old")])[0].edit == "new"
+    newest = router.with_edit("newest", axis(0))
+    assert newest.replaced == {"old": "new", "new": "newest"}
+    assert newest.decide(axis(0), [None])[0].edit == "newest"
+    assert newest.without("newest").decide(axis(0), [None])[0].edit == "new"
+    assert newest.decide(axis(0), [("old", "newest")])[0].edit == "newest"
+    assert newest.without("new").replaced == {"old": "newest"}
+    assert newest.without("new").decide(axis(0), [None])[0].edit == "newest"
+    assert router.without("new").decide(axis(0), [None])[0].edit == "old"
+    assert router.decide(axis(0), [None])[0].edit == "new"  # which it leaves as it was
+    assert make_router(axis(5)).with_edit("old", axis(0)).with_edit("new", slightly).replaced == {}  # same is 1.9
+
+
+def test_a_fact_that_an_edit_is_about_is_no_rival():
+    others = torch.cat([axis(0), torch.nn.functional.normalize(axis(0) + 0.2 * axis(1), dim=-1), axis(3)])
+    router = make_router(others, [7, 7, 4], same=0.5).with_edit("a", axis(0))
+    assert router.retired == {"a": 7} and not router.replaced
+    (route,) = router.decide(axis(0), [None])
+    assert route.edit == "a" and route.other == 4
+    both = router.with_edit("b", axis(9))
+    assert both.retired == {"a": 7}
+    assert both.decide(axis(0), [("b",)])[0].other == 7  # where a may not act, it is one
+    assert both.without("a").retired == {} and both.without("a").decide(axis(0), [None])[0].other == 7
+    ambiguous = make_router(others, [7, 8, 4], same=0.5).with_edit("a", axis(0))
+    assert ambiguous.retired == {} and ambiguous.decide(axis(0), [None])[0].edit is None
+
+
+def test_what_was_kept_of_candidates_is_forgotten():
+    router = make_router(axis(5))
+    for i in range(4):
+        router = router.with_edit(f"e{i}", axis(i))
+    for i in range(200):
+        router.decide(axis(0), [(f"e{i % 4}", f"x{i}")])
+    assert len(router._tables) <= 64
+    before = router.decide(axis(0), [None])
+    assert router.to(torch.float32).decide(axis(0), [None]) == before
+    assert len(router._tables) == 1
+
+
+def test_a_route_says_why():
+    assert str(Route(None, None, 0.0, None, 0.0, 0.1)) == "no edit acts: the row may use none"
+    assert str(Route("a", "a", 0.9, None, 0.0, 0.1)) == (
+        "'a' acts: cosine with 'a' 0.900, the memory has no other facts: margin 0.900, above the threshold 0.100"
+    )
+    assert str(Route(None, "a", 0.9, "b", 0.85, 0.1)) == (
+        "no edit acts: cosine with 'a' 0.900, edit 'b' 0.850: margin 0.050, at most the threshold 0.100"
+    )
+    assert str(Route("a", "a", 0.9, 12, 0.25, 0.1)) == (
+        "'a' acts: cosine with 'a' 0.900, fact 12 of the memory 0.250: margin 0.650, above the threshold 0.100"
+    )
+
+
+def test_the_tokens_behind_prompts():
+    assert behind_prompts(torch.tensor([2, -1, 3, 9]), 4).view(4, 4).tolist() == [
+        [4, 4, 0, 0], [1, 1, 1, 1], [4, 4, 4, 2], [4, 4, 4, 4]
+    ]  # fmt: skip
