@@ -234,6 +234,10 @@ def test_a_memory_needs_the_scope_that_its_config_names():
         memory(None, config=uk.Config())
 
 
+def test_a_memory_of_a_scope_alone_is_a_memory():
+    assert memory(scope()) and len(memory(scope())) == 0
+
+
 def test_the_id_is_that_of_what_makes_keys():
     one = scope((1, 3))
     same = replace(one, entries=unit(2, 12), facts=torch.tensor([0, 5]), threshold=0.1, same=0.9, names=None)

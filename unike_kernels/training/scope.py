@@ -170,12 +170,15 @@ def _inputs(modules: dict[int, nn.Module]) -> Iterator[dict[int, Tensor]]:
 
 
 def _pieces(processor: Any, count: int) -> tuple[str, ...]:
-    """What tokens spell: byte-level and SentencePiece vocabularies mark the space in front of a word."""
+    """What tokens spell: byte-level and SentencePiece vocabularies mark the space in front of a word, WordPiece what goes
+    on with one; a vocabulary that marks neither is of whole words."""
     tokenizer = getattr(processor, "tokenizer", processor)
     special = set(tokenizer.all_special_ids)
     pieces = tokenizer.convert_ids_to_tokens(list(range(min(count, len(tokenizer)))))
     plain = [_MARKS.sub(" ", piece or "") for piece in pieces]
-    return tuple("" if i in special or _CHAT.fullmatch(piece) else piece for i, piece in enumerate(plain))
+    if not any(piece.startswith(" ") for piece in plain):
+        plain = [piece[2:] if piece.startswith("##") else f" {piece}" for piece in plain]
+    return tuple("" if i in special or _CHAT.fullmatch(piece.strip()) else piece for i, piece in enumerate(plain))
 
 
 _MARKS = re.compile("[ĠĊ▁]|<0x0A>")

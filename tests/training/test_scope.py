@@ -1,0 +1,240 @@
+"""Scopes from facts in several wordings: they tell new facts apart, and a patched model reads keys as training did."""
+
+import pytest
+import torch
+
+import unike_kernels as uk
+from unike_kernels.training import (
+    EditTraining,
+    Fact,
+    Sample,
+    ScopeTraining,
+    build_scope,
+    extend_scope,
+    prompt_keys,
+    train_edit,
+    with_entries,
+)
+from unike_kernels.training.samples import encode
+from unike_kernels.training.scope import _pieces
+
+FAST = ScopeTraining(steps=60, hidden=24, head_width=8, heads=2, subjects=8)
+# What is asked of a subject, in words that the relations share, too.
+RELATIONS = {
+    "one": ["w20 w21 {}", "{} w22 w21", "w23 w20 {} w21"],
+    "two": ["w20 w24 {}", "{} w22 w24", "w23 w20 {} w24"],
+    "three": ["w20 w25 {}", "{} w22 w25", "w23 w20 {} w25"],
+}
+
+
+def facts(subjects=range(14), image=None):
+    return [
+        Fact([Sample(words.format(f"w{s}"), "", image) for words in wordings], f"w{s}", relation)
+        for s in subjects
+        for relation, wordings in RELATIONS.items()
+    ]
+
+
+def build(model, processor, of=None, training=FAST, **options):
+    return build_scope(model, processor, of or facts(), training=training, progress=False, **options)
+
+
+@pytest.fixture(scope="module")
+def built(make_model, make_processor):
+    model = make_model("llama")
+    return model, build(model, make_processor())
+
+
+def test_held_out_facts_are_told_apart(built):
+    _, result = built
+    scope = result.scope
+    assert result.losses[-1] < 0.3 * result.losses[0] and len(result.losses) == 60
+    assert result.reached > 0.6 and result.false_alarms <= 0.05
+    assert scope.threshold <= scope.same and scope.count == 42 and scope.layers == ()
+    assert scope.facts.tolist() == [i for i in range(42) for _ in range(3)]
+    assert scope.names[:2] == ("w20 w21 w0", "w20 w24 w0")
+    assert not any(t.requires_grad for t in scope.tensors().values())
+    assert f"scope {scope.id}: {result.reached:.1%} of held-out wordings" in str(result)
+
+
+def tokenizer_of(*pieces):
+    class Tokenizer:
+        all_special_ids = [0]
+
+        def __len__(self):
+            return len(pieces)
+
+        def convert_ids_to_tokens(self, ids):
+            return [pieces[i] for i in ids]
+
+    return Tokenizer()
+
+
+@pytest.mark.parametrize(
+    ("pieces", "spelled"),
+    [
+        (("<s>", "Ġthe", "the", "<|im_start|>", "Ċ", "ĠĠ", None), ("", " the", "the", "", " ", "  ", "")),
+        (("<s>", "▁the", "x", "<0x0A>"), ("", " the", "x", " ")),
+        (("[PAD]", "the", "##x", "?", "<|end|>"), ("", " the", "x", " ?", "")),  # WordPiece
+        (("<pad>", "w1", "w2"), ("", " w1", " w2")),  # whole words
+    ],
+)
+def test_what_tokens_spell(pieces, spelled):
+    assert _pieces(tokenizer_of(*pieces), 99) == spelled
+    assert _pieces(tokenizer_of(*pieces), 2) == spelled[:2]  # the model has fewer
+
+
+def test_facts_that_nobody_has_seen_reach_their_edit(built, processor):
+    """Subjects of no fact; by the rule that the report's numbers are by."""
+    model, result = built
+    scope, new = result.scope, facts(range(14, 20))
+    keys = prompt_keys(model, processor, scope, [w for fact in new for w in fact.wordings]).view(18, 3, -1)
+    hits = alarms = 0
+    for i in range(18):
+        margins = keys @ keys[i, 0] - (keys @ scope.entries.T).amax(-1)
+        hits += int((margins[i, 1:] > scope.threshold).sum())
+        alarms += int((margins > scope.threshold).sum() - (margins[i] > scope.threshold).sum())
+    assert hits > 0.6 * 36 and alarms < 0.1 * 18 * 51
+
+
+def test_the_same_bits_for_the_same_seed(built, processor):
+    model, result = built
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    again = build(model, processor)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert again.losses == result.losses and again.scope.header() == result.scope.header()
+    assert all(torch.equal(t, result.scope.tensors()[name]) for name, t in again.scope.tensors().items())
+    other = build(model, processor, training=ScopeTraining(**{**vars(FAST), "seed": 1, "steps": 2}))
+    assert other.losses[0] != result.losses[0]
+
+
+def test_what_is_wrong(make_model, make_edit, processor):
+    model, few = make_model("opt"), facts(range(1))
+    with pytest.raises(ValueError, match="facts: expected at least three, got 2"):
+        build(model, processor, few[:2])
+    with pytest.raises(ValueError, match=r"facts\[2\].wordings: expected at least two, got 1"):
+        build(model, processor, [*few[:2], Fact(few[2].wordings[:1])])
+    with pytest.raises(ValueError, match="layers"):
+        build(model, processor, layers=[6])
+    for field, value in (("steps", 0), ("tau", -1.0), ("blocks", 0), ("wordings", 1), ("held_out", 1.0), ("false_alarms", -0.1)):
+        with pytest.raises(ValueError, match=f"ScopeTraining.{field}: expected"):
+            ScopeTraining(**{field: value})
+    scope = build(model, processor, training=ScopeTraining(**{**vars(FAST), "steps": 1})).scope
+    edit = make_edit(model, "a")
+    with pytest.raises(ValueError, match="prompts: expected at least one"):
+        prompt_keys(model, processor, scope, [])
+    with uk.patched(model, [edit]):
+        for call in (
+            lambda: build(model, processor),
+            lambda: prompt_keys(model, processor, scope, [Sample("w1", "")]),
+            lambda: with_entries(model, processor, edit, scope, [Sample("w1", "")]),
+            lambda: extend_scope(model, processor, scope, few),
+        ):
+            with pytest.raises(uk.PatchError, match="the model is patched"):
+                call()
+
+
+def test_few_facts_have_nothing_held_out(make_model, processor):
+    """Nothing is known of such a scope: no edit of it is refused as a false alarm."""
+    result = build(make_model("opt"), processor, facts(range(1)), ScopeTraining(**{**vars(FAST), "steps": 2}))
+    assert (result.scope.threshold, result.scope.same, result.reached, result.false_alarms) == (0.0, 1.0, 0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "layers"),
+    [("llama", None, ()), ("llama", [2, 4], (2, 4)), ("blip2-opt", None, (1, 2)), ("blip2-llama", [], ())],
+)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_patched_model_computes_the_same_keys(make_model, make_processor, make_edit, kind, given, layers, side):
+    """In a pass over prompts of different lengths."""
+    model, processor = make_model(kind), make_processor(side)
+    image = torch.rand(16, 16) if kind.startswith("blip2") else None
+    brief = ScopeTraining(**{**vars(FAST), "steps": 3})
+    result = build(model, processor, facts(range(6), image), brief, layers=given)
+    scope = result.scope
+    assert scope.layers == layers and (scope.encoder.states is None) == (not layers)
+    images = [None if image is None else torch.rand(16, 16) for _ in range(4)]
+    prompts = ["w20 w21 w3", "w7 w22 w24", "w23 w20 w9 w25 w1 w2", "w5"]
+    samples = [Sample(p, "", i) for p, i in zip(prompts, images, strict=True)]
+    keys = prompt_keys(model, processor, scope, samples, batch_size=2)
+    assert keys.shape == (4, scope.encoder.width) and not keys.requires_grad
+    torch.testing.assert_close(keys.norm(dim=-1), torch.ones(4))
+    config = uk.Config(scope="memory")
+    plain = [make_edit(model, prompt, config=config, layers=(4, 5)) for prompt in prompts]
+    edits = [with_entries(model, processor, edit, scope, [s]) for edit, s in zip(plain, samples, strict=True)]
+    batch = encode(processor, samples)
+    with uk.patched(model, edits, result.memory(model)), uk.explain(model) as trace, torch.no_grad():
+        model(**batch.inputs)
+    for prompt, route in zip(prompts, trace.routes[0], strict=True):
+        assert route.nearest == prompt and route.score == pytest.approx(1, abs=2e-6)
+
+
+def test_entries_and_further_facts(built, make_edit, processor):
+    model, result = built
+    scope, edit = result.scope, make_edit(model, "a", config=uk.Config(scope="memory"))
+    samples = [Sample("w20 w21 w15", ""), Sample("w15 w22 w21", "")]
+    own = with_entries(model, processor, edit, scope, samples)
+    assert own.entries.shape == (2, scope.encoder.width) and own.scope_id == scope.id and edit.entries is None
+    assert own.layers == edit.layers
+    further = facts(range(14, 16))
+    more = extend_scope(model, processor, scope, further)
+    assert more.id == scope.id and more.count == 48 and scope.count == 42
+    assert more.names == (*scope.names, *(fact.name for fact in further)) and more.threshold == scope.threshold
+    assert more.facts[-18:].tolist() == [42 + i for i in range(6) for _ in range(3)]
+    torch.testing.assert_close(more.entries[-9], own.entries[0], rtol=0, atol=1e-5)  # "w20 w21 w15" again
+
+
+# --- edits ----------------------------------------------------------------------------------------------------------
+
+REQUEST = Sample("w20 w21 w15", "w30 w31")
+EDIT = EditTraining(neurons=4, lr=5e-2, steps=60)
+
+
+@torch.no_grad()
+def said(model, processor, prompt, words=2):
+    ids = processor([prompt], padding=True)
+    out = model.generate(**ids, max_new_tokens=words, min_new_tokens=words, do_sample=False)
+    return processor.decode(out[0, ids["input_ids"].shape[1] :])
+
+
+@torch.no_grad()
+def logits(model, processor, prompt):
+    return model(**processor([prompt], padding=True)).logits
+
+
+def test_an_edit_with_a_scope(built, processor):
+    model, result = built
+    memory, base = result.memory(model), said(model, processor, REQUEST.prompt)
+    assert memory.config == uk.Config(scope="memory") and memory.notes == {"facts": "42"} and not memory.layers
+    others = ["w20 w24 w15", "w20 w21 w14", "w3 w4 w5"]
+    before = {p: logits(model, processor, p) for p in others}
+    keep = [Sample("w20 w24 w15", "w8"), Sample("w1 w2", "w9")]
+    made = train_edit(model, processor, REQUEST, memory, id="first", training=EDIT, preserve=keep, progress=False)
+    edit = made.edit
+    assert made.reached and edit.memory_id is None and edit.scope_id == memory.scope.id
+    assert edit.config.scope == "memory" and edit.notes["prompt"] == REQUEST.prompt
+    assert torch.equal(edit.entries, prompt_keys(model, processor, memory.scope, [REQUEST]))
+    second = train_edit(
+        model, processor, Sample("w20 w21 w16", "w33 w34"), memory, id="second", previous=[edit], protect=[REQUEST],
+        training=EDIT, progress=False,
+    ).edit  # fmt: skip
+    with uk.patched(model, [edit, second], memory) as report:
+        assert said(model, processor, REQUEST.prompt) == "w30 w31" != base
+        assert said(model, processor, "w20 w21 w16") == "w33 w34"
+        for prompt in others:
+            with uk.explain(model) as trace:
+                assert torch.equal(logits(model, processor, prompt), before[prompt])
+            assert trace.routes[0][0].edit is None
+    assert "an edit acts where its entry wins against 42 other facts" in str(report) and report.facts == 42
+
+
+def test_an_edit_with_a_scope_and_tables(built, make_memory, processor):
+    """What it was trained with is the memory of tables, as ever."""
+    model, result = built
+    tables = make_memory(model)
+    memory = uk.MemoryBank(tables.layers, uk.Config(k=7, values="pre", scope="memory"), tables.base_model, scope=result.scope)
+    made = train_edit(model, processor, REQUEST, memory, training=EDIT, progress=False)
+    assert made.reached and made.edit.memory_id == memory.id == tables.id and sorted(made.edit.layers) == [2, 3, 4, 5]
+    with uk.patched(model, [made.edit], memory):
+        assert said(model, processor, REQUEST.prompt) == "w30 w31"
