@@ -337,3 +337,38 @@ def test_the_memory_shifts_where_an_edit_acts(make_model, make_edit, make_memory
     uk.unpatch(model)
     uk.patch(model, [], memory)
     assert torch.equal(logits(model, PROMPTS), base)
+
+
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_compiled_code_is_refused(make_model, make_edit, fullgraph):
+    """A part of the model too, and not by going on without: it would edit all rows, as it knows no routes."""
+    torch._dynamo.reset()
+    model = make_model("llama")
+    memory, edits = scoped(model, make_edit)
+    uk.patch(model, edits, memory)
+    layer = model.model.layers[4]
+    layer.compile(backend="eager", fullgraph=fullgraph)
+    for _ in range(2):
+        with pytest.raises(Exception, match="scope='memory': expected a model that is not compiled") as raised:
+            logits(model, PROMPTS)
+        assert fullgraph or raised.type is ValueError
+    uk.unpatch(model)
+    uk.patch(model, edits, memory, scope="all")
+    got = logits(model, PROMPTS)
+    layer._compiled_call_impl = None
+    torch.testing.assert_close(got, logits(model, PROMPTS), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fullgraph", [False, True])
+@pytest.mark.parametrize("part", ["model", "decoder"])
+def test_a_compiled_model_is_refused(make_model, make_edit, fullgraph, part):
+    torch._dynamo.reset()
+    model = make_model("opt")
+    memory, edits = scoped(model, make_edit)
+    uk.patch(model, edits, memory)
+    module = model if part == "model" else model.model.decoder
+    module.forward = torch.compile(module.forward, backend="eager", fullgraph=fullgraph)
+    for _ in range(2):
+        with pytest.raises(Exception, match="scope='memory': expected a model that is not compiled"):
+            logits(model, PROMPTS)

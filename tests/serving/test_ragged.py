@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from scopes import CONFIG, PROMPTS, scoped
 
 import unike_kernels as uk
 from unike_kernels.artifacts.edit import EditLayer
@@ -287,3 +288,118 @@ def test_a_layer_that_gets_a_part_of_the_step(versions, make_model, make_memory)
     for run in (model.ffn, model.attention):
         with pytest.raises(RuntimeError, match="the step holds 5 tokens, a layer got 4 of them"):
             run(2, torch.zeros(4, D), torch.zeros(4, D))
+
+
+# --- scopes ---------------------------------------------------------------------------------------------------------
+
+DEEP = [3, 4]  # the layers of the edits of `scoped`
+
+
+@pytest.fixture
+def scope(make_model, make_edit):
+    """A runtime, the model's embedding, and versions "a@1" and "b@1" of the edits of the first two prompts."""
+    model = make_model("llama")
+    memory, edits = scoped(model, make_edit)
+    runtime = RaggedRuntime(DEEP, D, "silu", memory)
+    versions = [Version(f"{edit.id}@1", edit) for edit in edits]
+    for version in versions:
+        runtime.check(version.edit)
+        runtime.hold(version)
+    return runtime, model.get_input_embeddings(), versions
+
+
+def test_the_prompts_text_decides(scope):
+    """As in a patched model: see tests/patching/test_scope.py for the rule."""
+    runtime, embed, (a, b) = scope
+    decided = [runtime.decide(prompt, [a, b], embed) for prompt in PROMPTS.tolist()]
+    assert decided == [(a,), (b,), ()]
+    assert runtime.decide(PROMPTS[1].tolist(), [b, a], embed) == (b,)
+    assert runtime.decide(PROMPTS[0].tolist(), [], embed) == ()
+    assert runtime.decide(PROMPTS[2].tolist(), [a], embed) == ()
+    assert runtime.decide(PROMPTS[0].tolist(), [a], embed) == (a,)
+    newer = Version("a@2", replace(a.edit, entries=b.edit.entries))  # another version of the same name
+    assert runtime.decide(PROMPTS[0].tolist(), [newer], embed) != (newer,)
+    assert runtime.decide(PROMPTS[1].tolist(), [newer], embed) == (newer,)
+
+
+def test_few_sets_of_edits_are_kept(scope, monkeypatch):
+    runtime, embed, (a, b) = scope
+    monkeypatch.setattr("unike_kernels.serving.ragged._ROUTERS", 2)
+    for i in range(5):
+        found = runtime.decide(PROMPTS[0].tolist(), [Version(f"{i}", a.edit)], embed)
+        assert [version.key for version in found] == [str(i)] and len(runtime._routers) <= 2
+
+
+def test_without_a_scope_all_edits_act(versions, make_model, make_memory):
+    embed = make_model("llama").get_input_embeddings()
+    for memory in (None, make_memory(make_model("llama"), layers=LAYERS)):
+        runtime = RaggedRuntime(LAYERS, D, "silu", memory)
+        assert runtime.decide([5, 6], list(versions.values()), embed) == tuple(versions.values())
+
+
+@pytest.mark.usefixtures("either_way")
+def test_a_prompt_is_edited_from_its_last_token_on(scope):
+    runtime, _, versions = scope
+    edits = {version.key: version.edit for version in versions}
+    shares = [
+        RequestSlice(5, ("a@1",), prompt=4), RequestSlice(3, ("b@1",), prompt=9), RequestSlice(1, ("a@1",)),
+        RequestSlice(4, (), prompt=3), RequestSlice(4, ("b@1",), prompt=1), RequestSlice(2, ("a@1",), prompt=2),
+    ]  # fmt: skip
+    total = sum(share.tokens for share in shares)
+    x, base = torch.randn(total + 2, D), torch.randn(total + 2, D)
+    runtime.begin(shares)
+    runtime.ffn(3, x, out := base.clone())
+    start = 0
+    for share in shares:
+        first, end = start + min(share.prompt, share.tokens), start + share.tokens
+        acting = [edits[key] for key in share.edits]
+        assert torch.equal(out[start : first if acting else end], base[start : first if acting else end])
+        torch.testing.assert_close(out[first:end], alone(x[first:end], base[first:end], acting, 3), atol=1e-5, rtol=1e-5)
+        assert first == end or not acting or not torch.allclose(out[first:end], base[first:end], atol=1e-2)
+        start = end
+    assert torch.equal(out[start:], base[start:])
+    runtime.begin([replace(share, prompt=0) for share in shares])
+    runtime.ffn(3, x, whole := base.clone())
+    assert not torch.equal(whole[0], base[0])
+
+
+@pytest.mark.parametrize("tokens", ["all", "answer"])
+def test_the_memory_shifts_where_an_edit_acts(make_model, make_edit, make_memory, tokens):
+    model = make_model("llama")
+    of_scope, edits = scoped(model, make_edit)
+    config = replace(CONFIG, values="out", tokens=tokens, alpha=0.4)
+    tables = make_memory(model, replace(config, scope="all"))
+    memory = replace(tables, config=config, scope=of_scope.scope)
+    runtime = RaggedRuntime([2, 3, 4, 5], D, "silu", memory)
+    for edit in edits:
+        with pytest.raises(uk.MismatchError, match=f"it was trained with the memory None, this one is {memory.id}"):
+            runtime.check(edit)
+        runtime.check(replace(edit, config=config, memory_id=memory.id))
+    everywhere = RaggedRuntime([2, 3, 4, 5], D, "silu", tables)
+    hidden, base = torch.randn(12, D), torch.randn(12, D)
+    everywhere.begin([RequestSlice(12)])
+    everywhere.attention(2, hidden, shifted := base.clone())
+    runtime.begin([
+        RequestSlice(5, ("a@1",), prompt=4), RequestSlice(2), RequestSlice(1, ("b@1",)),
+        RequestSlice(2, ("a@1",), memory=False), RequestSlice(2, ("b@1",), prompt=7),
+    ])  # fmt: skip
+    runtime.attention(2, hidden, out := base.clone())
+    for token in range(12):
+        assert torch.equal(out[token], (shifted if token in (4, 7) else base)[token])
+    assert not torch.equal(shifted[4], base[4])
+    runtime.begin([RequestSlice(12)])
+    runtime.attention(2, hidden, out := base.clone())
+    assert torch.equal(out, base)
+
+
+def test_scopes_and_edits_that_flat_tokens_cannot_serve(make_model, make_edit):
+    model = make_model("llama")
+    memory, _ = scoped(model, make_edit, (2, 3))
+    with pytest.raises(ValueError, match=r"serves a scope of the text alone; this one reads layers \[2, 3\], too"):
+        RaggedRuntime(DEEP, D, "silu", memory)
+    memory, (a, _) = scoped(model, make_edit)
+    runtime = RaggedRuntime(DEEP, D, "silu", memory)
+    with pytest.raises(uk.MismatchError, match="'a': it has no entries, by which the memory decides"):
+        runtime.check(replace(a, entries=None, scope_id=None))
+    with pytest.raises(uk.MismatchError, match="'a': it has entries of another scope"):
+        runtime.check(replace(a, scope_id="another"))
