@@ -26,7 +26,8 @@ def block(heads=2, c=4):
 
 
 def encoder(layers=0, **changes):
-    states = StateBlock(torch.randn(layers, 8), torch.randn(5, layers * 8), torch.randn(5), torch.randn(2, 5), torch.randn(2))
+    wide = torch.randn(layers, 8), torch.randn(5, layers * 8)
+    states = StateBlock(*wide, torch.randn(5), torch.randn(2, 5), torch.randn(2))
     first = block()._replace(**{name: t for name, t in changes.items() if name in TextBlock._fields})
     own = states._replace(**{name: t for name, t in changes.items() if name in StateBlock._fields}) if layers else None
     return PromptEncoder(changes.get("mean", torch.randn(E)), torch.rand(E) + 0.5, (first, block(3, 6)), own)
@@ -271,7 +272,7 @@ def test_further_facts():
     assert nameless.extended(new, torch.tensor([0, 1, 1]), ("vier", "fünf")).names == ("", "", "", "vier", "fünf")
     longer = replace(one, names=("one", "two", "drei", "of none"))
     assert longer.extended(new, torch.tensor([0, 1, 1]), ("vier", "fünf")).names[3:] == ("vier", "fünf")
-    with pytest.raises(ValueError, match="Scope.entries: expected unit rows"):
+    with pytest.raises(ValueError, match=r"Scope.entries: expected unit rows"):
         one.extended(2 * new, torch.tensor([0, 1, 1]))
 
 
@@ -307,7 +308,8 @@ def test_memories_of_scopes_alone_are_joined():
         joined = uk.MemoryBank.joined({str(i): memory(bank) for i, bank in enumerate(banks)})
         assert joined.scope.count == facts and not joined.layers and len(joined) == 0
         assert list(joined.tenants) == ["0", "1"]
-    assert uk.MemoryBank.joined({"0": memory(one), "1": memory(other)}).scope.names == ("one", "two", "drei", "", "", "")
+    both = uk.MemoryBank.joined({"0": memory(one), "1": memory(other)}).scope
+    assert both.names == ("one", "two", "drei", "", "", "")
 
 
 def test_memories_of_different_scopes_are_not_joined():
@@ -315,7 +317,7 @@ def test_memories_of_different_scopes_are_not_joined():
     others = [scope(), replace(one, threshold=0.3), replace(one, same=0.6), None]
     for other in others:
         bank = memory(other) if other else memory(None, tables=True, config=replace(SCOPED, scope="all"))
-        with pytest.raises(uk.MismatchError, match="'acme' and 'globex' differ in .*scope"):
+        with pytest.raises(uk.MismatchError, match=r"'acme' and 'globex' differ in .*scope"):
             uk.MemoryBank.joined({"acme": memory(one), "globex": bank})
 
 

@@ -106,7 +106,7 @@ def test_a_chat_that_goes_on_with_its_cache(make_model, make_memory, make_edit, 
 def test_without_a_cache_it_must_be_said(make_model, make_memory, make_edit, kind, config):
     """A pass without one may be teacher forcing, of which nobody knows where the answer begins."""
     model = setup(make_model, make_memory, make_edit, kind, CONFIGS[config])
-    with pytest.raises(ValueError, match=r"prompt's end.*call the model inside uk.rows\(model, prompt_lengths=\[...\]\)"):
+    with pytest.raises(ValueError, match=r"prompt's end.* inside uk.rows\(model, prompt_lengths=\[...\]\)"):
         model(input_ids=IDS, attention_mask=MASK, use_cache=False)
     with told(model):
         without = model(input_ids=IDS, attention_mask=MASK, use_cache=False).logits

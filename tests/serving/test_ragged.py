@@ -323,7 +323,7 @@ def test_the_prompts_text_decides(scope):
 
 
 def test_few_sets_of_edits_are_kept(scope, monkeypatch):
-    runtime, embed, (a, b) = scope
+    runtime, embed, (a, _) = scope
     monkeypatch.setattr("unike_kernels.serving.ragged._ROUTERS", 2)
     for i in range(5):
         found = runtime.decide(PROMPTS[0].tolist(), [Version(f"{i}", a.edit)], embed)
@@ -354,7 +354,8 @@ def test_a_prompt_is_edited_from_its_last_token_on(scope):
         first, end = start + min(share.prompt, share.tokens), start + share.tokens
         acting = [edits[key] for key in share.edits]
         assert torch.equal(out[start : first if acting else end], base[start : first if acting else end])
-        torch.testing.assert_close(out[first:end], alone(x[first:end], base[first:end], acting, 3), atol=1e-5, rtol=1e-5)
+        wanted = alone(x[first:end], base[first:end], acting, 3)
+        torch.testing.assert_close(out[first:end], wanted, atol=1e-5, rtol=1e-5)
         assert first == end or not acting or not torch.allclose(out[first:end], base[first:end], atol=1e-2)
         start = end
     assert torch.equal(out[start:], base[start:])

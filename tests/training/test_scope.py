@@ -59,7 +59,7 @@ def test_held_out_facts_are_told_apart(built):
 
 def tokenizer_of(*pieces):
     class Tokenizer:
-        all_special_ids = [0]
+        all_special_ids = (0,)
 
         def __len__(self):
             return len(pieces)
@@ -117,7 +117,8 @@ def test_what_is_wrong(make_model, make_edit, processor):
         build(model, processor, [*few[:2], Fact(few[2].wordings[:1])])
     with pytest.raises(ValueError, match="layers"):
         build(model, processor, layers=[6])
-    for field, value in (("steps", 0), ("tau", -1.0), ("blocks", 0), ("wordings", 1), ("held_out", 1.0), ("false_alarms", -0.1)):
+    wrong = {"steps": 0, "tau": -1.0, "blocks": 0, "wordings": 1, "held_out": 1.0, "false_alarms": -0.1}
+    for field, value in wrong.items():
         with pytest.raises(ValueError, match=f"ScopeTraining.{field}: expected"):
             ScopeTraining(**{field: value})
     scope = build(model, processor, training=ScopeTraining(**{**vars(FAST), "steps": 1})).scope
@@ -233,7 +234,8 @@ def test_an_edit_with_a_scope_and_tables(built, make_memory, processor):
     """What it was trained with is the memory of tables, as ever."""
     model, result = built
     tables = make_memory(model)
-    memory = uk.MemoryBank(tables.layers, uk.Config(k=7, values="pre", scope="memory"), tables.base_model, scope=result.scope)
+    config = uk.Config(k=7, values="pre", scope="memory")
+    memory = uk.MemoryBank(tables.layers, config, tables.base_model, scope=result.scope)
     made = train_edit(model, processor, REQUEST, memory, training=EDIT, progress=False)
     assert made.reached and made.edit.memory_id == memory.id == tables.id and sorted(made.edit.layers) == [2, 3, 4, 5]
     with uk.patched(model, [made.edit], memory):

@@ -142,7 +142,7 @@ class MemoryBank:
         return int(next(iter(self.layers.values())).index.shape[0]) if self.layers else 0
 
     def __bool__(self) -> bool:
-        return True  # with a scope alone, too
+        return True  # without entries, too: it may have a scope alone
 
     @classmethod
     def joined(cls, banks: Mapping[str, MemoryBank]) -> MemoryBank:

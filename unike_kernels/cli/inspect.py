@@ -1,4 +1,4 @@
-"""`unike info`: what `patch` would find in a model, and what edits and a memory would cost there; or what is in a file."""
+"""`unike info`: what `patch` would find in a model, and what edits and a memory would cost there; what is in a file."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def _of_edit(edit: Edit) -> list[str]:
     neurons = ", ".join(f"{i}: {len(layer.keys)}" for i, layer in sorted(edit.layers.items()))
     lines = [f"edit {edit.id!r}: neurons in layers {neurons}; {edit.nbytes:,} bytes", f"  memory: {edit.memory_id}"]
     if edit.entries is not None:
-        lines.append(f"  scope: {len(edit.entries)} {'entry' if len(edit.entries) == 1 else 'entries'} of {edit.scope_id}")
+        lines.append(f"  scope {edit.scope_id}: {len(edit.entries)} of its own entries decide where it acts")
     return lines
 
 

@@ -466,7 +466,7 @@ class ModelContext:
         traced = torch.compiler.is_compiling()
         if traced and self.config is not None and self.config.scope == "memory":
             # Without the break it would take the error for a reason not to compile this, and go on.
-            torch._dynamo.graph_break(msg=_COMPILED)  # type: ignore[no-untyped-call]
+            torch._dynamo.graph_break(msg=_COMPILED)
             raise ValueError(_COMPILED)
         return traced
 
@@ -545,7 +545,9 @@ class ModelContext:
             if not self.selections.blocks and self.default == "all":
                 return self._idle
         selection = self.in_force()
-        return Pass(NOTHING) if selection is None else Pass(self.current, selection, generation=Generation(), traced=traced)
+        if selection is None:
+            return Pass(NOTHING)
+        return Pass(self.current, selection, generation=Generation(), traced=traced)
 
     @property
     def inputs(self) -> dict[int, Any]:
@@ -610,8 +612,8 @@ def _lost() -> PatchError:
 # --- compiled code ---------------------------------------------------------------------------------------------------
 
 _COMPILED = (
-    "scope='memory': expected a model that is not compiled, as the text of a prompt decides where an edit acts; call the "
-    "model itself, and generate(..., disable_compile=True) with a static cache"
+    "scope='memory': expected a model that is not compiled, as the text of a prompt decides where an edit acts; call "
+    "the model itself, and generate(..., disable_compile=True) with a static cache"
 )
 
 _keys = itertools.count()

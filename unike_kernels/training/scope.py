@@ -170,8 +170,8 @@ def _inputs(modules: dict[int, nn.Module]) -> Iterator[dict[int, Tensor]]:
 
 
 def _pieces(processor: Any, count: int) -> tuple[str, ...]:
-    """What tokens spell: byte-level and SentencePiece vocabularies mark the space in front of a word, WordPiece what goes
-    on with one; a vocabulary that marks neither is of whole words."""
+    """What tokens spell: byte-level and SentencePiece vocabularies mark the space in front of a word, WordPiece what
+    goes on with one; a vocabulary that marks neither is of whole words."""
     tokenizer = getattr(processor, "tokenizer", processor)
     special = set(tokenizer.all_special_ids)
     pieces = tokenizer.convert_ids_to_tokens(list(range(min(count, len(tokenizer)))))
