@@ -141,6 +141,9 @@ class MemoryBank:
     def __len__(self) -> int:
         return int(next(iter(self.layers.values())).index.shape[0]) if self.layers else 0
 
+    def __bool__(self) -> bool:  # one of a scope alone has no entries, and is there all the same
+        return True
+
     @classmethod
     def joined(cls, banks: Mapping[str, MemoryBank]) -> MemoryBank:
         """The memories of several tenants as one, in which a row names whose entries it uses.
