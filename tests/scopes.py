@@ -37,7 +37,7 @@ def inputs_of(model, layers, ids):
 PIECES = ("", "", "", *(f" {chr(97 + i % 26)}{i}" for i in range(3, 20)), *(f"x{i}" for i in range(20, 44)))
 
 
-def make_encoder(model, layers):
+def make_encoder(model, layers, prompts=PROMPTS):
     """A random one, centred for this model."""
     g, embedding = torch.Generator().manual_seed(0), model.get_input_embeddings()
     e, h, heads, c = embedding.embedding_dim, 6, 2, 8
@@ -53,7 +53,7 @@ def make_encoder(model, layers):
 
     states = None
     if layers:
-        found, d = inputs_of(model, layers, PROMPTS), model.config.hidden_size
+        found, d = inputs_of(model, layers, prompts), model.config.hidden_size
         means = torch.stack([found[i][:, -1].mean(0) for i in layers])
         states = StateBlock(means, draw(12, d * len(layers)), draw(12), draw(c, 12), draw(c))
     weight = embedding.weight.detach()
@@ -87,11 +87,11 @@ def keys_of(model, encoder, layers, ids):
     return torch.stack(keys)
 
 
-def scoped(model, make_edit, layers=()):
+def scoped(model, make_edit, layers=(), prompts=PROMPTS, threshold=0.01):
     """A memory of a scope alone whose other fact is the third prompt, and edits "a" and "b" of the first two."""
-    encoder = make_encoder(model, layers)
-    keys = keys_of(model, encoder, layers, PROMPTS)
-    scope = uk.Scope(encoder, PIECES, layers, keys[2:], torch.tensor([0]), 0.01, 0.02, 1.9, ("third",))
+    encoder = make_encoder(model, layers, prompts)
+    keys = keys_of(model, encoder, layers, prompts)
+    scope = uk.Scope(encoder, PIECES, layers, keys[2:], torch.tensor([0]), threshold, 0.02, 1.9, ("third",))
     memory = uk.MemoryBank({}, CONFIG, fingerprint(model), scope=scope)
 
     def edit(name, row):

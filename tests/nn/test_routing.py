@@ -47,7 +47,7 @@ def test_rows_of_different_edits(others):
     router, entries = make_router(rest, facts), {}
     for name, n in (("a", 3), ("b", 1), ("c", 5), ("d", 2)):
         entries[name] = unit(n, C)
-        router = router.with_edit(name, entries[name])
+        router = router.with_edits({name: entries[name]})
     rows = [None, ("a",), (), ("b", "c"), ("c", "b"), ("d",), ("a", "b", "c", "d"), ("unknown",)] * 12
     near = torch.cat([*entries.values(), rest]).repeat(9, 1)[: len(rows)]
     keys = torch.nn.functional.normalize(near + unit(len(rows), C), dim=-1)
@@ -69,7 +69,7 @@ def test_many_rows_and_many_edits():
     router = make_router(rest, threshold=0.05)
     entries = {f"e{i}": unit(1 + i % 3, C) for i in range(60)}
     for name, own in entries.items():
-        router = router.with_edit(name, own)
+        router = router.with_edits({name: own})
     near = torch.cat([own[:1] for own in entries.values()]) + 0.1 * unit(60, C)
     keys = torch.nn.functional.normalize(near, dim=-1).repeat(9, 1)
     routes = router.decide(keys, [None] * 540)
@@ -84,7 +84,7 @@ def test_no_edits_and_no_other_facts():
     nothing = Route(None, None, 0.0, None, 0.0, 0.1)
     assert make_router().decide(axis(0), [None]) == make_router(axis(0)).decide(axis(0), [("a",)]) == [nothing]
     assert make_router().decide(axis(), []) == []
-    router = make_router().with_edit("a", axis(0))
+    router = make_router().with_edits({"a": axis(0)})
     far, near = router.decide(torch.stack([axis(1)[0], axis(0)[0]]), [None, None])
     assert (near.edit, near.other, near.other_score, near.margin) == ("a", None, 0.0, 1.0)
     assert (far.edit, far.nearest, far.margin) == (None, "a", 0.0)
@@ -92,13 +92,13 @@ def test_no_edits_and_no_other_facts():
 
 def test_a_tie_is_nobodys():
     """Two edits as near, or an edit and a fact: the margin is 0. At the threshold itself no edit acts."""
-    two = make_router(threshold=0.0).with_edit("a", axis(0)).with_edit("b", axis(0))
+    two = make_router(threshold=0.0).with_edits({"a": axis(0)}).with_edits({"b": axis(0)})
     assert [r.edit for r in two.decide(axis(0), [None])] == [None]
     assert [r.edit for r in two.decide(axis(0, 0), [("a",), ("b",)])] == ["a", "b"]
-    fact = make_router(axis(0), threshold=0.0).with_edit("a", axis(0))
+    fact = make_router(axis(0), threshold=0.0).with_edits({"a": axis(0)})
     (route,) = fact.decide(axis(0), [None])
     assert route.edit is None and route.other == 0 and route.margin == 0.0
-    at = make_router(threshold=1.0).with_edit("a", axis(0))
+    at = make_router(threshold=1.0).with_edits({"a": axis(0)})
     assert at.decide(axis(0), [None])[0].edit is None
 
 
@@ -106,19 +106,19 @@ def test_an_edits_own_entries_are_no_rivals():
     """All of the nearest ones may be its own; the best of another edit still counts."""
     near = torch.nn.functional.normalize(axis(0).repeat(4, 1) + 0.05 * unit(4, C), dim=-1)
     beside = torch.nn.functional.normalize(axis(0) + 0.8 * axis(1), dim=-1)
-    router = make_router(threshold=0.1).with_edit("one", near).with_edit("two", beside)
+    router = make_router(threshold=0.1).with_edits({"one": near}).with_edits({"two": beside})
     (route,) = router.decide(axis(0), [None])
     assert route.edit == "one" and route.other == "two" and route.other_score == pytest.approx(float(beside[0, 0]))
 
 
 def test_a_newer_edit_of_a_fact_takes_the_place():
     slightly = torch.nn.functional.normalize(axis(0) + 0.1 * axis(1), dim=-1)
-    first = make_router(axis(5), same=0.5).with_edit("old", axis(0)).with_edit("other", axis(2))
-    router = first.with_edit("new", slightly)
+    first = make_router(axis(5), same=0.5).with_edits({"old": axis(0)}).with_edits({"other": axis(2)})
+    router = first.with_edits({"new": slightly})
     assert router.replaced == {"old": "new"} and not first.replaced
     assert [r.edit for r in router.decide(axis(0, 0, 2), [None, ("old", "other"), None])] == ["new", "old", "other"]
     assert router.decide(axis(0), [("new", "old")])[0].edit == "new"
-    newest = router.with_edit("newest", axis(0))
+    newest = router.with_edits({"newest": axis(0)})
     assert newest.replaced == {"old": "new", "new": "newest"}
     assert newest.decide(axis(0), [None])[0].edit == "newest"
     assert newest.without("newest").decide(axis(0), [None])[0].edit == "new"
@@ -127,32 +127,56 @@ def test_a_newer_edit_of_a_fact_takes_the_place():
     assert newest.without("new").decide(axis(0), [None])[0].edit == "newest"
     assert router.without("new").decide(axis(0), [None])[0].edit == "old"
     assert router.decide(axis(0), [None])[0].edit == "new"  # which it leaves as it was
-    assert make_router(axis(5)).with_edit("old", axis(0)).with_edit("new", slightly).replaced == {}  # same is 1.9
+    assert make_router(axis(5)).with_edits({"old": axis(0)}).with_edits({"new": slightly}).replaced == {}  # same is 1.9
 
 
 def test_a_fact_that_an_edit_is_about_is_no_rival():
     others = torch.cat([axis(0), torch.nn.functional.normalize(axis(0) + 0.2 * axis(1), dim=-1), axis(3)])
-    router = make_router(others, [7, 7, 4], same=0.5).with_edit("a", axis(0))
+    router = make_router(others, [7, 7, 4], same=0.5).with_edits({"a": axis(0)})
     assert router.retired == {"a": 7} and not router.replaced
     (route,) = router.decide(axis(0), [None])
     assert route.edit == "a" and route.other == 4
-    both = router.with_edit("b", axis(9))
+    both = router.with_edits({"b": axis(9)})
     assert both.retired == {"a": 7}
     assert both.decide(axis(0), [("b",)])[0].other == 7  # where a may not act, it is one
     assert both.without("a").retired == {} and both.without("a").decide(axis(0), [None])[0].other == 7
-    ambiguous = make_router(others, [7, 8, 4], same=0.5).with_edit("a", axis(0))
+    ambiguous = make_router(others, [7, 8, 4], same=0.5).with_edits({"a": axis(0)})
     assert ambiguous.retired == {} and ambiguous.decide(axis(0), [None])[0].edit is None
+
+
+def test_the_newer_edit_of_a_fact_of_the_memory():
+    """It is about what the older one was about, with that one or without."""
+    router = make_router(axis(0, 3), same=0.5).with_edits({"a": axis(0)}).with_edits({"b": axis(0)})
+    assert router.replaced == {"a": "b"} and router.retired == {"a": 0, "b": 0}
+    assert [r.edit for r in router.decide(axis(0, 0, 0), [None, ("b",), ("a",)])] == ["b", "b", "a"]
+    assert router.without("a").decide(axis(0), [None])[0].edit == "b"
+    assert router.without("b").decide(axis(0), [None])[0].edit == "a"
+
+
+def test_edits_that_come_together_are_as_those_that_come_one_by_one():
+    rest = unit(6, C)
+    near = torch.nn.functional.normalize(axis(0) + 0.1 * axis(1), dim=-1)
+    edits = {"a": axis(0), "b": rest[:1], "c": near, "d": unit(2, C), "e": near}
+    router = one = make_router(rest, [0, 0, 1, 1, 2, 3], same=0.3)
+    for name, own in edits.items():
+        one = one.with_edits({name: own})
+    both = router.with_edits(edits)
+    assert (both.replaced, both.retired, both.owners) == (one.replaced, one.retired, one.owners)
+    assert both.replaced == {"a": "c", "c": "e"} and torch.equal(both.entries, one.entries)
+    keys = torch.cat([*edits.values(), rest])
+    assert both.decide(keys, [None] * 12) == one.decide(keys, [None] * 12)
+    assert router.with_edits({}).owners == []
 
 
 def test_what_was_kept_of_candidates_is_forgotten():
     router = make_router(axis(5))
     for i in range(4):
-        router = router.with_edit(f"e{i}", axis(i))
+        router = router.with_edits({f"e{i}": axis(i)})
     for i in range(200):
         router.decide(axis(0), [(f"e{i % 4}", f"x{i}")])
     assert len(router._tables) <= 64
-    before = router.decide(axis(0), [None])
-    assert router.to(torch.float32).decide(axis(0), [None]) == before
+    before = router.decide(axis(0), [("e0", "e1")])
+    assert router.to(torch.float32).decide(axis(0), [("e0", "e1")]) == before
     assert len(router._tables) == 1
 
 

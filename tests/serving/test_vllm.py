@@ -28,6 +28,7 @@ os.environ.update(VLLM_CPU_KVCACHE_SPACE="1", VLLM_CPU_OMP_THREADS_BIND="nobind"
 vllm = pytest.importorskip("vllm")
 
 from PIL import Image  # noqa: E402
+from scopes import scoped  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 from unike_eval.models import smollm2  # noqa: E402
 from unike_eval.toy import digits  # noqa: E402
@@ -394,15 +395,20 @@ FAMILIES = {  # what names its layers and their parts otherwise than llama, at h
 }
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_other_families_compiled(name, make_memory, tmp_path):
-    """Edits and a memory: vLLM's own modules, and Hugging Face's in vLLM (GPT-NeoX)."""
+def of_family(name):
     config, kind, sizes = FAMILIES[name]
     torch.manual_seed(0)
     model = getattr(transformers, kind)(getattr(transformers, config)(**sizes)).eval()
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn(p.shape) * (0.1 if p.dim() == 1 else p[0].numel() ** -0.5))
+    return model
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_other_families_compiled(name, make_memory, tmp_path):
+    """Edits and a memory: vLLM's own modules, and Hugging Face's in vLLM (GPT-NeoX)."""
+    model = of_family(name)
     model.save_pretrained(tmp_path / "model")
     (tmp_path / "edits").mkdir()
     memory = make_memory(model, uk.Config(k=7, values="out", alpha=0.4))
@@ -436,3 +442,42 @@ def test_other_families_compiled(name, make_memory, tmp_path):
         given = [params(c, detokenize=False, **more) for c, more in zip(sets, declined, strict=True)]
         found = said(llm.generate([{"prompt_token_ids": i} for i in ids], given, use_tqdm=False))
     assert found == wanted
+
+
+def test_the_memory_decides_where_an_edit_acts(make_edit, tmp_path):
+    """In prompts that share prefixes, come in chunks, and come again with all of that in the cache."""
+    model = of_family("opt")
+    model.save_pretrained(tmp_path / "model")
+    (tmp_path / "edits").mkdir()
+    start = torch.randint(3, 40, (40,), generator=torch.Generator().manual_seed(1))
+    prompts = torch.stack([torch.cat([start, torch.tensor(end)]) for end in ([5, 6, 7], [9, 3, 4], [20, 21, 22])])
+    memory, edits = scoped(model, make_edit, prompts=prompts, threshold=1e-4)
+    memory.save(tmp_path / "memory.safetensors")
+    edits = [dataclasses.replace(edit, layers={i: louder(n) for i, n in edit.layers.items()}) for edit in edits]
+    for edit in edits:
+        save(tmp_path / "edits", edit)
+    asked = [(ids, chosen) for ids in prompts.tolist() for chosen in (["a", "b"], ["b"], [])]
+
+    def expected(ids, chosen):
+        with uk.patched(model, edits, memory), uk.rows(model, [chosen], prompt_lengths=[len(ids)]):
+            out = model.generate(
+                torch.tensor([ids]), max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, eos_token_id=None
+            )
+        return out[0, len(ids) :].tolist()
+
+    wanted = [expected(*each) for each in asked]
+    assert wanted[0] != wanted[2] and wanted[3] != wanted[5] and wanted[6] == wanted[8]
+    told = {"unike": {"edits": str(tmp_path / "edits"), "memory": str(tmp_path / "memory.safetensors")}}
+    with engine(
+        tmp_path / "model", additional_config=told, skip_tokenizer_init=True, max_model_len=64,
+        limit_mm_per_prompt=None, max_num_batched_tokens=32, enable_chunked_prefill=True, max_num_seqs=8,
+        enable_prefix_caching=True,
+    ) as llm:  # fmt: skip
+        given = [params(chosen, detokenize=False) for _, chosen in asked]
+        for _ in range(2):
+            found = said(llm.generate([{"prompt_token_ids": ids} for ids, _ in asked], given, use_tqdm=False))
+            assert found == wanted
+
+
+def louder(layer):
+    return dataclasses.replace(layer, values=20 * layer.values)

@@ -141,8 +141,8 @@ class MemoryBank:
     def __len__(self) -> int:
         return int(next(iter(self.layers.values())).index.shape[0]) if self.layers else 0
 
-    def __bool__(self) -> bool:
-        return True  # without entries, too: it may have a scope alone
+    def __bool__(self) -> bool:  # one of a scope alone has no entries, and is there all the same
+        return True
 
     @classmethod
     def joined(cls, banks: Mapping[str, MemoryBank]) -> MemoryBank:

@@ -7,7 +7,9 @@ else (the memory's other facts, and the other edits), is above a threshold. Else
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import itertools
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -127,6 +129,8 @@ class Router(Tables):
         self.most = 0  # entries of one edit
         self.replaced: dict[str, str] = {}  # an edit -> the newer one of the same fact
         self.retired: dict[str, int] = {}  # an edit -> the memory's fact that it is about
+        self._fact: list[int] = facts.tolist()
+        self._widest = max(Counter(self._fact).values(), default=0)  # entries of one fact
         self._tables: dict[tuple[str, ...] | None, _Candidates] = {}
 
     @property
@@ -146,20 +150,49 @@ class Router(Tables):
 
     # --- what is installed -------------------------------------------------------------------------------------------
 
-    def with_edit(self, name: str, entries: Tensor) -> Router:
-        """A new router with this edit, too. Where it is surely about the fact of another edit, it takes that one's
-        place; where about one of the memory's, that does not count as another fact."""
-        new = self._copied()
-        entries = entries.to(self.entries)
-        about = self._about(entries[:1])
-        if isinstance(about, str):
-            new.replaced = {**self.replaced, about: name}
-        elif about is not None:
-            new.retired = {**self.retired, name: about}
-        new.entries = torch.cat([self.entries, entries])
-        new.owners = [*self.owners, *[name] * len(entries)]
-        new.most = max(self.most, len(entries))
+    def with_edits(self, edits: Mapping[str, Tensor]) -> Router:
+        """A new router with these edits, too, given as name -> entries [n, c], the own prompt's first.
+
+        Where one is surely about the fact of an earlier edit, it takes that one's place; where about one of the
+        memory's, that does not count as another fact.
+        """
+        new, given = self._copied(), [entries.to(self.entries) for entries in edits.values()]
+        first = [*itertools.accumulate(map(len, given), initial=len(self.owners))]
+        new.entries = torch.cat([self.entries, *given])
+        new.owners = [*self.owners, *(name for name, own in zip(edits, given, strict=True) for _ in own)]
+        new.most = max([self.most, *map(len, given)])
+        new.replaced, new.retired = dict(self.replaced), dict(self.retired)
+        if given:
+            new._find_facts(list(edits), first[:-1])
         return new
+
+    def _find_facts(self, names: list[str], first: list[int]) -> None:
+        """Note what these edits are about, by the places of their own prompts' entries."""
+        own = torch.tensor(first, dtype=torch.int64, device=self.entries.device)
+        prompts, earlier = self.entries[own], torch.stack([torch.zeros_like(own), own], 1)
+        hidden = sum(owner in self.replaced for owner in self.owners) if self.replaced else 0
+        most = min(self.most + 1 + hidden, len(self.owners))
+        edits = cosine_topk(prompts, self.entries, most, normalized=True, ranges=earlier)
+        facts: list[list[tuple[float, int]]] = [[] for _ in names]
+        if self._fact:
+            facts = [
+                *_pairs(cosine_topk(prompts, self.others, min(self._widest + 1, len(self._fact)), normalized=True))
+            ]
+        for name, found, known in zip(names, _pairs(edits), facts, strict=True):
+            near: list[tuple[float, str | int]] = [(s, self.owners[i]) for s, i in found]
+            retired = set(self.retired.values())
+            near = [pair for pair in near if pair[1] not in self.replaced]
+            near += [(s, self._fact[i]) for s, i in known if self._fact[i] not in retired]
+            score, about = max(near, key=lambda pair: pair[0], default=(0.0, None))
+            rival = max((s for s, what in near if what != about), default=0.0)
+            if score - rival <= self.same:
+                continue
+            if isinstance(about, str):
+                self.replaced[about] = name
+                if about in self.retired:
+                    self.retired[name] = self.retired[about]
+            elif about is not None:
+                self.retired[name] = about
 
     def without(self, name: str) -> Router:
         """A new router without this edit; what it had taken the place of is back."""
@@ -176,19 +209,6 @@ class Router(Tables):
         new = copy.copy(self)
         new.__dict__.update(_buffers=dict(self._buffers), _tables={})
         return new
-
-    def _about(self, prompt: Tensor) -> str | int | None:
-        """The edit, or the number of the fact, that a prompt [1, c] surely asks for."""
-        route = self._among(prompt, None)[0]
-        if route.nearest is not None and route.margin > self.same:
-            return route.nearest
-        if not len(self.others):
-            return None
-        scores, ids = (t[0] for t in cosine_topk(prompt, self.others, len(self.others), normalized=True))
-        facts = self.facts[ids]
-        different = scores[facts != facts[0]]
-        rival = max(route.score, float(different[0]) if len(different) else 0.0)
-        return int(facts[0]) if float(scores[0]) - rival > self.same else None
 
     # --- what is decided ---------------------------------------------------------------------------------------------
 
@@ -280,14 +300,14 @@ class Router(Tables):
             return [_nothing(self.threshold)] * len(keys)
         # So many that the best entry of a second edit is among them.
         found = cosine_topk(keys, of.entries, min(self.most + 1, len(of.owners)), normalized=True)
-        best = cosine_topk(keys, of.others, 1, normalized=True) if of.facts else None
+        best = [t.tolist() for t in cosine_topk(keys, of.others, 1, normalized=True)] if of.facts else None
         routes = []
         for b, (scores, ids) in enumerate(zip(*(t.tolist() for t in found), strict=True)):
             nearest = of.owners[ids[0]]
             second = [(s, of.owners[i]) for s, i in zip(scores, ids, strict=True) if of.owners[i] != nearest][:1]
             rivals: list[tuple[float, str | int]] = [*second]
             if best is not None:
-                rivals.append((float(best[0][b, 0]), of.facts[int(best[1][b, 0])]))
+                rivals.append((best[0][b][0], of.facts[best[1][b][0]]))
             rival, other = max(rivals, key=lambda pair: pair[0]) if rivals else (0.0, None)
             acts = nearest if scores[0] - rival > self.threshold else None
             routes.append(Route(acts, nearest, scores[0], other, rival, self.threshold))
@@ -304,19 +324,26 @@ class Router(Tables):
     def _candidates(self, names: tuple[str, ...] | None) -> _Candidates:
         """What competes in a row: its edits, but for those that a newer one of them has replaced, and the other facts,
         but for those that one of them is about."""
+        if names is None and not self.replaced and not self.retired:
+            return _Candidates(self.entries, self.owners, self.others, self._fact)
         if names not in self._tables:
             among = set(self.owners if names is None else names)
             live = [i for i, name in enumerate(self.owners) if name in among and not self._newer(name) & among]
             about = {fact for name, fact in self.retired.items() if name in among}
-            facts = self.facts.tolist()
-            others = [i for i, fact in enumerate(facts) if fact not in about]
+            others = [i for i, fact in enumerate(self._fact) if fact not in about]
             rows, rest = (torch.tensor(i, dtype=torch.int64, device=self.entries.device) for i in (live, others))
             if len(self._tables) >= _TABLES:
                 self._tables.clear()
             self._tables[names] = _Candidates(
-                self.entries[rows], [self.owners[i] for i in live], self.others[rest], [facts[i] for i in others]
+                self.entries[rows], [self.owners[i] for i in live], self.others[rest], [self._fact[i] for i in others]
             )
         return self._tables[names]
+
+
+def _pairs(found: tuple[Tensor, Tensor]) -> Iterator[list[tuple[float, int]]]:
+    """Of each query the scores and ids of what it has found."""
+    for scores, ids in zip(*(t.tolist() for t in found), strict=True):
+        yield [(score, i) for score, i in zip(scores, ids, strict=True) if i >= 0]
 
 
 class _Candidates(NamedTuple):

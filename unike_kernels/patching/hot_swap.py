@@ -53,7 +53,7 @@ def add_edit(model: nn.Module, edit: Edit, *, override: bool = False, running: R
             ffn = state.ffns[i]
             stores[i] = ffn.edits.with_edit(edit.id, layer, backbones.device_of(ffn.modules[0]))
         before = state.installed.router
-        router = None if before is None else before.with_edit(edit.id, entries_of(edit))
+        router = None if before is None else before.with_edits({edit.id: entries_of(edit)})
         _publish(state, running, edits=stores, router=router, artifacts={**state.edits, edit.id: edit})
         replaced = [] if router is None else [old for old, by in router.replaced.items() if by == edit.id]
         more = {"replaces": replaced} if replaced else {}

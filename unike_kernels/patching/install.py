@@ -363,9 +363,7 @@ def make_router(memory: MemoryBank | None, config: Config, edits: Mapping[str, E
         return None
     of = memory.scope
     router = Router(of.id, of.encoder, Vocabulary(of.pieces), of.layers, of.entries, of.facts, of.threshold, of.same)
-    for name, edit in edits.items():
-        router = router.with_edit(name, entries_of(edit))
-    return router
+    return router.with_edits({name: entries_of(edit) for name, edit in edits.items()})
 
 
 def entries_of(edit: Edit) -> Tensor:

@@ -117,9 +117,7 @@ class RaggedRuntime:
         names = tuple(version.key for version in versions)
         router = self._routers.get(names)
         if router is None:
-            router = self._router
-            for version in versions:
-                router = router.with_edit(version.key, entries_of(version.edit))
+            router = self._router.with_edits({version.key: entries_of(version.edit) for version in versions})
             if len(self._routers) >= _ROUTERS:
                 self._routers.clear()
             self._routers[names] = router

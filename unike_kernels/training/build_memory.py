@@ -12,12 +12,14 @@ from torch import Tensor, nn
 
 from ..artifacts.fingerprint import fingerprint
 from ..artifacts.memory import MemoryBank, MemoryLayer
+from ..artifacts.scope import Scope
 from ..backbones import Decoder, find_decoder, project_memory, score_scale
 from ..config import Config
 from ..patching import check_artifacts
 from .encoders import Disentangled, EncoderTraining, disentangle
 from .extract import Hidden, extract
-from .samples import Triplet, taking_gradients
+from .samples import Sample, Triplet, taking_gradients
+from .scope import Fact, extend_scope
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,7 @@ def build_memory(
     training: EncoderTraining | None = None,
     batch_size: int = 32,
     store: str | os.PathLike[str] | None = None,
+    scope: Scope | None = None,
     progress: bool = True,
 ) -> MemoryResult:
     """Make the memory of `triplets` for a model (paper, section 3.3 and Appendix C).
@@ -83,6 +86,7 @@ def build_memory(
         training: of the encoders.
         batch_size: triplets per forward pass of the extraction.
         store: a folder for the extracted states, as for `extract`: for thousands of triplets of a large model.
+        scope: what decides where edits act, see `build_scope`; needed where the config says scope="memory".
         progress: show progress bars.
 
     Raises:
@@ -107,7 +111,7 @@ def build_memory(
         spaces[i] = space
         tables[i] = MemoryLayer(h.sem_pre, keys, values, space.semantic_weights(), space.zeta, space.zeta_prime)
     notes = {"triplets": str(len(triplets)), "training": str(training or EncoderTraining())}
-    return MemoryResult(MemoryBank(tables, config, fingerprint(model), notes), hidden, spaces)
+    return MemoryResult(MemoryBank(tables, config, fingerprint(model), notes, scope=scope), hidden, spaces)
 
 
 @taking_gradients
@@ -122,6 +126,8 @@ def extend_memory(
     progress: bool = True,
 ) -> MemoryBank:
     """A memory with further triplets as entries behind its own; its encoders and zeta' stay what they are.
+
+    Of a memory with a scope, the triplets' prompts become further facts that a prompt may ask for.
 
     It has an id of its own, as edits that were trained with the other one were not trained with these entries. In a
     memory of tenants the new entries are nobody's own: rows that name a tenant do not use them.
@@ -140,9 +146,18 @@ def extend_memory(
         PatchError: the model is patched.
         MismatchError: the memory was made for another model.
     """
+    if not triplets:
+        raise ValueError("triplets: expected at least one, got none")
     decoder = find_decoder(model)
     check_artifacts(model, decoder, [], memory, memory.config, override=False)
+    scope = memory.scope
+    if scope is not None:
+        facts = [Fact((Sample(triplet.prompt, "", triplet.image),)) for triplet in triplets]
+        scope = extend_scope(model, processor, scope, facts, batch_size=batch_size)
+    notes = {**memory.notes, "extended": f"by {len(triplets)} triplets"}
     layers = sorted(memory.layers)
+    if not layers:
+        return replace(memory, scope=scope, notes=notes)
     hidden = extract(
         model, processor, triplets, layers=layers, context=memory.config.values == "context", batch_size=batch_size,
         store=store, progress=progress,
@@ -157,7 +172,7 @@ def extend_memory(
             keys=_behind(have.keys, keys),
             values=None if have.values is None or values is None else _behind(have.values, values),
         )
-    return replace(memory, layers=tables, notes={**memory.notes, "extended": f"by {len(triplets)} triplets"})
+    return replace(memory, layers=tables, notes=notes, scope=scope)
 
 
 def _behind(table: Tensor, rows: Tensor) -> Tensor:
