@@ -59,6 +59,15 @@ def test_generate(make_model, make_memory, make_edit, kind, config, options):
     assert not torch.allclose(generated(everywhere, **options).logits[0], wanted.logits[0], atol=1e-2)  # it matters
 
 
+@pytest.mark.parametrize("config", CONFIGS)
+def test_a_prompt_of_one_token(make_model, make_memory, make_edit, kind, config):
+    model = setup(make_model, make_memory, make_edit, kind, CONFIGS[config])
+    ids = IDS[:, -1:]
+    with told(model, [1, 1, 1]):
+        wanted = generated(model, ids, torch.ones_like(ids))
+    same(generated(model, ids, torch.ones_like(ids)), wanted)
+
+
 @pytest.mark.parametrize("config", ["answer", "last"])
 def test_a_static_cache(make_model, make_memory, make_edit, kind, config):
     """Whose prepared mask does not tell what is padding; generations are padded on the left."""

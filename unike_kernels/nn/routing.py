@@ -175,9 +175,8 @@ class Router(Tables):
         edits = cosine_topk(prompts, self.entries, most, normalized=True, ranges=earlier)
         facts: list[list[tuple[float, int]]] = [[] for _ in names]
         if self._fact:
-            facts = [
-                *_pairs(cosine_topk(prompts, self.others, min(self._widest + 1, len(self._fact)), normalized=True))
-            ]
+            widest = min(self._widest + 1, len(self._fact))
+            facts = [*_pairs(cosine_topk(prompts, self.others, widest, normalized=True))]
         for name, found, known in zip(names, _pairs(edits), facts, strict=True):
             near: list[tuple[float, str | int]] = [(s, self.owners[i]) for s, i in found]
             retired = set(self.retired.values())
