@@ -16,7 +16,7 @@ from unike_kernels.training import (
     with_entries,
 )
 from unike_kernels.training.samples import encode
-from unike_kernels.training.scope import _pieces
+from unike_kernels.training.scope import _margins, _pieces
 
 FAST = ScopeTraining(steps=60, hidden=24, head_width=8, heads=2, subjects=8)
 # What is asked of a subject, in words that the relations share, too.
@@ -136,6 +136,24 @@ def test_what_is_wrong(make_model, make_edit, processor):
                 call()
 
 
+def test_margins_of_neighbours():
+    """Those that share a subject or a relation; facts of which neither is known are nobody's, unless all are."""
+    sample = Sample("w1", "")
+    of = [Fact([sample], "s", "r"), Fact([sample], "s", "q"), Fact([sample]), Fact([sample]), Fact([sample], "t", "r")]
+    keys = torch.nn.functional.normalize(torch.randn(11, 8), dim=-1)
+    numbers, taught = torch.arange(11) // 2 % 5, torch.arange(11) == 10
+    right, wrong = _margins(keys, numbers, taught, of)
+    rival = keys[:10] @ keys[10]
+    pairs = [(i, j) for i in range(10) for j in range(10) if i != j]
+    margin = {(i, j): keys[i] @ keys[j] - rival[i] for i, j in pairs}
+    own = [margin[i, j] for i, j in pairs if i // 2 == j // 2]
+    near = [margin[i, j] for i, j in pairs if {i // 2, j // 2} in ({0, 1}, {0, 4})]
+    torch.testing.assert_close(right, torch.stack(own))
+    torch.testing.assert_close(wrong, torch.stack(near))
+    unnamed = _margins(keys, numbers, taught, [Fact([sample])] * 5)[1]
+    torch.testing.assert_close(unnamed, torch.stack([margin[i, j] for i, j in pairs if i // 2 != j // 2]))
+
+
 def test_few_facts_have_nothing_held_out(make_model, processor):
     """Nothing is known of such a scope: no edit of it is refused as a false alarm."""
     result = build(make_model("opt"), processor, facts(range(1)), ScopeTraining(**{**vars(FAST), "steps": 2}))
@@ -164,6 +182,7 @@ def test_a_patched_model_computes_the_same_keys(make_model, make_processor, make
     config = uk.Config(scope="memory")
     plain = [make_edit(model, prompt, config=config, layers=(4, 5)) for prompt in prompts]
     edits = [with_entries(model, processor, edit, scope, [s]) for edit, s in zip(plain, samples, strict=True)]
+    torch.testing.assert_close(keys, torch.cat([edit.entries for edit in edits]), rtol=0, atol=2e-6)  # each alone
     batch = encode(processor, samples)
     with uk.patched(model, edits, result.memory(model)), uk.explain(model) as trace, torch.no_grad():
         model(**batch.inputs)
