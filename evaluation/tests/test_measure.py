@@ -61,6 +61,21 @@ def test_a_sequence_is_measured_with_all_of_its_edits_in_force():
     assert [r.scores["mmedit"]["reliability"] for r in rows] == [1.0] * 4  # the fifth has no sequence
 
 
+def test_what_another_edit_of_the_sequence_is_about_is_left_out():
+    near = tuple(Sample(f"near {i}", "x") for i in range(3))
+    case = Case(Sample("q", "a0"), near_locality=near)
+    about = {"near_locality": ["r1", "r0", "elsewhere"]}
+    first, second = Request("r0", "vqa", case, "wrong", about), requests(2)[1]
+    assert first.apart(["r0", "r1"])["near_locality"] == [1, 2]
+    assert first.apart(["r0"])["near_locality"] == [0, 1, 2] and first.apart([])["reliability"] == [0]
+    other = Observation(torch.tensor([[3]]), torch.tensor([True]), torch.tensor([1]))
+    said = {**unedited(2), "r0": {"reliability": [UNEDITED], "near_locality": [other, UNEDITED, UNEDITED]}}
+    rows = list(measure(Recorder(), [first, second], said, steps=2))
+    assert rows[0].scores["unike"] == {"reliability": 1.0, "near_locality": 1.0}
+    alone = list(measure(Recorder(), [first], said))
+    assert alone[0].scores["unike"]["near_locality"] == pytest.approx(2 / 3)
+
+
 def test_a_failed_edit_leaves_nothing_in_force():
     editor = Recorder(fails_at="a1")
     with pytest.raises(RuntimeError, match="out of ideas"):

@@ -22,7 +22,7 @@ _PERCENTAGES = "Percentages with 95% confidence intervals over requests."
 
 
 HELP = "the paper's tables: editing systems on real images, measured"
-_TABLES = ("1", "2", "3", "4", "4a", "4b", "4c", "5a", "easyvqa", "search", "speed")
+_TABLES = ("1", "2", "3", "4", "4a", "4b", "4c", "5a", "easyvqa", "countries", "search", "speed")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,7 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=_TABLES,
         default=["1"],
         help="1: one step; 2: sequences of one task; 3: of both; 4: ablation; 4a to 5a: the figures; easyvqa: one "
-        "step, about coloured shapes; search: settings, on validation requests; speed: of editing (default: 1)",
+        "step, about coloured shapes; countries: facts about them in a language model, 1, 10 and 100 in force; "
+        "search: settings, on validation requests; speed: of editing (default: 1)",
     )
     parser.add_argument("--systems", nargs="+", metavar="NAME", help="only these, such as FT MEND UniKE")
     parser.add_argument("--split", choices=("validation", "test"), default="test", help="(default: %(default)s)")

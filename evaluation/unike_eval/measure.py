@@ -69,7 +69,8 @@ def measure(
         editor: fitted.
         requests: in this order; a last sequence that is shorter than `steps` is left out.
         unedited: see `before`.
-        steps: of a sequence: all of its edits are in force when its requests are measured.
+        steps: of a sequence: all of its edits are in force when its requests are measured. Samples about a fact that
+            another one of them has edited are left out.
     """
     foreseen = 0.0  # seconds of each edit that were spent beforehand
     for start in range(0, len(requests) - steps + 1, steps):
@@ -81,9 +82,13 @@ def measure(
             foreseen = (time.perf_counter() - began) / len(batch)
         try:
             seconds = [foreseen + _edit(editor, request) for request in sequence]
+            edited = [request.id for request in sequence]
             for request, took in zip(sequence, seconds, strict=True):
-                after = {name: editor.observe(samples) for name, samples in request.case.groups().items()}
-                scores = {protocol: score(unedited[request.id], after, protocol) for protocol in PROTOCOLS}
+                groups, before = request.case.groups(), unedited[request.id]
+                kept = {name: places for name, places in request.apart(edited).items() if places}
+                after = {name: editor.observe([groups[name][i] for i in at]) for name, at in kept.items()}
+                said = {name: [before[name][i] for i in at] for name, at in kept.items()}
+                scores = {protocol: score(said, after, protocol) for protocol in PROTOCOLS}
                 yield Measured(request.id, scores, took)
         finally:
             editor.reset()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 from unike_kernels.training import Fact, Sample, Triplet
@@ -22,12 +22,24 @@ class Request:
         task: "vqa" or "caption".
         case: the edit, and what is measured around it.
         wrong: what the model says instead.
+        about: metric -> for each of its samples the id of the request that asks for the same fact, "" for none. Where
+            that one is edited, too, the sample says nothing about what an edit leaves alone.
     """
 
     id: str
     task: Task
     case: Case
     wrong: str
+    about: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+    def apart(self, edited: Collection[str]) -> dict[str, list[int]]:
+        """Metric -> which of its samples are not about facts of other edited requests."""
+        others = set(edited) - {self.id}
+        found = {}
+        for name, samples in self.case.groups().items():
+            about = self.about.get(name, [""] * len(samples))
+            found[name] = [i for i, id in enumerate(about) if id not in others]
+        return found
 
     @property
     def triplet(self) -> Triplet:

@@ -19,7 +19,8 @@ _EXPECTED = ("KE", "MEND", "IKE", "SERAC")
 
 def figures(rows: Sequence[Measured], protocol: str) -> dict[str, Estimate]:
     """Metric, and "mean" of the metrics of a request -> its estimate over requests."""
-    found = {m: estimate([r.scores[protocol][m] for r in rows]) for m in METRICS if m in rows[0].scores[protocol]}
+    scores = [r.scores[protocol] for r in rows]
+    found = {m: estimate(values) for m in METRICS if (values := [s[m] for s in scores if m in s])}
     return found | {"mean": estimate([statistics.fmean(r.scores[protocol].values()) for r in rows])}
 
 

@@ -103,7 +103,15 @@ def identity(model: nn.Module) -> Identity:
     """That of a model in memory."""
     words = _vocabulary(model)
     passed_over = frozenset(name for name, p in model.named_parameters() if id(p) in words)
-    return Identity(**_sizes(model), samples=lambda names: _samples(model, names), passed_over=passed_over)
+    known: dict[tuple[str, ...], dict[str, list[float]]] = {}  # many artifacts were made for it, and ask for the same
+
+    def samples(names: Iterable[str]) -> dict[str, list[float]]:
+        asked = tuple(names)
+        if asked not in known:
+            known[asked] = _samples(model, asked)
+        return known[asked]
+
+    return Identity(**_sizes(model), samples=samples, passed_over=passed_over)
 
 
 def samples_of_checkpoint(folder: str | os.PathLike[str], names: Iterable[str]) -> dict[str, list[float]]:

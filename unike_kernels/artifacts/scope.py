@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -74,7 +75,7 @@ class Scope:
                 raise ValueError(f"Scope.{name}: expected a number in -2..2, got {getattr(self, name)!r}")
             object.__setattr__(self, name, float(getattr(self, name)))  # as a file has it
 
-    @property
+    @cached_property
     def id(self) -> str:
         """A hash of the encoder: entries are of the same scope if they have been made with it."""
         told = "\0".join([*map(str, self.layers), *self.pieces]).encode()

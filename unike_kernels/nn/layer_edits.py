@@ -99,7 +99,7 @@ class LayerEdits(Tables):
         layer = _on(layer, self.indptr.device if self.ids else device or layer.keys.device)
         if not self.ids or (layer.up is not None and self.up is None) or layer.keys.dtype != self.keys.dtype:
             new.set({**{each: self.layer(each) for each in self.ids}, name: layer})
-            new._give(given)
+            new._give(given, [name])
             return new
         neurons, edits = self.used
         n = layer.keys.shape[0]
@@ -117,7 +117,7 @@ class LayerEdits(Tables):
         new.indptr[edits + 1 :] = neurons + n
         new.used = neurons + n, edits + 1
         new._name({**self.position, name: edits})
-        new._give(given)
+        new._give(given, [name])
         return new
 
     def without(self, name: str) -> LayerEdits:
@@ -128,7 +128,7 @@ class LayerEdits(Tables):
             new.set({each: self.layer(each) for each in left})
         else:
             new._name(left)
-        new._give({each: layer for each, layer in self.given.items() if each != name})
+        new._give({each: layer for each, layer in self.given.items() if each != name}, [])
         return new
 
     def with_beta(self, name: str, beta: float) -> LayerEdits:
@@ -138,7 +138,7 @@ class LayerEdits(Tables):
         new.beta[self.position[name]] = beta
         changed = copy.copy(self.given[name])
         vars(changed)["beta"] = torch.full_like(changed.beta, beta)
-        new._give({**self.given, name: changed})
+        new._give({**self.given, name: changed}, [name])
         return new
 
     def layer(self, name: str) -> Any:
@@ -166,10 +166,12 @@ class LayerEdits(Tables):
 
     # --- edits that are being trained --------------------------------------------------------------------------------
 
-    def _give(self, given: dict[str, Any]) -> None:
-        """Let these be the edits whose copies the pool has."""
-        self.given, self._trained = given, None
-        self._notice()
+    def _give(self, given: dict[str, Any], new: Sequence[str] | None = None) -> None:
+        """Let these be the edits whose copies the pool has; somebody may train the `new` ones, None for all."""
+        known = () if self._trained is None else self._trained.names
+        names = given if new is None else [name for name in (*known, *new) if name in given]
+        self.given = given
+        self._note(tuple(name for name in names if _asks(given[name])))
         if self._trained is not None:
             self._trained.versions = self._versions(self._trained)
 
@@ -182,6 +184,12 @@ class LayerEdits(Tables):
         known = self._trained.names if self._trained is not None else ()
         names = tuple(name for name, layer in self.given.items() if name in known or _asks(layer))
         if names != known:
+            self._note(names)
+
+    def _note(self, names: tuple[str, ...]) -> None:
+        """Let these be the edits whose tensors are trained."""
+        self._trained = None
+        if names:
             bounds = self.indptr.tolist()
             at = [self.position[name] for name in names]
             neurons = [n for i in at for n in range(bounds[i], bounds[i + 1])]

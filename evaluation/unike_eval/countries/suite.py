@@ -72,12 +72,22 @@ def _requests(
             continue
         choices = sorted({f.answer for f in of if f.relation == fact.relation} - {fact.answer})
         wanted = rng.choice(choices) if right else fact.answer
-        neighbours = [f for f in of if f.relation == fact.relation and f != fact]
+        far = (*rng.sample(of_split(FAR, split), _FAR), *rng.sample(of_split(TEXT, split), _TEXT))
+        neighbours = rng.sample([f for f in of if f.relation == fact.relation and f != fact], _NEAR)
+        siblings = [f for f in of if f.country == fact.country and f != fact]
         case = Case(
             Sample(prompt, wanted),
             rephrasings=tuple(Sample(words, wanted) for words in rest),
-            text_locality=(*rng.sample(of_split(FAR, split), _FAR), *rng.sample(of_split(TEXT, split), _TEXT)),
-            near_locality=tuple(map(other, rng.sample(neighbours, _NEAR))),
-            subject_locality=tuple(other(f) for f in of if f.country == fact.country and f != fact),
+            text_locality=far,
+            near_locality=tuple(map(other, neighbours)),
+            subject_locality=tuple(map(other, siblings)),
         )
-        yield Request(f"{split}-{fact.country}-{fact.relation}", "vqa", case, wrong=found.split("\n")[0].strip())
+        about = {
+            "near_locality": [_id(split, f) for f in neighbours],
+            "subject_locality": [_id(split, f) for f in siblings],
+        }
+        yield Request(_id(split, fact), "vqa", case, found.split("\n")[0].strip(), about)
+
+
+def _id(split: Split, fact: Fact) -> str:
+    return f"{split}-{fact.country}-{fact.relation}"
