@@ -141,6 +141,10 @@ class MemoryBank:
     def __len__(self) -> int:
         return int(next(iter(self.layers.values())).index.shape[0]) if self.layers else 0
 
+    def __bool__(self) -> bool:
+        """One that has a scope alone is a memory, too."""
+        return True
+
     @classmethod
     def joined(cls, banks: Mapping[str, MemoryBank]) -> MemoryBank:
         """The memories of several tenants as one, in which a row names whose entries it uses.
