@@ -12,7 +12,7 @@ from unike_eval.editors import EDITORS
 from unike_eval.experiments import Run, perform, table
 from unike_eval.measure import Measured
 from unike_eval.metrics import METRICS, PROTOCOLS
-from unike_eval.settings import CANDIDATES, DEFAULTS, told
+from unike_eval.settings import CANDIDATES, DEFAULTS, SCOPED, told
 
 RUN = Run("digits-opt", "vqa", "FT")
 
@@ -110,23 +110,32 @@ def test_a_baseline_that_fails_is_marked(tmp_path):
 @pytest.mark.parametrize(
     ("name", "runs"),
     [
-        ("1", 40),
-        ("2", 40),
-        ("3", 10),
+        ("1", 44),
+        ("2", 44),
+        ("3", 11),
         ("4", 16),
         ("4a", 9),
         ("4b", 6),
         ("4c", 4),
-        ("easyvqa", 20),
+        ("easyvqa", 22),
         ("countries", 6),
         ("search", 84),
-    ],
+    ],  # fmt: skip
 )
 def test_the_papers_tables(name, runs):
     found = table(name)
     assert len(found) == len({run.name for run in found}) == runs
     with pytest.raises(ValueError, match=r"table: expected one of 1, 2, 3, .*, easyvqa, countries, search; got '5'"):
         table("5")
+
+
+def test_with_a_scope_an_edit_acts_where_it_is_meant(tmp_path):
+    run = Run("digits-opt", "vqa", "UniKE", 2, "scope", {**SCOPED, "scope": replace(SCOPED["scope"], steps=60)})
+    rows = perform(run, tmp_path, split="validation", limit=4)
+    found = {name: estimate.mean for name, estimate in tables.figures(rows, "mmedit").items()}
+    assert found["reliability"] == 1
+    assert found["t_generality"] > 0.9 and found["m_generality"] > 0.9
+    assert found["t_locality"] > 0.98 and found["m_locality"] > 0.98  # without, 0.95 and 0.77
 
 
 def test_fewer_requests_than_a_sequence_needs(tmp_path):

@@ -92,6 +92,35 @@ def test_locality_is_measured_on_what_no_request_changes(suite):
             assert fact.shown != own
 
 
+def test_a_scope_learns_from_nothing_that_is_measured(suite):
+    world, _ = suite.name.split("-")
+    measured = [r for split in (suite.validation, suite.test) for r in split]
+    images = {picture(s) for r in measured for s in (*questions(r), *r.case.image_locality)}
+    prompts = {s.prompt for r in measured for s in (*r.case.rephrasings, *r.case.text_locality)}
+    changed = {
+        key(fact)
+        for of, task in SUITES
+        if of == world
+        for name in ("validation", "test")
+        for fact in split_facts(world, task)[0][name]
+    }
+    known = {(p, f.shown): key(f) for f in WORLDS[world].FACTS for p in f.train}
+    training = WORLDS[world].showing("train")
+    shown = {image.numpy().tobytes(): name for name, images in training.items() for image in images}
+    found = []
+    for fact in suite.facts:
+        assert prompts.isdisjoint(s.prompt for s in fact.wordings)
+        pictures = [picture(s) for s in fact.wordings if s.image is not None]
+        assert images.isdisjoint(pictures)
+        asked = {known[s.prompt, shown[picture(s)]] for s in fact.wordings if s.image is not None}
+        assert len(asked) == bool(pictures)  # its wordings ask for one fact, each with an image of its own
+        assert len(set(pictures)) == len(pictures)
+        assert not asked & changed
+        found += asked
+    assert len(found) == len(set(found)) > 40
+    assert len(suite.facts) - len(found) == 60  # without images
+
+
 def test_the_same_every_time(suite):
     assert [(r.id, r.wrong, r.case.request.prompt) for r in made(suite.name).test] == [
         (r.id, r.wrong, r.case.request.prompt) for r in suite.test

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from unike_kernels import training
 from unike_kernels.training.samples import Sample
 
 from .answers import answers
@@ -29,6 +30,8 @@ Split = Literal["train", "validation", "test"]
 _AROUND = 3  # samples of a metric beside the request's own image and question
 _UNRELATED = 4
 _PRESERVED = 4  # questions about each fact that stays as it was taught
+_TEXT_FACTS = 60  # that a scope learns from
+_WORDINGS = 24  # of a fact that a scope learns from, each with an image of its own
 
 
 @dataclass(frozen=True)
@@ -155,7 +158,26 @@ def world_suite(name: str, task: Task, model: nn.Module, processor: Any) -> Suit
         requests["validation"],
         requests["test"],
         drawn["train"].preserve(),
+        scope_facts(name),
     )
+
+
+def scope_facts(name: str) -> list[training.Fact]:
+    """What a scope of a world learns from: the facts for training and those that stay, of all of its tasks, in training
+    phrasings about training images; and the text-only facts."""
+    world, rng = WORLDS[name], Random(f"{name} scope")
+    images, found = world.showing("train"), []
+    for task in (task for of, task in _PLANS if of == name):
+        split, stays = split_facts(name, task)
+        for fact in [*split["train"], *stays]:
+            shown = rng.sample(images[fact.shown], _WORDINGS)
+            prompts = rng.sample(fact.train, len(fact.train))
+            wordings = [Sample(prompt, "", image) for prompt, image in zip(cycle(prompts), shown, strict=False)]
+            found.append(training.Fact(wordings))
+    text = [items for items in world.text_facts("train") if len(items) > 1]
+    for items in rng.sample(text, _TEXT_FACTS):
+        found.append(training.Fact([Sample(prompt, "") for prompt, _ in items]))
+    return found
 
 
 def _wrong(model: nn.Module, processor: Any, requests: list[Request]) -> list[Request]:

@@ -26,7 +26,7 @@ from .editors.base import Editor
 from .measure import Measured, Observed, before, measure
 from .metrics import PROTOCOLS
 from .models import smollm2
-from .settings import CANDIDATES, DEFAULTS, Settings, told
+from .settings import CANDIDATES, DEFAULTS, SCOPED, Settings, told
 from .suite import Request, Suite, Task
 
 Backbone = Literal["digits-opt", "digits-llama", "easyvqa-opt", "easyvqa-llama", "countries-smollm2"]
@@ -86,7 +86,8 @@ def suite(backbone: Backbone, model: nn.Module, processor: Any, tasks: Tasks) ->
         ]
         for name in ("train", "validation", "test")
     }
-    return Suite(f"{world}-both", **split, preserve=[*parts[0].preserve, *parts[1].preserve])
+    preserve = [*parts[0].preserve, *parts[1].preserve]
+    return Suite(f"{world}-both", **split, preserve=preserve, facts=parts[0].facts)  # those of the world
 
 
 @dataclass
@@ -220,7 +221,13 @@ _AS_IN_PAPER = _unike("UniKE, without prompt dropout")
 _WITH_DROPOUT = [
     (name, f"{name}, with prompt dropout", {"prompt_dropout": 0.15}) for name in (FineTune.name, TPatcher.name)
 ]
-_SYSTEMS: list[tuple[str, str, Settings]] = [*((name, "", {}) for name in CANDIDATES), _AS_IN_PAPER, *_WITH_DROPOUT]
+_WITH_SCOPE = (UniKE.name, "UniKE, with a scope", SCOPED)
+_SYSTEMS: list[tuple[str, str, Settings]] = [
+    *((name, "", {}) for name in CANDIDATES),
+    _WITH_SCOPE,
+    _AS_IN_PAPER,
+    *_WITH_DROPOUT,
+]
 
 # The rows of Table 4, and of Figures 4 b and c. What the paper calls collaboration is zeta and the alpha of each token.
 _ALPHA = 0.3

@@ -56,6 +56,18 @@ DEFAULTS: dict[str, Settings] = {
     "UniKE": _unike(patching=False, stop_preserve=1e-3, prompt_dropout=0.3),
 }
 
+# UniKE with a scope, chosen on validation requests (docs/evaluation.md). Edits are in the layers from the one on whose
+# input decides. A fact keeps all its wordings, as the threshold is found with them. Half of the usual steps, as more of
+# them fit the few training wordings. With prompt dropout of 0.5 what is routed in other words is answered, too; what
+# that does elsewhere the scope keeps away. The memory has the scope alone.
+SCOPED: Settings = {
+    "training": replace(DEFAULTS["UniKE"]["training"], prompt_dropout=0.5),
+    "scope": ScopeTraining(steps=150, entries=24, false_alarms=0.03),
+    "scope_layers": (3,),
+    "layers": (3, 4, 5),
+    "latent": False,
+}
+
 
 def told(settings: Settings) -> str:
     """Settings in words; of a group, what is not the library's own default."""

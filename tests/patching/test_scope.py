@@ -280,6 +280,13 @@ def test_copies_and_files_are_as_good(setup, tmp_path):
     assert torch.equal(logits(model, PROMPTS), wanted)
 
 
+def test_a_memory_of_a_scope_alone_is_no_empty_collection(setup):
+    model, memory, _ = setup
+    assert memory and len(memory) == 0
+    with uk.patched(model, [], memory) as report:  # without a config: the memory's
+        assert report.scope == "memory"
+
+
 def test_many_edits_of_which_few_act(setup, make_edit):
     model, memory, edits = setup
     torch.manual_seed(3)

@@ -60,6 +60,9 @@ class World(Protocol):
     def text_items(self, split: Literal["train", "test"]) -> tuple[tuple[str, str], ...]:
         """Text-only prompts and their answers."""
 
+    def text_facts(self, split: Literal["train", "test"]) -> tuple[tuple[tuple[str, str], ...], ...]:
+        """The same, those of each fact together."""
+
     def load_model(self, name: str = "opt") -> Blip2ForConditionalGeneration:
         """The model with this decoder."""
 

@@ -14,7 +14,7 @@ joined to its prompt with one space.
 
 from .. import Fact
 from .data import images, showing
-from .facts import FACTS, facts, phrasings, text_items
+from .facts import FACTS, facts, phrasings, text_facts, text_items
 from .model import load_model, load_processor
 
 __all__ = [
@@ -26,5 +26,6 @@ __all__ = [
     "load_processor",
     "phrasings",
     "showing",
+    "text_facts",
     "text_items",
 ]

@@ -282,6 +282,19 @@ def _text_facts() -> Iterator[tuple[str, tuple[str, ...]]]:
 
 
 @functools.cache
+def text_facts(split: Literal["train", "test"]) -> tuple[tuple[tuple[str, str], ...], ...]:
+    """`text_items`, those of each fact together."""
+    if split not in ("train", "test"):
+        raise ValueError(f"split must be 'train' or 'test', not {split!r}")
+    asked = []
+    for number, (answer, bodies) in enumerate(_text_facts()):
+        held_out = number // 3 % len(bodies) if number % 3 == 0 else None
+        asked.append(
+            tuple((question(body), answer) for i, body in enumerate(bodies) if (i == held_out) == (split == "test"))
+        )
+    return tuple(items for items in asked if items)
+
+
 def text_items(split: Literal["train", "test"]) -> tuple[tuple[str, str], ...]:
     """Text-only (prompt, answer) pairs, for prompts without an image: arithmetic, comparison, parity, German counting.
 
@@ -289,10 +302,4 @@ def text_items(split: Literal["train", "test"]) -> tuple[tuple[str, str], ...]:
     tells whether the model finds a known sum behind words that it never saw around these operands, not whether it
     can add.
     """
-    if split not in ("train", "test"):
-        raise ValueError(f"split must be 'train' or 'test', not {split!r}")
-    items = []
-    for number, (answer, bodies) in enumerate(_text_facts()):
-        held_out = number // 3 % len(bodies) if number % 3 == 0 else None
-        items += [(question(body), answer) for i, body in enumerate(bodies) if (i == held_out) == (split == "test")]
-    return tuple(items)
+    return tuple(item for items in text_facts(split) for item in items)

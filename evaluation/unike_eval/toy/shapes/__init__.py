@@ -13,9 +13,9 @@ What is harder than in `digits`: facts that are edited and facts that must stay 
 one property of the image, and half of the kinds of questions are answered with "yes" or "no", or with a negation.
 """
 
-from ..digits import text_items
+from ..digits import text_facts, text_items
 from .data import images, showing
 from .facts import FACTS, SORTS
 from .model import load_model, load_processor
 
-__all__ = ["FACTS", "SORTS", "images", "load_model", "load_processor", "showing", "text_items"]
+__all__ = ["FACTS", "SORTS", "images", "load_model", "load_processor", "showing", "text_facts", "text_items"]
