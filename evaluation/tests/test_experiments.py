@@ -120,7 +120,7 @@ def test_a_baseline_that_fails_is_marked(tmp_path):
         ("easyvqa", 22),
         ("countries", 6),
         ("search", 84),
-    ],  # fmt: skip
+    ],
 )
 def test_the_papers_tables(name, runs):
     found = table(name)
