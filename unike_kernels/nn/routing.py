@@ -177,9 +177,9 @@ class Router(Tables):
         if self._fact:
             widest = min(self._widest + 1, len(self._fact))
             facts = [*_pairs(cosine_topk(prompts, self.others, widest, normalized=True))]
+        retired = set(self.retired.values())
         for name, found, known in zip(names, _pairs(edits), facts, strict=True):
             near: list[tuple[float, str | int]] = [(s, self.owners[i]) for s, i in found]
-            retired = set(self.retired.values())
             near = [pair for pair in near if pair[1] not in self.replaced]
             near += [(s, self._fact[i]) for s, i in known if self._fact[i] not in retired]
             score, about = max(near, key=lambda pair: pair[0], default=(0.0, None))
@@ -192,6 +192,7 @@ class Router(Tables):
                     self.retired[name] = self.retired[about]
             elif about is not None:
                 self.retired[name] = about
+                retired.add(about)
 
     def without(self, name: str) -> Router:
         """A new router without this edit; what it had taken the place of is back."""

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,7 +19,6 @@ from ..artifacts.scope import Scope
 from ..backbones import device_of, find_decoder
 from ..config import Config
 from ..errors import PatchError
-from ..nn import first_argument
 from ..ops.prompt_encoder import (
     SPELLING,
     PromptEncoder,
@@ -31,6 +29,7 @@ from ..ops.prompt_encoder import (
     encode_prompts,
 )
 from ..patching import is_patched
+from .extract import _record
 from .samples import Sample, batches, encode, evaluating, forward, taking_gradients
 
 
@@ -150,25 +149,6 @@ class _Seen:
         return _Seen(self.text._replace(**at), None if self.states is None else self.states[rows])
 
 
-@contextmanager
-def _inputs(modules: dict[int, nn.Module]) -> Iterator[dict[int, Tensor]]:
-    """Within the block, each pass leaves what comes to these layers."""
-    found: dict[int, Tensor] = {}
-
-    def hook(index: int) -> Any:
-        def before(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-            found[index] = first_argument(args, kwargs)
-
-        return before
-
-    handles = [module.register_forward_pre_hook(hook(i), with_kwargs=True) for i, module in modules.items()]
-    try:
-        yield found
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def _pieces(processor: Any, count: int) -> tuple[str, ...]:
     """What tokens spell: byte-level and SentencePiece vocabularies mark the space in front of a word, WordPiece what
     goes on with one; a vocabulary that marks neither is of whole words."""
@@ -200,7 +180,7 @@ def _see(
     decoder, device, vocabulary = find_decoder(model), device_of(model), Vocabulary(pieces)
     states: list[Tensor] = [torch.empty(0, dtype=torch.float32, device="cpu")] * len(samples)
     ids: list[list[int]] = [[]] * len(samples)
-    with evaluating(model), _inputs({i: decoder.layers[i].module for i in layers}) as found:
+    with evaluating(model), _record({i: decoder.layers[i].module for i in layers}) as found:
         for group in batches(samples, batch_size):
             batch = encode(processor, [Sample(samples[i].prompt, "", samples[i].image) for i in group], device)
             if layers:
@@ -210,7 +190,7 @@ def _see(
                 end = int(batch.ends[row])
                 ids[i] = batch.inputs["input_ids"][row, : end + 1][visible[row, : end + 1]].tolist()
                 if layers:
-                    states[i] = torch.stack([found[layer][row, end] for layer in layers]).float().cpu()
+                    states[i] = torch.stack([found[layer, "pre"][row, end] for layer in layers]).float().cpu()
     return _Seen(_text(model, vocabulary, ids), torch.stack(states) if layers else None)
 
 
@@ -295,9 +275,9 @@ def build_scope(
     pieces = _pieces(processor, model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
     of = torch.tensor([i for i, fact in enumerate(facts) for _ in fact.wordings], dtype=torch.int64, device="cpu")
     seen = _see(model, processor, pieces, samples, chosen, batch_size)
-    held = _held_out(facts, training)
-    taught = torch.tensor([i not in held for i in of.tolist()], dtype=torch.bool, device="cpu")
     subjects = _subjects(facts)
+    held = _held_out(subjects, training)
+    taught = torch.tensor([i not in held for i in of.tolist()], dtype=torch.bool, device="cpu")
     encoder, losses = _train(seen, of, subjects, taught.nonzero().flatten(), training, progress)
     keys = _all_keys(encoder, seen)
     right, wrong = _margins(keys, of, taught, facts)
@@ -332,9 +312,8 @@ def _subjects(facts: Sequence[Fact]) -> list[int]:
     return [known[name] for name in names]
 
 
-def _held_out(facts: Sequence[Fact], training: ScopeTraining) -> set[int]:
-    """Numbers of the facts that are only for validation: all of a subject."""
-    subjects = _subjects(facts)
+def _held_out(subjects: Sequence[int], training: ScopeTraining) -> set[int]:
+    """Numbers of the facts, given as the subjects of each, that are only for validation: all of a subject."""
     count = max(subjects) + 1
     generator = torch.Generator("cpu").manual_seed(training.seed)
     order = torch.randperm(count, generator=generator, dtype=torch.int64, device="cpu")
@@ -384,10 +363,7 @@ def _train(
         groups, losses = list(by_subject.values()), []
         with tqdm(range(training.steps), desc="scope", disable=not progress, leave=False) as bar:
             for _ in bar:
-                picked = [
-                    groups[i]
-                    for i in torch.randperm(len(groups), dtype=torch.int64, device="cpu")[: training.subjects].tolist()
-                ]
+                picked = [groups[i] for i in _shuffled(len(groups))[: training.subjects].tolist()]
                 own = [by_fact[fact] for group in picked for fact in group]
                 batch = torch.cat([of_fact[_shuffled(len(of_fact))[: training.wordings]] for of_fact in own])
                 keys = _keys(encoder, seen.rows(batch), training.token_dropout)
