@@ -70,7 +70,7 @@ def keys_of(model, encoder, layers, ids):
         with torch.no_grad():
             x = model.get_input_embeddings()(own)
         x = unit((x - encoder.mean) / encoder.spread) * x.shape[-1] ** 0.5
-        s, parts = vocabulary.spelled(own.tolist()), []
+        s, parts = vocabulary.spelled(own[None])[0], []
         for b in encoder.blocks:
             before = torch.nn.functional.pad(x @ b.token.T + s @ b.word.T + b.bias, (0, 0, 1, 1))
             around = [sum(b.conv[:, :, j] @ before[t + j] for j in range(3)) + b.conv_bias for t in range(len(own))]

@@ -41,7 +41,7 @@ def scope(layers=(), **changes):
     width = 10 + (2 if layers else 0)
     made = {
         "encoder": encoder(len(layers)), "pieces": ("", " a", "é"), "layers": layers, "entries": unit(4, width),
-        "facts": torch.tensor([0, 0, 1, 2]), "threshold": 0.25, "false_alarms": 0.01, "same": 0.5,
+        "facts": torch.tensor([0, 0, 1, 2]), "threshold": 0.25, "false_alarms": 0.01, "same_fact": 0.5,
         "names": ("one", "two", "drei"),
     }  # fmt: skip
     return Scope(**{**made, **changes})
@@ -77,11 +77,13 @@ def test_round_trip(tmp_path, layers, tables, names):
 
 
 def test_a_scope_without_facts_and_whole_numbers(tmp_path):
-    mine = scope(entries=torch.zeros(0, 10), facts=torch.zeros(0, dtype=torch.int64), threshold=0, same=1, names=())
+    mine = scope(
+        entries=torch.zeros(0, 10), facts=torch.zeros(0, dtype=torch.int64), threshold=0, same_fact=1, names=()
+    )
     memory(mine).save(tmp_path / "m")
     found = uk.MemoryBank.load(tmp_path / "m").scope
     assert_same(mine, found)
-    assert (found.count, found.threshold, found.same) == (0, 0.0, 1.0)
+    assert (found.count, found.threshold, found.same_fact) == (0, 0.0, 1.0)
 
 
 def test_a_memory_of_before_there_were_scopes(tmp_path):
@@ -136,7 +138,7 @@ WIDE = (1, 3)
         ((), {"facts": torch.tensor([0, -1, 1, 2])}, "Scope.facts: expected numbers from 0, got a negative one"),
         ((), {"names": ("one", "two")}, "Scope.names: expected one for each of 3 facts, got 2"),
         ((), {"threshold": float("nan")}, "Scope.threshold: expected a number in -2..2, got nan"),
-        ((), {"same": 2.5}, "Scope.same: expected a number in -2..2"),
+        ((), {"same_fact": 2.5}, "Scope.same_fact: expected a number in -2..2"),
         ((), {"false_alarms": float("-inf")}, "Scope.false_alarms: expected a number in -2..2"),
     ],
 )
@@ -152,7 +154,7 @@ def test_parts_that_do_not_fit(layers, changes, message):
         ("more", 1, "'scope': expected .*got .*'more'"),
         ("threshold", "0.5", "expected threshold of float, got '0.5'"),
         ("threshold", 7.0, "Scope.threshold: expected a number in -2..2"),
-        ("same", None, "expected same of float, got None"),
+        ("same_fact", None, "expected same_fact of float, got None"),
         ("blocks", True, "expected blocks of int, got True"),
         ("blocks", 0, "expected 1 to 16 blocks"),
         ("blocks", 10**9, "expected 1 to 16 blocks"),
@@ -241,7 +243,7 @@ def test_a_memory_of_a_scope_alone_is_a_memory():
 
 def test_the_id_is_that_of_what_makes_keys():
     one = scope((1, 3))
-    same = replace(one, entries=unit(2, 12), facts=torch.tensor([0, 5]), threshold=0.1, same=0.9, names=None)
+    same = replace(one, entries=unit(2, 12), facts=torch.tensor([0, 5]), threshold=0.1, same_fact=0.9, names=None)
     assert same.id == one.id
     assert replace(one, layers=(1, 2)).id != one.id
     assert replace(one, pieces=("", " a", "e")).id != one.id
@@ -314,7 +316,7 @@ def test_memories_of_scopes_alone_are_joined():
 
 def test_memories_of_different_scopes_are_not_joined():
     one = scope()
-    others = [scope(), replace(one, threshold=0.3), replace(one, same=0.6), None]
+    others = [scope(), replace(one, threshold=0.3), replace(one, same_fact=0.6), None]
     for other in others:
         bank = memory(other) if other else memory(None, tables=True, config=replace(SCOPED, scope="all"))
         with pytest.raises(uk.MismatchError, match=r"'acme' and 'globex' differ in .*scope"):

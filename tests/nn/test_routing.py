@@ -9,7 +9,7 @@ from unike_kernels.ops.prompt_encoder import PromptEncoder, TextBlock, Vocabular
 E, C = 8, 16
 
 
-def make_router(others=None, facts=None, threshold=0.1, same=1.9):
+def make_router(others=None, facts=None, threshold=0.1, same_fact=1.9):
     block = TextBlock(
         torch.randn(3, E), torch.randn(3, 256), torch.randn(3), torch.randn(3, 3, 3), torch.randn(3),
         torch.randn(2, 3), torch.randn(2), torch.randn(C, E), torch.randn(C, 256),
@@ -17,7 +17,11 @@ def make_router(others=None, facts=None, threshold=0.1, same=1.9):
     encoder = PromptEncoder(torch.zeros(E), torch.ones(E), (block,))
     others = torch.zeros(0, C) if others is None else others
     facts = torch.arange(len(others)) if facts is None else torch.tensor(facts)
-    return Router("scope", encoder, Vocabulary((" a",)), (), others, facts, threshold, same)
+    return Router("scope", encoder, Vocabulary((" a",)), (), others, facts, threshold, same_fact)
+
+
+def decided(router, keys, rows):
+    return router.explained(router.decide(keys, rows))
 
 
 def unit(*shape):
@@ -51,7 +55,7 @@ def test_rows_of_different_edits(others):
     rows = [None, ("a",), (), ("b", "c"), ("c", "b"), ("d",), ("a", "b", "c", "d"), ("unknown",)] * 12
     near = torch.cat([*entries.values(), rest]).repeat(9, 1)[: len(rows)]
     keys = torch.nn.functional.normalize(near + unit(len(rows), C), dim=-1)
-    routes = router.decide(keys, rows)
+    routes = decided(router, keys, rows)
     acted = set()
     for route, key, names in zip(routes, keys, rows, strict=True):
         wanted = by_hand(key, entries, names, rest, facts, 0.1)
@@ -72,8 +76,8 @@ def test_many_rows_and_many_edits():
         router = router.with_edits({name: own})
     near = torch.cat([own[:1] for own in entries.values()]) + 0.1 * unit(60, C)
     keys = torch.nn.functional.normalize(near, dim=-1).repeat(9, 1)
-    routes = router.decide(keys, [None] * 540)
-    assert routes == [*router.decide(keys[:270], [None] * 270), *router.decide(keys[270:], [None] * 270)]
+    routes = decided(router, keys, [None] * 540)
+    assert routes == [*decided(router, keys[:270], [None] * 270), *decided(router, keys[270:], [None] * 270)]
     assert routes[:60] == routes[60:120]
     for route, key in zip(routes[:60], keys, strict=False):
         assert (route.edit, route.nearest, route.other) == by_hand(key, entries, None, rest, range(50), 0.05)
@@ -82,10 +86,10 @@ def test_many_rows_and_many_edits():
 
 def test_no_edits_and_no_other_facts():
     nothing = Route(None, None, 0.0, None, 0.0, 0.1)
-    assert make_router().decide(axis(0), [None]) == make_router(axis(0)).decide(axis(0), [("a",)]) == [nothing]
-    assert make_router().decide(axis(), []) == []
+    assert decided(make_router(), axis(0), [None]) == decided(make_router(axis(0)), axis(0), [("a",)]) == [nothing]
+    assert decided(make_router(), axis(), []) == []
     router = make_router().with_edits({"a": axis(0)})
-    far, near = router.decide(torch.stack([axis(1)[0], axis(0)[0]]), [None, None])
+    far, near = decided(router, torch.stack([axis(1)[0], axis(0)[0]]), [None, None])
     assert (near.edit, near.other, near.other_score, near.margin) == ("a", None, 0.0, 1.0)
     assert (far.edit, far.nearest, far.margin) == (None, "a", 0.0)
 
@@ -93,13 +97,13 @@ def test_no_edits_and_no_other_facts():
 def test_a_tie_is_nobodys():
     """Two edits as near, or an edit and a fact: the margin is 0. At the threshold itself no edit acts."""
     two = make_router(threshold=0.0).with_edits({"a": axis(0)}).with_edits({"b": axis(0)})
-    assert [r.edit for r in two.decide(axis(0), [None])] == [None]
-    assert [r.edit for r in two.decide(axis(0, 0), [("a",), ("b",)])] == ["a", "b"]
+    assert [r.edit for r in decided(two, axis(0), [None])] == [None]
+    assert [r.edit for r in decided(two, axis(0, 0), [("a",), ("b",)])] == ["a", "b"]
     fact = make_router(axis(0), threshold=0.0).with_edits({"a": axis(0)})
-    (route,) = fact.decide(axis(0), [None])
+    (route,) = decided(fact, axis(0), [None])
     assert route.edit is None and route.other == 0 and route.margin == 0.0
     at = make_router(threshold=1.0).with_edits({"a": axis(0)})
-    assert at.decide(axis(0), [None])[0].edit is None
+    assert decided(at, axis(0), [None])[0].edit is None
 
 
 def test_an_edits_own_entries_are_no_rivals():
@@ -107,65 +111,70 @@ def test_an_edits_own_entries_are_no_rivals():
     near = torch.nn.functional.normalize(axis(0).repeat(4, 1) + 0.05 * unit(4, C), dim=-1)
     beside = torch.nn.functional.normalize(axis(0) + 0.8 * axis(1), dim=-1)
     router = make_router(threshold=0.1).with_edits({"one": near}).with_edits({"two": beside})
-    (route,) = router.decide(axis(0), [None])
+    (route,) = decided(router, axis(0), [None])
     assert route.edit == "one" and route.other == "two" and route.other_score == pytest.approx(float(beside[0, 0]))
 
 
 def test_a_newer_edit_of_a_fact_takes_the_place():
     slightly = torch.nn.functional.normalize(axis(0) + 0.1 * axis(1), dim=-1)
-    first = make_router(axis(5), same=0.5).with_edits({"old": axis(0)}).with_edits({"other": axis(2)})
+    first = make_router(axis(5), same_fact=0.5).with_edits({"old": axis(0)}).with_edits({"other": axis(2)})
     router = first.with_edits({"new": slightly})
     assert router.replaced == {"old": "new"} and not first.replaced
-    assert [r.edit for r in router.decide(axis(0, 0, 2), [None, ("old", "other"), None])] == ["new", "old", "other"]
-    assert router.decide(axis(0), [("new", "old")])[0].edit == "new"
+    assert [r.edit for r in decided(router, axis(0, 0, 2), [None, ("old", "other"), None])] == ["new", "old", "other"]
+    assert decided(router, axis(0), [("new", "old")])[0].edit == "new"
     newest = router.with_edits({"newest": axis(0)})
     assert newest.replaced == {"old": "new", "new": "newest"}
-    assert newest.decide(axis(0), [None])[0].edit == "newest"
-    assert newest.without("newest").decide(axis(0), [None])[0].edit == "new"
-    assert newest.decide(axis(0), [("old", "newest")])[0].edit == "newest"
+    assert decided(newest, axis(0), [None])[0].edit == "newest"
+    assert decided(newest.without("newest"), axis(0), [None])[0].edit == "new"
+    assert decided(newest, axis(0), [("old", "newest")])[0].edit == "newest"
     assert newest.without("new").replaced == {"old": "newest"}
-    assert newest.without("new").decide(axis(0), [None])[0].edit == "newest"
-    assert router.without("new").decide(axis(0), [None])[0].edit == "old"
-    assert router.decide(axis(0), [None])[0].edit == "new"  # which it leaves as it was
-    assert make_router(axis(5)).with_edits({"old": axis(0)}).with_edits({"new": slightly}).replaced == {}  # same is 1.9
+    assert decided(newest.without("new"), axis(0), [None])[0].edit == "newest"
+    assert decided(router.without("new"), axis(0), [None])[0].edit == "old"
+    assert decided(router, axis(0), [None])[0].edit == "new"  # which it leaves as it was
+    assert (
+        make_router(axis(5)).with_edits({"old": axis(0)}).with_edits({"new": slightly}).replaced == {}
+    )  # same_fact is 1.9
 
 
 def test_a_fact_that_an_edit_is_about_is_no_rival():
     others = torch.cat([axis(0), torch.nn.functional.normalize(axis(0) + 0.2 * axis(1), dim=-1), axis(3)])
-    router = make_router(others, [7, 7, 4], same=0.5).with_edits({"a": axis(0)})
+    router = make_router(others, [7, 7, 4], same_fact=0.5).with_edits({"a": axis(0)})
     assert router.retired == {"a": 7} and not router.replaced
-    (route,) = router.decide(axis(0), [None])
+    (route,) = decided(router, axis(0), [None])
     assert route.edit == "a" and route.other == 4
     both = router.with_edits({"b": axis(9)})
     assert both.retired == {"a": 7}
-    assert both.decide(axis(0), [("b",)])[0].other == 7  # where a may not act, it is one
-    assert both.without("a").retired == {} and both.without("a").decide(axis(0), [None])[0].other == 7
-    ambiguous = make_router(others, [7, 8, 4], same=0.5).with_edits({"a": axis(0)})
-    assert ambiguous.retired == {} and ambiguous.decide(axis(0), [None])[0].edit is None
+    assert decided(both, axis(0), [("b",)])[0].other == 7  # where a may not act, it is one
+    assert both.without("a").retired == {} and decided(both.without("a"), axis(0), [None])[0].other == 7
+    ambiguous = make_router(others, [7, 8, 4], same_fact=0.5).with_edits({"a": axis(0)})
+    assert ambiguous.retired == {} and decided(ambiguous, axis(0), [None])[0].edit is None
+    unsure = make_router(others[1:], [8, 4], same_fact=0.99).with_edits({"a": axis(0)})
+    assert unsure.retired == {} and decided(unsure, axis(0), [None])[0].edit is None
 
 
 def test_the_newer_edit_of_a_fact_of_the_memory():
     """It is about what the older one was about, with that one or without."""
-    router = make_router(axis(0, 3), same=0.5).with_edits({"a": axis(0)}).with_edits({"b": axis(0)})
+    router = make_router(axis(0, 3), same_fact=0.5).with_edits({"a": axis(0)}).with_edits({"b": axis(0)})
     assert router.replaced == {"a": "b"} and router.retired == {"a": 0, "b": 0}
-    assert [r.edit for r in router.decide(axis(0, 0, 0), [None, ("b",), ("a",)])] == ["b", "b", "a"]
-    assert router.without("a").decide(axis(0), [None])[0].edit == "b"
-    assert router.without("b").decide(axis(0), [None])[0].edit == "a"
+    assert [r.edit for r in decided(router, axis(0, 0, 0), [None, ("b",), ("a",)])] == ["b", "b", "a"]
+    assert decided(router.without("a"), axis(0), [None])[0].edit == "b"
+    assert decided(router.without("b"), axis(0), [None])[0].edit == "a"
 
 
 def test_edits_that_come_together_are_as_those_that_come_one_by_one():
     rest = unit(6, C)
     near = torch.nn.functional.normalize(axis(0) + 0.1 * axis(1), dim=-1)
     edits = {"a": axis(0), "b": rest[:1], "c": near, "d": unit(2, C), "e": near}
-    router = one = make_router(rest, [0, 0, 1, 1, 2, 3], same=0.3)
+    router = one = make_router(rest, [0, 0, 1, 1, 2, 3], same_fact=0.9)
     for name, own in edits.items():
         one = one.with_edits({name: own})
     both = router.with_edits(edits)
-    assert (both.replaced, both.retired, both.owners) == (one.replaced, one.retired, one.owners)
+    assert (both.replaced, both.retired, both.names) == (one.replaced, one.retired, one.names)
     assert both.replaced == {"a": "c", "c": "e"} and torch.equal(both.entries, one.entries)
+    assert both.owner.tolist() == one.owner.tolist() == [0, 1, 2, 3, 3, 4]
     keys = torch.cat([*edits.values(), rest])
-    assert both.decide(keys, [None] * 12) == one.decide(keys, [None] * 12)
-    assert router.with_edits({}).owners == []
+    assert decided(both, keys, [None] * 12) == decided(one, keys, [None] * 12)
+    assert router.with_edits({}).names == []
 
 
 def test_what_was_kept_of_candidates_is_forgotten():
@@ -173,10 +182,10 @@ def test_what_was_kept_of_candidates_is_forgotten():
     for i in range(4):
         router = router.with_edits({f"e{i}": axis(i)})
     for i in range(200):
-        router.decide(axis(0), [(f"e{i % 4}", f"x{i}")])
+        decided(router, axis(0), [(f"e{i % 4}", f"x{i}")])
     assert len(router._tables) <= 64
-    before = router.decide(axis(0), [("e0", "e1")])
-    assert router.to(torch.float32).decide(axis(0), [("e0", "e1")]) == before
+    before = decided(router, axis(0), [("e0", "e1")])
+    assert decided(router.to(torch.float32), axis(0), [("e0", "e1")]) == before
     assert len(router._tables) == 1
 
 

@@ -13,56 +13,104 @@ from unike_kernels.ops.prompt_encoder import (
     encode_prompts,
 )
 
-PIECES = (" Par", "is", " paris", "?", " in", " 19", "84", "", "Par", " ", "'s", " 東京", "-", " x2", "é")
-
-
-@pytest.mark.parametrize(
-    ("ids", "words"),
-    [
-        ([], []),
-        ([0, 1], ["paris", "paris"]),
-        ([8, 1], ["paris", "paris"]),  # at the start of a line
-        ([2, 4, 0, 1, 3], ["paris", "in", "paris", "paris", "?"]),
-        ([0, 1, 10, 4], ["paris", "paris", "'s", "in"]),  # a sign begins a word, and ends one
-        ([0, 12, 8, 1], ["par", "-", "paris", "paris"]),
-        ([5, 6], ["1984", "1984"]),
-        ([4, 6, 13], ["in84", "in84", "x2"]),
-        ([7, 0, 7, 1], ["", "par", "", "is"]),  # chat markers
-        ([9, 8, 1], ["", "paris", "paris"]),
-        ([99, 1, 2**40], ["", "is", ""]),
-        ([11], ["東京"]),
-        ([8, 14], ["paré", "paré"]),
-        ([3, 3], ["?", "?"]),
-    ],
+PIECES = (
+    " Par",
+    "is",
+    " paris",
+    "?",
+    " in",
+    " 19",
+    "84",
+    "",
+    "Par",
+    " ",
+    "'s",
+    " 東京",
+    "-",
+    " x2",
+    "é",
+    " " + 30 * "A",
 )
-def test_the_words_of_a_text(ids, words):
-    assert Vocabulary(PIECES).words(ids) == words
+
+
+TEXTS = [
+    ([0, 1], ["paris", "paris"]),
+    ([8, 1], ["paris", "paris"]),  # at the start of a line
+    ([2, 4, 0, 1, 3], ["paris", "in", "paris", "paris", "?"]),
+    ([0, 1, 10, 4], ["paris", "paris", "'s", "in"]),  # a sign begins a word, and ends one
+    ([0, 12, 8, 1], ["par", "-", "paris", "paris"]),
+    ([5, 6], ["1984", "1984"]),
+    ([4, 6, 13], ["in84", "in84", "x2"]),
+    ([7, 0, 7, 1], ["", "par", "", "is"]),  # chat markers
+    ([9, 8, 1], ["", "paris", "paris"]),
+    ([99, 1, 2**40, -1], ["", "is", "", ""]),
+    ([11], ["東京"]),
+    ([8, 14], ["paré", "paré"]),
+    ([3, 3], ["?", "?"]),
+    ([15, 1], ["a" * 24 + "is"] * 2),  # of a token, so many characters count
+    ([6, 6, 1, 6], ["8484is84"] * 4),
+]
+
+
+def signs(run):
+    """Random, [256], for a run of characters, as the files depend on them: hashed and mixed in plain Python."""
+    wrap = 2**64 - 1
+    mixed = lambda x: (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & wrap  # noqa: E731
+    h = 0
+    for c in run:
+        h = (h * 1_000_003 + c + 1) & wrap
+    h = mixed((h + len(run) - 1) * 0x9E3779B97F4A7C15 & wrap)
+    bucket, found = (h >> 33) % 8192, []
+    for number in range(4 * bucket, 4 * bucket + 4):
+        x = mixed((number + 1) * 0x9E3779B97F4A7C15 & wrap)
+        x = (x ^ (x >> 27)) * 0x94D049BB133111EB & wrap
+        x ^= x >> 31
+        for byte in x.to_bytes(8, "little"):
+            found += [2.0 * (byte >> bit & 1) - 1 for bit in range(7, -1, -1)]
+    return torch.tensor(found)
+
+
+def spelling(word):
+    """By hand: the signs of all runs of 1 to 4 characters of the word with marked ends, but the marks alone."""
+    if not word:
+        return torch.zeros(SPELLING)
+    marked = [0x110000, *map(ord, word), 0x110001]
+    runs = [marked[i : i + n] for n in (1, 2, 3, 4) for i in range(len(marked) - n + 1)]
+    total = sum(signs(run) for run in runs if run not in ([0x110000], [0x110001]))
+    return total / total.norm() * 16
+
+
+@pytest.mark.parametrize(("ids", "words"), TEXTS)
+def test_the_spelling_of_a_text(ids, words):
+    found = Vocabulary(PIECES).spelled(torch.tensor([ids]))
+    assert found.shape == (1, len(ids), SPELLING) and found.dtype == torch.float32
+    torch.testing.assert_close(found[0], torch.stack([spelling(word) for word in words]))
+
+
+def test_the_spelling_of_padded_texts():
+    """A row is spelled as if it were alone; what is not within has no spelling, and begins no word."""
+    vocabulary, most = Vocabulary(PIECES), 6
+    for side in ("left", "right"):
+        ids, within = (torch.full((len(TEXTS), most), fill) for fill in (1, False))
+        for row, (own, _) in enumerate(TEXTS):
+            at = slice(0, len(own)) if side == "right" else slice(most - len(own), most)
+            ids[row, at], within[row, at] = torch.tensor(own), True
+        found = vocabulary.spelled(ids, within)
+        assert not found[~within].any()
+        for row, (own, _) in enumerate(TEXTS):
+            assert torch.equal(found[row, within[row]], vocabulary.spelled(torch.tensor([own]))[0])
+    assert vocabulary.spelled(torch.zeros(2, 0, dtype=torch.int64)).shape == (2, 0, SPELLING)
 
 
 def test_a_spelling_is_that_of_the_whole_word():
-    """However it is cut into tokens; with the same numbers everywhere and for ever, as files depend on them."""
-    vocabulary = Vocabulary(PIECES)
-    one, other = vocabulary.spelled([0, 1, 3]), vocabulary.spelled([2, 3, 7])
-    assert one.shape == (3, SPELLING) and one.dtype == torch.float32
+    """However it is cut into tokens."""
+    one, other = Vocabulary(PIECES).spelled(torch.tensor([[0, 1, 3], [2, 3, 7]]))
     assert torch.equal(one[0], one[1]) and torch.equal(one[0], other[0])
     assert torch.equal(one[2], other[1]) and not torch.equal(one[0], one[2])
-    assert not other[2].any()
-    torch.testing.assert_close(one.norm(dim=-1), torch.full((3,), 16.0))
-    assert vocabulary.spelled([]).shape == (0, SPELLING)
-    near, far = (torch.cosine_similarity(one[0], vocabulary.spelled([i])[0], dim=0) for i in (8, 4))
+    near, far = (
+        torch.cosine_similarity(one[0], Vocabulary(PIECES).spelled(torch.tensor([[i]]))[0, 0], 0) for i in (8, 4)
+    )
     assert near > 0.35 > 0.25 > abs(far)
-    pinned = torch.tensor([1.8839833, 1.8839833, -0.4709958, 0.4709958, 0.4709958, -0.9419916])
-    torch.testing.assert_close(one[0, :6], pinned, rtol=1e-6, atol=1e-6)
-    assert int((one[0] > 0).sum()) == 90
-
-
-def test_spellings_that_are_forgotten_come_back(monkeypatch):
-    vocabulary = Vocabulary(PIECES)
-    before = vocabulary.spelled([0, 3, 4])
-    monkeypatch.setattr("unike_kernels.ops.prompt_encoder._WORDS", 2)
-    assert torch.equal(vocabulary.spelled([0, 3, 4]), before)
-    assert torch.equal(vocabulary.spelled([5, 3, 13, 4])[[1, 3]], before[1:])
-    assert len(vocabulary._known) <= 3
 
 
 def draw(*shape):

@@ -230,7 +230,7 @@ def test_a_change_reaches_running_generations_or_not(setup):
 
 def test_the_newer_of_two_edits_of_a_fact_wins(setup):
     model, memory, (a, b) = setup
-    memory = replace(memory, scope=replace(memory.scope, same=0.5))
+    memory = replace(memory, scope=replace(memory.scope, same_fact=0.5))
     newer = replace(b, id="newer", entries=a.entries)
     report = uk.patch(model, [a, newer, b], memory)
     assert report.replaced == {"a": "newer"} and "'newer' takes the place of 'a'" in str(report)
@@ -252,7 +252,7 @@ def test_the_newer_of_two_edits_of_a_fact_wins(setup):
 def test_what_an_edit_is_about_is_no_other_fact(setup):
     """The memory's own entry of the fact does not keep the edit from acting."""
     model, memory, (a, _) = setup
-    scope = replace(memory.scope, same=0.5)
+    scope = replace(memory.scope, same_fact=0.5)
     third = replace(a, id="third", entries=scope.entries)
     uk.patch(model, [third, a], replace(memory, scope=scope))
     with uk.explain(model) as trace:

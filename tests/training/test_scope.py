@@ -16,7 +16,7 @@ from unike_kernels.training import (
     with_entries,
 )
 from unike_kernels.training.samples import encode
-from unike_kernels.training.scope import _margins, _pieces
+from unike_kernels.training.scope import _pieces, _validated
 
 FAST = ScopeTraining(steps=60, hidden=24, head_width=8, heads=2, subjects=8)
 # What is asked of a subject, in words that the relations share, too.
@@ -50,7 +50,7 @@ def test_held_out_facts_are_told_apart(built):
     scope = result.scope
     assert result.losses[-1] < 0.3 * result.losses[0] and len(result.losses) == 60
     assert result.reached > 0.6 and result.false_alarms <= 0.05
-    assert scope.threshold <= scope.same and scope.count == 42 and scope.layers == ()
+    assert scope.threshold <= scope.same_fact and scope.count == 42 and scope.layers == ()
     assert scope.facts.tolist() == [i for i in range(42) for _ in range(3)]
     assert scope.names[:2] == ("w20 w21 w0", "w20 w24 w0")
     assert not any(t.requires_grad for t in scope.tensors().values())
@@ -136,13 +136,13 @@ def test_what_is_wrong(make_model, make_edit, processor):
                 call()
 
 
-def test_margins_of_neighbours():
+def test_what_held_out_prompts_tell():
     """Those that share a subject or a relation; facts of which neither is known are nobody's, unless all are."""
     sample = Sample("w1", "")
     of = [Fact([sample], "s", "r"), Fact([sample], "s", "q"), Fact([sample]), Fact([sample]), Fact([sample], "t", "r")]
     keys = torch.nn.functional.normalize(torch.randn(11, 8), dim=-1)
     numbers, taught = torch.arange(11) // 2 % 5, torch.arange(11) == 10
-    right, wrong = _margins(keys, numbers, taught, of)
+    right, wrong, alike = _validated(keys, numbers, taught, of)
     rival = keys[:10] @ keys[10]
     pairs = [(i, j) for i in range(10) for j in range(10) if i != j]
     margin = {(i, j): keys[i] @ keys[j] - rival[i] for i, j in pairs}
@@ -150,14 +150,18 @@ def test_margins_of_neighbours():
     near = [margin[i, j] for i, j in pairs if {i // 2, j // 2} in ({0, 1}, {0, 4})]
     torch.testing.assert_close(right, torch.stack(own))
     torch.testing.assert_close(wrong, torch.stack(near))
-    unnamed = _margins(keys, numbers, taught, [Fact([sample])] * 5)[1]
+    assert alike == pytest.approx(
+        max(float(keys[i] @ keys[j]) for i in range(10) for j in range(11) if i // 2 != j // 2)
+    )
+    unnamed = _validated(keys, numbers, taught, [Fact([sample])] * 5)[1]
     torch.testing.assert_close(unnamed, torch.stack([margin[i, j] for i, j in pairs if i // 2 != j // 2]))
 
 
 def test_few_facts_have_nothing_held_out(make_model, processor):
     """Nothing is known of such a scope: no edit of it is refused as a false alarm."""
     result = build(make_model("opt"), processor, facts(range(1)), ScopeTraining(**{**vars(FAST), "steps": 2}))
-    assert (result.scope.threshold, result.scope.same, result.reached, result.false_alarms) == (0.0, 1.0, 0.0, 0.0)
+    scope = result.scope
+    assert (scope.threshold, scope.same_fact, result.reached, result.false_alarms) == (0.0, 1 - 1e-5, 0.0, 0.0)
 
 
 @pytest.mark.parametrize(

@@ -302,7 +302,7 @@ def _differences(one: MemoryBank, other: MemoryBank) -> list[str]:
         found.append("config")
     if not agree(one.base_model, other.base_model):
         found.append("base model")
-    scopes = [s and (s.id, s.threshold, s.same) for s in (one.scope, other.scope)]
+    scopes = [s and (s.id, s.threshold, s.same_fact) for s in (one.scope, other.scope)]
     if scopes[0] != scopes[1]:
         found.append("scope")
     if one.layers.keys() != other.layers.keys():

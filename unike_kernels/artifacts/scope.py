@@ -33,7 +33,8 @@ class Scope:
         facts: int64 [N], which fact each of them asks for, numbered from 0.
         threshold: of the margin.
         false_alarms: share of the prompts for neighbouring facts with a margin above `threshold`, on held-out facts.
-        same: margin above which a prompt surely asks for a fact: no held-out prompt for another one had more.
+        same_fact: cosine above which an edit that would act for another one's prompt is surely of the same fact: no two
+            held-out prompts for different facts had more.
         names: of the facts, for people; None: they have none.
     """
 
@@ -44,7 +45,7 @@ class Scope:
     facts: Tensor
     threshold: float
     false_alarms: float
-    same: float
+    same_fact: float
     names: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
@@ -70,7 +71,7 @@ class Scope:
             raise ValueError("Scope.facts: expected numbers from 0, got a negative one")
         if self.names is not None and len(self.names) < self.count:
             raise ValueError(f"Scope.names: expected one for each of {self.count} facts, got {len(self.names)}")
-        for name in ("threshold", "false_alarms", "same"):
+        for name in ("threshold", "false_alarms", "same_fact"):
             if not abs(getattr(self, name)) <= 2:
                 raise ValueError(f"Scope.{name}: expected a number in -2..2, got {getattr(self, name)!r}")
             object.__setattr__(self, name, float(getattr(self, name)))  # as a file has it
@@ -137,7 +138,7 @@ class Scope:
             "facts": self.facts.tolist(),
             "threshold": self.threshold,
             "false_alarms": self.false_alarms,
-            "same": self.same,
+            "same_fact": self.same_fact,
             "names": None if self.names is None else list(self.names),
         }
 
@@ -146,7 +147,7 @@ class Scope:
         """From a file whose header says this of it. Raises ArtifactError."""
         kinds = {
             "blocks": int, "pieces": [str], "layers": [int], "facts": [int], "threshold": float, "false_alarms": float,
-            "same": float, "names": [str],
+            "same_fact": float, "names": [str],
         }  # fmt: skip
         if set(header) != set(kinds):
             raise reader.fail(f"header field 'scope': expected {sorted(kinds)}, got {sorted(header)}")
@@ -175,7 +176,7 @@ class Scope:
             torch.tensor(header["facts"], dtype=torch.int64, device="cpu"),
             header["threshold"],
             header["false_alarms"],
-            header["same"],
+            header["same_fact"],
             None if names is None else tuple(names),
         )
         return scope

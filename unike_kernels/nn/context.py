@@ -17,7 +17,7 @@ from torch import Tensor
 from ..config import Config
 from ..errors import PatchError
 from .ambient import Ambient
-from .routing import Router, Rows, Seen, behind_prompts
+from .routing import Routed, Router, Rows, Seen, behind_prompts
 from .trace import PassTrace, Trace
 
 
@@ -214,7 +214,7 @@ class Pass:
             **more,
         )
 
-    def acting(self) -> tuple[Rows | None, Tensor | None]:
+    def acting(self) -> tuple[Rows | Routed | None, Tensor | None]:
         """The edits that act in each row, None for all of them in each, and the row of each token, None for equal
         runs; a row that is the last one more is that of the tokens without edits."""
         if not self.scoped:
@@ -228,20 +228,25 @@ class Pass:
         if self.selection.forced or self.version.router is None:
             named = self.selection.edits or ((),)
             rows = tuple(row for row in named for _ in range(batch // len(named)))
-        else:
-            routes = self.version.router.routes(self, batch)
-            rows = tuple(() if route.edit is None else (route.edit,) for route in routes)
-            if self.trace is not None:
-                self.trace.routes[:] = routes
-        if self.last is None:
-            return rows, None
-        return (*rows, ()), behind_prompts(self.last, tokens)
+            return (rows, None) if self.last is None else ((*rows, ()), behind_prompts(self.last, tokens))
+        routes, routed = self.version.router.routes(self, batch)
+        if self.trace is not None:
+            self.trace.routes[:] = self.version.router.explained(routes)
+        return (routed, None) if self.last is None else (routed.with_none(), behind_prompts(self.last, tokens))
+
+    def idle(self) -> bool:
+        """Whether it is known, without waiting for a device, that no edit acts where one decides about the memory."""
+        rows, _ = self.acting()
+        return self.scoped and (rows.idle() if isinstance(rows, Routed) else not any(rows or ()))
 
     def edited(self) -> Tensor:
         """bool [B * T], the tokens that an edit acts on, where a router or a selection says so."""
         rows, token_rows = self.acting()
-        device = None if token_rows is None else token_rows.device
-        uses = torch.tensor([bool(row) for row in rows or ()], dtype=torch.bool, device=device)
+        if isinstance(rows, Routed):
+            uses = rows.acts >= 0
+        else:
+            device = None if token_rows is None else token_rows.device
+            uses = torch.tensor([bool(row) for row in rows or ()], dtype=torch.bool, device=device)
         return uses.repeat_interleave(self.shape[1]) if token_rows is None else uses[token_rows]
 
 

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import PatchError
@@ -18,6 +19,7 @@ from ..ops import EditPool
 from ..ops._library import outside
 from ..ops.patched_ffn import PreparedNeurons
 from ._drop_in import Tables
+from .routing import Routed, Rows
 
 
 class LayerEdits(Tables):
@@ -53,6 +55,7 @@ class LayerEdits(Tables):
         self.given: dict[str, Any] = {}  # the edits as they came
         self._trained: _Trained | None = None
         self._views: dict[Any, PreparedNeurons] = {}
+        self._of_router: tuple[list[str], dict[str, int], Tensor] | None = None
 
     @torch.no_grad()
     def set(self, edits: Mapping[str, Any], device: torch.device | None = None) -> None:
@@ -150,7 +153,7 @@ class LayerEdits(Tables):
         return SimpleNamespace(**tables, zeta=self.zeta[at], beta=self.beta[at])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_views": {}}
+        return {**super().__getstate__(), "_views": {}, "_of_router": None}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LayerEdits:
         if self._trained is not None:
@@ -229,7 +232,7 @@ class LayerEdits(Tables):
         """Another store of the same tensors, which stays as it is when this one changes."""
         self._follow()
         new = LayerEdits.__new__(LayerEdits)
-        new.__dict__.update(self.__dict__, _buffers=dict(self._buffers), _views={}, _plan=None)
+        new.__dict__.update(self.__dict__, _buffers=dict(self._buffers), _views={}, _plan=None, _of_router=None)
         return new
 
     def spare(self) -> None:
@@ -258,18 +261,33 @@ class LayerEdits(Tables):
         self.row_edits = torch.tensor(listed, dtype=torch.int64, device=self.keys.device)
         self.row_indptr = torch.tensor([0, len(position)], dtype=torch.int64, device=self.keys.device)
 
-    def csr(self, rows: Sequence[Sequence[str]] | None) -> tuple[Tensor, Tensor]:
+    def csr(self, rows: Sequence[Sequence[str]] | Routed | None) -> tuple[Tensor, Tensor]:
         """(row_indptr, row_edits) of rows that give the ids of their edits, ids of other layers ignored; None: all.
+        Where a router has given them, nothing waits for the device.
 
         Raises ValueError for a row that names an edit more than once; so do `pool` and `view`.
         """
         if rows is None:
             return self.row_indptr, self.row_edits
+        if isinstance(rows, Routed):
+            at = self._numbered(rows.names)[rows.acts]  # the last one for -1
+            indptr = F.pad((at >= 0).cumsum(0), (1, 0))
+            behind = at.new_zeros(len(at) + 1)  # in its last place is what no row has
+            return indptr, behind.scatter_(0, torch.where(at >= 0, indptr[:-1], len(at)), at)[:-1]
         check_distinct(rows)
         return csr([[self.position[i] for i in row if i in self.position] for row in rows], self.indptr.device)
 
+    def _numbered(self, names: list[str]) -> Tensor:
+        """int64 [n + 1]: where in the pool each of a router's edits is, -1 for one that is not, and at the end."""
+        known = self._of_router
+        if known is None or known[0] is not names or known[1] is not self.position:
+            listed = [*(self.position.get(name, -1) for name in names), -1]
+            known = names, self.position, torch.tensor(listed, dtype=torch.int64, device=self.indptr.device)
+            self.__dict__["_of_router"] = known  # the plan stays
+        return known[2]
+
     def pool(
-        self, rows: Sequence[Sequence[str]] | None = None, *, selected: tuple[Tensor, Tensor] | None = None
+        self, rows: Sequence[Sequence[str]] | Routed | None = None, *, selected: tuple[Tensor, Tensor] | None = None
     ) -> EditPool:
         """The neurons, and the edits of each row: by id, or as `csr` gives them; by default every row has all."""
         row_indptr, row_edits = selected or self.csr(rows)
@@ -286,7 +304,7 @@ class LayerEdits(Tables):
         return pool
 
     def view(
-        self, activation: str, rows: tuple[tuple[str, ...], ...] | None, tokens: tuple[int, ...] | None = None
+        self, activation: str, rows: Rows | Routed | None, tokens: tuple[int, ...] | None = None
     ) -> PreparedNeurons:
         """The neurons and edits of these rows, laid out for many calls; kept until the store changes.
 
@@ -305,7 +323,7 @@ class LayerEdits(Tables):
                 view = self._views[rows, tokens] = plan.of_rows(*self.csr(rows), of_tokens)
         return view
 
-    def of_tokens(self, activation: str, rows: Sequence[Sequence[str]] | None, row_of_each: Tensor) -> PreparedNeurons:
+    def of_tokens(self, activation: str, rows: Rows | Routed | None, row_of_each: Tensor) -> PreparedNeurons:
         """The same for tokens in any order, not kept.
 
         Args:

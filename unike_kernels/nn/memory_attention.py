@@ -208,7 +208,7 @@ class MemoryShift(Record):
         result = base(*args, **kwargs)
         now = self.context.now()
         memory: MemoryTables | None = now.version.memories.get(self.layer)
-        if memory is None or (now.scoped and not any(now.acting()[0] or ())):
+        if memory is None or now.idle():
             return result
         hidden = first_argument(args, kwargs)
         out = result[0] if isinstance(result, tuple) else result

@@ -18,6 +18,7 @@ from ._drop_in import DropIn, Record, adopt, base_class, check_free, first_argum
 from .context import ModelContext, Pass
 from .dense import Dense
 from .layer_edits import LayerEdits
+from .routing import Routed, Rows
 from .trace import seconds_since
 
 
@@ -82,7 +83,7 @@ class ExtraNeurons(Record):
 
     def _add(self, now: Pass, edits: LayerEdits, hidden_states: Tensor, out: Tensor) -> Tensor:
         rows, token_rows = now.acting()
-        if now.scoped and not any(name in edits.position for row in rows or () for name in row):
+        if now.scoped and _idle(rows, edits):
             return out
         if now.traced or torch.is_grad_enabled():
             pool = self._pool(now, edits, rows)._replace(token_rows=token_rows)
@@ -91,7 +92,7 @@ class ExtraNeurons(Record):
             return edits.of_tokens(self.activation, rows, token_rows)(hidden_states, out)
         return edits.view(self.activation, rows)(hidden_states, out)
 
-    def _pool(self, now: Pass, edits: LayerEdits, rows: tuple[tuple[str, ...], ...] | None) -> EditPool:
+    def _pool(self, now: Pass, edits: LayerEdits, rows: Rows | Routed | None) -> EditPool:
         """The neurons, and the edits of each row of this pass."""
         if now.traced:
             return edits.pool(selected=None if now.selection.csr is None else now.selection.csr[self.layer])
@@ -101,12 +102,13 @@ class ExtraNeurons(Record):
     def _activations(
         self,
         edits: LayerEdits,
-        rows: tuple[tuple[str, ...], ...] | None,
+        rows: Rows | Routed | None,
         token_rows: Tensor | None,
         hidden_states: Tensor,
     ) -> dict[str, Tensor]:
         """Edit id -> what its neurons put out, [..., n]; 0 for tokens that do not use it."""
         found = {}
+        rows = rows.named() if isinstance(rows, Routed) else rows
         for name in edits.ids:
             layer = edits.layer(name)
             out = activate(self.activation, hidden_states.float() @ layer.keys.float().T + layer.key_bias.float())
@@ -145,6 +147,13 @@ class ExtraNeurons(Record):
             if _state(part) != state or (part is not whole and (part._forward_hooks or part._forward_pre_hooks)):
                 return False
         return True
+
+
+def _idle(rows: Rows | Routed | None, edits: LayerEdits) -> bool:
+    """Whether it is known that no row uses any of these edits."""
+    if isinstance(rows, Routed):
+        return rows.idle(edits.position)
+    return not any(name in edits.position for row in rows or () for name in row)
 
 
 def _state(part: nn.Module) -> tuple[Any, ...]:

@@ -7,17 +7,18 @@ else (the memory's other facts, and the other edits), is above a threshold. Else
 from __future__ import annotations
 
 import copy
-import itertools
+import functools
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops.cosine_topk import cosine_topk
-from ..ops.prompt_encoder import SPELLING, PromptEncoder, Text, Vocabulary, encode_prompts
+from ..ops.prompt_encoder import PromptEncoder, Text, Vocabulary, encode_prompts
 from ._drop_in import Tables
 
 if TYPE_CHECKING:
@@ -65,6 +66,51 @@ class Route:
         return f"{self.edit!r} acts: {sides}, above the threshold {self.threshold:.3f}"
 
 
+class Routes(NamedTuple):
+    """What is decided for each of B rows, on the device that decided it.
+
+    Attributes:
+        acts: int64 [B], number of the edit that acts, -1 for none; see `Router.names`.
+        nearest: int64 [B], number of the edit with the nearest entry, -1 where there is none.
+        score: float32 [B], the cosine with that entry.
+        other: int64 [B], what else is nearest: the number of an edit, -1 for nothing, -2 - f for the memory's fact f.
+        other_score: float32 [B], its cosine; 0 for nothing.
+    """
+
+    acts: Tensor
+    nearest: Tensor
+    score: Tensor
+    other: Tensor
+    other_score: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Routed:
+    """Rows in each of which one edit acts, or none.
+
+    Attributes:
+        names: of the edits, by number.
+        acts: int64 [R], -1 for none.
+    """
+
+    names: list[str]
+    acts: Tensor
+
+    def with_none(self) -> Routed:
+        """With a row behind them in which none acts."""
+        return Routed(self.names, F.pad(self.acts, (0, 1), value=-1))
+
+    def named(self) -> Rows:
+        """The same as ids; waits for the device."""
+        return tuple((self.names[i],) if i >= 0 else () for i in self.acts.tolist())
+
+    def idle(self, among: Container[str] | None = None) -> bool:
+        """Whether it is known, without waiting for a device, that none of these edits acts; None: of all."""
+        if self.acts.device.type != "cpu":
+            return False
+        return not any(i >= 0 and (among is None or self.names[i] in among) for i in self.acts.tolist())
+
+
 @dataclass(eq=False)
 class Seen:
     """What a router has seen of the prompts of a generation.
@@ -75,7 +121,7 @@ class Seen:
         key: [B, c] of the prompts that have ended.
         ended: bool [B], which have.
         scope: id of the one whose encoder made the key.
-        routes: of each row, as the router `decided` for the selected edits.
+        routes, routed: of each row, as the router `decided` for the selected edits and a batch.
     """
 
     tokens: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
@@ -83,8 +129,9 @@ class Seen:
     key: Tensor | None = None
     ended: Tensor | None = None
     scope: str = ""
-    routes: tuple[Route, ...] = ()
-    decided: tuple[Router, Rows | None] | None = None
+    routes: Routes | None = None
+    routed: Routed | None = None
+    decided: tuple[Router, Rows | None, int] | None = None
 
 
 class Router(Tables):
@@ -98,12 +145,21 @@ class Router(Tables):
         others: float32 [N, c], unit rows: entries of other facts.
         facts: int64 [N], the fact of each.
         threshold: a margin above which an edit acts.
-        same: a margin above which a prompt surely asks for a fact.
+        same_fact: a cosine above which two prompts surely ask for one fact, where the margin says so, too.
+
+    Attributes:
+        names: of the edits, by number.
+        entries: float32 [E, c], unit rows, of the edits.
+        owner: int64 [E], number of the edit that each is of.
+        most: entries of one edit.
+        replaced: an edit -> the newer one of the same fact.
+        retired: an edit -> the memory's fact that it is about.
     """
 
     others: Tensor
     facts: Tensor
     entries: Tensor
+    owner: Tensor
 
     def __init__(
         self,
@@ -114,23 +170,23 @@ class Router(Tables):
         others: Tensor,
         facts: Tensor,
         threshold: float,
-        same: float,
+        same_fact: float,
     ) -> None:
         super().__init__()
         self.scope, self.vocabulary, self.layers = scope, vocabulary, tuple(layers)
-        self.threshold, self.same = threshold, same
+        self.threshold, self.same_fact = threshold, same_fact
         self._blocks = len(encoder.blocks)
         for name, t in encoder.tensors().items():
             self.table(_key(name), t)
         self.table("others", others)
         self.table("facts", facts)
         self.table("entries", others[:0])
-        self.owners: list[str] = []  # of the entries
-        self.most = 0  # entries of one edit
-        self.replaced: dict[str, str] = {}  # an edit -> the newer one of the same fact
-        self.retired: dict[str, int] = {}  # an edit -> the memory's fact that it is about
-        self._fact: list[int] = facts.tolist()
-        self._widest = max(Counter(self._fact).values(), default=0)  # entries of one fact
+        self.table("owner", torch.empty(0, dtype=torch.int64, device=facts.device))
+        self.names: list[str] = []
+        self.most = 0
+        self.replaced: dict[str, str] = {}
+        self.retired: dict[str, int] = {}
+        self._widest = max(Counter(facts.tolist()).values(), default=0)  # entries of one fact
         self._tables: dict[tuple[str, ...] | None, _Candidates] = {}
 
     @property
@@ -157,49 +213,55 @@ class Router(Tables):
         memory's, that does not count as another fact.
         """
         new, given = self._copied(), [entries.to(self.entries) for entries in edits.values()]
-        first = [*itertools.accumulate(map(len, given), initial=len(self.owners))]
+        counts = torch.tensor([len(own) for own in given], dtype=torch.int64, device=self.owner.device)
+        numbers = torch.arange(len(given), dtype=torch.int64, device=self.owner.device) + len(self.names)
         new.entries = torch.cat([self.entries, *given])
-        new.owners = [*self.owners, *(name for name, own in zip(edits, given, strict=True) for _ in own)]
+        new.owner = torch.cat([self.owner, numbers.repeat_interleave(counts)])
+        new.names = [*self.names, *edits]
         new.most = max([self.most, *map(len, given)])
         new.replaced, new.retired = dict(self.replaced), dict(self.retired)
         if given:
-            new._find_facts(list(edits), first[:-1])
+            new._find_facts(list(edits), len(self.entries) + counts.cumsum(0) - counts)
         return new
 
-    def _find_facts(self, names: list[str], first: list[int]) -> None:
-        """Note what these edits are about, by the places of their own prompts' entries."""
-        own = torch.tensor(first, dtype=torch.int64, device=self.entries.device)
+    def _find_facts(self, names: list[str], own: Tensor) -> None:
+        """Note what these edits are about, by their own prompts' entries, which are in these places: the fact of the
+        edit, or of the memory, that would win there, if its entry is near enough to be surely of the same fact."""
         prompts, earlier = self.entries[own], torch.stack([torch.zeros_like(own), own], 1)
-        hidden = sum(owner in self.replaced for owner in self.owners) if self.replaced else 0
-        most = min(self.most + 1 + hidden, len(self.owners))
-        edits = cosine_topk(prompts, self.entries, most, normalized=True, ranges=earlier)
-        facts: list[list[tuple[float, int]]] = [[] for _ in names]
-        if self._fact:
-            widest = min(self._widest + 1, len(self._fact))
-            facts = [*_pairs(cosine_topk(prompts, self.others, widest, normalized=True))]
-        retired = set(self.retired.values())
-        for name, found, known in zip(names, _pairs(edits), facts, strict=True):
-            near: list[tuple[float, str | int]] = [(s, self.owners[i]) for s, i in found]
-            near = [pair for pair in near if pair[1] not in self.replaced]
-            near += [(s, self._fact[i]) for s, i in known if self._fact[i] not in retired]
-            score, about = max(near, key=lambda pair: pair[0], default=(0.0, None))
-            rival = max((s for s, what in near if what != about), default=0.0)
-            if score - rival <= self.same:
+        edits = _found(prompts, self.entries, self.most + 1, earlier)
+        facts = _found(prompts, self.others, self._widest + 1)
+        owners, numbers = self.owner.tolist(), self.facts.tolist()
+        about = {fact: name for name, fact in self.retired.items()}
+
+        def live(name: str) -> str:
+            while name in self.replaced:
+                name = self.replaced[name]
+            return name
+
+        for name, found, known in zip(names, edits, facts, strict=True):
+            near: list[tuple[float, str | int]] = [(s, live(self.names[owners[i]])) for s, i in found]
+            for s, i in known:
+                fact = numbers[i]
+                near.append((s, live(about[fact]) if fact in about else fact))
+            score, nearest = max(near, key=lambda pair: pair[0], default=(0.0, ""))
+            rival = max((s for s, what in near if what != nearest), default=0.0)
+            if score <= self.same_fact or score - rival <= self.threshold:
                 continue
-            if isinstance(about, str):
-                self.replaced[about] = name
-                if about in self.retired:
-                    self.retired[name] = self.retired[about]
-            elif about is not None:
-                self.retired[name] = about
-                retired.add(about)
+            if isinstance(nearest, str):
+                self.replaced[nearest] = name
+            fact_of = self.retired.get(nearest) if isinstance(nearest, str) else nearest
+            if fact_of is not None:
+                self.retired[name] = fact_of
+                about[fact_of] = name
 
     def without(self, name: str) -> Router:
         """A new router without this edit; what it had taken the place of is back."""
         new = self._copied()
-        kept = [i for i, owner in enumerate(self.owners) if owner != name]
-        new.entries = self.entries[torch.tensor(kept, dtype=torch.int64, device=self.entries.device)]
-        new.owners = [self.owners[i] for i in kept]
+        number = self.names.index(name)
+        kept = self.owner != number
+        new.entries, owner = self.entries[kept], self.owner[kept]
+        new.owner = owner - (owner > number).long()
+        new.names = [other for other in self.names if other != name]
         passed_on = {old: self.replaced.get(name) if by == name else by for old, by in self.replaced.items()}
         new.replaced = {old: by for old, by in passed_on.items() if old != name and by is not None}
         new.retired = {edit: fact for edit, fact in self.retired.items() if edit != name}
@@ -257,61 +319,64 @@ class Router(Tables):
             within: bool [B, T], which of them are of the prompts.
             states: [B, L, d], of the last token in each of the layers, if there are any.
         """
-        words = torch.zeros(*ids.shape, SPELLING, dtype=torch.float32, device="cpu")
-        for row, (of_row, there) in enumerate(zip(ids.tolist(), within.tolist(), strict=True)):
-            own = [i for i, t in enumerate(there) if t]
-            words[row, own] = self.vocabulary.spelled([of_row[i] for i in own])
+        words = self.vocabulary.spelled(ids, within)
         each = torch.arange(ids.numel(), dtype=torch.int64, device=ids.device).view(ids.shape)
-        text = Text(embeddings.flatten(0, 1), words.flatten(0, 1).to(ids.device), each, each, within)
+        text = Text(embeddings.flatten(0, 1), words.flatten(0, 1), each, each, within)
         return encode_prompts(self.encoder, text, states).nan_to_num()
 
-    def routes(self, now: Pass, batch: int) -> tuple[Route, ...]:
+    def routes(self, now: Pass, batch: int) -> tuple[Routes, Routed]:
         """What is decided for each of `batch` rows."""
         seen, rows = now.generation.seen, now.selection.edits
         if seen is None or seen.key is None or seen.ended is None:
             raise ValueError("the prompt itself was not seen; start with the prompt, in the same uk.rows(...) block")
-        if seen.decided != (self, rows):
-            if seen.scope == self.scope:
-                beams = 1 if rows is None else len(seen.key) // len(rows)
-                named = [None] * len(seen.key) if rows is None else [row for row in rows for _ in range(beams)]
+        if seen.routes is None or seen.routed is None or seen.decided != (self, rows, batch):
+            prompts = len(seen.key)
+            if batch % prompts:
+                raise ValueError(f"the prompts had {prompts} rows, a later pass has {batch}")
+            routes = nothing = _nothing(seen.key)
+            if seen.scope == self.scope:  # else another memory has come, which cannot read the key
+                beams = 1 if rows is None else prompts // len(rows)
+                named = [None] * prompts if rows is None else [row for row in rows for _ in range(beams)]
                 routes = self.decide(seen.key, named)
-            else:  # another memory has come, which cannot read the key
-                routes = [_nothing(self.threshold)] * len(seen.key)
-            ended = seen.ended.tolist()
-            seen.routes = tuple(r if e else _nothing(self.threshold) for r, e in zip(routes, ended, strict=True))
-            seen.decided = self, rows
-        if batch % len(seen.routes):
-            raise ValueError(f"the prompts had {len(seen.routes)} rows, a later pass has {batch}")
-        return tuple(route for route in seen.routes for _ in range(batch // len(seen.routes)))
+            known = (torch.where(seen.ended, yes, no) for yes, no in zip(routes, nothing, strict=True))
+            seen.routes = Routes(*(t.repeat_interleave(batch // prompts) for t in known))
+            seen.routed, seen.decided = Routed(self.names, seen.routes.acts), (self, rows, batch)
+        return seen.routes, seen.routed
 
-    def decide(self, keys: Tensor, rows: Sequence[tuple[str, ...] | None]) -> list[Route]:
-        """For each key [B, c] among the edits that its row names, or all."""
-        found: list[Route | None] = [None] * len(rows)
-        for names in dict.fromkeys(rows):
-            mine = [b for b, row in enumerate(rows) if row == names]
-            queries = keys[torch.tensor(mine, dtype=torch.int64, device=keys.device)]
-            for b, route in zip(mine, self._among(queries, names), strict=True):
-                found[b] = route
-        return [route for route in found if route is not None]
+    def decide(self, keys: Tensor, rows: Sequence[tuple[str, ...] | None]) -> Routes:
+        """For each key [B, c] among the edits that its row names, or all. Nothing waits for the device."""
+        groups, order = _grouped(tuple(rows), keys.device)
+        if len(groups) == 1:
+            return self._among(keys, rows[0])
+        found = [_nothing(keys[:0]), *(self._among(keys[at], names) for names, at in groups)]
+        return Routes(*(torch.cat(parts)[order] for parts in zip(*found, strict=True)))
 
-    def _among(self, keys: Tensor, names: tuple[str, ...] | None) -> list[Route]:
-        of = self._candidates(names)
-        if not of.owners:
-            return [_nothing(self.threshold)] * len(keys)
+    def _among(self, keys: Tensor, names: tuple[str, ...] | None) -> Routes:
+        of = self._competing(names)
+        if not len(of.owner):
+            return _nothing(keys)
         # So many that the best entry of a second edit is among them.
-        found = cosine_topk(keys, of.entries, min(self.most + 1, len(of.owners)), normalized=True)
-        best = [t.tolist() for t in cosine_topk(keys, of.others, 1, normalized=True)] if of.facts else None
-        routes = []
-        for b, (scores, ids) in enumerate(zip(*(t.tolist() for t in found), strict=True)):
-            nearest = of.owners[ids[0]]
-            second = [(s, of.owners[i]) for s, i in zip(scores, ids, strict=True) if of.owners[i] != nearest][:1]
-            rivals: list[tuple[float, str | int]] = [*second]
-            if best is not None:
-                rivals.append((best[0][b][0], of.facts[best[1][b][0]]))
-            rival, other = max(rivals, key=lambda pair: pair[0]) if rivals else (0.0, None)
-            acts = nearest if scores[0] - rival > self.threshold else None
-            routes.append(Route(acts, nearest, scores[0], other, rival, self.threshold))
-        return routes
+        scores, ids = cosine_topk(keys, of.entries, min(self.most + 1, len(of.owner)), normalized=True)
+        owners = of.owner[ids]
+        nearest = owners[:, 0]
+        others = owners != nearest.unsqueeze(1)
+        second = others.long().argmax(1, keepdim=True)
+        other = torch.where(others.any(1), owners.gather(1, second)[:, 0], -1)
+        rival = torch.where(others.any(1), scores.gather(1, second)[:, 0], -torch.inf)
+        if len(of.facts):
+            best, at = (t[:, 0] for t in cosine_topk(keys, of.others, 1, normalized=True))
+            other, rival = torch.where(best > rival, -2 - of.facts[at], other), torch.maximum(best, rival)
+        rival = torch.where(other == -1, 0.0, rival)
+        acts = scores[:, 0].double() - rival.double() > self.threshold
+        return Routes(torch.where(acts, nearest, -1), nearest, scores[:, 0], other, rival)
+
+    def explained(self, routes: Routes) -> list[Route]:
+        """For people; waits for the device."""
+        name = [*self.names, None]  # -1: none
+        return [
+            Route(name[acts], name[near], score, name[other] if other >= -1 else -2 - other, rival, self.threshold)
+            for acts, near, score, other, rival in zip(*(t.tolist() for t in routes), strict=True)
+        ]
 
     def _newer(self, name: str) -> set[str]:
         """The edits of this one's fact that came after it."""
@@ -321,38 +386,52 @@ class Router(Tables):
             found.add(name)
         return found
 
-    def _candidates(self, names: tuple[str, ...] | None) -> _Candidates:
+    def _competing(self, names: tuple[str, ...] | None) -> _Candidates:
         """What competes in a row: its edits, but for those that a newer one of them has replaced, and the other facts,
         but for those that one of them is about."""
         if names is None and not self.replaced and not self.retired:
-            return _Candidates(self.entries, self.owners, self.others, self._fact)
+            return _Candidates(self.entries, self.owner, self.others, self.facts)
         if names not in self._tables:
-            among = set(self.owners if names is None else names)
-            live = [i for i, name in enumerate(self.owners) if name in among and not self._newer(name) & among]
-            about = {fact for name, fact in self.retired.items() if name in among}
-            others = [i for i, fact in enumerate(self._fact) if fact not in about]
-            rows, rest = (torch.tensor(i, dtype=torch.int64, device=self.entries.device) for i in (live, others))
+            among = set(self.names if names is None else names)
+            live = [number for number, name in enumerate(self.names) if name in among and not self._newer(name) & among]
+            about = [fact for name, fact in self.retired.items() if name in among]
+            mine = torch.isin(self.owner, torch.tensor(live, dtype=torch.int64, device=self.owner.device))
+            rest = ~torch.isin(self.facts, torch.tensor(about, dtype=torch.int64, device=self.facts.device))
             if len(self._tables) >= _TABLES:
                 self._tables.clear()
-            self._tables[names] = _Candidates(
-                self.entries[rows], [self.owners[i] for i in live], self.others[rest], [self._fact[i] for i in others]
-            )
+            self._tables[names] = _Candidates(self.entries[mine], self.owner[mine], self.others[rest], self.facts[rest])
         return self._tables[names]
 
 
-def _pairs(found: tuple[Tensor, Tensor]) -> Iterator[list[tuple[float, int]]]:
-    """Of each query the scores and ids of what it has found."""
-    for scores, ids in zip(*(t.tolist() for t in found), strict=True):
-        yield [(score, i) for score, i in zip(scores, ids, strict=True) if i >= 0]
+def _found(prompts: Tensor, entries: Tensor, k: int, ranges: Tensor | None = None) -> list[list[tuple[float, int]]]:
+    """Of each prompt the best cosines, and their entries."""
+    if not len(entries):
+        return [[] for _ in prompts]
+    found = cosine_topk(prompts, entries, min(k, len(entries)), normalized=True, ranges=ranges)
+    both = zip(*(t.tolist() for t in found), strict=True)
+    return [[(s, i) for s, i in zip(scores, ids, strict=True) if i >= 0] for scores, ids in both]
 
 
 class _Candidates(NamedTuple):
     """Unit rows [E, c] and the edit of each, and unit rows [N, c] and the fact of each."""
 
     entries: Tensor
-    owners: list[str]
+    owner: Tensor
     others: Tensor
-    facts: list[int]
+    facts: Tensor
+
+
+@functools.lru_cache(maxsize=64)
+def _grouped(
+    rows: tuple[tuple[str, ...] | None, ...], device: torch.device
+) -> tuple[list[tuple[tuple[str, ...] | None, Tensor]], Tensor]:
+    """The rows of each set of edits, int64, and where each row is among all of these."""
+    groups: dict[tuple[str, ...] | None, list[int]] = {}
+    for row, names in enumerate(rows):
+        groups.setdefault(names, []).append(row)
+    at = [torch.tensor(own, dtype=torch.int64, device="cpu") for own in groups.values()]
+    order = torch.cat([*at, torch.empty(0, dtype=torch.int64, device="cpu")]).argsort()
+    return list(zip(groups, (own.to(device) for own in at), strict=True)), order.to(device)
 
 
 def _key(name: str) -> str:
@@ -363,8 +442,11 @@ def _key(name: str) -> str:
 _TABLES = 64  # sets of edits that rows may use, whose tables are kept
 
 
-def _nothing(threshold: float) -> Route:
-    return Route(None, None, 0.0, None, 0.0, threshold)
+def _nothing(keys: Tensor) -> Routes:
+    """For rows that may use no edit."""
+    none = torch.full((len(keys),), -1, dtype=torch.int64, device=keys.device)
+    zero = torch.zeros(len(keys), dtype=torch.float32, device=keys.device)
+    return Routes(none, none, zero, none, zero)
 
 
 def behind_prompts(last: Tensor, tokens: int) -> Tensor:

@@ -8,7 +8,7 @@ tell that they are one. Where prompts have images, the last token's states tell 
 
 from __future__ import annotations
 
-import zlib
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -18,8 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 SPELLING = 256  # numbers that tell a spelling
-_GRAMS = (1, 2, 3, 4)  # characters
-_WORDS = 65536  # whose spelling is kept
+_GRAMS = 4  # characters of the longest run
+_LONGEST = 24  # characters of a token that count
+_BUCKETS = 8192  # of runs of characters, each with signs of its own
+_FIRST, _LAST = 0x110000, 0x110001  # mark a word's ends; no characters
 
 
 class Vocabulary:
@@ -31,53 +33,117 @@ class Vocabulary:
 
     def __init__(self, pieces: Sequence[str]) -> None:
         self.pieces = tuple(pieces)
-        self._known: dict[str, Tensor] = {}
+        self._on: dict[torch.device, _Tables] = {}
 
-    def spelled(self, ids: Sequence[int]) -> Tensor:
-        """float32 [T, 256] on the CPU: the spelling of the word that each token is a part of, zeros for none."""
-        found = [self._spelling(word) for word in self.words(ids)]
-        return torch.stack(found) if found else torch.zeros(0, SPELLING, dtype=torch.float32, device="cpu")
+    def spelled(self, ids: Tensor, within: Tensor | None = None) -> Tensor:
+        """float32 [B, T, 256]: the spelling of the word that each token is a part of, zeros for none.
 
-    def words(self, ids: Sequence[int]) -> list[str]:
-        """The word that each token is a part of, in lower case. A sign is a word of its own."""
-        found: list[str] = []
-        word, length = "", 0
-        for i in ids:
-            piece = self.pieces[i] if i < len(self.pieces) else ""
-            text = piece.lstrip(" ")
-            if not (text == piece and text[:1].isalnum() and word[-1:].isalnum()):
-                found += [word] * length
-                word, length = "", 0
-            word, length = word + text.lower(), length + 1
-        return found + [word] * length
+        A word is spelled by the sum of random signs, others for each of its runs of 1 to 4 characters, in lower case
+        and with its ends marked, scaled to norm 16. A sign is a word of its own. Nothing here waits for the device.
 
-    def _spelling(self, word: str) -> Tensor:
-        known = self._known.get(word)
-        if known is None:
-            if len(self._known) >= _WORDS:
-                self._known.clear()
-            known = self._known[word] = _spelling(word)
-        return known
+        Args:
+            ids: int64 [B, T].
+            within: bool [B, T], the tokens that there are; None: all.
+        """
+        tables = self._on.get(ids.device)
+        if tables is None:
+            tables = self._on[ids.device] = _tables(self.pieces, ids.device)
+        known = (ids >= 0) & (ids < len(tables.lengths))
+        ids = torch.where(known if within is None else known & within, ids, len(tables.lengths) - 1)  # no text
+        lengths = tables.lengths[ids].flatten()
+        # A token goes on with the word before it if that ends, and it begins, with a letter or digit.
+        before = F.pad(tables.open_ends[ids][:, :-1], (1, 0))
+        joins = (tables.open_starts[ids] & before).flatten()
+        word = (~joins).cumsum(0) - 1
+        ends = ~F.pad(joins[1:], (0, 1))
+        sizes = torch.where(lengths > 0, lengths + (~joins).long() + ends.long(), 0)
+        at = sizes.cumsum(0) - sizes
+
+        # All characters, one token's behind the other's, with room for the longest ones.
+        stream = torch.zeros(2, len(lengths) * (_LONGEST + 2) + _GRAMS, dtype=torch.int64, device=ids.device)
+        end = stream.shape[1] - 1
+
+        def put(there: Tensor, places: Tensor, codes: Tensor | int) -> None:
+            places = torch.where(there, places, end)
+            for row, values in ((0, codes), (1, word.view(-1, *[1] * (places.dim() - 1)) + 1)):
+                values = torch.as_tensor(values, device=ids.device).expand(places.shape)
+                stream[row].scatter_(0, places.flatten(), values.flatten())
+
+        column = torch.arange(_LONGEST, dtype=torch.int64, device=ids.device)
+        first = at + (~joins).long()
+        put(column < lengths.unsqueeze(1), first.unsqueeze(1) + column, tables.codes[ids.flatten()].long())
+        put((lengths > 0) & ~joins, at, _FIRST)
+        put((lengths > 0) & ends, at + sizes - 1, _LAST)
+        stream[:, end] = 0
+
+        # The runs that begin with each character: the bucket of each, 0 for one that leaves its word.
+        codes, of = stream
+        length = stream.shape[1] - _GRAMS + 1
+        runs, found = torch.zeros_like(codes[:length]), []
+        for n in range(_GRAMS):
+            runs = runs * _PRIME + codes[n : n + length] + 1
+            there = (of[:length] > 0) & (of[:length] == of[n : n + length])
+            if n == 0:
+                there &= codes[:length] < _FIRST
+            found.append(torch.where(there, _mixed(runs + n) % _BUCKETS + 1, 0))
+        buckets = torch.stack(found, 1)
+        slots = torch.arange(_LONGEST + 2, dtype=torch.int64, device=ids.device)
+        own = torch.where(slots < sizes.unsqueeze(1), at.unsqueeze(1) + slots, length - 1)
+        sums = F.embedding_bag(buckets[own].flatten(1), _signs(ids.device), mode="sum")  # integers: exact in any order
+        sums = torch.zeros_like(sums).index_add_(0, word, sums)[word] * (lengths > 0).unsqueeze(1)
+        return (F.normalize(sums, dim=-1) * SPELLING**0.5).view(*ids.shape, SPELLING)
 
 
-def _spelling(word: str) -> Tensor:
-    """The sum of random signs [256], others for each of the word's runs of 1 to 4 characters, scaled to norm 16."""
-    if not word:
-        return torch.zeros(SPELLING, dtype=torch.float32, device="cpu")
-    marked = f"<{word}>"
-    grams = [f"{n}{marked[i : i + n]}" for n in _GRAMS for i in range(len(marked) - n + 1)]
-    hashes = np.array([zlib.crc32(g.encode()) for g in grams if g not in ("1<", "1>")], dtype=np.uint64)
-    bits = _mixed(hashes[:, None] * np.uint64(SPELLING // 64) + np.arange(SPELLING // 64, dtype=np.uint64))
-    signs = np.unpackbits(bits.astype("<u8").view(np.uint8), axis=1).astype(np.float32) * 2 - 1
-    return F.normalize(torch.from_numpy(signs.sum(0)), dim=0) * SPELLING**0.5
+class _Tables(NamedTuple):
+    """Of a vocabulary, with a token behind the others that is no text.
+
+    Attributes:
+        codes: int32 [V + 1, 24], the characters of each token in lower case.
+        lengths: int64 [V + 1], how many of them.
+        open_starts: bool [V + 1], whether it may go on with a word.
+        open_ends: bool [V + 1], whether the word may go on behind it.
+    """
+
+    codes: Tensor
+    lengths: Tensor
+    open_starts: Tensor
+    open_ends: Tensor
 
 
-def _mixed(x: np.ndarray) -> np.ndarray:
-    """splitmix64: 64 bits that look random, for each number."""
+def _tables(pieces: Sequence[str], device: torch.device) -> _Tables:
+    texts = [*(piece.lstrip(" ").lower()[:_LONGEST] for piece in pieces), ""]
+    codes = np.array(texts, dtype=f"<U{_LONGEST}").view(np.int32).reshape(len(texts), _LONGEST)
+    starts = [not piece.startswith(" ") and text[:1].isalnum() for piece, text in zip(pieces, texts, strict=False)]
+    columns = [list(map(len, texts)), [*starts, False], [text[-1:].isalnum() for text in texts]]
+    tables = [torch.from_numpy(codes), *(torch.tensor(column, device="cpu") for column in columns)]
+    return _Tables(*(t.to(device) for t in tables))
+
+
+@functools.lru_cache(maxsize=16)
+def _signs(device: torch.device) -> Tensor:
+    """float32 [1 + 8192, 256]: random signs for each bucket, behind zeros. The same everywhere and for ever."""
+    numbers = np.arange(_BUCKETS * SPELLING // 64, dtype=np.uint64)
+    bits = np.unpackbits(_splitmix64(numbers).astype("<u8").view(np.uint8)).reshape(_BUCKETS, SPELLING)
+    signs = torch.from_numpy(bits.astype(np.float32) * 2 - 1)
+    return F.pad(signs, (0, 0, 1, 0)).to(device)
+
+
+def _splitmix64(x: np.ndarray) -> np.ndarray:
+    """64 bits that look random, for each number."""
     x = (x + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
+
+
+_PRIME = 1_000_003
+
+
+def _mixed(x: Tensor) -> Tensor:
+    """int64 -> 31 bits that look random."""
+    x = x * -0x61C8864680B583EB  # 0x9E3779B97F4A7C15
+    x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47  # 0xBF58476D1CE4E5B9
+    return (x >> 33) & 0x7FFFFFFF
 
 
 class TextBlock(NamedTuple):

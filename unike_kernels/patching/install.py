@@ -362,7 +362,8 @@ def make_router(memory: MemoryBank | None, config: Config, edits: Mapping[str, E
     if memory is None or memory.scope is None or config.scope != "memory":
         return None
     of = memory.scope
-    router = Router(of.id, of.encoder, Vocabulary(of.pieces), of.layers, of.entries, of.facts, of.threshold, of.same)
+    read = of.id, of.encoder, Vocabulary(of.pieces), of.layers
+    router = Router(*read, of.entries, of.facts, of.threshold, of.same_fact)
     return router.with_edits({name: entries_of(edit) for name, edit in edits.items()})
 
 

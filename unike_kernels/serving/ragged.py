@@ -123,7 +123,7 @@ class RaggedRuntime:
             self._routers[names] = router
         ids = torch.tensor([list(prompt)], dtype=torch.int64, device=self._device)
         key = router.key(ids, embed(ids[0]).unsqueeze(0), torch.ones_like(ids, dtype=torch.bool))
-        route = router.decide(key, [None])[0]
+        (route,) = router.explained(router.decide(key, [None]))
         return tuple(version for version in versions if version.key == route.edit)
 
     def begin(self, shares: Sequence[RequestSlice]) -> None:

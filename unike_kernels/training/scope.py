@@ -69,7 +69,7 @@ class ScopeTraining:
         wordings: of each of these facts.
         tau: temperature of the contrastive loss.
         token_dropout: share of the tokens that the queries do not see.
-        held_out: share of the subjects that threshold and `same` are found with.
+        held_out: share of the subjects that threshold and `same_fact` are found with.
         false_alarms: share of the neighbouring facts' prompts that may be above the threshold.
         entries: wordings of each fact that the scope keeps; more of them hardly tell more.
         seed: of all that is random.
@@ -161,6 +161,8 @@ def _pieces(processor: Any, count: int) -> tuple[str, ...]:
     return tuple("" if i in special or _CHAT.fullmatch(piece.strip()) else piece for i, piece in enumerate(plain))
 
 
+_IDENTICAL = 1 - 1e-5  # a cosine of two keys of one prompt, which were computed in other batches, is more
+
 _MARKS = re.compile("[ĠĊ▁]|<0x0A>")
 _CHAT = re.compile(r"<\|.*\|>")
 
@@ -195,26 +197,22 @@ def _see(
 
 
 def _text(model: nn.Module, vocabulary: Vocabulary, ids: Sequence[Sequence[int]]) -> Text:
-    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
-    distinct = sorted({token for row in ids for token in row})
-    tokens = embedding(torch.tensor(distinct, dtype=torch.int64, device=device_of(embedding))).float().cpu()
-    number = {token: i for i, token in enumerate(distinct)}
-    words: dict[str, int] = {}
-    token, word = (torch.zeros(len(ids), max(map(len, ids)), dtype=torch.int64, device="cpu") for _ in range(2))
-    spelled = []
-    for row, own in enumerate(ids):
-        token[row, : len(own)] = torch.tensor([number[i] for i in own], dtype=torch.int64, device="cpu")
-        named = vocabulary.words(own)
-        new = [i for i, name in enumerate(named) if name not in words]
-        spellings = vocabulary.spelled(own) if new else None
-        for i in new:
-            if spellings is not None and named[i] not in words:
-                words[named[i]] = len(words)
-                spelled.append(spellings[i])
-        word[row, : len(own)] = torch.tensor([words[name] for name in named], dtype=torch.int64, device="cpu")
+    """What embeddings and spellings there are, once each."""
     lengths = torch.tensor([len(own) for own in ids], dtype=torch.int64, device="cpu")
-    within = torch.arange(token.shape[1], dtype=torch.int64, device="cpu") < lengths.unsqueeze(1)
-    return Text(tokens, torch.stack(spelled), token, word, within)
+    within = torch.arange(int(lengths.max()), dtype=torch.int64, device="cpu") < lengths.unsqueeze(1)
+    given = torch.zeros(within.shape, dtype=torch.int64, device="cpu")
+    given[within] = torch.tensor([i for own in ids for i in own], dtype=torch.int64, device="cpu")
+    distinct, token = given.unique(return_inverse=True)
+    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
+    tokens = embedding(distinct.to(device_of(embedding))).float().cpu()
+    known: dict[bytes, int] = {}
+    word = torch.zeros_like(given)
+    for rows in torch.arange(len(ids), dtype=torch.int64, device="cpu").split(256):
+        spelled, own = vocabulary.spelled(given[rows], within[rows]).flatten(0, 1).unique(dim=0, return_inverse=True)
+        numbers = [known.setdefault(one.tobytes(), len(known)) for one in spelled.numpy()]
+        word[rows] = torch.tensor(numbers, dtype=torch.int64, device="cpu")[own].view(len(rows), -1)
+    words = torch.frombuffer(bytearray(b"".join(known)), dtype=torch.float32).view(-1, SPELLING)
+    return Text(tokens, words, token, word, within)
 
 
 def _keys(encoder: PromptEncoder, seen: _Seen, token_dropout: float = 0.0) -> Tensor:
@@ -280,7 +278,7 @@ def build_scope(
     taught = torch.tensor([i not in held for i in of.tolist()], dtype=torch.bool, device="cpu")
     encoder, losses = _train(seen, of, subjects, taught.nonzero().flatten(), training, progress)
     keys = _all_keys(encoder, seen)
-    right, wrong = _margins(keys, of, taught, facts)
+    right, wrong, alike = _validated(keys, of, taught, facts)
     threshold = float(wrong.quantile(1 - training.false_alarms)) if len(wrong) else 0.0
     kept = torch.cat([(of == i).nonzero().flatten()[: training.entries] for i in range(len(facts))])
     scope = Scope(
@@ -291,7 +289,7 @@ def build_scope(
         of[kept],
         threshold,
         training.false_alarms,
-        max(float(wrong.max()), threshold) if len(wrong) else 1.0,
+        min(alike, _IDENTICAL),
         tuple(fact.name for fact in facts),
     )
     reached, alarms = (
@@ -397,8 +395,9 @@ def _contrastive_loss(keys: Tensor, of: Tensor, tau: float) -> Tensor:
     return (torch.logaddexp(s, others) - s)[pairs].mean()
 
 
-def _margins(keys: Tensor, of: Tensor, taught: Tensor, facts: Sequence[Fact]) -> tuple[Tensor, Tensor]:
-    """Margins of held-out prompts, each wording in turn the entry of an edit: for its fact, and for its neighbours."""
+def _validated(keys: Tensor, of: Tensor, taught: Tensor, facts: Sequence[Fact]) -> tuple[Tensor, Tensor, float]:
+    """Of held-out prompts, each wording in turn the entry of an edit: the margins for its fact, and for its neighbours;
+    and the highest cosine of any with a prompt for another fact."""
     rows = (~taught).nonzero().flatten()
     own, fact, others = keys[rows], of[rows], keys[taught]
     margins = own @ own.T - (own @ others.T).max(1).values.unsqueeze(1)  # of prompt i with entry j
@@ -411,7 +410,8 @@ def _margins(keys: Tensor, of: Tensor, taught: Tensor, facts: Sequence[Fact]) ->
     if (shared & ~same).any():
         near &= shared
     apart = ~torch.eye(len(rows), dtype=torch.bool, device=rows.device)
-    return margins[same & apart], margins[near]
+    alike = (own @ keys.T)[fact.unsqueeze(1) != of]
+    return margins[same & apart], margins[near], float(alike.max()) if len(alike) else 1.0
 
 
 def _numbered(names: Sequence[str]) -> Tensor:
