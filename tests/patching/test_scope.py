@@ -8,10 +8,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from capture import Capture
 from scopes import LAYERS, PROMPTS, scoped
 from transformers import DynamicCache
 
 import unike_kernels as uk
+from unike_kernels.nn.routing import Routed
 
 MORE = torch.tensor([[30, 31], [32, 33], [34, 35]])
 
@@ -54,6 +56,25 @@ def test_an_edit_acts_from_its_prompts_end_on(setup):
     uk.unpatch(model)
     assert torch.equal(logits(model, PROMPTS), base)
     assert not any(layer._forward_pre_hooks for layer in model.modules())
+
+
+def test_a_captured_pass_decides_anew(setup, monkeypatch):
+    """As in a CUDA graph: nothing waits for the device, and other prompts in the same memory reach other edits."""
+    model, memory, edits = setup
+    monkeypatch.setattr(Routed, "idle", lambda self, among=None: False)  # which is not known of a device
+    uk.patch(model, edits, memory)
+    others, ids = PROMPTS[[2, 1, 0]], PROMPTS.clone()
+    wanted = [logits(model, given) for given in (PROMPTS, others)]
+    captured = Capture(lambda: logits(model, ids))
+    assert torch.equal(captured.result, wanted[0])
+    ids.copy_(others)
+    captured.replay()
+    assert torch.equal(captured.result, wanted[1])
+    named = [name for name in captured.operators if name.startswith("unike")]
+    assert named == ["unike::cosine_topk"] * 2 + ["unike::add_extra_neurons"] * 2
+    monkeypatch.undo()
+    with pytest.raises(AssertionError, match="waits for the device"):
+        Capture(lambda: logits(model, ids))
 
 
 def generated(model, ids=PROMPTS, **options):
