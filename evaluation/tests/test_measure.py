@@ -14,6 +14,8 @@ UNEDITED = Observation(torch.tensor([[7]]), torch.tensor([True]), torch.tensor([
 class Recorder:
     """An editor that answers its edits and writes down what is asked of it."""
 
+    independent = False
+
     def __init__(self, fails_at=None):
         self.log, self.edits, self.fails_at = [], [], fails_at
 
@@ -59,6 +61,17 @@ def test_a_sequence_is_measured_with_all_of_its_edits_in_force():
     rows = list(measure(editor, requests(5), unedited(5), steps=2))
     assert editor.log == ["edit a0", "edit a1", "reset", "edit a2", "edit a3", "reset"]
     assert [r.scores["mmedit"]["reliability"] for r in rows] == [1.0] * 4  # the fifth has no sequence
+
+
+def test_edits_that_do_not_meet_are_prepared_for_sequences_too():
+    editor = Recorder()
+    editor.independent = True
+    list(measure(editor, requests(12), unedited(12), steps=6))
+    edits = [f"edit a{i}" for i in range(12)]
+    assert editor.log == [
+        "prepare " + " ".join(f"a{i}" for i in range(8)), *edits[:6], "reset",
+        *edits[6:8], "prepare a8 a9 a10 a11", *edits[8:], "reset",
+    ]  # fmt: skip
 
 
 def test_what_another_edit_of_the_sequence_is_about_is_left_out():

@@ -73,15 +73,20 @@ def measure(
             another one of them has edited are left out.
     """
     foreseen = 0.0  # seconds of each edit that were spent beforehand
-    for start in range(0, len(requests) - steps + 1, steps):
-        sequence = requests[start : start + steps]
-        if steps == 1 and start % _TOGETHER == 0:
-            batch = requests[start : start + _TOGETHER]
+
+    def edit(number: int) -> float:
+        nonlocal foreseen
+        if number % _TOGETHER == 0 and (steps == 1 or editor.independent):
+            batch = requests[number : number + _TOGETHER]
             began = time.perf_counter()
             editor.prepare([request.case.request for request in batch])
             foreseen = (time.perf_counter() - began) / len(batch)
+        return foreseen + _edit(editor, requests[number])
+
+    for start in range(0, len(requests) - steps + 1, steps):
+        sequence = requests[start : start + steps]
         try:
-            seconds = [foreseen + _edit(editor, request) for request in sequence]
+            seconds = [edit(number) for number in range(start, start + steps)]
             edited = [request.id for request in sequence]
             for request, took in zip(sequence, seconds, strict=True):
                 groups, before = request.case.groups(), unedited[request.id]

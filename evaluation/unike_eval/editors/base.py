@@ -25,9 +25,14 @@ class Editor(ABC):
     Args:
         model: a Hugging Face model, not patched; it is as it was after `reset`.
         processor: its processor or tokenizer.
+
+    Attributes:
+        independent: whether an edit is what it is whatever others are in force, so that those of a sequence may be
+            prepared, too.
     """
 
     name: ClassVar[str]
+    independent: bool = False
 
     def __init__(self, model: nn.Module, processor: Any) -> None:
         self.model, self.processor = model, processor

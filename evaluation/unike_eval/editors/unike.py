@@ -92,6 +92,7 @@ class UniKE(Editor):
         self._requests: list[Sample] = []  # of the edits in force: those to come shall not answer for them
         self._prepared: dict[int, Edit] = {}
         self.preserve, self._preserve = preserve, list[Sample]()
+        self.independent = scope is not None and not preserve
         self._memory: MemoryBank | None = None
         self._zeta: dict[int, Tensor] | None = None
 
@@ -165,22 +166,23 @@ class UniKE(Editor):
     def edit(self, request: Sample) -> None:
         if not self.intrinsic:
             return
-        if id(request) in self._prepared and not self._edits:
-            self._edits.append(self._prepared[id(request)])
+        if id(request) in self._prepared and (self.independent or not self._edits):
+            self._edits.append(replace(self._prepared[id(request)], id=f"edit-{len(self._edits)}"))
         else:
             self._edits += self._trained([request])
         self._requests.append(request)
 
     def _trained(self, requests: Sequence[Sample]) -> list[Edit]:
-        """An edit for each, in addition to those in force."""
-        n = len(self._edits)
+        """An edit for each, in addition to those in force, unless these do not matter."""
+        previous = [] if self.independent else self._edits
+        n = len(previous)
         results = train_edits(
             self.model,
             self.processor,
             requests,
             self._memory,
             ids=[f"edit-{n}-{i}" for i in range(len(requests))],
-            previous=self._edits,
+            previous=previous,
             preserve=self._preserve,
             protect=self._requests if self.preserve else (),
             layers=self.layers,
