@@ -156,20 +156,24 @@ def test_parts_that_do_not_fit(layers, changes, message):
         ("threshold", 7.0, "Scope.threshold: expected a number in -2..2"),
         ("same_fact", None, "expected same_fact of float, got None"),
         ("blocks", True, "expected blocks of int, got True"),
-        ("blocks", 0, "expected 1 to 16 blocks"),
-        ("blocks", 10**9, "expected 1 to 16 blocks"),
+        ("blocks", 0, "Scope.samples: expected prompts of the first entries"),
+        ("blocks", 10**9, "expected 0 to 16 blocks"),
         ("blocks", 1, "Scope.entries: expected shape|unexpected tensors: scope.blocks.1"),
         ("blocks", 3, "tensor 'scope.blocks.2.token' is missing"),
         ("pieces", "abc", "expected pieces of str, got 'abc'"),
         ("pieces", ["a", 1], "expected pieces of str"),
         ("layers", [1], "tensor 'scope.states.means' is missing"),
-        ("layers", [-1], "expected 1 to 16 blocks, layers and facts from 0"),
+        ("layers", [-1], "expected 0 to 16 blocks, layers and facts from 0"),
         ("facts", [0, 0, 1], r"Scope.facts: expected int64 \[4\]"),
-        ("facts", [0, 0, 1, 10**30], "expected 1 to 16 blocks, layers and facts from 0"),
+        ("facts", [0, 0, 1, 10**30], "expected 0 to 16 blocks, layers and facts from 0"),
         ("facts", [0, 0, 1, 2.0], "expected facts of int"),
         ("facts", None, "expected facts of int, got None"),
         ("names", ["one"], "Scope.names: expected one for each of 3 facts"),
         ("names", [1, 2, 3], "expected names of str"),
+        ("samples", None, "expected samples of list, got None"),
+        ("samples", [[1], 2], "expected samples of list"),
+        ("samples", [[1, -1]], "expected samples of token ids"),
+        ("samples", [[1, "2"]], "expected samples of token ids"),
     ],
 )
 def test_a_header_that_is_wrong(tmp_path, field, value, message):
@@ -380,3 +384,51 @@ def test_an_edits_file_whose_entries_are_wrong(tmp_path):
         with pytest.raises(uk.ArtifactError, match=f"e.safetensors: .*{message}"):
             uk.Edit.load(path)
         path.write_bytes(whole)
+
+
+def lengths(prompts):
+    """A function of the user's own: unit vectors of ten, by the sum of the ids."""
+    angle = torch.tensor([sum(ids) for ids in prompts], dtype=torch.float32).unsqueeze(1)
+    return torch.cat([angle.cos(), angle.sin(), torch.zeros(len(prompts), 8)], 1)
+
+
+def own(**changes):
+    samples = ((1, 2), (5,))
+    entries = torch.cat([lengths(samples), unit(2, 10)])
+    return scope(**{"encoder": None, "pieces": (), "entries": entries, "samples": samples, "key": lengths, **changes})
+
+
+def test_a_function_of_the_users_own_makes_the_keys(tmp_path):
+    """The file does not hold it; it is told from others by the keys of some prompts."""
+    one = own()
+    memory(one).save(path := tmp_path / "m.safetensors")
+    found = uk.MemoryBank.load(path)
+    assert found.scope.encoder is None and found.scope.samples == ((1, 2), (5,)) and found.scope.width == 10
+    assert found.scope.id == one.id != own(samples=((1, 2),)).id and found.id == memory(one).id
+    with pytest.raises(ValueError, match=r"made by a function that no file holds; give it: memory\.with_key"):
+        found.scope.needing_key()
+    assert found.with_key(lengths).scope.needing_key() is lengths and scope().needing_key() is None
+    assert one.extended(unit(1, 10), torch.tensor([0])).key is one.joined(found.scope).key is lengths
+    for other, message in [
+        (
+            lambda prompts: lengths(prompts).roll(1, 1),
+            "expected the function that the scope was built with; .* down to -0",
+        ),
+        (lambda prompts: lengths(prompts)[:, :4], r"expected .* finite numbers \[2, 10\], got torch.float32 \[2, 4\]"),
+        (lambda prompts: lengths(prompts)[:1], r"expected .* a tensor \[2, 10\], got torch.float32 \[1, 10\]"),
+        (lambda prompts: lengths(prompts) / 0, "expected .* finite numbers"),
+        (lambda prompts: lengths(prompts).long(), r"expected .* got torch.int64 \[2, 10\]"),
+        (lambda prompts: lengths(prompts).tolist(), "expected .* got list"),
+    ]:
+        with pytest.raises(ValueError, match=f"^key: {message}"):
+            found.with_key(other)
+    with pytest.raises(ValueError, match="key: expected a scope that was built with one"):
+        scope().with_key(lengths)
+    with pytest.raises(ValueError, match=r"MemoryBank.scope: expected one whose keys a function makes, got None"):
+        memory(None, tables=True, config=uk.Config(values="pre")).with_key(lengths)
+
+
+@pytest.mark.parametrize("changes", [{"samples": ()}, {"samples": ((1,),) * 5}, {"layers": (1,)}])
+def test_a_scope_that_no_function_could_be_told_by(changes):
+    with pytest.raises(ValueError, match=r"Scope\.samples: expected prompts of the first entries, and no layers"):
+        own(**changes)

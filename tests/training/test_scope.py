@@ -263,3 +263,43 @@ def test_an_edit_with_a_scope_and_tables(built, make_memory, processor):
     assert made.reached and made.edit.memory_id == memory.id == tables.id and sorted(made.edit.layers) == [2, 3, 4, 5]
     with uk.patched(model, [made.edit], memory):
         assert said(model, processor, REQUEST.prompt) == "w30 w31"
+
+
+def test_a_function_of_the_users_own(make_model, processor, make_edit, tmp_path):
+    """Which knows the words that matter makes the keys in the place of an encoder."""
+    model, seen = make_model("llama"), []
+    matter = {processor.tokenizer.convert_tokens_to_ids(f"w{s}") for s in (*range(20), 21, 24, 25)}
+
+    def key(prompts):
+        seen.extend(prompts)
+        found = torch.zeros(len(prompts), 44)
+        for row, ids in enumerate(prompts):
+            found[row, ids] = 0.1
+            found[row, [i for i in ids if i in matter]] = 1
+        return found.double()
+
+    result = build(model, processor, key=key)
+    scope = result.scope
+    assert result.reached == 1 and scope.encoder is None and scope.width == 44 and len(scope.samples) == 8
+    assert not result.losses and scope.key is key and not scope.pieces
+    trained = train_edit(model, processor, REQUEST, result.memory(model), training=EDIT, progress=False)
+    result.memory(model).save(path := tmp_path / "m.safetensors")
+    memory = uk.MemoryBank.load(path)
+    with pytest.raises(ValueError, match=r"give it: memory\.with_key"):
+        uk.patch(model, [trained.edit], memory)
+    assert not uk.is_patched(model)
+    seen.clear()
+    with uk.patched(model, [trained.edit], memory.with_key(key)):
+        before = len(seen)
+        assert said(model, processor, REQUEST.prompt) == "w30 w31"
+        with uk.explain(model) as trace:
+            logits(model, processor, "w20 w21 w14")
+        assert trace.routes[0][0].edit is None and before == 8
+    ids = processor([REQUEST.prompt], padding=True)["input_ids"][0].tolist()
+    assert ids in seen
+    with pytest.raises(ValueError, match="layers: expected none where a key is given"):
+        build(model, processor, key=key, layers=[2])
+    with pytest.raises(ValueError, match="key: expected prompts without images"):
+        build(model, processor, facts(image=torch.rand(16, 16)), key=key)
+    with pytest.raises(ValueError, match="key: expected keys of one width"):
+        build(model, processor, key=lambda prompts: torch.ones(len(prompts), 1 + len(prompts)), batch_size=100)

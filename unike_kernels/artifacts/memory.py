@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Mapping, MutableMapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from ..ops import SemanticEncoder
 from . import files
 from .fingerprint import agree
 from .fingerprint import validate as validate_fingerprint
-from .scope import Scope
+from .scope import OwnKey, Scope
 
 
 @dataclass(frozen=True)
@@ -140,6 +140,13 @@ class MemoryBank:
 
     def __len__(self) -> int:
         return int(next(iter(self.layers.values())).index.shape[0]) if self.layers else 0
+
+    def with_key(self, key: OwnKey) -> MemoryBank:
+        """With the function that makes the keys of its scope, see `Scope.with_key`. Raises ValueError for another one,
+        and without a scope."""
+        if self.scope is None:
+            raise ValueError("MemoryBank.scope: expected one whose keys a function makes, got None")
+        return replace(self, scope=self.scope.with_key(key))
 
     def __bool__(self) -> bool:  # one of a scope alone has no entries, and is there all the same
         return True

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops.cosine_topk import cosine_topk
 from ..ops.prompt_encoder import SPELLING, PromptEncoder, StateBlock, TextBlock
 from . import files
 
+OwnKey = Callable[[Sequence[Sequence[int]]], Tensor]  # token ids of n prompts -> [n, c]
+
+_SAME_KEY = 0.999  # a cosine of keys that one function has made on different machines, in other batches, is more
 _ROUNDING = 1e-5  # of the cosine of two keys of one prompt, which were computed in other batches
 
 
@@ -25,8 +29,8 @@ class Scope:
     an entry of another fact or of another edit, is above `threshold`.
 
     Attributes:
-        encoder: Enc_key.
-        pieces: what the model's tokens spell, see `ops.prompt_encoder.Vocabulary`.
+        encoder: Enc_key; None: a function of the user's own makes the keys, see `with_key`.
+        pieces: what the model's tokens spell, see `ops.prompt_encoder.Vocabulary`; none where Enc_key does not read.
         layers: decoder layers whose input at the last prompt token the key is made of, too, ascending; none where the
             text alone counts.
         entries: float32 [N, c], unit rows: keys of prompts that ask for other facts.
@@ -36,9 +40,12 @@ class Scope:
         same_fact: cosine above which an edit that would act for another one's prompt is surely of the same fact: no two
             held-out prompts for different facts had more.
         names: of the facts, for people; None: they have none.
+        samples: with a function of the user's own, the token ids of the prompts that the first entries are the keys of:
+            by them another function is told from it.
+        key: that function, which no file holds.
     """
 
-    encoder: PromptEncoder
+    encoder: PromptEncoder | None
     pieces: tuple[str, ...]
     layers: tuple[int, ...]
     entries: Tensor
@@ -47,17 +54,30 @@ class Scope:
     false_alarms: float
     same_fact: float
     names: tuple[str, ...] | None = None
+    samples: tuple[tuple[int, ...], ...] = ()
+    key: OwnKey | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if list(self.layers) != sorted({*self.layers}) or any(i < 0 for i in self.layers):
             raise ValueError(f"Scope.layers: expected ascending layer indices, got {list(self.layers)}")
-        if not self.encoder.blocks or (self.encoder.states is None) != (not self.layers):
-            raise ValueError(
-                f"Scope.encoder: expected blocks for the text, and one for the states of the layers {list(self.layers)}"
-            )
-        expected = {**_shapes(self.encoder, len(self.layers)), "entries": (len(self.entries), self.encoder.width)}
-        for name, t in {**self.encoder.tensors(), "entries": self.entries}.items():
-            if tuple(t.shape) != expected[name]:
+        tensors: dict[str, Tensor] = {"entries": self.entries}
+        expected: dict[str, tuple[int, ...]] = {"entries": (len(self.entries), self.entries.shape[-1])}
+        if self.encoder is None:
+            if self.layers or not 0 < len(self.samples) <= len(self.entries):
+                raise ValueError(
+                    "Scope.samples: expected prompts of the first entries, and no layers, where encoder is None; got "
+                    f"{len(self.samples)} of {len(self.entries)}, and layers {list(self.layers)}"
+                )
+        else:
+            if not self.encoder.blocks or (self.encoder.states is None) != (not self.layers):
+                raise ValueError(
+                    f"Scope.encoder: expected blocks for the text, and one for the states of the layers "
+                    f"{list(self.layers)}"
+                )
+            tensors |= self.encoder.tensors()
+            expected = {**_shapes(self.encoder, len(self.layers)), "entries": (len(self.entries), self.encoder.width)}
+        for name, t in tensors.items():
+            if t.dim() < 1 or tuple(t.shape) != expected[name]:
                 raise ValueError(f"Scope.{name}: expected shape {list(expected[name])}, got {list(t.shape)}")
             if t.dtype != torch.float32 or not t.isfinite().all():
                 raise ValueError(f"Scope.{name}: expected finite float32, got {t.dtype} or NaN or infinity")
@@ -79,9 +99,39 @@ class Scope:
     @cached_property
     def id(self) -> str:
         """A hash of the encoder: entries are of the same scope if they have been made with it."""
-        told = "\0".join([*map(str, self.layers), *self.pieces]).encode()
+        told = "\0".join([*map(str, self.layers), *self.pieces, *map(str, self.samples)]).encode()
         spelled = torch.frombuffer(bytearray(told), dtype=torch.uint8)
-        return files.digest({**self.encoder.tensors(), "pieces": spelled})
+        made = {"entries": self.entries[: len(self.samples)]} if self.encoder is None else self.encoder.tensors()
+        return files.digest({**made, "pieces": spelled})
+
+    @property
+    def width(self) -> int:
+        """c, of a key."""
+        return self.entries.shape[1]
+
+    def with_key(self, key: OwnKey) -> Scope:
+        """With the function that made its entries, which a file does not hold.
+
+        Raises ValueError where it is another one: it gives other keys to the prompts that the scope remembers.
+        """
+        if self.encoder is not None:
+            raise ValueError("key: expected a scope that was built with one; this one has an encoder of its own")
+        found = own_keys(key, self.samples, self.width)
+        cosine = torch.cosine_similarity(found, self.entries[: len(found)], dim=-1)
+        if not bool((cosine > _SAME_KEY).all()):
+            raise ValueError(
+                "key: expected the function that the scope was built with; for the prompts that it remembers, the "
+                f"cosine with their keys is down to {float(cosine.min()):.3f}"
+            )
+        return replace(self, key=key)
+
+    def needing_key(self) -> OwnKey | None:
+        """`key`; None where Enc_key makes the keys. Raises ValueError where the function is missing."""
+        if self.encoder is None and self.key is None:
+            raise ValueError(
+                "scope: its keys are made by a function that no file holds; give it: memory.with_key(function)"
+            )
+        return self.key
 
     @property
     def count(self) -> int:
@@ -127,12 +177,13 @@ class Scope:
 
     def tensors(self) -> dict[str, Tensor]:
         """Name -> tensor, as a file has them."""
-        return {f"scope.{name}": t for name, t in {**self.encoder.tensors(), "entries": self.entries}.items()}
+        made = {} if self.encoder is None else self.encoder.tensors()
+        return {f"scope.{name}": t for name, t in {**made, "entries": self.entries}.items()}
 
     def header(self) -> dict[str, Any]:
         """What a file says of it beside the tensors."""
         return {
-            "blocks": len(self.encoder.blocks),
+            "blocks": 0 if self.encoder is None else len(self.encoder.blocks),
             "pieces": list(self.pieces),
             "layers": list(self.layers),
             "facts": self.facts.tolist(),
@@ -140,6 +191,7 @@ class Scope:
             "false_alarms": self.false_alarms,
             "same_fact": self.same_fact,
             "names": None if self.names is None else list(self.names),
+            "samples": [list(ids) for ids in self.samples],
         }
 
     @classmethod
@@ -147,7 +199,7 @@ class Scope:
         """From a file whose header says this of it. Raises ArtifactError."""
         kinds = {
             "blocks": int, "pieces": [str], "layers": [int], "facts": [int], "threshold": float, "false_alarms": float,
-            "same_fact": float, "names": [str],
+            "same_fact": float, "names": [str], "samples": [list],
         }  # fmt: skip
         if set(header) != set(kinds):
             raise reader.fail(f"header field 'scope': expected {sorted(kinds)}, got {sorted(header)}")
@@ -159,17 +211,19 @@ class Scope:
             one: type = kind[0] if isinstance(kind, list) else kind  # type: ignore[assignment]
             if not isinstance(each, list) or not all(type(v) is one for v in each):
                 raise reader.fail(f"header field 'scope': expected {name} of {one.__name__}, got {value!r:.80}")
-        if not 1 <= header["blocks"] <= 16 or any(not 0 <= i < 2**31 for i in (*header["layers"], *header["facts"])):
-            raise reader.fail("header field 'scope': expected 1 to 16 blocks, layers and facts from 0")
-        blocks, names = header["blocks"], header["names"]
+        if not 0 <= header["blocks"] <= 16 or any(not 0 <= i < 2**31 for i in (*header["layers"], *header["facts"])):
+            raise reader.fail("header field 'scope': expected 0 to 16 blocks, layers and facts from 0")
+        blocks, names, samples = header["blocks"], header["names"], header["samples"]
+        if any(type(i) is not int or not 0 <= i < 2**31 for ids in samples for i in ids):
+            raise reader.fail("header field 'scope': expected samples of token ids")
         wide = {"token", "word", "query", "token_value", "word_value", "w1", "w2", "means"}
         wanted = ["mean", "spread", *(f"blocks.{i}.{name}" for i in range(blocks) for name in TextBlock._fields)]
         wanted += [f"states.{name}" for name in StateBlock._fields] if header["layers"] else []
         shape = {name: (None,) * (3 if name.endswith("conv") else 1 + (name.split(".")[-1] in wide)) for name in wanted}
-        tensors = {name: reader.tensor(f"scope.{name}", shape[name]) for name in wanted}
+        tensors = {name: reader.tensor(f"scope.{name}", shape[name]) for name in wanted} if blocks else {}
         scope: Scope = reader.build(
             cls,
-            PromptEncoder.of(tensors, blocks, bool(header["layers"])),
+            PromptEncoder.of(tensors, blocks, bool(header["layers"])) if blocks else None,
             tuple(header["pieces"]),
             tuple(header["layers"]),
             reader.tensor("scope.entries", (None, None)),
@@ -178,8 +232,32 @@ class Scope:
             header["false_alarms"],
             header["same_fact"],
             None if names is None else tuple(names),
+            tuple(map(tuple, samples)),
         )
         return scope
+
+
+def own_keys(key: OwnKey, prompts: Sequence[Sequence[int]], width: int | None = None) -> Tensor:
+    """What the user's own function makes of prompts: float32 [n, c], unit rows, on its device.
+
+    Args:
+        key: the function.
+        prompts: n, as token ids.
+        width: c; None: whatever it gives.
+
+    Raises ValueError where it gives something else.
+    """
+    found = key([list(ids) for ids in prompts])
+    shape = [len(prompts), "c" if width is None else width]
+    if not isinstance(found, Tensor) or found.dim() != 2 or found.shape[0] != len(prompts) or not found.shape[1]:
+        raise ValueError(f"key: expected a function that returns a tensor {shape}, got {_told(found)}")
+    if width not in (None, found.shape[1]) or not found.is_floating_point() or not found.isfinite().all():
+        raise ValueError(f"key: expected a function that returns finite numbers {shape}, got {_told(found)}")
+    return F.normalize(found.detach().float(), dim=-1)
+
+
+def _told(found: Any) -> str:
+    return f"{found.dtype} {list(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
 
 
 def _shapes(encoder: PromptEncoder, layers: int) -> dict[str, tuple[int, ...]]:

@@ -145,10 +145,12 @@ def _of_memory(memory: MemoryBank) -> list[str]:
     lines = [f"memory {memory.id}: {len(memory):,} entries in layers {layers}; {memory.nbytes:,} bytes"]
     lines += [f"  tenant {name!r}: {len(entries):,} entries" for name, entries in memory.tenants.items()]
     if (scope := memory.scope) is not None:
-        reads = f"the text and layers {', '.join(map(str, scope.layers))}" if scope.layers else "the text"
+        reads = "a function that is not in the file" if scope.encoder is None else "the text"
+        if scope.layers:
+            reads += f" and layers {', '.join(map(str, scope.layers))}"
         lines += [
             f"  scope {scope.id}: {scope.count:,} facts in {len(scope.entries):,} entries of width "
-            f"{scope.encoder.width}, told by {reads}",
+            f"{scope.width}, told by {reads}",
             f"  an edit acts above a margin of {scope.threshold:.3f}, in {scope.false_alarms:.1%} of the prompts for "
             "neighbouring facts",
         ]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections import Counter
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -139,7 +139,7 @@ class Router(Tables):
 
     Args:
         scope: id of the scope that they are of.
-        encoder: Enc_key.
+        encoder: Enc_key, or what makes float32 keys [n, c], unit rows, from the token ids of n prompts.
         vocabulary: of the model.
         layers: whose input its last states are, ascending; none where the text alone counts.
         others: float32 [N, c], unit rows: entries of other facts.
@@ -164,7 +164,7 @@ class Router(Tables):
     def __init__(
         self,
         scope: str,
-        encoder: PromptEncoder,
+        encoder: PromptEncoder | Callable[[list[list[int]]], Tensor],
         vocabulary: Vocabulary,
         layers: Sequence[int],
         others: Tensor,
@@ -175,9 +175,13 @@ class Router(Tables):
         super().__init__()
         self.scope, self.vocabulary, self.layers = scope, vocabulary, tuple(layers)
         self.threshold, self.same_fact = threshold, same_fact
-        self._blocks = len(encoder.blocks)
-        for name, t in encoder.tensors().items():
-            self.table(_key(name), t)
+        self._own: Callable[[list[list[int]]], Tensor] | None = None
+        if isinstance(encoder, PromptEncoder):
+            self._blocks = len(encoder.blocks)
+            for name, t in encoder.tensors().items():
+                self.table(_key(name), t)
+        else:
+            self._own = encoder
         self.table("others", others)
         self.table("facts", facts)
         self.table("entries", others[:0])
@@ -319,6 +323,10 @@ class Router(Tables):
             within: bool [B, T], which of them are of the prompts.
             states: [B, L, d], of the last token in each of the layers, if there are any.
         """
+        if self._own is not None:
+            rows = zip(ids.tolist(), within.tolist(), strict=True)
+            prompts = [[i for i, there in zip(*row, strict=True) if there] for row in rows]
+            return self._own(prompts).to(ids.device)
         words = self.vocabulary.spelled(ids, within)
         each = torch.arange(ids.numel(), dtype=torch.int64, device=ids.device).view(ids.shape)
         text = Text(embeddings.flatten(0, 1), words.flatten(0, 1), each, each, within)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from dataclasses import replace as with_changes
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from .. import backbones
 from ..artifacts.edit import Edit
 from ..artifacts.memory import MemoryBank
+from ..artifacts.scope import own_keys
 from ..config import Config
 from ..errors import PatchError
 from ..nn import (
@@ -362,8 +364,11 @@ def make_router(memory: MemoryBank | None, config: Config, edits: Mapping[str, E
     if memory is None or memory.scope is None or config.scope != "memory":
         return None
     of = memory.scope
-    read = of.id, of.encoder, Vocabulary(of.pieces), of.layers
-    router = Router(*read, of.entries, of.facts, of.threshold, of.same_fact)
+    key = of.needing_key()
+    read = of.encoder if key is None else partial(own_keys, key, width=of.width)
+    assert read is not None
+    told = of.entries, of.facts, of.threshold, of.same_fact
+    router = Router(of.id, read, Vocabulary(of.pieces), of.layers, *told)
     return router.with_edits({name: entries_of(edit) for name, edit in edits.items()})
 
 

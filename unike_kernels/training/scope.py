@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from ..artifacts.edit import Edit
 from ..artifacts.fingerprint import fingerprint
 from ..artifacts.memory import MemoryBank
-from ..artifacts.scope import Scope
+from ..artifacts.scope import OwnKey, Scope, own_keys
 from ..backbones import device_of, find_decoder
 from ..config import Config
 from ..errors import PatchError
@@ -30,7 +30,7 @@ from ..ops.prompt_encoder import (
 )
 from ..patching import is_patched
 from .extract import _record
-from .samples import Sample, batches, encode, evaluating, forward, taking_gradients
+from .samples import Batch, Sample, batches, encode, evaluating, forward, taking_gradients
 
 
 @dataclass(frozen=True)
@@ -161,6 +161,8 @@ def _pieces(processor: Any, count: int) -> tuple[str, ...]:
     return tuple("" if i in special or _CHAT.fullmatch(piece.strip()) else piece for i, piece in enumerate(plain))
 
 
+_KNOWN = 8  # prompts by which a key function is known
+
 _IDENTICAL = 1 - 1e-5  # a cosine of two keys of one prompt, which were computed in other batches, is more
 
 _MARKS = re.compile("[ĠĊ▁]|<0x0A>")
@@ -177,23 +179,49 @@ def _see(
     batch_size: int,
 ) -> _Seen:
     """Without layers, and without images, the model itself need not compute anything."""
-    if is_patched(model):
-        raise PatchError("the model is patched; unpatch it first")
-    decoder, device, vocabulary = find_decoder(model), device_of(model), Vocabulary(pieces)
+    decoder = find_decoder(model)
     states: list[Tensor] = [torch.empty(0, dtype=torch.float32, device="cpu")] * len(samples)
     ids: list[list[int]] = [[]] * len(samples)
     with evaluating(model), _record({i: decoder.layers[i].module for i in layers}) as found:
-        for group in batches(samples, batch_size):
-            batch = encode(processor, [Sample(samples[i].prompt, "", samples[i].image) for i in group], device)
+        for group, batch, prompts in _encoded(model, processor, samples, batch_size):
             if layers:
                 forward(model, batch.inputs)
-            visible = batch.inputs["attention_mask"].bool()
             for row, i in enumerate(group):
-                end = int(batch.ends[row])
-                ids[i] = batch.inputs["input_ids"][row, : end + 1][visible[row, : end + 1]].tolist()
+                ids[i] = prompts[row]
                 if layers:
-                    states[i] = torch.stack([found[layer, "pre"][row, end] for layer in layers]).float().cpu()
-    return _Seen(_text(model, vocabulary, ids), torch.stack(states) if layers else None)
+                    ends = int(batch.ends[row])
+                    states[i] = torch.stack([found[layer, "pre"][row, ends] for layer in layers]).float().cpu()
+    return _Seen(_text(model, Vocabulary(pieces), ids), torch.stack(states) if layers else None)
+
+
+def _encoded(
+    model: nn.Module, processor: Any, samples: Sequence[Sample], batch_size: int
+) -> Iterator[tuple[list[int], Batch, list[list[int]]]]:
+    """The prompts in batches: their places, what the processor makes of them, and the ids of each."""
+    if is_patched(model):
+        raise PatchError("the model is patched; unpatch it first")
+    for group in batches(samples, batch_size):
+        batch = encode(processor, [Sample(samples[i].prompt, "", samples[i].image) for i in group], device_of(model))
+        visible, prompts = batch.inputs["attention_mask"].bool(), []
+        for row, end in enumerate(batch.ends.tolist()):
+            prompts.append(batch.inputs["input_ids"][row, : end + 1][visible[row, : end + 1]].tolist())
+        yield group, batch, prompts
+
+
+def _made_by(
+    key: OwnKey, model: nn.Module, processor: Any, samples: Sequence[Sample], batch_size: int
+) -> tuple[list[list[int]], Tensor]:
+    """The token ids of prompts, and the keys [n, c] that the user's own function makes of them, on the CPU."""
+    if any(sample.image is not None for sample in samples):
+        raise ValueError("key: expected prompts without images, as the function is given token ids alone")
+    ids: list[list[int]] = [[]] * len(samples)
+    for group, _, prompts in _encoded(model, processor, samples, batch_size):
+        for row, i in enumerate(group):
+            ids[i] = prompts[row]
+    parts = [own_keys(key, ids[i : i + batch_size]).cpu() for i in range(0, len(ids), batch_size)]
+    if len({part.shape[1] for part in parts}) > 1:
+        raise ValueError(f"key: expected keys of one width, got {sorted({part.shape[1] for part in parts})}")
+    return ids, torch.cat(parts)
 
 
 def _text(model: nn.Module, vocabulary: Vocabulary, ids: Sequence[Sequence[int]]) -> Text:
@@ -236,6 +264,7 @@ def build_scope(
     *,
     layers: Sequence[int] | None = None,
     training: ScopeTraining | None = None,
+    key: OwnKey | None = None,
     batch_size: int = 32,
     progress: bool = True,
 ) -> ScopeResult:
@@ -252,11 +281,15 @@ def build_scope(
         layers: whose input at the last prompt token counts, too; edits must be in these or later ones. None: where
             there are images, four from the middle of the decoder to the last four layers; else none.
         training: see `ScopeTraining`.
+        key: a function of your own that makes the keys: token ids of n prompts, as lists, -> a tensor [n, c], such as
+            a sentence encoder's embeddings of the decoded texts. Nothing is trained then; the threshold is found with
+            all facts that `training` holds out. Files do not hold it: see `MemoryBank.with_key`. None: Enc_key is
+            trained.
         batch_size: prompts per forward pass.
         progress: show a progress bar.
 
     Raises:
-        ValueError: too few facts or wordings.
+        ValueError: too few facts or wordings; with `key`, layers or images, or keys of another form.
         PatchError: the model is patched.
     """
     training = training or ScopeTraining()
@@ -265,22 +298,33 @@ def build_scope(
     for i, fact in enumerate(facts):
         if len(fact.wordings) < 2:
             raise ValueError(f"facts[{i}].wordings: expected at least two, got {len(fact.wordings)}")
-    decoder = find_decoder(model)
     samples = [wording for fact in facts for wording in fact.wordings]
-    usual = _usual_layers(len(decoder.layers)) if any(sample.image is not None for sample in samples) else []
-    wanted = usual if layers is None else layers
-    chosen = decoder.select(wanted, need=()) if wanted else []
-    pieces = _pieces(processor, model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
     of = torch.tensor([i for i, fact in enumerate(facts) for _ in fact.wordings], dtype=torch.int64, device="cpu")
-    seen = _see(model, processor, pieces, samples, chosen, batch_size)
     subjects = _subjects(facts)
     held = _held_out(subjects, training)
     taught = torch.tensor([i not in held for i in of.tolist()], dtype=torch.bool, device="cpu")
-    encoder, losses = _train(seen, of, subjects, taught.nonzero().flatten(), training, progress)
-    keys = _all_keys(encoder, seen)
+    kept = torch.cat([(of == i).nonzero().flatten()[: training.entries] for i in range(len(facts))])
+    chosen: Sequence[int] = ()
+    pieces: tuple[str, ...] = ()
+    encoder: PromptEncoder | None = None
+    losses: tuple[float, ...] = ()
+    known: tuple[tuple[int, ...], ...] = ()
+    if key is not None:
+        if layers:
+            raise ValueError(f"layers: expected none where a key is given, got {list(layers)}")
+        ids, keys = _made_by(key, model, processor, samples, batch_size)
+        known = tuple(tuple(ids[i]) for i in kept[:_KNOWN].tolist())
+    else:
+        decoder = find_decoder(model)
+        usual = _usual_layers(len(decoder.layers)) if any(sample.image is not None for sample in samples) else []
+        wanted = usual if layers is None else layers
+        chosen = decoder.select(wanted, need=()) if wanted else []
+        pieces = _pieces(processor, model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
+        seen = _see(model, processor, pieces, samples, chosen, batch_size)
+        encoder, losses = _train(seen, of, subjects, taught.nonzero().flatten(), training, progress)
+        keys = _all_keys(encoder, seen)
     right, wrong, alike = _validated(keys, of, taught, facts)
     threshold = float(wrong.quantile(1 - training.false_alarms)) if len(wrong) else 0.0
-    kept = torch.cat([(of == i).nonzero().flatten()[: training.entries] for i in range(len(facts))])
     scope = Scope(
         encoder,
         pieces,
@@ -291,6 +335,8 @@ def build_scope(
         training.false_alarms,
         min(alike, _IDENTICAL),
         tuple(fact.name for fact in facts),
+        known,
+        key,
     )
     reached, alarms = (
         float((margins > threshold).float().mean()) if len(margins) else 0.0 for margins in (right, wrong)
@@ -439,6 +485,9 @@ def prompt_keys(
     """
     if not prompts:
         raise ValueError("prompts: expected at least one, got none")
+    if (key := scope.needing_key()) is not None:
+        return _made_by(key, model, processor, prompts, batch_size)[1]
+    assert scope.encoder is not None
     return _all_keys(scope.encoder, _see(model, processor, scope.pieces, prompts, scope.layers, batch_size))
 
 
