@@ -170,6 +170,13 @@ def test_parts_that_do_not_fit(layers, changes, message):
         ("facts", None, "expected facts of int, got None"),
         ("names", ["one"], "Scope.names: expected one for each of 3 facts"),
         ("names", [1, 2, 3], "expected names of str"),
+        ("own", [[0, 1]], r"Scope.own: expected int64 \[3, 2\], got torch.int64 \[1, 2\]"),
+        ("own", [[0, 1], [1, 2], [3, 2]], r"Scope.own: expected \[start, end\)"),
+        ("own", [[0, 1], [1, 2], [0, 1]], "Scope.own: the memory has 0 entries, a fact has up to number 2"),
+        ("own", [[0, 1], [1], [3, 2]], "expected own of pairs from 0"),
+        ("own", [[0, 1], [1, -2], [3, 2]], "expected own of pairs from 0"),
+        ("own", [[0, 1], [1, True], [3, 2]], "expected own of pairs from 0"),
+        ("own", 3, "expected own of list"),
         ("samples", None, "expected samples of list, got None"),
         ("samples", [[1], 2], "expected samples of list"),
         ("samples", [[1, -1]], "expected samples of token ids"),
@@ -426,6 +433,33 @@ def test_a_function_of_the_users_own_makes_the_keys(tmp_path):
         scope().with_key(lengths)
     with pytest.raises(ValueError, match=r"MemoryBank.scope: expected one whose keys a function makes, got None"):
         memory(None, tables=True, config=uk.Config(values="pre")).with_key(lengths)
+
+
+def test_facts_with_entries_in_the_tables(tmp_path):
+    """A known fact gets those of a later triplet; joined, they are where their tables are."""
+    one = scope(same_fact=0.9)
+    own = torch.tensor([[0, 1], [1, 3], [3, 4], [4, 5]])
+    fresh = torch.cat([one.entries[1:2], unit(2, 10)])
+    found = one.with_own(torch.cat([fresh, fresh[1:2]]), own, ("a", "b", "c", "d"))
+    assert found.facts.tolist() == [0, 0, 1, 2, 0, 3, 4, 3] and found.names == ("one", "two", "drei", "b", "c")
+    assert found.own.tolist() == [[0, 1], [0, 0], [0, 0], [4, 5], [3, 4]] and one.own is None
+    unnamed = replace(one, names=None).with_own(fresh, own[:3])
+    assert unnamed.names is None and unnamed.own.tolist()[3:] == [[1, 3], [3, 4]]
+    assert found.extended(unit(1, 10), torch.tensor([0])).own.tolist() == [*found.own.tolist(), [0, 0]]
+    assert scope(entries=unit(0, 10), facts=torch.zeros(0, dtype=torch.int64), names=None).with_own(
+        unit(2, 10), own[:2]
+    ).own.tolist() == [[0, 1], [1, 3]]
+    bank = memory(found, tables=True)
+    bank.save(tmp_path / "m")
+    assert_same(uk.MemoryBank.load(tmp_path / "m").scope, found)
+    assert torch.equal(uk.MemoryBank.load(tmp_path / "m").scope.own, found.own)
+    other = replace(one, entries=torch.cat([unit(1, 10), fresh[1:2], fresh[2:]]), facts=torch.arange(3), names=None)
+    other = replace(other, own=torch.tensor([[0, 2], [2, 5], [0, 0]]))
+    layers = {3: replace(bank.layers[3])}
+    joined = uk.MemoryBank.joined({"acme": bank, "globex": replace(bank, layers=layers, scope=other)}).scope
+    assert joined.own.tolist() == [[0, 1], [0, 0], [0, 0], [4, 5], [3, 4], [5, 7]]
+    back = uk.MemoryBank.joined({"globex": replace(bank, layers=layers, scope=other), "acme": bank}).scope
+    assert back.own.tolist() == [[0, 2], [2, 5], [8, 9], [5, 6], [0, 0], [0, 0]]
 
 
 @pytest.mark.parametrize("changes", [{"samples": ()}, {"samples": ((1,),) * 5}, {"layers": (1,)}])

@@ -9,7 +9,7 @@ from unike_kernels.ops.prompt_encoder import PromptEncoder, TextBlock, Vocabular
 E, C = 8, 16
 
 
-def make_router(others=None, facts=None, threshold=0.1, same_fact=1.9):
+def make_router(others=None, facts=None, threshold=0.1, same_fact=1.9, own=None):
     block = TextBlock(
         torch.randn(3, E), torch.randn(3, 256), torch.randn(3), torch.randn(3, 3, 3), torch.randn(3),
         torch.randn(2, 3), torch.randn(2), torch.randn(C, E), torch.randn(C, 256),
@@ -17,7 +17,7 @@ def make_router(others=None, facts=None, threshold=0.1, same_fact=1.9):
     encoder = PromptEncoder(torch.zeros(E), torch.ones(E), (block,))
     others = torch.zeros(0, C) if others is None else others
     facts = torch.arange(len(others)) if facts is None else torch.tensor(facts)
-    return Router("scope", encoder, Vocabulary((" a",)), (), others, facts, threshold, same_fact)
+    return Router("scope", encoder, Vocabulary((" a",)), (), others, facts, threshold, same_fact, own)
 
 
 def decided(router, keys, rows):
@@ -206,3 +206,23 @@ def test_the_tokens_behind_prompts():
     assert behind_prompts(torch.tensor([2, -1, 3, 9]), 4).view(4, 4).tolist() == [
         [4, 4, 0, 0], [1, 1, 1, 1], [4, 4, 4, 2], [4, 4, 4, 4]
     ]  # fmt: skip
+
+
+def test_facts_with_entries_of_their_own_act():
+    """Where they win as an edit would, and no edit does; edits of their fact take their place."""
+    own = torch.tensor([[0, 2], [2, 3], [0, 0]])
+    block = make_router(axis(0, 1, 2), threshold=0.1, same_fact=0.9, own=own)
+    keys = torch.cat([axis(0, 1, 2, 3), torch.nn.functional.normalize(axis(0) + axis(1), dim=-1)])
+    found = block.decide(keys, [None] * 5)
+    assert found.fact.tolist() == [0, 1, -1, -1, -1] and found.acts.tolist() == [-1] * 5
+    routed = block._routed(found)
+    assert routed.entries.tolist() == [[0, 2], [2, 3], [0, 0], [0, 0], [0, 0]] and not routed.idle()
+    assert routed.with_none().entries.tolist()[5:] == [[0, 0]] and routed.idle({"a"})
+    assert [r.fact for r in block.explained(found)] == [0, 1, None, None, None]
+    edited = block.with_edits({"a": axis(0), "b": axis(3)})
+    found = edited.decide(keys, [None, None, None, None, ("b",)])
+    assert found.acts.tolist() == [0, -1, -1, 1, -1] and found.fact.tolist() == [-1, 1, -1, -1, -1]
+    assert edited._routed(found).entries.tolist() == [[-1, -1], [2, 3], [0, 0], [-1, -1], [0, 0]]
+    assert edited.decide(axis(0, 0), [(), ("b",)]).fact.tolist() == [0, 0]  # where a may not act
+    two = make_router(torch.cat([axis(0), axis(0), axis(1)]), facts=[0, 0, 1], own=own[:2])
+    assert two.decide(axis(0), [None]).fact.tolist() == [0]  # two entries of one fact are no rivals

@@ -1,15 +1,22 @@
 """Scopes from facts in several wordings: they tell new facts apart, and a patched model reads keys as training did."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 import unike_kernels as uk
+from unike_kernels.serving import RaggedRuntime
 from unike_kernels.training import (
     EditTraining,
+    EncoderTraining,
     Fact,
     Sample,
     ScopeTraining,
+    Triplet,
+    build_memory,
     build_scope,
+    extend_memory,
     extend_scope,
     prompt_keys,
     train_edit,
@@ -303,3 +310,52 @@ def test_a_function_of_the_users_own(make_model, processor, make_edit, tmp_path)
         build(model, processor, facts(image=torch.rand(16, 16)), key=key)
     with pytest.raises(ValueError, match="key: expected keys of one width"):
         build(model, processor, key=lambda prompts: torch.ones(len(prompts), 1 + len(prompts)), batch_size=100)
+
+
+def test_a_memory_that_edits_by_itself(built, processor, tmp_path):
+    """In a row whose prompt asks for a triplet's fact its entries act alone; other rows are the unedited model's."""
+    model, result = built
+    phrases = [("w20 w21 w15", "w30 w31"), ("w20 w21 w17", "w32"), ("w20 w21 w18", "w33"), ("w20 w24 w19", "w34 w35")]
+    triplets = [Triplet(prompt, answer, "w1") for prompt, answer in phrases]
+    config = uk.Config(
+        k=4, values="context", scope="memory", tokens="answer", scale="cosine", norm="none", alpha=1.0
+    )  # fmt: skip
+    brief = EncoderTraining(steps=2)
+    options = {"config": config, "layers": [1, 2, 3, 4, 5], "training": brief, "progress": False}
+    memory = build_memory(model, processor, triplets[:3], scope=result.scope, **options).memory
+    assert memory.scope.own[-3:].tolist() == [[0, 2], [2, 3], [3, 4]] and not memory.scope.own[:-3].any()
+    assert memory.scope.count == 45 and memory.scope.names[-1] == "w20 w21 w18"
+    more = extend_memory(model, processor, memory, triplets[2:], progress=False)
+    assert more.scope.own[-4:].tolist() == [[0, 2], [2, 3], [4, 5], [5, 7]]  # of two of one fact the newer
+    more.save(path := tmp_path / "m.safetensors")
+    more = uk.MemoryBank.load(path)
+    base = {prompt: logits(model, processor, prompt) for prompt, _ in [*phrases, ("w3 w4 w5", "")]}
+    wanted = {}
+    for prompt, (start, end) in zip(base, [(0, 2), (2, 3), (4, 5), (5, 7)], strict=False):
+        alone = {
+            i: replace(m, index=m.index[start:end], keys=m.keys[start:end], values=m.values[start:end])
+            for i, m in more.layers.items()
+        }
+        with uk.patched(model, [], replace(more, layers=alone, config=replace(config, scope="all"), scope=None)):
+            wanted[prompt] = logits(model, processor, prompt)
+    acted = 0
+    with uk.patched(model, [], more):
+        for number, prompt in enumerate(base):
+            with uk.explain(model) as trace:
+                found = logits(model, processor, prompt)
+            (route,) = trace.routes[0]
+            assert route.fact in (None, 42 + number)
+            torch.testing.assert_close(found, base[prompt] if route.fact is None else wanted[prompt])
+            assert torch.equal(found[:, :-1], base[prompt][:, :-1])
+            if route.fact is None:
+                assert torch.equal(found, base[prompt])
+            else:
+                acted += 1
+                assert not torch.allclose(found, base[prompt], atol=1e-2) and "of the memory acts" in str(route)
+    assert acted >= 2
+    trained = train_edit(model, processor, REQUEST, more, training=EDIT, progress=False)
+    with uk.patched(model, [trained.edit], more), uk.explain(model) as trace:
+        assert said(model, processor, REQUEST.prompt) == "w30 w31"
+    assert {(route.edit, route.fact) for routes in trace.routes for route in routes} == {(trained.edit.id, None)}
+    with pytest.raises(ValueError, match="memory: its entries act by themselves"):
+        RaggedRuntime([2], 64, "silu", more)

@@ -126,6 +126,9 @@ class MemoryBank:
                     f"MemoryBank.layers: with Config(values={self.config.values!r}) layer {i} should "
                     f"{'take its keys as values' if layer.values is not None else 'have values of its own'}"
                 )
+        own = self.scope.own if self.scope is not None else None
+        if own is not None and len(own) and int(own.max()) > len(self):
+            raise ValueError(f"Scope.own: the memory has {len(self)} entries, a fact has up to number {int(own.max())}")
         object.__setattr__(self, "id", self._digest())
         for what, name in [("id", self.id), *(("tenants", name) for name in self.tenants)]:
             files.check_name(f"MemoryBank.{what}", name)
@@ -177,8 +180,8 @@ class MemoryBank:
             start += len(bank)
         parts = {tenant: bank.id for tenant, bank in banks.items()}
         scope = first.scope
-        for _, bank in rest:
-            scope = scope and bank.scope and scope.joined(bank.scope)
+        for tenant, bank in rest:
+            scope = scope and bank.scope and scope.joined(bank.scope, behind=tenants[tenant].start)
         return cls(
             layers,
             first.config,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -43,6 +44,8 @@ class Scope:
         samples: with a function of the user's own, the token ids of the prompts that the first entries are the keys of:
             by them another function is told from it.
         key: that function, which no file holds.
+        own: int64 [F, 2], the entries [start, end) that each fact has in the memory's tables, [0, 0] for none: they
+            shift the rows in which the fact wins. None: facts are there to be told from, and act nowhere.
     """
 
     encoder: PromptEncoder | None
@@ -56,6 +59,7 @@ class Scope:
     names: tuple[str, ...] | None = None
     samples: tuple[tuple[int, ...], ...] = ()
     key: OwnKey | None = field(default=None, repr=False, compare=False)
+    own: Tensor | None = None
 
     def __post_init__(self) -> None:
         if list(self.layers) != sorted({*self.layers}) or any(i < 0 for i in self.layers):
@@ -91,6 +95,11 @@ class Scope:
             raise ValueError("Scope.facts: expected numbers from 0, got a negative one")
         if self.names is not None and len(self.names) < self.count:
             raise ValueError(f"Scope.names: expected one for each of {self.count} facts, got {len(self.names)}")
+        own = self.own
+        if own is not None and (own.dtype != torch.int64 or tuple(own.shape) != (self.count, 2)):
+            raise ValueError(f"Scope.own: expected int64 [{self.count}, 2], got {own.dtype} {list(own.shape)}")
+        if own is not None and not ((own[:, 0] >= 0) & (own[:, 0] <= own[:, 1])).all():
+            raise ValueError("Scope.own: expected [start, end) with 0 <= start <= end")
         for name in ("threshold", "false_alarms", "same_fact"):
             if not abs(getattr(self, name)) <= 2:
                 raise ValueError(f"Scope.{name}: expected a number in -2..2, got {getattr(self, name)!r}")
@@ -146,20 +155,61 @@ class Scope:
             facts: int64 [n], numbered from 0.
             names: of the facts, for people.
         """
-        more = replace(
+        count = self.count + (int(facts.max()) + 1 if len(facts) else 0)
+        return replace(
             self,
             entries=torch.cat([self.entries, entries]),
             facts=torch.cat([self.facts, facts + self.count]),
-            names=None,
+            names=_named(self.names, names, self.count, count),
+            own=None if self.own is None else _padded(self.own, count),
         )
-        if self.names is None and names is None:
-            return more
-        known, new = (self.names or ("",) * self.count)[: self.count], names or ("",) * (more.count - self.count)
-        return replace(more, names=(*known, *new))
 
-    def joined(self, other: Scope) -> Scope:
+    def with_own(self, entries: Tensor, own: Tensor, names: tuple[str, ...] | None = None) -> Scope:
+        """With facts that have entries in the memory's tables. One that is surely known already gives these to the fact
+        that is known, in the place of those that it has; see `same_fact`.
+
+        Args:
+            entries: float32 [n, c], unit rows, one for each fact.
+            own: int64 [n, 2], see `Scope.own`.
+            names: of the facts, for people.
+        """
+        numbers, new, known = self.facts.tolist(), list[int](), len(self.entries)
+        every = torch.cat([self.entries, entries])
+        ends = torch.arange(known, len(every), dtype=torch.int64, device="cpu")
+        # So many that the nearest entry of a second fact is among them.
+        widest = max(Counter(numbers).values(), default=0) + 2
+        scores, ids = (
+            t.tolist()
+            for t in cosine_topk(
+                entries, every, min(widest, len(every)), normalized=True,
+                ranges=torch.stack([torch.zeros_like(ends), ends], 1),
+            )
+        )  # fmt: skip
+        for i, (cosines, places) in enumerate(zip(scores, ids, strict=True)):
+            near = [(cosine, numbers[place]) for cosine, place in zip(cosines, places, strict=True) if place >= 0]
+            best, fact = near[0] if near else (0.0, -1)
+            rival = next((cosine for cosine, other in near if other != fact), 0.0)
+            if fact < 0 or best <= self.same_fact or best - rival <= self.threshold:
+                fact = self.count + len(new)
+                new.append(i)
+            numbers.append(fact)
+        numbers = numbers[known:]
+        count = self.count + len(new)
+        ranges = _padded(self.own, count)
+        for fact, pair in zip(numbers, own, strict=True):  # a later one counts
+            ranges[fact] = pair
+        named = _named(self.names, None if names is None else tuple(names[i] for i in new), self.count, count)
+        facts = torch.cat([self.facts, torch.tensor(numbers, dtype=torch.int64, device="cpu")])
+        return replace(self, entries=every, facts=facts, names=named, own=ranges)
+
+    def joined(self, other: Scope, behind: int = 0) -> Scope:
         """With what another scope of the same encoder knows. Facts that have an entry in common are one: as two they
-        would be each other's rivals."""
+        would be each other's rivals. Where both have entries in the tables, those of the first one count.
+
+        Args:
+            other: the other one.
+            behind: how many entries of the tables are in front of those of its memory.
+        """
         known, number = torch.zeros(len(other.entries), dtype=torch.bool, device="cpu"), {}
         if len(self.entries) and len(other.entries):
             cosine, nearest = (t[:, 0] for t in cosine_topk(other.entries, self.entries, 1, normalized=True))
@@ -167,13 +217,18 @@ class Scope:
             number = dict(zip(other.facts[known].tolist(), self.facts[nearest[known]].tolist(), strict=True))
         new = [fact for fact in other.facts.unique().tolist() if fact not in number]
         number |= {fact: self.count + i for i, fact in enumerate(new)}
-        names = None
-        if self.names is not None or other.names is not None:
-            own = (self.names or ("",) * self.count)[: self.count]
-            names = (*own, *(other.names[fact] if other.names else "" for fact in new))
+        count = self.count + len(new)
+        theirs = None if other.names is None else tuple(other.names[fact] for fact in new)
+        own = None
+        if self.own is not None or other.own is not None:
+            own = _padded(self.own, count)
+            for fact, (start, end) in enumerate(_padded(other.own, other.count).tolist()):
+                if start < end and not bool(own[number[fact]].any()):
+                    own[number[fact], 0], own[number[fact], 1] = start + behind, end + behind
         facts = torch.tensor([number[fact] for fact in other.facts[~known].tolist()], dtype=torch.int64, device="cpu")
         entries = torch.cat([self.entries, other.entries[~known]])
-        return replace(self, entries=entries, facts=torch.cat([self.facts, facts]), names=names)
+        names = _named(self.names, theirs, self.count, count)
+        return replace(self, entries=entries, facts=torch.cat([self.facts, facts]), names=names, own=own)
 
     def tensors(self) -> dict[str, Tensor]:
         """Name -> tensor, as a file has them."""
@@ -192,6 +247,7 @@ class Scope:
             "same_fact": self.same_fact,
             "names": None if self.names is None else list(self.names),
             "samples": [list(ids) for ids in self.samples],
+            "own": None if self.own is None else self.own.tolist(),
         }
 
     @classmethod
@@ -199,13 +255,13 @@ class Scope:
         """From a file whose header says this of it. Raises ArtifactError."""
         kinds = {
             "blocks": int, "pieces": [str], "layers": [int], "facts": [int], "threshold": float, "false_alarms": float,
-            "same_fact": float, "names": [str], "samples": [list],
+            "same_fact": float, "names": [str], "samples": [list], "own": [list],
         }  # fmt: skip
         if set(header) != set(kinds):
             raise reader.fail(f"header field 'scope': expected {sorted(kinds)}, got {sorted(header)}")
         for name, kind in kinds.items():
             value = header[name]
-            if name == "names" and value is None:
+            if name in ("names", "own") and value is None:
                 continue
             each = value if isinstance(kind, list) else [value]
             one: type = kind[0] if isinstance(kind, list) else kind  # type: ignore[assignment]
@@ -213,9 +269,11 @@ class Scope:
                 raise reader.fail(f"header field 'scope': expected {name} of {one.__name__}, got {value!r:.80}")
         if not 0 <= header["blocks"] <= 16 or any(not 0 <= i < 2**31 for i in (*header["layers"], *header["facts"])):
             raise reader.fail("header field 'scope': expected 0 to 16 blocks, layers and facts from 0")
-        blocks, names, samples = header["blocks"], header["names"], header["samples"]
+        blocks, names, samples, own = (header[name] for name in ("blocks", "names", "samples", "own"))
         if any(type(i) is not int or not 0 <= i < 2**31 for ids in samples for i in ids):
             raise reader.fail("header field 'scope': expected samples of token ids")
+        if any(len(pair) != 2 or any(type(i) is not int or not 0 <= i < 2**31 for i in pair) for pair in own or ()):
+            raise reader.fail("header field 'scope': expected own of pairs from 0")
         wide = {"token", "word", "query", "token_value", "word_value", "w1", "w2", "means"}
         wanted = ["mean", "spread", *(f"blocks.{i}.{name}" for i in range(blocks) for name in TextBlock._fields)]
         wanted += [f"states.{name}" for name in StateBlock._fields] if header["layers"] else []
@@ -233,6 +291,8 @@ class Scope:
             header["same_fact"],
             None if names is None else tuple(names),
             tuple(map(tuple, samples)),
+            None,
+            None if own is None else torch.tensor(own, dtype=torch.int64, device="cpu").view(-1, 2),
         )
         return scope
 
@@ -254,6 +314,23 @@ def own_keys(key: OwnKey, prompts: Sequence[Sequence[int]], width: int | None = 
     if width not in (None, found.shape[1]) or not found.is_floating_point() or not found.isfinite().all():
         raise ValueError(f"key: expected a function that returns finite numbers {shape}, got {_told(found)}")
     return F.normalize(found.detach().float(), dim=-1)
+
+
+def _padded(own: Tensor | None, facts: int) -> Tensor:
+    """int64 [F, 2], a copy: no entries where it is not said which."""
+    ranges = torch.zeros(facts, 2, dtype=torch.int64, device="cpu")
+    if own is not None:
+        ranges[: len(own)] = own
+    return ranges
+
+
+def _named(
+    names: tuple[str, ...] | None, more: tuple[str, ...] | None, known: int, count: int
+) -> tuple[str, ...] | None:
+    """Of `count` facts, of which `known` ones have these names, and the others more."""
+    if names is None and more is None:
+        return None
+    return (*(names or ("",) * known)[:known], *(more or ("",) * (count - known)))
 
 
 def _told(found: Any) -> str:

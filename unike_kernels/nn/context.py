@@ -239,15 +239,19 @@ class Pass:
         rows, _ = self.acting()
         return self.scoped and (rows.idle() if isinstance(rows, Routed) else not any(rows or ()))
 
-    def edited(self) -> Tensor:
-        """bool [B * T], the tokens that an edit acts on, where a router or a selection says so."""
+    def entries(self, bounds: Tensor) -> Tensor:
+        """int64 [B * T, 2]: of the entries [start, end) that each token may retrieve, those that shift it, where a
+        router or a selection says so; [0, 0] for none. bounds: int64 [B * T, 2] or [1, 2]."""
         rows, token_rows = self.acting()
         if isinstance(rows, Routed):
-            uses = rows.acts >= 0
+            own = rows.entries
         else:
-            device = None if token_rows is None else token_rows.device
-            uses = torch.tensor([bool(row) for row in rows or ()], dtype=torch.bool, device=device)
-        return uses.repeat_interleave(self.shape[1]) if token_rows is None else uses[token_rows]
+            acts = [[-1, -1] if row else [0, 0] for row in rows or ()]
+            own = torch.tensor(acts, dtype=torch.int64, device=bounds.device).view(-1, 2)
+        own = own.repeat_interleave(self.shape[1], 0) if token_rows is None else own[token_rows]
+        start = torch.maximum(own[:, 0], bounds[:, 0])
+        end = torch.where(own[:, 1] < 0, bounds[:, 1], torch.minimum(own[:, 1], bounds[:, 1]))
+        return torch.where((start < end).unsqueeze(1), torch.stack([start, end], 1), 0)
 
 
 def _prompt_ends(lengths: Tensor, config: Config, batch: int, mask: Tensor | None) -> Tensor:

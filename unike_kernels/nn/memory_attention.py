@@ -299,7 +299,7 @@ class MemoryShift(Record):
             )
         bounds = memory.all if rows is None else rows.repeat_interleave(batch * tokens // len(rows), 0)
         if now.scoped:
-            bounds = torch.where(now.edited().unsqueeze(1), bounds, 0)
+            bounds = now.entries(bounds)
         return bounds if shifted is None else torch.where(shifted.reshape(-1, 1), bounds, 0)
 
     def _from_prompt_end(self, now: Pass, name: str, compute: Callable[[Tensor], Tensor]) -> Tensor:

@@ -38,6 +38,7 @@ class Route:
         other: what else is nearest: the number of one of the memory's other facts, or another edit; None: nothing.
         other_score: its cosine; 0 for nothing.
         threshold: that score - other_score must exceed.
+        fact: the memory's fact whose own entries act, see `Scope.own`; None: none.
     """
 
     edit: str | None
@@ -46,6 +47,7 @@ class Route:
     other: int | str | None
     other_score: float
     threshold: float
+    fact: int | None = None
 
     @property
     def margin(self) -> float:
@@ -53,6 +55,8 @@ class Route:
         return self.score - self.other_score
 
     def __str__(self) -> str:
+        if self.fact is not None:
+            return f"fact {self.fact} of the memory acts, and no edit"
         if self.nearest is None:
             return "no edit acts: the row may use none"
         if self.other is None:
@@ -75,6 +79,7 @@ class Routes(NamedTuple):
         score: float32 [B], the cosine with that entry.
         other: int64 [B], what else is nearest: the number of an edit, -1 for nothing, -2 - f for the memory's fact f.
         other_score: float32 [B], its cosine; 0 for nothing.
+        fact: int64 [B], the memory's fact whose own entries act, -1 for none.
     """
 
     acts: Tensor
@@ -82,6 +87,7 @@ class Routes(NamedTuple):
     score: Tensor
     other: Tensor
     other_score: Tensor
+    fact: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,24 +97,28 @@ class Routed:
     Attributes:
         names: of the edits, by number.
         acts: int64 [R], -1 for none.
+        entries: int64 [R, 2], those that shift the row where it may retrieve them; [-1, -1]: all.
     """
 
     names: list[str]
     acts: Tensor
+    entries: Tensor
 
     def with_none(self) -> Routed:
         """With a row behind them in which none acts."""
-        return Routed(self.names, F.pad(self.acts, (0, 1), value=-1))
+        return Routed(self.names, F.pad(self.acts, (0, 1), value=-1), F.pad(self.entries, (0, 0, 0, 1)))
 
     def named(self) -> Rows:
         """The same as ids; waits for the device."""
         return tuple((self.names[i],) if i >= 0 else () for i in self.acts.tolist())
 
     def idle(self, among: Container[str] | None = None) -> bool:
-        """Whether it is known, without waiting for a device, that none of these edits acts; None: of all."""
+        """Whether it is known, without waiting for a device, that none of these edits acts; None: no entry either."""
         if self.acts.device.type != "cpu":
             return False
-        return not any(i >= 0 and (among is None or self.names[i] in among) for i in self.acts.tolist())
+        if among is None:
+            return not bool(self.entries.any())
+        return not any(i >= 0 and self.names[i] in among for i in self.acts.tolist())
 
 
 @dataclass(eq=False)
@@ -146,6 +156,7 @@ class Router(Tables):
         facts: int64 [N], the fact of each.
         threshold: a margin above which an edit acts.
         same_fact: a cosine above which two prompts surely ask for one fact, where the margin says so, too.
+        own: int64 [F, 2], see `Scope.own`, or None.
 
     Attributes:
         names: of the edits, by number.
@@ -160,6 +171,7 @@ class Router(Tables):
     facts: Tensor
     entries: Tensor
     owner: Tensor
+    own: Tensor | None
 
     def __init__(
         self,
@@ -171,6 +183,7 @@ class Router(Tables):
         facts: Tensor,
         threshold: float,
         same_fact: float,
+        own: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.scope, self.vocabulary, self.layers = scope, vocabulary, tuple(layers)
@@ -184,6 +197,7 @@ class Router(Tables):
             self._own = encoder
         self.table("others", others)
         self.table("facts", facts)
+        self.table("own", own)
         self.table("entries", others[:0])
         self.table("owner", torch.empty(0, dtype=torch.int64, device=facts.device))
         self.names: list[str] = []
@@ -348,7 +362,7 @@ class Router(Tables):
                 routes = self.decide(seen.key, named)
             known = (torch.where(seen.ended, yes, no) for yes, no in zip(routes, nothing, strict=True))
             seen.routes = Routes(*(t.repeat_interleave(batch // prompts) for t in known))
-            seen.routed, seen.decided = Routed(self.names, seen.routes.acts), (self, rows, batch)
+            seen.routed, seen.decided = self._routed(seen.routes), (self, rows, batch)
         return seen.routes, seen.routed
 
     def decide(self, keys: Tensor, rows: Sequence[tuple[str, ...] | None]) -> Routes:
@@ -359,31 +373,46 @@ class Router(Tables):
         found = [_nothing(keys[:0]), *(self._among(keys[at], names) for names, at in groups)]
         return Routes(*(torch.cat(parts)[order] for parts in zip(*found, strict=True)))
 
+    def _routed(self, routes: Routes) -> Routed:
+        entries = torch.where(routes.acts < 0, 0, -1).unsqueeze(1).expand(-1, 2)
+        if self.own is not None:
+            entries = torch.where(routes.fact.unsqueeze(1) < 0, entries, F.pad(self.own, (0, 0, 0, 1))[routes.fact])
+        return Routed(self.names, routes.acts, entries)
+
     def _among(self, keys: Tensor, names: tuple[str, ...] | None) -> Routes:
         of = self._competing(names)
-        if not len(of.owner):
-            return _nothing(keys)
-        # So many that the best entry of a second edit is among them.
-        scores, ids = cosine_topk(keys, of.entries, min(self.most + 1, len(of.owner)), normalized=True)
-        owners = of.owner[ids]
-        nearest = owners[:, 0]
-        others = owners != nearest.unsqueeze(1)
-        second = others.long().argmax(1, keepdim=True)
-        other = torch.where(others.any(1), owners.gather(1, second)[:, 0], -1)
-        rival = torch.where(others.any(1), scores.gather(1, second)[:, 0], -torch.inf)
-        if len(of.facts):
-            best, at = (t[:, 0] for t in cosine_topk(keys, of.others, 1, normalized=True))
-            other, rival = torch.where(best > rival, -2 - of.facts[at], other), torch.maximum(best, rival)
-        rival = torch.where(other == -1, 0.0, rival)
-        acts = scores[:, 0].double() - rival.double() > self.threshold
-        return Routes(torch.where(acts, nearest, -1), nearest, scores[:, 0], other, rival)
+        edit, score, second, second_score = _two(keys, of.entries, of.owner, self.most + 1)
+        fact, best, _, next_best = _two(keys, of.others, of.facts, 1 if self.own is None else self._widest + 1)
+        other = torch.where(best > second_score, -2 - fact, second)
+        rival = torch.maximum(best, second_score)
+        alone = (edit < 0) | rival.isinf()
+        other, rival = torch.where(alone, -1, other), torch.where(alone, 0.0, rival)
+        acts = torch.where(self._wins(score, rival), edit, -1)
+        none = torch.full_like(fact, -1)
+        if self.own is not None:
+            wins = self._wins(best, torch.maximum(score, next_best)) & (acts < 0)
+            wins &= (self.own[:, 0] < self.own[:, 1])[fact] if len(self.own) else False
+            none = torch.where(wins, fact, -1)
+        return Routes(acts, edit, torch.where(edit < 0, 0.0, score), other, rival, none)
+
+    def _wins(self, score: Tensor, rival: Tensor) -> Tensor:
+        margin = score.double() - torch.where(rival.isinf(), 0.0, rival).double()
+        return ~score.isinf() & (margin > self.threshold)
 
     def explained(self, routes: Routes) -> list[Route]:
         """For people; waits for the device."""
         name = [*self.names, None]  # -1: none
         return [
-            Route(name[acts], name[near], score, name[other] if other >= -1 else -2 - other, rival, self.threshold)
-            for acts, near, score, other, rival in zip(*(t.tolist() for t in routes), strict=True)
+            Route(
+                name[acts],
+                name[near],
+                score,
+                name[other] if other >= -1 else -2 - other,
+                rival,
+                self.threshold,
+                None if fact < 0 else fact,
+            )
+            for acts, near, score, other, rival, fact in zip(*(t.tolist() for t in routes), strict=True)
         ]
 
     def _newer(self, name: str) -> set[str]:
@@ -454,7 +483,22 @@ def _nothing(keys: Tensor) -> Routes:
     """For rows that may use no edit."""
     none = torch.full((len(keys),), -1, dtype=torch.int64, device=keys.device)
     zero = torch.zeros(len(keys), dtype=torch.float32, device=keys.device)
-    return Routes(none, none, zero, none, zero)
+    return Routes(none, none, zero, none, zero, none)
+
+
+def _two(keys: Tensor, entries: Tensor, groups: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """For each key the group of the nearest entry and its cosine, and the same for another group among the k nearest;
+    -1 and -inf where there is none. Nothing waits for the device."""
+    none = torch.full((len(keys),), -1, dtype=torch.int64, device=keys.device)
+    low = torch.full((len(keys),), -torch.inf, dtype=torch.float32, device=keys.device)
+    if not len(groups):
+        return none, low, none, low
+    scores, ids = cosine_topk(keys, entries, min(k, len(groups)), normalized=True)
+    found = groups[ids]
+    differs = found != found[:, :1]
+    at, there = differs.long().argmax(1, keepdim=True), differs.any(1)
+    other = torch.where(there, found.gather(1, at)[:, 0], none)
+    return found[:, 0], scores[:, 0], other, torch.where(there, scores.gather(1, at)[:, 0], low)
 
 
 def behind_prompts(last: Tensor, tokens: int) -> Tensor:

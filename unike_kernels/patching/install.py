@@ -367,7 +367,7 @@ def make_router(memory: MemoryBank | None, config: Config, edits: Mapping[str, E
     key = of.needing_key()
     read = of.encoder if key is None else partial(own_keys, key, width=of.width)
     assert read is not None
-    told = of.entries, of.facts, of.threshold, of.same_fact
+    told = of.entries, of.facts, of.threshold, of.same_fact, of.own
     router = Router(of.id, read, Vocabulary(of.pieces), of.layers, *told)
     return router.with_edits({name: entries_of(edit) for name, edit in edits.items()})
 

@@ -95,6 +95,9 @@ def selecting(model: nn.Module, edits: Sequence[Sequence[str]]) -> AbstractConte
 
 def _memory_ranges(rows: Sequence[bool | str], memory: MemoryBank | None, device: torch.device) -> Mapping[str, Any]:
     """The entries that each row may retrieve, as a `Selection` has them."""
+    for r, use in enumerate(rows):
+        if not isinstance(use, str) and use not in (True, False):
+            raise TypeError(f"memory[{r}]: expected True, False or the name of a tenant, got {use!r}")
     named = {use for use in rows if isinstance(use, str)}
     tenants = memory.tenants if memory is not None else {}
     if unknown := sorted(named - set(tenants)):

@@ -230,6 +230,11 @@ def check_memory(memory: MemoryBank) -> None:
             f"memory: an engine of flat tokens serves a scope of the text alone; this one reads layers "
             f"{list(memory.scope.layers)}, too (build_scope(layers=[]))"
         )
+    if memory.scope is not None and memory.scope.own is not None:
+        raise ValueError(
+            "memory: its entries act by themselves where a prompt is about them, which an engine of flat tokens does "
+            "not serve; expected one whose Scope.own is None"
+        )
     if config.needs_whole_prompts or config.tokens == "text" or config.values == "projected":
         raise ValueError(
             "memory: an engine of flat tokens serves retrieval='token', alpha='token' or a number, "

@@ -17,9 +17,9 @@ from ..backbones import Decoder, find_decoder, project_memory, score_scale
 from ..config import Config
 from ..patching import check_artifacts
 from .encoders import Disentangled, EncoderTraining, disentangle
-from .extract import Hidden, extract
+from .extract import Hidden, entries_of, extract
 from .samples import Sample, Triplet, taking_gradients
-from .scope import Fact, extend_scope
+from .scope import Fact, extend_scope, prompt_keys
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,9 @@ def build_memory(
         training: of the encoders.
         batch_size: triplets per forward pass of the extraction.
         store: a folder for the extracted states, as for `extract`: for thousands of triplets of a large model.
-        scope: what decides where edits act, see `build_scope`; needed where the config says scope="memory".
+        scope: what decides where edits act, see `build_scope`; needed where the config says scope="memory". With
+            values="context", too, the memory edits by itself: in a row whose prompt asks for the fact of a triplet, its
+            entries act, and no others.
         progress: show progress bars.
 
     Raises:
@@ -102,6 +104,8 @@ def build_memory(
         model, processor, triplets, layers=layers, context=config.values == "context", batch_size=batch_size,
         store=store, progress=progress,
     )  # fmt: skip
+    if scope is not None and _acts(config):
+        scope = _with_own(model, processor, scope, triplets, 0, batch_size)
     tables, spaces = {}, {}
     for i, h in hidden.items():
         keys, values, pos, neg = _tables(decoder, i, h, config.values)
@@ -151,7 +155,9 @@ def extend_memory(
     decoder = find_decoder(model)
     check_artifacts(model, decoder, [], memory, memory.config, override=False)
     scope = memory.scope
-    if scope is not None:
+    if scope is not None and _acts(memory.config):
+        scope = _with_own(model, processor, scope, triplets, len(memory), batch_size)
+    elif scope is not None:
         facts = [Fact((Sample(triplet.prompt, "", triplet.image),)) for triplet in triplets]
         scope = extend_scope(model, processor, scope, facts, batch_size=batch_size)
     notes = {**memory.notes, "extended": f"by {len(triplets)} triplets"}
@@ -173,6 +179,22 @@ def extend_memory(
             values=None if have.values is None or values is None else _behind(have.values, values),
         )
     return replace(memory, layers=tables, notes=notes, scope=scope)
+
+
+def _acts(config: Config) -> bool:
+    """Whether a memory's entries act in the rows whose prompt is about them."""
+    return config.scope == "memory" and config.values == "context"
+
+
+def _with_own(
+    model: nn.Module, processor: Any, scope: Scope, triplets: Sequence[Triplet], start: int, batch_size: int
+) -> Scope:
+    """The scope with the facts of triplets, whose entries are in the tables from `start` on."""
+    prompts = [Sample(triplet.prompt, "", triplet.image) for triplet in triplets]
+    keys = prompt_keys(model, processor, scope, prompts, batch_size=batch_size)
+    counts = torch.tensor(entries_of(model, processor, triplets, batch_size), dtype=torch.int64, device="cpu")
+    ends = start + counts.cumsum(0)
+    return scope.with_own(keys, torch.stack([ends - counts, ends], 1), tuple(triplet.prompt for triplet in triplets))
 
 
 def _behind(table: Tensor, rows: Tensor) -> Tensor:

@@ -236,6 +236,17 @@ def _spans(batch: Batch, state: str, context: bool) -> list[range]:
     return [range(at, at + 1) for at in (ends if state == "sem" else lasts)]
 
 
+def entries_of(model: nn.Module, processor: Any, triplets: Sequence[Triplet], batch_size: int) -> list[int]:
+    """How many entries each triplet has in `extract(..., context=True)`."""
+    asked = [Sample(t.prompt, t.positive, t.image) for t in triplets]
+    counts = [0] * len(asked)
+    for group in batches(asked, batch_size):
+        batch = encode(processor, [asked[i] for i in group], device_of(model))
+        for i, span in zip(group, _spans(batch, "sem", True), strict=True):
+            counts[i] = len(span)
+    return counts
+
+
 @torch.no_grad()
 def _extract(
     model: nn.Module,
