@@ -17,13 +17,17 @@ without projected values, and w2 twice, 12.6 MB: 4.3 us of an H100's memory, and
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._tiles import tile_sizes
 from .._triton import (
     Workspace,
+    activate,
     activate_slope,
     dot,
     last_contiguous,
@@ -34,24 +38,268 @@ from .._triton import (
     workspace_of,
 )
 from .reference import Blend, SemanticEncoder
-from .triton import (
-    BLOCKS_PER_MULTIPROCESSOR,
-    anchor_at,
-    attended,
-    averaged,
-    encoded,
-    entries_at,
-    first_layer,
-    found_any,
-    inverse,
-    logits_at,
-    logits_in,
-    operands,
-    pre_activations,
-    softmax_of,
-    strides,
-    tiling,
-)
+from .triton import operands, strides
+
+TOKENS = 16  # of a tile: the rows of an mma
+ENTRIES = 16  # of a step
+BLOCKS_PER_MULTIPROCESSOR = 2
+
+
+class Tiles(NamedTuple):
+    """What `unike tune` may change."""
+
+    width: int = 64  # bytes of a row in a step
+    hidden: int = 64  # of Enc_sem's r numbers in a step
+    slices: int = 128  # at most: each adds to the partial sums that all of a team read
+
+
+CANDIDATES = {"width": (32, 64, 128), "hidden": (32, 64, 128), "slices": (32, 64, 128)}
+
+
+@triton.jit
+def inverse(x):
+    """1 / x, and 0 for 0."""
+    return tl.where(x == 0, 0.0, 1.0 / tl.where(x == 0, 1.0, x))
+
+
+@triton.jit
+def entries_at(ids, rows, valid, first, k, KB: tl.constexpr, SHARED: tl.constexpr):
+    """Entries first, ..., first + KB - 1 of these rows of ids, -1 where there is none: [BM, KB], or shared [1, KB]."""
+    at = first + tl.arange(0, KB)
+    if SHARED:
+        return tl.load(ids + tl.min(rows) * k + at, mask=at < k, other=-1)[None, :]
+    else:
+        return tl.load(ids + rows[:, None] * k + at[None, :], mask=valid[:, None] & (at < k)[None, :], other=-1)
+
+
+@triton.jit
+def attended(entry, weight, table, stride, columns, inside, total):
+    """total + weight times these columns of the entries' rows; entry: [BM or 1, KB]."""
+    if entry.shape[0] == weight.shape[0]:
+        there = (entry >= 0)[:, :, None] & inside[None, None, :]
+        place = table + entry[:, :, None] * stride + columns[None, None, :]
+        rows = tl.load(place, mask=there, other=0.0).to(tl.float32)
+        return total + tl.sum(weight[:, :, None] * rows, 1)
+    else:
+        at = tl.reshape(entry, (entry.shape[1],))
+        there = (at >= 0)[:, None] & inside[None, :]
+        rows = tl.load(table + at[:, None] * stride + columns[None, :], mask=there, other=0.0)
+        return dot(weight, rows, total)
+
+
+@triton.jit
+def matched(entry, query, table, stride, columns, inside, total):
+    """total + the products of the queries with these columns of the entries' rows."""
+    if entry.shape[0] == query.shape[0]:
+        there = (entry >= 0)[:, :, None] & inside[None, None, :]
+        place = table + entry[:, :, None] * stride + columns[None, None, :]
+        rows = tl.load(place, mask=there, other=0.0).to(tl.float32)
+        return total + tl.sum(query.to(tl.float32)[:, None, :] * rows, 2)
+    else:
+        at = tl.reshape(entry, (entry.shape[1],))
+        there = (at >= 0)[:, None] & inside[None, :]
+        rows = tl.load(table + at[:, None] * stride + columns[None, :], mask=there, other=0.0)
+        return dot(query, rows.T, total)
+
+
+@triton.jit
+def times_rows(x, table):
+    """x table^T in float32: [BM, C] and [N, C] -> [BM, N]. One row is no work for tensor cores."""
+    if x.shape[0] == 1:
+        return tl.sum(x.to(tl.float32) * table.to(tl.float32), 1)[None, :]
+    else:
+        return dot(x, table.T, tl.zeros((x.shape[0], table.shape[0]), tl.float32))
+
+
+@triton.jit
+def logits_at(parts, entry, m, valid, first, k, slices, size, scale, KB: tl.constexpr):
+    """The scaled logits of these entries [BM, KB], -inf where there is none."""
+    at = first + tl.arange(0, KB)
+    found = (entry >= 0) & valid[:, None]
+    total = sum_of_parts(parts + m[:, None] * k + at[None, :], slices, size, found & (at < k)[None, :])
+    return tl.where(found, total * scale, float("-inf"))
+
+
+@triton.jit
+def softmax_of(
+    parts, ids, rows, valid, m, k, slices, size, scale, BM: tl.constexpr, KB: tl.constexpr, SHARED: tl.constexpr
+):  # fmt: skip
+    """What to subtract from a head's logits, and what to multiply their exponentials with: [BM] each."""
+    largest, mass = tl.full((BM,), float("-inf"), tl.float32), tl.zeros((BM,), tl.float32)
+    for first in range(0, k, KB):
+        entry = entries_at(ids, rows, valid, first, k, KB, SHARED)
+        logits = logits_at(parts, entry, m, valid, first, k, slices, size, scale, KB)
+        above = tl.maximum(largest, tl.max(logits, 1))
+        # A token without any entry so far has no largest logit to subtract.
+        shift = tl.where(above == float("-inf"), 0.0, above)
+        mass = mass * tl.exp(largest - shift) + tl.sum(tl.exp(logits - shift[:, None]), 1)
+        largest = above
+    return tl.where(largest == float("-inf"), 0.0, largest), inverse(mass)
+
+
+@triton.jit
+def averaged(
+    table, table_stride, row_stride, ids, rows, valid, parts, m, columns, inside, k, heads, slices, size, scale,
+    BM: tl.constexpr, KB: tl.constexpr, SHARED: tl.constexpr,
+):  # fmt: skip
+    """The softmax average of the retrieved rows of a table in these columns, the heads' added up: [BM, W]."""
+    total = tl.zeros((BM, columns.shape[0]), tl.float32)
+    for head in range(heads):
+        own = parts + head * (BM * k)
+        shift, share = softmax_of(own, ids, rows, valid, m, k, slices, size, scale, BM, KB, SHARED)
+        for first in range(0, k, KB):
+            entry = entries_at(ids, rows, valid, first, k, KB, SHARED)
+            logits = logits_at(own, entry, m, valid, first, k, slices, size, scale, KB)
+            weight = tl.exp(logits - shift[:, None]) * share[:, None]
+            total = attended(entry, weight, table + head * row_stride, table_stride, columns, inside, total)
+    return total
+
+
+@triton.jit
+def logits_in(
+    scores, queries, query_stride, query_width, rows, keys, key_stride, ids, id_rows, valid, m, k, heads, c, low, high,
+    BM: tl.constexpr, KB: tl.constexpr, WIDTH: tl.constexpr, SHARED: tl.constexpr,
+):  # fmt: skip
+    """To scratch: what the columns low, ..., high - 1 give to the logits of each head; query_width apart in queries."""
+    for head in range(heads):
+        for first in range(0, k, KB):
+            entry = entries_at(ids, id_rows, valid, first, k, KB, SHARED)
+            total = tl.zeros((BM, KB), tl.float32)
+            for start in range(low, high, WIDTH):
+                columns = start + tl.arange(0, WIDTH)
+                inside = columns < c
+                place = queries + rows[:, None] * query_stride + head * query_width + columns[None, :]
+                query = tl.load(place, mask=valid[:, None] & inside[None, :], other=0.0)
+                total = matched(entry, query, keys + head * c, key_stride, columns, inside, total)
+            at = first + tl.arange(0, KB)
+            place = scores + head * (BM * k) + m[:, None] * k + at[None, :]
+            tl.store(place, total, mask=valid[:, None] & (at < k)[None, :])
+
+
+@triton.jit
+def first_layer(
+    hidden, know, w1, projected, projected_stride, ids, id_rows, valid, scores, m, part, k, heads, slices, size, scale,
+    d, r, d_slice, r_slice,
+    BM: tl.constexpr, KB: tl.constexpr, WIDTH: tl.constexpr, RB: tl.constexpr, SHARED: tl.constexpr,
+):  # fmt: skip
+    """To scratch: Enc_sem's first layer without its bias; of projected values, or this slice's share of all of it."""
+    if projected is None:
+        tl.debug_barrier()  # the block's own h_know
+        for low in range(0, r, RB):
+            at = low + tl.arange(0, RB)
+            total = tl.zeros((BM, RB), tl.float32)
+            for start in range(part * d_slice, tl.minimum((part + 1) * d_slice, d), WIDTH):
+                columns = start + tl.arange(0, WIDTH)
+                inside = columns < d
+                there = valid[:, None] & inside[None, :]
+                mean = tl.load(know + m[:, None] * d + columns[None, :], mask=there, other=0.0)
+                wanted = (at < r)[:, None] & inside[None, :]
+                weights = tl.load(w1 + at[:, None] * d + columns[None, :], mask=wanted, other=0.0)
+                total += times_rows(mean, weights)
+            place = hidden + part * (BM * r) + m[:, None] * r + at[None, :]
+            tl.store(place, total, mask=valid[:, None] & (at < r)[None, :])
+    else:
+        for start in range(part * r_slice, tl.minimum((part + 1) * r_slice, r), WIDTH):
+            columns = start + tl.arange(0, WIDTH)
+            inside = columns < r
+            mean = averaged(
+                projected, projected_stride, r, ids, id_rows, valid, scores, m, columns, inside, k, heads, slices,
+                size, scale, BM, KB, SHARED,
+            )  # fmt: skip
+            tl.store(hidden + m[:, None] * r + columns[None, :], mean, mask=valid[:, None] & inside[None, :])
+
+
+@triton.jit
+def pre_activations(hidden, b1, m, at, valid, r, hidden_slices, BM: tl.constexpr):
+    """Of these of Enc_sem's r numbers, [BM, RB]; 0 where there are none."""
+    known = valid[:, None] & (at < r)[None, :]
+    total = sum_of_parts(hidden + m[:, None] * r + at[None, :], hidden_slices, BM * r, known)
+    return tl.where(known, total + tl.load(b1 + at, mask=at < r, other=0.0).to(tl.float32)[None, :], 0.0)
+
+
+@triton.jit
+def encoded(hidden, b1, w2, b2, m, columns, inside, valid, r, hidden_slices, BM: tl.constexpr, RB: tl.constexpr):
+    """Enc_sem(h_know) in these columns, [BM, W]."""
+    sem = tl.zeros((BM, columns.shape[0]), tl.float32)
+    for low in range(0, r, RB):
+        at = low + tl.arange(0, RB)
+        g = activate(pre_activations(hidden, b1, m, at, valid, r, hidden_slices, BM), "gelu")  # of 0 it is 0
+        wanted = inside[:, None] & (at < r)[None, :]
+        sem += times_rows(g, tl.load(w2 + columns[:, None] * r + at[None, :], mask=wanted, other=0.0))
+    sem += tl.load(b2 + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
+    return tl.where(valid[:, None] & inside[None, :], sem, 0.0)
+
+
+@triton.jit
+def anchor_at(inputs, input_stride, anchor, anchor_stride, per_anchor, rows, columns, there):
+    """What Enc_sem(h_know) is compared with, in these columns."""
+    if anchor is None:
+        place = inputs + rows[:, None] * input_stride
+    else:
+        place = anchor + (rows // per_anchor)[:, None] * anchor_stride
+    return tl.load(place + columns[None, :], mask=there, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def found_any(ids, rows, valid, k, BM: tl.constexpr, KB: tl.constexpr, SHARED: tl.constexpr):
+    """Which of the tokens have an entry at all, [BM]."""
+    best = tl.full((BM,), -1, tl.int64)
+    for first in range(0, k, KB):
+        best = tl.maximum(best, tl.max(entries_at(ids, rows, valid, first, k, KB, SHARED), 1))
+    return best >= 0
+
+
+class Tiling(NamedTuple):
+    """How tokens and columns are cut, and the arguments of `attend` that say so."""
+
+    tile: int  # tokens: 1 or TOKENS
+    shared: bool  # whether the tokens of a tile share their ids
+    width: int  # columns of a step
+    hidden: int  # numbers of a step
+    slices: int
+    teams: int
+    scratch: tuple[int, ...]  # float32 of scores, hidden, know, squares and cosines
+    sizes: tuple[int, ...]
+
+    def switches(self, blend: Blend) -> tuple[object, ...]:
+        """The constants of the kernel."""
+        entries = ENTRIES if self.tile == 1 or self.shared else 1
+        return (
+            blend.convention == "eq7",
+            blend.norm == "match",
+            self.shared,
+            self.tile,
+            entries,
+            self.width,
+            self.hidden,
+        )
+
+
+def tiling(
+    queries: Tensor, inputs: Tensor, tables: tuple[Tensor, ...], rows: int, k: int, r: int, projected: bool,
+    anchors: int, blocks: int,
+) -> Tiling:  # fmt: skip
+    """For so many rows of ids and anchors, and at most so many blocks. One team for each tile, as far as they fit."""
+    m, d = inputs.shape
+    heads, c = queries.shape[1:]
+    per_row = m // rows if rows < m else m
+    tile = TOKENS if per_row >= TOKENS else 1
+    tiles_per_row = triton.cdiv(per_row, tile)
+    tiles = m // per_row * tiles_per_row
+    chosen = Tiles()
+    width = chosen.width // max(t.element_size() for t in (queries, *tables))
+    steps = triton.cdiv(d, width)
+    slices = max(1, min(blocks // tiles, steps, chosen.slices))
+    slices = triton.cdiv(steps, triton.cdiv(steps, slices))  # none without columns
+    teams = min(tiles, blocks // slices)
+    tokens = teams * tile
+    scratch = (
+        tokens * slices * heads * k, tokens * r * (1 if projected else slices), tokens * d, tokens * slices * 3,
+        tokens * slices * 2,
+    )  # fmt: skip
+    sliced = (triton.cdiv(triton.cdiv(n, width), slices) * width for n in (c, d, r))
+    sizes = (m, per_row, m // rows, m // anchors, tiles_per_row, tiles, slices, *sliced)
+    return Tiling(tile, rows < m and tile > 1, width, chosen.hidden, slices, teams, scratch, sizes)
 
 
 @triton.jit
