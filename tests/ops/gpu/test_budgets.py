@@ -88,10 +88,10 @@ BUDGETS = {
         fused, "patched_ffn_kernel", lambda: fused.patched_ffn(*whole(32, False, torch.float32), "relu"), 0.12, 4, True
     ),
     "latent attention, one token, bfloat16": Budget(
-        latent, "latent_attention_kernel", lambda: attention(1, None, True, torch.bfloat16).run(), 0.25, 4, False
+        latent, "latent_attention_kernel", lambda: attention(1, None, True, torch.bfloat16).run(), 0.12, 4, False
     ),
     "latent attention, one token, w1, float32": Budget(
-        latent, "latent_attention_kernel", lambda: attention(1, None, False, torch.float32).run(), 0.25, 4, False
+        latent, "latent_attention_kernel", lambda: attention(1, None, False, torch.float32).run(), 0.12, 4, False
     ),
     "latent attention, ids of each token, bfloat16": Budget(
         latent, "latent_attention_kernel", lambda: attention(128, None, True, torch.bfloat16).run(), 0.12, 4, True

@@ -43,7 +43,7 @@ from .._triton import (
 )
 from .reference import Blend, SemanticEncoder
 
-BLOCKS_PER_MULTIPROCESSOR = 2
+WARPS = 8  # of a multiprocessor, in one block or two
 PASS = 1024  # tokens: bounds the scratch
 
 
@@ -109,6 +109,13 @@ def entries_at(ids, at, last):
 
 
 @triton.jit
+def found_any(ids, k: tl.constexpr):
+    """Whether there is an entry among a token's k."""
+    at = tl.arange(0, triton.next_power_of_2(k))
+    return tl.max(tl.load(ids + at, mask=at < k, other=-1), 0) >= 0
+
+
+@triton.jit
 def rows_of(table, stride, entry, columns, inside):
     """These columns of the entries' rows, 0 where there are none: [KB, W]."""
     there = (entry >= 0)[:, None] & inside[None, :]
@@ -163,8 +170,36 @@ def softmax_of(scores, weights, ids, heads, scale, k: tl.constexpr, K: tl.conste
 
 
 @triton.jit
+def weigh(
+    scores, weights, queries, query_stride, tokens, valid, keys, key_stride, c, ids, heads, scale, first, last, low,
+    high, slots, part, count, counter,
+    k: tl.constexpr, BM: tl.constexpr, SLICES: tl.constexpr, GROUPS: tl.constexpr, KB: tl.constexpr, W: tl.constexpr,
+):  # fmt: skip
+    """A team's logits for a tile, a meeting, and where in scratch the softmax of its first token is."""
+    K: tl.constexpr = triton.next_power_of_2(k)
+    PARTS: tl.constexpr = SLICES // GROUPS
+    size = heads * K
+    logits_in(
+        scores + (slots * PARTS + part % PARTS) * size, queries, query_stride, c, tokens, valid, keys, key_stride, c,
+        ids, heads, first, last, low, high, K, BM, KB, W,
+    )  # fmt: skip
+    meet(counter, SLICES, part == 0)
+    slot = tl.min(slots)
+    if BM == 1:  # each block for itself
+        shares = weights + (slot * SLICES + part) * size
+        softmax_of(scores + slot * PARTS * size, shares, ids, heads, scale, k, K, PARTS)
+        tl.debug_barrier()
+    else:  # each block for some of the tokens
+        shares = weights + slot * size
+        for t in range(part, tl.minimum(BM, count), SLICES):
+            softmax_of(scores + (slot + t) * PARTS * size, shares + t * size, ids, heads, scale, k, K, PARTS)
+        meet(counter, SLICES, part == 0)
+    return shares
+
+
+@triton.jit
 def averaged(
-    table, stride, width, weights, ids, heads, valid, columns, inside,
+    table, stride, width, weights, weight_stride, ids, heads, valid, columns, inside,
     k: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, KB: tl.constexpr,
 ):  # fmt: skip
     """The weighted sums of the retrieved rows of a table in these columns, the heads' added up: [BM, W]."""
@@ -179,26 +214,43 @@ def averaged(
                 weight = tl.load(weights + head * K + at)
                 total = tl.fma(tl.broadcast_to(weight[:, None], total.shape), rows.to(tl.float32), total)
             else:
-                place = weights + tl.arange(0, BM)[:, None] * (heads * K) + head * K + at[None, :]
-                weight = tl.load(place, mask=valid[:, None], other=0.0, cache_modifier=".cg")
+                place = weights + tl.arange(0, BM)[:, None] * weight_stride + head * K + at[None, :]
+                there = valid[:, None] & (at < k)[None, :]
+                weight = tl.load(place, mask=there, other=0.0, cache_modifier=".cg")
                 total = split_dot(weight, rows, total)
     return tl.sum(total, 0)[None, :] if BM == 1 else total
 
 
 @triton.jit
-def layer(x, width, weights, bias, slots, valid, columns, inside, R: tl.constexpr):
-    """weights x + bias in these columns, of rows of scratch: [GM, N]. One row is no work for tensor cores."""
+def product(
+    x, weights, width, count, slots, valid, columns, inside, R: tl.constexpr, TRANSPOSED: tl.constexpr = False
+):
+    """Rows of scratch by a matrix, x weights^T of [count, width], or x weights of [width, count]: [GM, N].
+
+    One row is no work for tensor cores.
+    """
     total = tl.zeros((slots.shape[0], columns.shape[0]), tl.float32)
     for low in range(0, width, R):
         at = low + tl.arange(0, R)
         there = valid[:, None] & (at < width)[None, :]
         rows = tl.load(x + slots[:, None] * width + at[None, :], mask=there, other=0.0, cache_modifier=".cg")
-        wanted = inside[:, None] & (at < width)[None, :]
-        part = tl.load(weights + columns[:, None] * width + at[None, :], mask=wanted, other=0.0)
-        if slots.shape[0] == 1:
-            total += tl.sum(rows * part.to(tl.float32), 1)[None, :]
+        if TRANSPOSED:
+            wanted = (at < width)[:, None] & inside[None, :]
+            part = tl.load(weights + at[:, None] * count + columns[None, :], mask=wanted, other=0.0)
+            total = split_dot(rows, part, total)
         else:
-            total = split_dot(rows, part.T, total)
+            wanted = inside[:, None] & (at < width)[None, :]
+            part = tl.load(weights + columns[:, None] * width + at[None, :], mask=wanted, other=0.0)
+            if slots.shape[0] == 1:
+                total += tl.sum(rows * part.to(tl.float32), 1)[None, :]
+            else:
+                total = split_dot(rows, part.T, total)
+    return total
+
+
+@triton.jit
+def biased(total, bias, columns, inside):
+    """total + bias in these columns."""
     return total + tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
 
 
@@ -226,7 +278,7 @@ def attend(
     K: tl.constexpr = triton.next_power_of_2(k)
     KEY_SLICES: tl.constexpr = SLICES // GROUPS
     GROUP: tl.constexpr = triton.cdiv(k, GROUPS)
-    SB: tl.constexpr = 128 if BM == 1 else 2048 // BM
+    SB: tl.constexpr = 256 if BM == 1 else 2048 // BM
     WIDTH: tl.constexpr = WIDTHS[1]
     team, part = block // SLICES, block % SLICES
     everybody = counters + teams
@@ -235,33 +287,19 @@ def attend(
     c_high, last = tl.minimum(c_low + CUTS[0], c), tl.minimum(first + GROUP, k)
     low, high = part * CUTS[1], tl.minimum((part + 1) * CUTS[1], d)
     r_low, r_high = part * CUTS[2], tl.minimum((part + 1) * CUTS[2], r)
-    size = heads * K
-    for begin in range(0, tiles, pass_tiles):
+    for begin in tl.range(0, tiles, pass_tiles, disable_licm=True):
         end = tl.minimum(begin + pass_tiles, tiles)
         stop = tl.where(team < teams, end, begin)  # blocks that are left over have no team
 
-        for tile in range(begin + team, stop, teams):
+        for tile in tl.range(begin + team, stop, teams, disable_licm=True):
             slots = (tile - begin) * BM + m
             tokens, valid = tokens_of(slots, begin, end, per_row, tiles_per_row, BM)
             own = ids + (tile // tiles_per_row).to(tl.int64) * k
-            mine = scores + (slots * KEY_SLICES + part % KEY_SLICES) * size
-            logits_in(
-                mine, queries, query_stride, c, tokens, valid, keys, key_stride, c, own, heads, first, last,
-                c_low, c_high, K, BM, ENTRIES[0], WIDTHS[0],
+            shares = weigh(
+                scores, weights, queries, query_stride, tokens, valid, keys, key_stride, c, own, heads, scale, first,
+                last, c_low, c_high, slots, part, per_row - tile % tiles_per_row * BM, counters + team,
+                k, BM, SLICES, GROUPS, ENTRIES[0], WIDTHS[0],
             )  # fmt: skip
-            meet(counters + team, SLICES, part == 0)
-            slot = (tile - begin) * BM
-            if BM == 1:  # each block for itself
-                shares = weights + (slot * SLICES + part) * size
-                softmax_of(scores + slot * KEY_SLICES * size, shares, own, heads, scale, k, K, KEY_SLICES)
-                tl.debug_barrier()
-            else:  # each block for some of the tokens
-                shares = weights + slot * size
-                for t in range(part, tl.minimum(BM, per_row - tile % tiles_per_row * BM), SLICES):
-                    theirs = scores + (slot + t) * KEY_SLICES * size
-                    softmax_of(theirs, shares + t * size, own, heads, scale, k, K, KEY_SLICES)
-                meet(counters + team, SLICES, part == 0)
-
             of_know = tl.zeros((BM, WIDTH), tl.float32)
             of_host, of_anchor = of_know, of_know
             for start in range(low, high, WIDTH):
@@ -270,7 +308,7 @@ def attend(
                 there = valid[:, None] & inside[None, :]
                 host = tl.load(inputs + tokens[:, None] * input_stride + columns[None, :], mask=there, other=0.0)
                 mean = averaged(
-                    values, value_stride, d, shares, own, heads, valid, columns, inside, k, K, BM, ENTRIES[1]
+                    values, value_stride, d, shares, heads * K, own, heads, valid, columns, inside, k, K, BM, ENTRIES[1]
                 )
                 tl.store(know + slots[:, None] * d + columns[None, :], mean, mask=there)
                 of_know += mean * mean
@@ -287,31 +325,32 @@ def attend(
                     columns = start + tl.arange(0, WIDTHS[2])
                     inside = columns < r
                     mean = averaged(
-                        projected, projected_stride, r, shares, own, heads, valid, columns, inside, k, K, BM, ENTRIES[2]
-                    )
-                    mean += tl.load(b1 + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
+                        projected, projected_stride, r, shares, heads * K, own, heads, valid, columns, inside,
+                        k, K, BM, ENTRIES[2],
+                    )  # fmt: skip
                     place = hidden + slots[:, None] * r + columns[None, :]
-                    tl.store(place, activate(mean, "gelu"), mask=valid[:, None] & inside[None, :])
+                    tl.store(place, activate(biased(mean, b1, columns, inside), "gelu"), mask=valid[:, None] & inside[None, :])
         meet(everybody, blocks, block == 0)
 
         if given is None:
             groups = tl.cdiv((end - begin) * BM, GM)
             if projected is None:
-                for item in range(block, groups * tl.cdiv(r, FIRST[0]), blocks):
+                for item in tl.range(block, groups * tl.cdiv(r, FIRST[0]), blocks, disable_licm=True):
                     slots = item % groups * GM + tl.arange(0, GM)
                     tokens, valid = tokens_of(slots, begin, end, per_row, tiles_per_row, BM)
                     columns = item // groups * FIRST[0] + tl.arange(0, FIRST[0])
                     inside = columns < r
-                    total = layer(know, d, w1, b1, slots, valid, columns, inside, FIRST[1])
+                    total = product(know, w1, d, r, slots, valid, columns, inside, FIRST[1])
                     place = hidden + slots[:, None] * r + columns[None, :]
-                    tl.store(place, activate(total, "gelu"), mask=valid[:, None] & inside[None, :])
+                    tl.store(place, activate(biased(total, b1, columns, inside), "gelu"), mask=valid[:, None] & inside[None, :])
                 meet(everybody, blocks, block == 0)
-            for item in range(block, groups * COLUMN_TILES, blocks):
+            for item in tl.range(block, groups * COLUMN_TILES, blocks, disable_licm=True):
                 slots = item % groups * GM + tl.arange(0, GM)
                 tokens, valid = tokens_of(slots, begin, end, per_row, tiles_per_row, BM)
                 columns = item // groups * SECOND[0] + tl.arange(0, SECOND[0])
                 inside = columns < d
-                sem = layer(hidden, r, w2, b2, slots, valid, columns, inside, SECOND[1])
+                total = product(hidden, w2, r, d, slots, valid, columns, inside, SECOND[1])
+                sem = biased(total, b2, columns, inside)
                 there = valid[:, None] & inside[None, :]
                 other = anchor_at(inputs, input_stride, anchor, anchor_stride, per_anchor, tokens, columns, there)
                 products = cosines + slots * (2 * COLUMN_TILES) + item // groups
@@ -319,7 +358,7 @@ def attend(
                 tl.store(products + COLUMN_TILES, tl.sum(sem * other, 1), mask=valid)
             meet(everybody, blocks, block == 0)
 
-        for tile in range(begin + team, stop, teams):
+        for tile in tl.range(begin + team, stop, teams, disable_licm=True):
             slots = (tile - begin) * BM + m
             tokens, valid = tokens_of(slots, begin, end, per_row, tiles_per_row, BM)
             left = squares + slots * (3 * SLICES)
@@ -337,9 +376,7 @@ def attend(
             else:
                 of_know, of_host = tl.sum(of_know, 1), tl.sum(of_host, 1)
                 gate = tl.load(given + tokens * given_stride, mask=valid, other=0.0).to(tl.float32)
-            at = tl.arange(0, K)
-            own = ids + (tile // tiles_per_row).to(tl.int64) * k
-            shifted = tl.max(tl.load(own + at, mask=at < k, other=-1), 0) >= 0
+            shifted = found_any(ids + (tile // tiles_per_row).to(tl.int64) * k, k)
             tl.store(alpha + tokens, tl.where(shifted, gate, 0.0), mask=valid & (part == 0))
             share = 1.0 - gate if EQ7 else gate
             stretch = tl.sqrt(of_host) * inverse(tl.sqrt(of_know)) if MATCH else tl.full((BM,), 1.0, tl.float32)
@@ -380,6 +417,7 @@ class Tiling(NamedTuple):
     """How tokens and columns are cut."""
 
     blocks: int
+    warps: int
     scratch: tuple[int, ...]  # float32 of scores, weights, know, hidden, squares and cosines
     sizes: tuple[int, ...]  # the arguments of `attend` from per_row on
     shapes: tuple[object, ...]  # and those from k on
@@ -393,19 +431,22 @@ def _up(n: int) -> int:
 @functools.cache
 def _cut(
     tokens: int, rows: int, anchors: int, heads: int, c: int, d: int, r: int, k: int, bytes_of: tuple[int, ...],
-    blocks: int, chosen: Tiles,
+    processors: int, warps: int | None, chosen: Tiles, training: bool,
 ) -> Tiling:  # fmt: skip
-    """For so many rows of ids and anchors, elements of so many bytes of keys, values, projected values and weights, and
-    at most so many blocks."""
+    """For so many rows of ids and anchors, elements of so many bytes of keys, values, projected values and weights, so
+    many multiprocessors, and blocks of so many warps. A backward pass has logits in more parts, and no single row."""
     per_row = tokens // rows
-    tile = min(64, _up(per_row + 1) // 2) if rows < tokens and per_row >= 16 else 1
+    tile = min(32, _up(per_row + 1) // 2) if rows < tokens and per_row >= 16 else 1
     tiles_per_row = -(-per_row // tile)
     tiles = rows * tiles_per_row
     alone = tile == 1
+    warps = warps or (WARPS // 2 if alone and tokens > 1 else WARPS)
+    blocks = processors * (WARPS // warps)
     # Columns of a slice come in units of 64 bytes, or of a tensor core product.
     units = [64 // size if alone else max(16, 128 // size) for size in bytes_of]
     steps = -(-d // units[1])
-    most = min(blocks, chosen.slices if alone else 32)
+    finely = alone and not training
+    most = min(blocks, chosen.slices if finely else 32)
     # A tile costs its columns and, in meetings and latencies, those of about 128 more.
     costs = {
         n: -(-tiles // (blocks // -(-steps // n))) * (128 + n * units[1])
@@ -413,7 +454,7 @@ def _cut(
         if -(-steps // n) <= most
     }
     slices = -(-steps // min(costs, key=costs.__getitem__))
-    groups = 4 if alone and slices >= 32 else 1
+    groups = 4 if finely and slices >= 32 else 1
     key_slices = slices // groups
     teams = min(tiles, blocks // slices)
     pass_tiles = min(tiles, teams * max(1, PASS // (teams * tile)))
@@ -428,13 +469,13 @@ def _cut(
             for n, width, size in zip((-(-k // groups), k, k), widths, bytes_of, strict=False)
         )
     else:
-        widths, entries = tuple(map(min, cuts, units)), (min(64, max(16, _up(k))),) * 3
+        widths, entries = tuple(map(min, cuts, units)), tuple(min(unit, max(16, _up(k))) for unit in units[:3])
     slots = pass_tiles * tile
     # Rows, columns and depth of Enc_sem's matrix products.
-    if slots == 1:
-        together, first, second = 1, (min(_up(r), 4), min(_up(d), 2048)), (32, min(_up(r), 512))
+    if slots == 1 and not training:
+        together, first, second = 1, (4, min(_up(d), 4096 // bytes_of[3])), (32, min(_up(r), 1024 // bytes_of[3]))
     else:
-        together = 16 if slots <= 16 else 32 if slots <= 128 else 64
+        together = 16 if slots <= 16 else 32 if slots < 128 else 64
         depth = 4096 // (together * bytes_of[3])
         first, second = (16, depth), (32 if together == 16 else chosen.columns, depth)
     column_tiles = -(-d // second[0])
@@ -445,20 +486,21 @@ def _cut(
     used = max(teams * slices, min(blocks, -(-slots // together) * column_tiles))
     sizes = per_row, tokens // anchors, tiles_per_row, tiles, pass_tiles, teams
     shapes = k, tile, slices, groups, cuts, widths, entries, together, first, second, column_tiles
-    return Tiling(used, scratch, sizes, shapes)
+    return Tiling(used, warps, scratch, sizes, shapes)
 
 
 def tiling(
     queries: Tensor, inputs: Tensor, keys: Tensor, values: Tensor, projected: Tensor | None, encoder: SemanticEncoder,
-    anchor: Tensor | None, rows: int, k: int, blocks: int,
+    anchor: Tensor | None, rows: int, k: int, processors: int, warps: int | None = None,
+    *, training: bool = False,
 ) -> Tiling:  # fmt: skip
-    """For so many rows of ids, and at most so many blocks."""
+    """For so many rows of ids and multiprocessors, and blocks of so many warps; or of the backward pass."""
     m, d = inputs.shape
     table = encoder.w1 if projected is None else projected
     return _cut(
         m, rows, m if anchor is None else len(anchor), *queries.shape[1:], d, len(encoder.w1), k,
-        tuple(t.element_size() for t in (keys, values, table, encoder.w2)), blocks,
-        tile_sizes("latent_attention", Tiles(), CANDIDATES),
+        tuple(t.element_size() for t in (keys, values, table, encoder.w2)), processors, warps,
+        tile_sizes("latent_attention", Tiles(), CANDIDATES), training,
     )  # fmt: skip
 
 
@@ -537,10 +579,7 @@ def latent_attention(
         out = torch.empty_like(inputs, memory_format=torch.contiguous_format), inputs.new_empty(m, dtype=torch.float32)
     if m == 0:
         return out
-    t = tiling(
-        queries, inputs, keys, values, projected, encoder, anchor, len(ids), k,
-        BLOCKS_PER_MULTIPROCESSOR * multiprocessors(),
-    )  # fmt: skip
+    t = tiling(queries, inputs, keys, values, projected, encoder, anchor, len(ids), k, multiprocessors())
     queries, inputs, keys, values, encoder, anchor, projected = operands(
         queries, inputs, keys, values, encoder, anchor, projected
     )
@@ -551,6 +590,6 @@ def latent_attention(
         *workspace.floats(*t.scratch), workspace.counters,
         *strides(queries, inputs, keys, values, projected, anchor, alpha),
         heads, c, d, r, blend.scale, *t.sizes, *switches(blend), *t.shapes,
-        **options(cooperative=True), enable_fp_fusion=False,
+        num_warps=t.warps, **options(cooperative=True), enable_fp_fusion=False,
     )  # fmt: skip
     return out

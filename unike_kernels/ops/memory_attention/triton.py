@@ -117,7 +117,9 @@ def memory_attention(
         retrieval.cosine_topk(hidden, index, k, True, ranges, out=found, workspace=workspace)
         latent.latent_attention(queries, inputs, keys, values, out[2], *gate, out=out[:2], workspace=workspace)
         return out
-    t = latent.tiling(queries, inputs, keys, values, projected, encoder, anchor, m, k, multiprocessors())
+    t = latent.tiling(
+        queries, inputs, keys, values, projected, encoder, anchor, m, k, multiprocessors(), retrieval.WARPS
+    )
     hidden, index = last_contiguous(hidden), last_contiguous(index)
     ranges = None if ranges is None else ranges.contiguous()
     queries, inputs, keys, values, encoder, anchor, projected = latent.operands(
