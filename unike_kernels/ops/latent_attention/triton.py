@@ -44,7 +44,7 @@ from .._triton import (
 from .reference import Blend, SemanticEncoder
 
 WARPS = 8  # of a multiprocessor, in one block or two
-PASS = 1024  # tokens: bounds the scratch
+PASS = 1024  # tokens, about: bounds the scratch
 
 
 class Tiles(NamedTuple):
@@ -66,7 +66,7 @@ def inverse(x):
 
 @triton.jit
 def split_dot(x, table, total):
-    """total + x table with float32 sums. Two bfloat16 parts are a float32 to 2^-18, for a third of what tf32x3 costs."""
+    """total + x table with float32 sums. Two bfloat16 parts are a float32 to 2^-18, and cost less than tf32x3."""
     if x.dtype == tl.float32 and table.dtype == tl.bfloat16:
         high = x.to(tl.bfloat16)
         low = (x - high.to(tl.float32)).to(tl.bfloat16)
@@ -222,9 +222,7 @@ def averaged(
 
 
 @triton.jit
-def product(
-    x, weights, width, count, slots, valid, columns, inside, R: tl.constexpr, TRANSPOSED: tl.constexpr = False
-):
+def product(x, weights, width, count, slots, valid, columns, inside, R: tl.constexpr, TRANSPOSED: tl.constexpr = False):
     """Rows of scratch by a matrix, x weights^T of [count, width], or x weights of [width, count]: [GM, N].
 
     One row is no work for tensor cores.
@@ -264,9 +262,11 @@ def anchor_at(inputs, input_stride, anchor, anchor_stride, per_anchor, tokens, c
     return tl.load(place + columns[None, :], mask=there, other=0.0).to(tl.float32)
 
 
-@triton.jit
-def attend(
-    block, blocks, queries, inputs, keys, values, projected, ids, w1, b1, w2, b2, given, anchor, out, alpha,
+@triton.jit(
+    do_not_specialize=["blocks", "heads", "per_row", "per_anchor", "tiles_per_row", "tiles", "pass_tiles", "teams"]
+)
+def latent_attention_kernel(
+    blocks, queries, inputs, keys, values, projected, ids, w1, b1, w2, b2, given, anchor, out, alpha,
     scores, weights, know, hidden, squares, cosines, counters,
     query_stride, input_stride, key_stride, value_stride, projected_stride, anchor_stride, given_stride,
     heads, c, d, r, scale, per_row, per_anchor, tiles_per_row, tiles, pass_tiles, teams,
@@ -274,7 +274,8 @@ def attend(
     GROUPS: tl.constexpr, CUTS: tl.constexpr, WIDTHS: tl.constexpr, ENTRIES: tl.constexpr, GM: tl.constexpr,
     FIRST: tl.constexpr, SECOND: tl.constexpr, COLUMN_TILES: tl.constexpr,
 ):  # fmt: skip
-    """What one of `blocks` blocks does."""
+    """What the first of all blocks do, so many; see above."""
+    block = tl.program_id(0)
     K: tl.constexpr = triton.next_power_of_2(k)
     KEY_SLICES: tl.constexpr = SLICES // GROUPS
     GROUP: tl.constexpr = triton.cdiv(k, GROUPS)
@@ -328,8 +329,8 @@ def attend(
                         projected, projected_stride, r, shares, heads * K, own, heads, valid, columns, inside,
                         k, K, BM, ENTRIES[2],
                     )  # fmt: skip
-                    place = hidden + slots[:, None] * r + columns[None, :]
-                    tl.store(place, activate(biased(mean, b1, columns, inside), "gelu"), mask=valid[:, None] & inside[None, :])
+                    g = activate(biased(mean, b1, columns, inside), "gelu")
+                    tl.store(hidden + slots[:, None] * r + columns[None, :], g, mask=valid[:, None] & inside[None, :])
         meet(everybody, blocks, block == 0)
 
         if given is None:
@@ -341,8 +342,8 @@ def attend(
                     columns = item // groups * FIRST[0] + tl.arange(0, FIRST[0])
                     inside = columns < r
                     total = product(know, w1, d, r, slots, valid, columns, inside, FIRST[1])
-                    place = hidden + slots[:, None] * r + columns[None, :]
-                    tl.store(place, activate(biased(total, b1, columns, inside), "gelu"), mask=valid[:, None] & inside[None, :])
+                    g = activate(biased(total, b1, columns, inside), "gelu")
+                    tl.store(hidden + slots[:, None] * r + columns[None, :], g, mask=valid[:, None] & inside[None, :])
                 meet(everybody, blocks, block == 0)
             for item in tl.range(block, groups * COLUMN_TILES, blocks, disable_licm=True):
                 slots = item % groups * GM + tl.arange(0, GM)
@@ -391,35 +392,13 @@ def attend(
                 tl.store(out + tokens[:, None] * d + columns[None, :], result, mask=there)
 
 
-@triton.jit(
-    do_not_specialize=["heads", "per_row", "per_anchor", "tiles_per_row", "tiles", "pass_tiles", "teams"]
-)
-def latent_attention_kernel(
-    queries, inputs, keys, values, projected, ids, w1, b1, w2, b2, given, anchor, out, alpha,
-    scores, weights, know, hidden, squares, cosines, counters,
-    query_stride, input_stride, key_stride, value_stride, projected_stride, anchor_stride, given_stride,
-    heads, c, d, r, scale, per_row, per_anchor, tiles_per_row, tiles, pass_tiles, teams,
-    EQ7: tl.constexpr, MATCH: tl.constexpr, k: tl.constexpr, BM: tl.constexpr, SLICES: tl.constexpr,
-    GROUPS: tl.constexpr, CUTS: tl.constexpr, WIDTHS: tl.constexpr, ENTRIES: tl.constexpr, GM: tl.constexpr,
-    FIRST: tl.constexpr, SECOND: tl.constexpr, COLUMN_TILES: tl.constexpr,
-):  # fmt: skip
-    """See above."""
-    attend(
-        tl.program_id(0), tl.num_programs(0), queries, inputs, keys, values, projected, ids, w1, b1, w2, b2,
-        given, anchor, out, alpha, scores, weights, know, hidden, squares, cosines, counters,
-        query_stride, input_stride, key_stride, value_stride, projected_stride, anchor_stride, given_stride,
-        heads, c, d, r, scale, per_row, per_anchor, tiles_per_row, tiles, pass_tiles, teams,
-        EQ7, MATCH, k, BM, SLICES, GROUPS, CUTS, WIDTHS, ENTRIES, GM, FIRST, SECOND, COLUMN_TILES,
-    )  # fmt: skip
-
-
 class Tiling(NamedTuple):
     """How tokens and columns are cut."""
 
     blocks: int
     warps: int
     scratch: tuple[int, ...]  # float32 of scores, weights, know, hidden, squares and cosines
-    sizes: tuple[int, ...]  # the arguments of `attend` from per_row on
+    sizes: tuple[int, ...]  # the arguments of the kernel from per_row on
     shapes: tuple[object, ...]  # and those from k on
 
 
@@ -431,16 +410,17 @@ def _up(n: int) -> int:
 @functools.cache
 def _cut(
     tokens: int, rows: int, anchors: int, heads: int, c: int, d: int, r: int, k: int, bytes_of: tuple[int, ...],
-    processors: int, warps: int | None, chosen: Tiles, training: bool,
+    processors: int, warps: int | None, chosen: Tiles, most_tokens: int, training: bool,
 ) -> Tiling:  # fmt: skip
     """For so many rows of ids and anchors, elements of so many bytes of keys, values, projected values and weights, so
-    many multiprocessors, and blocks of so many warps. A backward pass has logits in more parts, and no single row."""
+    many multiprocessors, blocks of so many warps, and passes of about so many tokens. In the backward pass entries are
+    not split, and one token is multiplied like several."""
     per_row = tokens // rows
     tile = min(32, _up(per_row + 1) // 2) if rows < tokens and per_row >= 16 else 1
     tiles_per_row = -(-per_row // tile)
     tiles = rows * tiles_per_row
     alone = tile == 1
-    warps = warps or (WARPS // 2 if alone and tokens > 1 else WARPS)
+    warps = warps or (WARPS // 2 if alone else WARPS)
     blocks = processors * (WARPS // warps)
     # Columns of a slice come in units of 64 bytes, or of a tensor core product.
     units = [64 // size if alone else max(16, 128 // size) for size in bytes_of]
@@ -457,7 +437,7 @@ def _cut(
     groups = 4 if finely and slices >= 32 else 1
     key_slices = slices // groups
     teams = min(tiles, blocks // slices)
-    pass_tiles = min(tiles, teams * max(1, PASS // (teams * tile)))
+    pass_tiles = min(tiles, teams * max(1, most_tokens // (teams * tile)))
     cuts = tuple(
         _up(-(-n // (unit * parts))) * unit
         for n, unit, parts in zip((c, d, r), units, (key_slices, slices, slices), strict=False)
@@ -469,7 +449,7 @@ def _cut(
             for n, width, size in zip((-(-k // groups), k, k), widths, bytes_of, strict=False)
         )
     else:
-        widths, entries = tuple(map(min, cuts, units)), tuple(min(unit, max(16, _up(k))) for unit in units[:3])
+        widths, entries = tuple(map(min, cuts, units)), (min(32, max(16, _up(k))),) * 3
     slots = pass_tiles * tile
     # Rows, columns and depth of Enc_sem's matrix products.
     if slots == 1 and not training:
@@ -500,8 +480,13 @@ def tiling(
     return _cut(
         m, rows, m if anchor is None else len(anchor), *queries.shape[1:], d, len(encoder.w1), k,
         tuple(t.element_size() for t in (keys, values, table, encoder.w2)), processors, warps,
-        tile_sizes("latent_attention", Tiles(), CANDIDATES), training,
+        tile_sizes("latent_attention", Tiles(), CANDIDATES), PASS, training,
     )  # fmt: skip
+
+
+def columns_of(ids: Tensor) -> Tensor:
+    """The ids as the kernels read them: at least one a row."""
+    return ids.contiguous() if ids.shape[1] else ids.new_full((len(ids), 1), -1)
 
 
 def operands(
@@ -530,7 +515,7 @@ def strides(
     anchor: Tensor | None,
     alpha: Tensor | None,
 ) -> tuple[int, ...]:
-    """Of the rows, as `attend` takes them; 0 where there are none, or one for all tokens."""
+    """Of the rows, as the kernels take them; 0 where there are none, or one for all tokens."""
     rows = (t.stride(0) for t in (queries, inputs, keys, values))
     optional = (0 if t is None else t.stride(0) for t in (projected, anchor))
     return (*rows, *optional, 0 if alpha is None or alpha.numel() == 1 else alpha.stride(0))
@@ -574,6 +559,7 @@ def latent_attention(
     """
     m, d = inputs.shape
     heads, c = queries.shape[1:]
+    ids = columns_of(ids)
     r, k = encoder.w1.shape[0], ids.shape[1]
     if out is None:
         out = torch.empty_like(inputs, memory_format=torch.contiguous_format), inputs.new_empty(m, dtype=torch.float32)
@@ -586,7 +572,7 @@ def latent_attention(
     workspace = workspace or workspace_of(inputs.device)
     # Not fused: a product that is added to its neighbour's in one rounding makes the sums of a warp's lanes differ.
     latent_attention_kernel[(t.blocks,)](
-        queries, inputs, keys, values, projected, ids.contiguous(), *encoder, alpha, anchor, *out,
+        t.blocks, queries, inputs, keys, values, projected, ids, *encoder, alpha, anchor, *out,
         *workspace.floats(*t.scratch), workspace.counters,
         *strides(queries, inputs, keys, values, projected, anchor, alpha),
         heads, c, d, r, blend.scale, *t.sizes, *switches(blend), *t.shapes,

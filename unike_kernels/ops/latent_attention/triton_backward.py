@@ -29,6 +29,7 @@ from .triton import (
     anchor_at,
     averaged,
     biased,
+    columns_of,
     found_any,
     inverse,
     logits_in,
@@ -63,9 +64,7 @@ def softmax_backward(scores, weights, heads, scale, K: tl.constexpr, PARTS: tl.c
         tl.store(weights + head * K + at, tl.where(p > 0, p * (grad - mean), 0.0) * scale)
 
 
-@triton.jit(
-    do_not_specialize=["heads", "per_row", "per_anchor", "tiles_per_row", "tiles", "pass_tiles", "teams"]
-)
+@triton.jit(do_not_specialize=["heads", "per_row", "per_anchor", "tiles_per_row", "tiles", "pass_tiles", "teams"])
 def latent_attention_backward_kernel(
     g, to_alpha, queries, inputs, keys, values, projected, ids, w1, b1, w2, b2, given, anchor,
     to_queries, to_inputs, to_given, to_anchor,
@@ -271,9 +270,7 @@ def latent_attention_backward_kernel(
             else:  # each block for some of the tokens
                 shares = weights + slot * size
                 for t in range(part, tl.minimum(BM, per_row - tile % tiles_per_row * BM), SLICES):
-                    softmax_backward(
-                        to_scores + (slot + t) * SLICES * size, shares + t * size, heads, scale, K, SLICES
-                    )
+                    softmax_backward(to_scores + (slot + t) * SLICES * size, shares + t * size, heads, scale, K, SLICES)
                 meet(counters + team, SLICES, part == 0)
             for head in range(heads):
                 for start in range(c_low, c_high, WIDTHS[0]):
@@ -325,6 +322,7 @@ def latent_attention_backward(
     """
     m, d = inputs.shape
     heads, c = queries.shape[1:]
+    ids = columns_of(ids)
     r, k = encoder.w1.shape[0], ids.shape[1]
     to_queries = torch.empty_like(queries, memory_format=torch.contiguous_format)
     to_inputs = torch.empty_like(inputs, memory_format=torch.contiguous_format)
@@ -341,7 +339,7 @@ def latent_attention_backward(
         scratch = scores, shares, know, hidden, squares // 3 * 5, cosines, hidden, know, scores
         grad = last_contiguous(grad)
         latent_attention_backward_kernel[(t.blocks,)](
-            grad, grad_alpha.float().contiguous(), flat, host, flat_keys, flat_values, table, ids.contiguous(),
+            grad, grad_alpha.float().contiguous(), flat, host, flat_keys, flat_values, table, ids,
             *weights, alpha, anchors, to_queries, to_inputs, to_given, to_anchor,
             *workspace.floats(*scratch), workspace.counters, grad.stride(0),
             *strides(flat, host, flat_keys, flat_values, table, anchors, alpha),

@@ -22,7 +22,7 @@ from ..latent_attention.reference import Blend, SemanticEncoder
 
 MOST_TOKENS = 64  # beyond, the search is bound by arithmetic, and a second launch costs nothing beside it
 
-search, attend = retrieval.search, latent.attend
+search, attend = retrieval.search, latent.latent_attention_kernel
 
 
 @triton.jit(
@@ -52,7 +52,7 @@ def memory_attention_kernel(
     meet(everybody, tl.num_programs(0), block == 0)
     if block < attending:
         attend(
-            block, attending, queries, inputs, keys, values, projected, ids, w1, b1, w2, b2, given, anchor, out, alpha,
+            attending, queries, inputs, keys, values, projected, ids, w1, b1, w2, b2, given, anchor, out, alpha,
             scores, weights, know, hidden, squares, cosines, counters,
             query_stride, input_stride, key_stride, value_stride, projected_stride, anchor_stride, given_stride,
             heads, c, d, r, scale, per_row, per_anchor, tiles_per_row, tiles, pass_tiles, teams,
@@ -109,7 +109,7 @@ def memory_attention(
         out = shifted, inputs.new_empty(m, dtype=torch.float32), inputs.new_empty((m, k), dtype=torch.int64)
     if m == 0:
         return out
-    s = retrieval.tiling(m, n, k) if m <= MOST_TOKENS and k <= retrieval.MOST_RESULTS and 0 < n < 2**31 else None
+    s = retrieval.tiling(m, n, k) if m <= MOST_TOKENS and 0 < k <= retrieval.MOST_RESULTS and 0 < n < 2**31 else None
     # All blocks have to be resident; those of the search fill a multiprocessor each.
     if s is None or s.groups * s.splits > multiprocessors():
         gate = encoder, alpha, anchor, blend, projected
