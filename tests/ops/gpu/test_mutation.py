@@ -51,7 +51,7 @@ def latent_attention() -> None:
 
 
 def latent_attention_shared() -> None:
-    case = latent.Case(17, 2, 330, 330, 130, 37, torch.bfloat16, rows=1, n=30)
+    case = latent.Case(48, 2, 200, 330, 70, 37, torch.bfloat16, rows=3, n=30)  # a team of two blocks has three tiles
     case.ids[-1] = torch.arange(37) - 8
     case.check(*case.run())
 
