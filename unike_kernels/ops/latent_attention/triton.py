@@ -443,9 +443,10 @@ def _cut(
         for n, unit, parts in zip((c, d, r), units, (key_slices, slices, slices), strict=False)
     )
     if alone:
+        load = chosen.load // 2 if training else chosen.load  # its kernel has no registers for more
         widths = tuple(min(cut, 2048 // size) for cut, size in zip(cuts, bytes_of, strict=False))
         entries = tuple(
-            min(_up(n), max(1, chosen.load // (width * size)))
+            min(_up(n), max(1, load // (width * size)))
             for n, width, size in zip((-(-k // groups), k, k), widths, bytes_of, strict=False)
         )
     else:

@@ -90,7 +90,6 @@ def latent_attention_backward_kernel(
     for begin in tl.range(0, tiles, pass_tiles, disable_licm=True):
         end = tl.minimum(begin + pass_tiles, tiles)
         stop = tl.where(team < teams, end, begin)  # blocks that are left over have no team
-        groups = tl.cdiv((end - begin) * BM, GM)
 
         for tile in tl.range(begin + team, stop, teams, disable_licm=True):
             slots = (tile - begin) * BM + m
@@ -143,6 +142,7 @@ def latent_attention_backward_kernel(
         meet(everybody, blocks, block == 0)
 
         if given is None:
+            groups = tl.cdiv((end - begin) * BM, GM)
             if projected is None:
                 for item in tl.range(block, groups * tl.cdiv(r, FIRST[0]), blocks, disable_licm=True):
                     slots = item % groups * GM + tl.arange(0, GM)
@@ -231,6 +231,7 @@ def latent_attention_backward_kernel(
         meet(everybody, blocks, block == 0)
 
         if given is None:
+            groups = tl.cdiv((end - begin) * BM, GM)
             for item in tl.range(block, groups * tl.cdiv(r, FIRST[0]), blocks, disable_licm=True):
                 slots = item % groups * GM + tl.arange(0, GM)
                 tokens, exists = tokens_of(slots, begin, end, per_row, tiles_per_row, BM)
