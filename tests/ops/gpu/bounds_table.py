@@ -30,8 +30,8 @@ D, F, R, K, N, NEURONS = 4096, 11008, 512, 40, 15_000, 10
 SECTOR = 32
 # What kernels have to themselves: scratch and counters, not the operands.
 WORKSPACE = {
-    "hidden", "extra", "everybody", "counters", "scratch", "scores", "know", "squares", "cosines", "units", "lists",
-    *harness.PARTS,
+    "hidden", "extra", "everybody", "counters", "scratch", "scores", "weights", "know", "squares", "cosines",
+    "units", "lists", *harness.PARTS,
 } - {"codes"}  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from ops.gpu.test_latent_attention import Case
+from ops.gpu.test_latent_attention_backward import Gradients
 from ops.gpu.test_memory_attention import Memory
 from ops.test_patched_ffn import make_base, make_pool
 from ptxsim import Session, static
@@ -16,6 +17,7 @@ from triton.backends.compiler import GPUTarget
 
 from unike_kernels.ops import _triton
 from unike_kernels.ops.latent_attention import triton as latent
+from unike_kernels.ops.latent_attention import triton_backward as latent_backward
 from unike_kernels.ops.memory_attention import triton as memory
 from unike_kernels.ops.patched_ffn import triton as forward
 from unike_kernels.ops.patched_ffn import triton_backward as backward
@@ -58,6 +60,10 @@ def attention(tokens: int, rows: int | None, projected: bool, dtype: torch.dtype
     return Case(tokens, 1, D, D, 512, 40, dtype, rows=rows, projected=projected)
 
 
+def gradients(tokens: int, rows: int | None, projected: bool, dtype: torch.dtype) -> Gradients:
+    return Gradients(tokens, 1, D, D, 512, 40, dtype, rows=rows, projected=projected)
+
+
 def retrieving(tokens: int, projected: bool, dtype: torch.dtype) -> Memory:
     return Memory(tokens, 1, D, D, 512, 40, dtype, n=200, projected=projected, bounded=False)
 
@@ -88,13 +94,25 @@ BUDGETS = {
         fused, "patched_ffn_kernel", lambda: fused.patched_ffn(*whole(32, False, torch.float32), "relu"), 0.12, 4, True
     ),
     "latent attention, one token, bfloat16": Budget(
-        latent, "latent_attention_kernel", lambda: attention(1, None, True, torch.bfloat16).run(), 0.25, 4, False
+        latent, "latent_attention_kernel", lambda: attention(1, None, True, torch.bfloat16).run(), 0.12, 4, False
     ),
     "latent attention, one token, w1, float32": Budget(
-        latent, "latent_attention_kernel", lambda: attention(1, None, False, torch.float32).run(), 0.25, 4, False
+        latent, "latent_attention_kernel", lambda: attention(1, None, False, torch.float32).run(), 0.12, 4, False
     ),
     "latent attention, ids of each token, bfloat16": Budget(
         latent, "latent_attention_kernel", lambda: attention(128, None, True, torch.bfloat16).run(), 0.12, 4, True
+    ),
+    "gradients of latent attention, ids of each token, bfloat16": Budget(
+        latent_backward, "latent_attention_backward_kernel",
+        lambda: gradients(128, None, True, torch.bfloat16).run(), 0.12, 4, True,
+    ),
+    "gradients of latent attention, ids of each token, w1, float32": Budget(
+        latent_backward, "latent_attention_backward_kernel",
+        lambda: gradients(128, None, False, torch.float32).run(), 0.12, 4, True,
+    ),
+    "gradients of latent attention, ids of the sequence, bfloat16": Budget(
+        latent_backward, "latent_attention_backward_kernel",
+        lambda: gradients(128, 1, True, torch.bfloat16).run(), 0.12, 4, True,
     ),
     "memory attention, one token, bfloat16": Budget(
         memory, "memory_attention_kernel", lambda: retrieving(1, True, torch.bfloat16).run(), 0.12, 5, False

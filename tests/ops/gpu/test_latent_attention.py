@@ -154,6 +154,51 @@ def test_forward(shape, everywhere):
     case.check(*everywhere(case.run))
 
 
+@pytest.mark.parametrize(
+    "shape",
+    [
+        pytest.param(dict(tokens=3, heads=1, c=24, d=520, r=20, k=3, dtype=torch.bfloat16), id="slices"),
+        pytest.param(
+            dict(tokens=7, heads=2, c=24, d=40, r=20, k=5, dtype=torch.float32, projected=False),
+            id="blocks",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(dict(tokens=70, heads=1, c=24, d=140, r=12, k=3, dtype=torch.bfloat16, rows=1), id="shared"),
+    ],
+)
+def test_more_tokens_than_a_pass_takes(shape, everywhere, monkeypatch):
+    """Scratch is used again by the next pass."""
+    monkeypatch.setattr(kernel, "multiprocessors", lambda: 2 if "rows" in shape else 1)
+    monkeypatch.setattr(kernel, "PASS", 1)
+    case = Case(**shape)
+    case.ids[-1] = torch.arange(shape["k"]) % 9 - 1
+    case.check(*everywhere(case.run))
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        pytest.param(dict(tokens=1, heads=1, c=40, d=1030, r=20, k=9, dtype=torch.bfloat16), id="own"),
+        pytest.param(
+            dict(tokens=1, heads=2, c=40, d=530, r=40, k=1, dtype=torch.float32, projected=False),
+            id="one",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            dict(tokens=40, heads=1, c=40, d=140, r=20, k=5, dtype=torch.bfloat16, rows=1),
+            id="shared",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_on_132_multiprocessors(shape, everywhere, monkeypatch):
+    """Slices that are many, entries split between them, and blocks that have no team."""
+    monkeypatch.setattr(kernel, "multiprocessors", lambda: 132)
+    case = Case(**shape)
+    case.ids[-1] = torch.arange(shape["k"]) % 9 - int(shape["k"] > 1)
+    case.check(*everywhere(case.run))
+
+
 def test_strided_rows_far_apart_are_read_in_place(launched):
     """Rows that begin more than 2^31 elements after the first: offsets have 64 bits."""
     case = Case(2, 1, 24, 24, 12, 3, torch.bfloat16, n=3)
@@ -191,9 +236,11 @@ def test_zero_rows_and_an_empty_memory(launched):
     empty = Case(3, 1, 24, 24, 12, 4, torch.float32)
     empty.keys, empty.values, empty.projected = empty.keys[:0], empty.values[:0], empty.projected[:0]
     empty.ids[:] = -1
-    (out, alpha), _ = launched(empty.run)
-    assert torch.equal(out, empty.inputs)
-    assert not alpha.any()
+    for ids in (empty.ids, empty.ids[:, :0]):
+        empty.ids = ids
+        (out, alpha), _ = launched(empty.run)
+        assert torch.equal(out, empty.inputs)
+        assert not alpha.any()
 
 
 def test_no_tokens(launched):

@@ -10,6 +10,7 @@ from ops.gpu.test_latent_attention import Case
 from unike_kernels import ops
 from unike_kernels.ops import _triton
 from unike_kernels.ops.latent_attention import reference
+from unike_kernels.ops.latent_attention import triton as forward
 from unike_kernels.ops.latent_attention import triton_backward as kernel
 from unike_kernels.ops.latent_attention.reference import SemanticEncoder
 from unike_kernels.ops.patched_ffn.reference import activate_slope
@@ -124,6 +125,34 @@ class Gradients(Case):
 )
 def test_backward(shape, everywhere):
     case = Gradients(**shape)
+    case.check(*everywhere(case.run))
+
+
+@pytest.mark.parametrize(
+    ("shape", "blocks"),
+    [
+        pytest.param(
+            dict(tokens=70, heads=1, c=24, d=140, r=12, k=3, dtype=torch.bfloat16, rows=1), 2, id="passes-shared"
+        ),
+        pytest.param(
+            dict(tokens=3, heads=1, c=70, d=520, r=20, k=3, dtype=torch.bfloat16),
+            1,
+            id="passes",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            dict(tokens=3, heads=2, c=40, d=520, r=40, k=5, dtype=torch.bfloat16, projected=False),
+            132,
+            id="132",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_passes_and_real_grids(shape, blocks, everywhere, monkeypatch):
+    monkeypatch.setattr(kernel, "multiprocessors", lambda: blocks)
+    monkeypatch.setattr(forward, "PASS", 1)
+    case = Gradients(**shape)
+    case.ids[-1] = torch.arange(shape["k"]) % 9 - 1
     case.check(*everywhere(case.run))
 
 

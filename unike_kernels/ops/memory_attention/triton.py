@@ -22,25 +22,25 @@ from ..latent_attention.reference import Blend, SemanticEncoder
 
 MOST_TOKENS = 64  # beyond, the search is bound by arithmetic, and a second launch costs nothing beside it
 
-search, attend = retrieval.search, latent.attend
+search, attend = retrieval.search, latent.latent_attention_kernel
 
 
 @triton.jit(
     do_not_specialize=[
         "n", "splits", "per_split", "searching", "attending",
-        "heads", "k", "tokens", "per_row", "per_ids", "per_anchor", "tiles_per_row", "tiles", "slices",
+        "tokens", "heads", "per_row", "per_anchor", "tiles_per_row", "tiles", "pass_tiles", "teams",
     ]
 )  # fmt: skip
 def memory_attention_kernel(
     searched, index, ranges, units, lists, searched_stride, index_stride, n, splits, per_split, searching, attending,
     queries, inputs, keys, values, projected, ids, w1, b1, w2, b2, given, anchor, out, alpha,
-    scores, hidden, know, squares, cosines, counters, everybody,
+    scores, weights, know, hidden, squares, cosines, counters, everybody,
     query_stride, input_stride, key_stride, value_stride, projected_stride, anchor_stride, given_stride,
-    heads, c, d, r, k, scale, tokens, per_row, per_ids, per_anchor, tiles_per_row, tiles,
-    slices, c_slice, d_slice, r_slice,
+    tokens, heads, c, d, r, scale, per_row, per_anchor, tiles_per_row, tiles, pass_tiles, teams,
     TOGETHER: tl.constexpr, TILE: tl.constexpr, LISTS: tl.constexpr,
-    EQ7: tl.constexpr, MATCH: tl.constexpr, SHARED: tl.constexpr,
-    BM: tl.constexpr, KB: tl.constexpr, WIDTH: tl.constexpr, RB: tl.constexpr,
+    EQ7: tl.constexpr, MATCH: tl.constexpr, k: tl.constexpr, BM: tl.constexpr, SLICES: tl.constexpr,
+    GROUPS: tl.constexpr, CUTS: tl.constexpr, WIDTHS: tl.constexpr, ENTRIES: tl.constexpr, GM: tl.constexpr,
+    FIRST: tl.constexpr, SECOND: tl.constexpr, COLUMN_TILES: tl.constexpr,
 ):  # fmt: skip
     """See above."""
     block = tl.program_id(0)
@@ -52,11 +52,11 @@ def memory_attention_kernel(
     meet(everybody, tl.num_programs(0), block == 0)
     if block < attending:
         attend(
-            block, attending, queries, inputs, keys, values, projected, ids, w1, b1, w2, b2, given, anchor, out, alpha,
-            scores, hidden, know, squares, cosines, counters,
+            attending, queries, inputs, keys, values, projected, ids, w1, b1, w2, b2, given, anchor, out, alpha,
+            scores, weights, know, hidden, squares, cosines, counters,
             query_stride, input_stride, key_stride, value_stride, projected_stride, anchor_stride, given_stride,
-            heads, c, d, r, k, scale, tokens, per_row, per_ids, per_anchor, tiles_per_row, tiles,
-            slices, c_slice, d_slice, r_slice, EQ7, MATCH, SHARED, BM, KB, WIDTH, RB,
+            heads, c, d, r, scale, per_row, per_anchor, tiles_per_row, tiles, pass_tiles, teams,
+            EQ7, MATCH, k, BM, SLICES, GROUPS, CUTS, WIDTHS, ENTRIES, GM, FIRST, SECOND, COLUMN_TILES,
         )  # fmt: skip
 
 
@@ -109,7 +109,7 @@ def memory_attention(
         out = shifted, inputs.new_empty(m, dtype=torch.float32), inputs.new_empty((m, k), dtype=torch.int64)
     if m == 0:
         return out
-    s = retrieval.tiling(m, n, k) if m <= MOST_TOKENS and k <= retrieval.MOST_RESULTS and 0 < n < 2**31 else None
+    s = retrieval.tiling(m, n, k) if m <= MOST_TOKENS and 0 < k <= retrieval.MOST_RESULTS and 0 < n < 2**31 else None
     # All blocks have to be resident; those of the search fill a multiprocessor each.
     if s is None or s.groups * s.splits > multiprocessors():
         gate = encoder, alpha, anchor, blend, projected
@@ -118,9 +118,8 @@ def memory_attention(
         latent.latent_attention(queries, inputs, keys, values, out[2], *gate, out=out[:2], workspace=workspace)
         return out
     t = latent.tiling(
-        queries, inputs, (keys, values), m, k, r, projected is not None,
-        m if anchor is None else anchor.shape[0], multiprocessors(),
-    )  # fmt: skip
+        queries, inputs, keys, values, projected, encoder, anchor, m, k, multiprocessors(), retrieval.WARPS
+    )
     hidden, index = last_contiguous(hidden), last_contiguous(index)
     ranges = None if ranges is None else ranges.contiguous()
     queries, inputs, keys, values, encoder, anchor, projected = latent.operands(
@@ -128,14 +127,14 @@ def memory_attention(
     )
     workspace = workspace or workspace_of(inputs.device)
     units, lists, *scratch = workspace.floats(*s.scratch(d), *t.scratch)
-    searching, attending = s.groups * s.splits, t.teams * t.slices
-    memory_attention_kernel[(max(searching, attending),)](
+    searching = s.groups * s.splits
+    memory_attention_kernel[(max(searching, t.blocks),)](
         hidden, index, ranges, units, lists.view(torch.int64), hidden.stride(0), index.stride(0), n, s.splits,
-        s.per_split, searching, attending,
+        s.per_split, searching, t.blocks,
         queries, inputs, keys, values, projected, out[2], *encoder, alpha, anchor, *out[:2], *scratch,
         workspace.counters, workspace.counters[EVERYBODY:],
         *latent.strides(queries, inputs, keys, values, projected, anchor, alpha),
-        heads, c, d, r, k, blend.scale, *t.sizes, s.together, s.tile, retrieval.LISTS, *t.switches(blend),
-        num_warps=retrieval.WARPS, **options(cooperative=True), enable_fp_fusion=False,
+        m, heads, c, d, r, blend.scale, *t.sizes, s.together, s.tile, retrieval.LISTS, *latent.switches(blend),
+        *t.shapes, num_warps=retrieval.WARPS, **options(cooperative=True), enable_fp_fusion=False,
     )  # fmt: skip
     return out
