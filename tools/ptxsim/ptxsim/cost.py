@@ -87,11 +87,17 @@ class Recorded(NamedTuple):
 
 
 class Recorder(Session):
-    """A session that keeps launches instead of executing them."""
+    """A session that keeps launches instead of executing them; memory that nobody has written is zero."""
 
     def __init__(self) -> None:
         super().__init__()
         self.recorded: list[Recorded] = []
+
+    def poison(self, argument: Any) -> None:
+        """A walk reads memory as it is before the launch."""
+        extent = extent_of(argument)
+        if extent is not None:
+            _bytes_of(extent)[:] = 0
 
     def launch(
         self,
@@ -168,7 +174,8 @@ class Replay:
 class _State:
     """A warp in a replay."""
 
-    def __init__(self) -> None:
+    def __init__(self, warps: int) -> None:
+        self.warps = warps  # for which it stands
         self.time = 0.0
         self.position = 0
         self.counters: list[list[float]] = [[] for _ in range(8)]
@@ -178,10 +185,14 @@ class _State:
 
 
 def replay(code: Code, walked: Walked, clock: Clock) -> Replay:
-    """All warps of a block, in order, each at its own pace from one barrier to the next."""
-    plans, loops = _plans(code, clock), innermost(code)
-    result, states = Replay(), [_State() for _ in walked.traces]
-    running = list(range(len(states)))
+    """All warps of a block, in order, each at its own pace from one barrier to the next; one for all that do the same."""
+    plans, loops = [_plan(i, clock) for i in code.code], innermost(code)
+    alike: dict[tuple[int, ...], list[int]] = {}
+    for n, trace in enumerate(walked.traces):
+        alike.setdefault(tuple(trace), []).append(n)
+    result = Replay()
+    states = {numbers[0]: _State(len(numbers)) for numbers in alike.values()}
+    running = list(states)
     while running:
         for n in running:
             _until_barrier(states[n], walked.traces[n], walked.accesses[n], plans, loops, clock, result)
@@ -189,7 +200,7 @@ def replay(code: Code, walked: Walked, clock: Clock) -> Replay:
         meeting = max((states[n].time for n in running), default=0.0)
         for n in running:
             states[n].time = meeting + clock.barrier
-    result.time = max(state.time for state in states)
+    result.time = max(state.time for state in states.values())
     return result
 
 
@@ -208,10 +219,6 @@ class _Plan(NamedTuple):
     operands: int
     cycles: float
     kind: str
-
-
-def _plans(code: Code, clock: Clock) -> list[_Plan]:
-    return [_plan(i, clock) for i in code.code]
 
 
 def _plan(i: SassInstruction, clock: Clock) -> _Plan:
@@ -263,13 +270,13 @@ def _until_barrier(state, trace, accesses, plans, loops, clock, result) -> None:
         position += 1
         if not executed:
             time += scale
-            in_loop[loops[~place]] += time - start
+            in_loop[loops[~place]] += (time - start) * state.warps
             continue
         taken, kind = plan.cycles, plan.kind
         if access is not None:
             if kind in ("load", "LDGSTS"):
                 taken = levels[access.level]
-                flight[loops[place]] += access.bytes * taken
+                flight[loops[place]] += access.bytes * taken * state.warps
             if kind == "LDGSTS":
                 state.copied = max(state.copied, time + taken)
         if kind == "LDGDEPBAR":
@@ -298,7 +305,7 @@ def _until_barrier(state, trace, accesses, plans, loops, clock, result) -> None:
         if plan.operands != NONE:
             counters[plan.operands].append(time + OPERANDS * scale)
         time += plan.stall
-        in_loop[loops[place]] += time - start
+        in_loop[loops[place]] += (time - start) * state.warps
         if kind == "BAR":
             break
     state.time, state.position = time, position

@@ -45,7 +45,7 @@ def either(x: Value, y: Value) -> Value:
 
 
 def _bool(x: Value) -> Value:
-    return x if isinstance(x, np.ndarray) else bool(x)
+    return x.astype(bool, copy=False) if isinstance(x, np.ndarray) else bool(x)
 
 
 def choose(condition: Value, x: Value, y: Value) -> Value:
@@ -61,8 +61,8 @@ def predicate(operand: str) -> Read:
     if name.endswith("PT"):
         return (lambda warp: False) if operand[0] == "!" else (lambda warp: True)
     if operand[0] == "!":
-        return lambda warp: inverted(warp.registers.get(name))
-    return lambda warp: warp.registers.get(name)
+        return lambda warp: inverted(warp.get(name))
+    return lambda warp: warp.get(name)
 
 
 def word(operand: str, minus: int = WORD, offset: int = 0) -> Read:
@@ -210,12 +210,13 @@ def _product(i: SassInstruction) -> Effect:
         if x is None or y is None or z is None or one is None:
             total = None
         else:
-            arrays = any(isinstance(each, np.ndarray) for each in (x, y, z, one))
             product = view(x) * view(y)
-            total = (_narrow64(product) if arrays else product) + z + one * 1
+            if isinstance(product, int) and not (isinstance(z, int) and isinstance(one, int)):
+                product = _narrow64(product)
+            total = product + z + one * 1
         if is_wide or high:
             words = _pair("R0", total)
-            flag = None if total is None else _carry64(x, y, z, view)
+            flag = None if total is None or not parts.flags else _carry64(x, y, z, view)
             if high:
                 return [(parts.result, words[1][1]), *((name, flag) for name in parts.flags)]
             return [*_pair(parts.result, total), *((name, flag) for name in parts.flags)]
@@ -401,7 +402,7 @@ def _pack_predicates(i: SassInstruction) -> Effect:
         total = total & ~wanted
         for n in range(7):
             if wanted >> n & 1:
-                flag = warp.registers.get(f"P{n}")
+                flag = warp.get(f"P{n}")
                 if flag is None:
                     return [(result, None)]
                 total = total | flag * (1 << n)
@@ -530,7 +531,8 @@ def _bits(x: Value) -> Value:
 
 def _of_float(x: np.ndarray, up: bool = False) -> Value:
     """The bits of the nearest float32, or of the next one above."""
-    single = x.astype(np.float32)
+    with np.errstate(over="ignore"):
+        single = x.astype(np.float32)
     if up:
         single = np.where(single.astype(np.float64) < x, np.nextafter(single, np.float32(np.inf)), single)
     words = single.astype(np.float32).view(np.uint32).astype(np.int64)
@@ -598,7 +600,8 @@ def _forget(i: SassInstruction) -> Effect:
     """What its results are is not known."""
     names = [each for each in i.operands[:2] if PREDICATE.match(each)]
     first = next((each for each in i.operands if _REGISTER.match(each)), "RZ")
-    doubles = i.opcode[0] == "D" or {"F64", "64"} & set(i.modifiers)
+    kinds = i.modifiers[:1] if i.opcode in ("F2F", "F2I", "I2F") else i.modifiers  # that of the result comes first
+    doubles = i.opcode[0] == "D" or {"F64", "64", "U64", "S64"} & set(kinds)
     count = 4 if i.opcode in ("HMMA", "IMMA", "LDSM") or "128" in i.modifiers else 2 if doubles else 1
     names += registers(first, count)
     return lambda warp: [(name, None) for name in names]

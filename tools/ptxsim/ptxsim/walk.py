@@ -121,8 +121,8 @@ class Warp:
         self._seen: Counter[int] = Counter()  # strong accesses, by place
 
     def get(self, name: str) -> Value:
-        """The value of a register."""
-        value = self.registers.get(name)
+        """The value of a register or a predicate. What nobody has written holds something, of which nobody cares."""
+        value = self.registers.get(name, False if "P" in name else 0)
         if isinstance(value, _Load):
             value = self.registers[name] = value.word()
         return value
@@ -211,6 +211,11 @@ class _Block:
         self.guesses: Counter[str] = Counter()
         self.shared: dict[int, int] = {}  # known words
         self.touched = {window.name: np.zeros(len(window.data) // LINE + 2, bool) for window in site.windows}
+
+    def reaches(self, here: Value, size: int) -> bool:
+        """Whether all of these addresses are in one argument."""
+        low, high = (here, here) if isinstance(here, int) else (int(here.min()), int(here.max()))
+        return any(w.low <= low and high + size <= w.low + len(w.data) for w in self.site.windows)
 
     def window(self, low: int, high: int, where: str) -> Window:
         windows = self.site.windows
@@ -308,10 +313,9 @@ def _branch(i: SassInstruction, place: int, code: list[SassInstruction]):
         return _compute_nothing
     condition = [each for each in i.operands if each.lstrip("!")[0] in "PU" and each.lstrip("!")[:2] != "UR"]
     also = predicate(condition[0]) if condition else None
-    leaves_loop = any(
-        other.opcode == "BRA" and other.target is not None and other.target <= place < at < target
-        for at, other in enumerate(code[place + 1 : target], place + 1)
-    )
+    skipped = code[place + 1 : target]
+    leaves_loop = any(o.opcode == "BRA" and o.target is not None and o.target <= place for o in skipped)
+    guess = leaves_loop or any(o.opcode == "CALL" for o in skipped)  # the rare case of a division
 
     def go(warp: Warp, holds: Value) -> None:
         taken = holds
@@ -320,7 +324,7 @@ def _branch(i: SassInstruction, place: int, code: list[SassInstruction]):
             taken = second if taken is True else None if second is None else taken & second
         if taken is None:
             warp.block.guesses[i.source] += 1
-            taken = leaves_loop
+            taken = guess
         if taken is True:
             warp.place = target
         elif taken is False:
@@ -449,8 +453,12 @@ def _access(i: SassInstruction, place: int, spots: list[str]):
             if isinstance(more, np.ndarray):
                 holds = holds & more if holds is not None else more
         at, active = address(warp), _active(warp, holds)
+        if active is not None and not active.any():
+            return
         here = at if active is None or at is None or isinstance(at, int) else at[active]
         window = None
+        if holds is None and at is not None and not warp.block.reaches(here, size):
+            at = None  # lanes that the condition would have kept away
         if at is None:
             lanes = 32 if active is None else int(active.sum())
             access = Access("?", size * lanes, max(size * lanes // SECTOR, 1), DRAM)
@@ -465,7 +473,7 @@ def _access(i: SassInstruction, place: int, spots: list[str]):
             if known and active is not None and not isinstance(at, int):
                 at = np.where(active, at, here[0])
             for n, name in enumerate(names):
-                old = warp.registers.get(name)
+                old = warp.registers.get(name, 0)
                 warp.registers[name] = _Load(window, at + 4 * n, size, active, old) if known else None
 
     return act
