@@ -80,7 +80,7 @@ class Recorded(NamedTuple):
 
     function: LoadedKernel
     grid: tuple[int, int, int]
-    threads: int
+    threads: tuple[int, int, int]
     arguments: list[tuple[str, int, int, Any]]  # name, bytes, alignment, value
     reachable: list[tuple[str, Extent]]
     shared: int
@@ -109,8 +109,7 @@ class Recorder(Session):
         shared: int = 0,
     ) -> Launch:
         """Keep it."""
-        whole = tuple(int(n) for n in (*grid, 1, 1)[:3])
-        count = int(np.prod(threads))
+        whole, block = (tuple(int(n) for n in (*size, 1, 1)[:3]) for size in (grid, threads))
         parameters = kernel.kernel.parameters
         named = [
             (name, p.size, p.align, value)
@@ -118,8 +117,8 @@ class Recorder(Session):
         ]
         spans = [(name, extent_of(value)) for name, value in [*((n, v) for n, _, _, v in named), *self._exposed]]
         reachable = [(name, extent) for name, extent in spans if extent is not None and extent.high > extent.low]
-        self.recorded.append(Recorded(kernel, whole, count, named, reachable, shared))
-        return Launch(kernel.kernel.name, whole, count)
+        self.recorded.append(Recorded(kernel, whole, block, named, reachable, shared))
+        return Launch(kernel.kernel.name, whole, math.prod(block))
 
 
 def site_of(launch: Recorded, scratch: Sequence[str] = ()) -> Site:
@@ -375,7 +374,9 @@ class Cost:
     def __str__(self) -> str:
         """A report of a screen."""
         parts = ", ".join(f"{name} {1e6 * value:.1f}" for name, value in self.parts.items())
-        asked = ", ".join(f"{name} {value / 1e6:.3g}" for name, value in sorted(self.asked.items(), key=lambda e: -e[1]))
+        asked = ", ".join(
+            f"{name} {value / 1e6:.3g}" for name, value in sorted(self.asked.items(), key=lambda e: -e[1])
+        )
         counts = Counter(self.instructions)
         products = sum(n for name, n in counts.items() if is_product(name))
         wide = sum(n for name, n in counts.items() if is_wide_load(name))

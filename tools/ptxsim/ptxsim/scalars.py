@@ -417,9 +417,7 @@ def _unpack_predicates(i: SassInstruction) -> Effect:
 
     def run(warp: Any) -> list[tuple[str, Value]]:
         value = read(warp)
-        return [
-            (f"P{n}", None if value is None else _bool(value >> n & 1 != 0)) for n in range(7) if wanted >> n & 1
-        ]
+        return [(f"P{n}", None if value is None else _bool(value >> n & 1 != 0)) for n in range(7) if wanted >> n & 1]
 
     return run
 

@@ -7,6 +7,7 @@ so a wait ends at once. Memory is read as it is before the launch, and written n
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -38,11 +39,16 @@ class Site:
 
     code: Code
     grid: tuple[int, int, int]
-    threads: int
+    block: tuple[int, int, int]  # threads
     parameters: bytes
     windows: list[Window]
     shared: int = 0  # bytes of a block, the dynamic ones
     words: dict[int, int] = field(default_factory=dict)
+
+    @property
+    def threads(self) -> int:
+        """Of a block."""
+        return math.prod(self.block)
 
     def constant(self, place: int) -> int | None:
         """A word of c[0x0]; None where it is of no interest."""
@@ -51,7 +57,7 @@ class Site:
             padded = self.parameters + bytes(-len(self.parameters) % 4)
             self.words = {first + n: int.from_bytes(padded[n : n + 4], "little") for n in range(0, len(padded), 4)}
             sizes = 0x360 if self.code.arch >= 100 else 0
-            for n, value in enumerate((self.threads, 1, 1)):
+            for n, value in enumerate(self.block):
                 self.words[sizes + 4 * n] = value
             for n, value in enumerate(self.grid):
                 self.words[sizes + (0x10 if self.code.arch >= 100 else 0xC) + 4 * n] = value
@@ -73,7 +79,7 @@ class Walked:
 
     traces: list[list[int]]
     accesses: list[dict[int, Access]]  # by position in the trace
-    guesses: Counter[str]  # of branches, by source line
+    guesses: Counter[str]  # of conditions, by source line
     touched: dict[str, int]  # bytes of the lines of each argument that it touched
 
     def asked(self) -> Counter[str]:
@@ -111,10 +117,12 @@ class Warp:
         self.registers: dict[str, Any] = {}
         self.place = 0
         self.mask: np.ndarray | None = None  # None: all lanes
-        live = LANES + 32 * number < block.site.threads
-        if not live.all():
-            self.mask = live
+        self.live = LANES + 32 * number < block.site.threads
+        if not self.live.all():
+            self.mask = self.live
         self.waiting: list[tuple[int, np.ndarray]] = []  # lanes that are elsewhere
+        self.parked: dict[str, np.ndarray] = {}  # those that wait for the others, and for which
+        self.together: dict[str, np.ndarray] = {}
         self.done = False
         self.trace: list[int] = []
         self.accesses: dict[int, Access] = {}
@@ -140,10 +148,12 @@ class Warp:
         x, y, _ = self.block.site.grid
         index = self.block.index
         place = {"SR_CTAID.X": index % x, "SR_CTAID.Y": index // x % y, "SR_CTAID.Z": index // (x * y)}
+        wide, high, _ = self.block.site.block
+        thread = LANES + 32 * self.number
         lane = {
-            "SR_TID.X": LANES + 32 * self.number, "SR_LANEID": LANES, "SR_LTMASK": (1 << LANES) - 1,
+            "SR_TID.X": thread % wide, "SR_TID.Y": thread // wide % high, "SR_TID.Z": thread // (wide * high), "SR_LANEID": LANES, "SR_LTMASK": (1 << LANES) - 1,
             "SR_EQMASK": 1 << LANES, "SR_LEMASK": (2 << LANES) - 1, "SR_GTMASK": (1 << 32) - (2 << LANES),
-            "SR_TID.Y": 0, "SR_TID.Z": 0, "SR_CgaCtaId": 0,
+            "SR_CgaCtaId": 0,
         }  # fmt: skip
         return place.get(name, lane.get(name))
 
@@ -193,14 +203,30 @@ class Warp:
             self.mask = here & ~going
             self.place += 1
 
+    def rejoin(self, name: str) -> None:
+        """Wait for the lanes that are to go on together from here."""
+        here = self.parked.get(name, False) | self.lanes()
+        missing = self.together.get(name, here) & ~here & self.live
+        if missing.any() and self.waiting:
+            self.parked[name] = here
+            self._next()
+            return
+        self.parked.pop(name, None)
+        self.mask = None if here.all() else here
+        self.place += 1
+
+    def _next(self) -> None:
+        (self.place, self.mask), *self.waiting = sorted(self.waiting, key=lambda each: each[0])
+
     def leave(self, gone: np.ndarray) -> None:
         """These lanes end."""
         rest = self.lanes() & ~gone
+        self.live = self.live & ~gone
         if rest.any():
             self.mask = rest
             self.place += 1
         elif self.waiting:
-            (self.place, self.mask), *self.waiting = sorted(self.waiting, key=lambda each: each[0])
+            self._next()
         else:
             self.done = True
 
@@ -212,18 +238,17 @@ class _Block:
         self.shared: dict[int, int] = {}  # known words
         self.touched = {window.name: np.zeros(len(window.data) // LINE + 2, bool) for window in site.windows}
 
-    def reaches(self, here: Value, size: int) -> bool:
-        """Whether all of these addresses are in one argument."""
-        low, high = (here, here) if isinstance(here, int) else (int(here.min()), int(here.max()))
-        return any(w.low <= low and high + size <= w.low + len(w.data) for w in self.site.windows)
-
-    def window(self, low: int, high: int, where: str) -> Window:
+    def window(self, here: Value, size: int, where: str) -> Window | None:
+        """The argument that holds these addresses; None where they are of what was guessed, and wrong."""
+        low, high = (here, here + size) if isinstance(here, int) else (int(here.min()), int(here.max()) + size)
         windows = self.site.windows
         for n, window in enumerate(windows):
             if window.low <= low and high <= window.low + len(window.data):
                 if n:
                     windows.insert(0, windows.pop(n))
                 return window
+        if self.guesses:
+            return None
         raise OutOfBoundsError(f"{self.site.code.kernel} at {where}: {high - low} bytes at {low:#x}")
 
 
@@ -247,7 +272,12 @@ def _step(i: SassInstruction, place: int, code: list[SassInstruction]):
     """Executes an instruction; whether the warp waits at a barrier of its block."""
     guard = predicate(("!" if i.negated else "") + i.guard) if i.guard and i.guard not in ("PT", "UPT") else None
     never = i.guard in ("PT", "UPT") and i.negated
-    act = _branch(i, place, code) if i.opcode in _CONTROL else _memory(i, place) if i.opcode in _MEMORY else _compute(i)
+    if i.opcode in _CONTROL:
+        act = _branch(i, place, code)
+    elif i.opcode in _TOGETHER:
+        act = _together(i)
+    else:
+        act = _memory(i, place) if i.opcode in _MEMORY else _compute(i)
     stops = i.opcode == "BAR" and not i.operands[0].startswith("R")
 
     def step(warp: Warp) -> bool:
@@ -285,6 +315,24 @@ def _compute(i: SassInstruction):
 
 
 _CONTROL = {"BRA", "EXIT", "RET", "CALL", "JMP", "BRX"}
+_TOGETHER = {"BSSY", "BSYNC", "BREAK"}
+
+
+def _together(i: SassInstruction):
+    """Lanes that part between BSSY and BSYNC wait for each other there, but for those that BREAK away."""
+    name = i.operands[-1] if i.opcode == "BREAK" else i.operands[0]
+
+    def act(warp: Warp, holds: Value) -> None:
+        if i.opcode == "BSYNC":
+            warp.rejoin(name)
+            return
+        warp.place += 1
+        if i.opcode == "BSSY":
+            warp.together[name] = warp.lanes()
+        elif name in warp.together and holds is not None:
+            warp.together[name] = warp.together[name] & ~(spread(holds) & warp.lanes())
+
+    return act
 
 
 def _branch(i: SassInstruction, place: int, code: list[SassInstruction]):
@@ -343,7 +391,7 @@ _GLOBAL = {"LDG", "LD", "LDGSTS", "STG", "ST", "ATOMG", "ATOM", "RED"}
 _MEMORY = _GLOBAL | {"LDS", "STS", "LDL", "ATOMS"}
 
 
-def _address(operand: str):
+def _address(operand: str, is_global: bool = False):
     """The reader of `[R2.64+UR4+0x10]`, with or without a descriptor; None where a part is not known."""
     inside = operand[operand.rindex("[") + 1 : operand.rindex("]")]
     parts = [part for part in inside.replace("+-", "+~").split("+") if part]
@@ -354,7 +402,7 @@ def _address(operand: str):
             continue
         name, _, kind = part.partition(".")
         low = word(name)
-        high = word(name, offset=1) if kind.startswith("64") else None
+        high = word(name, offset=1) if kind.startswith("64") or (is_global and not kind) else None
         reads.append((low, high))
 
     def read(warp: Warp) -> Value:
@@ -435,12 +483,14 @@ def _store_shared(address, names: list[str]):
 
 def _access(i: SassInstruction, place: int, spots: list[str]):
     """Of global memory."""
-    address = _address(spots[-1])
+    address = _address(spots[-1], is_global=True)
     loads, copies = i.opcode in ("LDG", "LD"), i.opcode == "LDGSTS"
     atomic = i.opcode in ("ATOMG", "ATOM")
     strong = atomic or "STRONG" in i.modifiers and loads
     past_l1 = bool({"STRONG", "BYPASS", "NA"} & set(i.modifiers)) or not (loads or copies)
-    names = registers(next((o for o in i.operands if o[0] == "R"), "RZ") if atomic else i.operands[0], max(i.width // 4, 1))
+    names = registers(
+        next((o for o in i.operands if o[0] == "R"), "RZ") if atomic else i.operands[0], max(i.width // 4, 1)
+    )
     also = predicate(i.operands[-1]) if copies and i.operands[-1].lstrip("!")[0] == "P" else None
     size = i.width
 
@@ -456,14 +506,14 @@ def _access(i: SassInstruction, place: int, spots: list[str]):
         if active is not None and not active.any():
             return
         here = at if active is None or at is None or isinstance(at, int) else at[active]
-        window = None
-        if holds is None and at is not None and not warp.block.reaches(here, size):
-            at = None  # lanes that the condition would have kept away
-        if at is None:
+        if holds is None:
+            warp.block.guesses[i.source] += 1
+        window = None if at is None else warp.block.window(here, size, i.source)
+        if window is None:
             lanes = 32 if active is None else int(active.sum())
             access = Access("?", size * lanes, max(size * lanes // SECTOR, 1), DRAM)
         else:
-            window, access = _count(warp.block, here, size, active, past_l1, i.source)
+            access = _count(warp.block, window, here, size, active, past_l1)
         warp.accesses[len(warp.trace) - 1] = access
         if loads or atomic:
             known = window is not None and holds is not None
@@ -479,14 +529,11 @@ def _access(i: SassInstruction, place: int, spots: list[str]):
     return act
 
 
-def _count(block: _Block, here: Value, size: int, active, past_l1: bool, source: str) -> tuple[Window, Access]:
+def _count(block: _Block, window: Window, here: Value, size: int, active, past_l1: bool) -> Access:
     if isinstance(here, int):
-        window = block.window(here, here + size, source)
         lines = np.array([(here - window.low) // LINE])
         lanes, sectors = (32 if active is None else int(active.sum())), 1
     else:
-        low, high = int(here.min()), int(here.max()) + size
-        window = block.window(low, high, source)
         units = np.sort(here // SECTOR)
         lanes, sectors = len(here), 1 + int(np.count_nonzero(units[1:] != units[:-1]))
         lines = (here - window.low) // LINE
@@ -496,4 +543,4 @@ def _count(block: _Block, here: Value, size: int, active, past_l1: bool, source:
     else:
         touched[lines] = True
         level = L2 if window.scratch else DRAM
-    return window, Access(window.name, size * lanes, sectors, level)
+    return Access(window.name, size * lanes, sectors, level)
