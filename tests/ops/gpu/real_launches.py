@@ -238,7 +238,7 @@ REAL = {
             "cosine_topk, Triton", f"B=1, N={N} of float32, d={D}", 4.0 * N * D, 0.0, lambda *_: _search(1),
             lambda m: search_peer(m, 1, N, D),
         ),
-        _cuda(1, "int8"), _cuda(1, "float16"), _cuda(1, "bfloat16"), _cuda(1, "float32"), _cuda(64, "int8"),
+        _cuda(1, "int8"), _cuda(1, "float16"), _cuda(1, "bfloat16"), _cuda(1, "float32"),
         Real(
             "patched_ffn, gradients of extra neurons", f"T=128, d={D}", extra_bytes(128, D) + 2.0 * 128 * D, 0.0,
             lambda *_: _beside_backward(128), lambda m: 3 * side_peer(m, 128, D),

@@ -65,10 +65,10 @@ LATENCY = {L1: 35, L2: 280, DRAM: 700}
 LOADED = 1230
 ATOMIC, FENCE, BARRIER = 700, 500, 25
 _CYCLES = {
-    "LDS": 30, "LDSM": 33, "ATOMS": 60, "SHFL": 25, "MUFU": 22, "S2R": 25, "S2UR": 25, "LDC": 35, "LDCU": 35, "R2UR": 12,
-    "F2F": 18, "F2I": 18, "I2F": 18, "F2FP": 6, "POPC": 18, "FLO": 18, "REDUX": 25, "VOTE": 12, "LDL": 35, "BREV": 18,
-    "DFMA": 10, "DADD": 10, "DMUL": 10, "DSETP": 12, "DMMA": 35, "HMMA": 33, "IMMA": 33, "MATCH": 30, "LDTM": 40,
-    "SYNCS": 25, "NANOSLEEP": 60,
+    "LDS": 30, "LDSM": 33, "ATOMS": 60, "SHFL": 25, "MUFU": 22, "S2R": 25, "S2UR": 25, "LDC": 35, "LDCU": 35,
+    "R2UR": 12, "F2F": 18, "F2I": 18, "I2F": 18, "F2FP": 6, "POPC": 18, "FLO": 18, "REDUX": 25, "VOTE": 12, "LDL": 35,
+    "BREV": 18, "DFMA": 10, "DADD": 10, "DMUL": 10, "DSETP": 12, "DMMA": 35, "HMMA": 33, "IMMA": 33, "MATCH": 30,
+    "LDTM": 40, "SYNCS": 25, "NANOSLEEP": 60,
 }  # fmt: skip
 SCHEDULERS = 4  # of a multiprocessor: each starts one instruction in a cycle
 OPERANDS = 12  # cycles until an instruction has read its operands
@@ -184,7 +184,7 @@ class _State:
 
 
 def replay(code: Code, walked: Walked, clock: Clock) -> Replay:
-    """All warps of a block, in order, each at its own pace from one barrier to the next; one for all that do the same."""
+    """All warps of a block, in order, each at its own pace from barrier to barrier; of those alike one stands in."""
     plans, loops = [_plan(i, clock) for i in code.code], innermost(code)
     alike: dict[tuple[int, ...], list[int]] = {}
     for n, trace in enumerate(walked.traces):
@@ -374,9 +374,7 @@ class Cost:
     def __str__(self) -> str:
         """A report of a screen."""
         parts = ", ".join(f"{name} {1e6 * value:.1f}" for name, value in self.parts.items())
-        asked = ", ".join(
-            f"{name} {value / 1e6:.3g}" for name, value in sorted(self.asked.items(), key=lambda e: -e[1])
-        )
+        asked = ", ".join(f"{name} {value / 1e6:.3g}" for name, value in Counter(self.asked).most_common())
         counts = Counter(self.instructions)
         products = sum(n for name, n in counts.items() if is_product(name))
         wide = sum(n for name, n in counts.items() if is_wide_load(name))
@@ -407,24 +405,23 @@ def is_wide_load(name: str) -> bool:
     return name.startswith(("LDG.", "LDGSTS.")) and ".128" in name
 
 
-def cost(launch: Recorded, machine: Machine, scratch: Sequence[str] = (), blocks: Sequence[int] | None = None) -> Cost:
+def cost(launch: Recorded, machine: Machine, scratch: Sequence[str] = (), blocks: int = 3) -> Cost:
     """The cost of a launch that was compiled for the machine's architecture.
 
     Args:
         launch: with memory of the real size, whose integers are as they would be.
         machine: where.
         scratch: the arguments that the blocks of the launch write and read themselves.
-        blocks: which ones to walk, standing for equal parts of the grid; None: the first, the middle and the last one,
-            of which the middle one stands for all others.
+        blocks: how many to walk: the first, the middle and the last one, of which the middle one stands for all others,
+            or 1: the first one stands for all.
     """
     site = site_of(launch, scratch)
     count = math.prod(site.grid)
-    chosen = list(blocks) if blocks is not None else sorted({0, count // 2, count - 1})
+    chosen = sorted({0, count // 2, count - 1}) if blocks == 3 else [0]
     steps: list = [None] * len(site.code.code)
     walked = [walk(site, block, steps) for block in chosen]
-    weights = [count / len(chosen)] * len(chosen)
-    if blocks is None and len(chosen) == 3:
-        weights = [1.0, count - 2.0, 1.0]
+    weights = [1.0] * len(chosen)
+    weights[len(chosen) // 2] += count - len(chosen)
     return _cost(site, machine, walked, weights)
 
 

@@ -1,9 +1,9 @@
-"""A binary -> its instructions, with what ptxas wrote beside each for the hardware: how long it stalls and what it awaits.
+"""A binary -> its instructions, with what ptxas wrote beside each for the hardware: how long it stalls, what it awaits.
 
-Since Volta the hardware checks no registers. Bits 105 to 125 of an instruction say how many cycles the warp waits behind
-it, which of six counters it holds until its result is there, or its operands are read, and which counters have to be
-free before it starts (Jia et al., "Dissecting the NVIDIA Volta GPU architecture via microbenchmarking", 2018). So the
-binary itself says which load waits for which.
+Since Volta the hardware checks no registers. Bits 105 to 125 of an instruction say how many cycles the warp waits
+behind it, which of six counters it holds until its result is there, or its operands are read, and which counters have
+to be free before it starts (Jia et al., "Dissecting the NVIDIA Volta GPU architecture via microbenchmarking", 2018). So
+the binary itself says which load waits for which.
 """
 
 from __future__ import annotations

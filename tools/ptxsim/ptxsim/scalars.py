@@ -66,7 +66,7 @@ def predicate(operand: str) -> Read:
 
 
 def word(operand: str, minus: int = WORD, offset: int = 0) -> Read:
-    """The reader of an operand, or of the word `offset` behind it. `minus` masks a negated one: IADD3 needs its carry."""
+    """The reader of an operand, or of the word `offset` behind it; `minus` masks a negated one: sums need its carry."""
     if operand[0] in "-~" and not re.match(r"-?\d", operand):
         inner = word(operand[1:], offset=offset)
         if operand[0] == "~":
@@ -116,7 +116,7 @@ def _known(compute: Callable[..., Value], *reads: Read) -> Read:
 
 
 class Parts:
-    """The operands of an instruction: predicates that it writes beside its result, sources, predicates that it reads."""
+    """The operands of an instruction: predicates that it writes beside its result, sources, predicates it reads."""
 
     def __init__(self, instruction: SassInstruction):
         operands = list(instruction.operands)

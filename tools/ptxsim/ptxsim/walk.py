@@ -1,8 +1,9 @@
 """One block of a launch, walked through its binary: which instructions each warp executes, and what it asks memory for.
 
-Addresses, trip counts and conditions are computed (scalars.py), floats are not: a branch that hangs on one, or on what
-other blocks do, is guessed, and counted. Such a branch leaves a loop at its first turn, and else goes on straight ahead,
-so a wait ends at once. Memory is read as it is before the launch, and written nowhere; shared memory keeps what is known.
+Addresses, trip counts and conditions are computed (scalars.py), floats are not. A condition that hangs on one, or on
+what other blocks do, is guessed and counted: an instruction is executed, and a branch leaves the loop that it is in, or
+steps over the rare case of a division, or else goes straight ahead. So a wait ends at once. Memory is read as it is
+before the launch and written nowhere; shared memory keeps what is known.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import numpy as np
 
 from .errors import OutOfBoundsError, SimulationError
 from .sass import Code, SassInstruction
-from .scalars import LANES, WITHOUT_RESULT, Value, effect, inverted, predicate, registers, spread, word
+from .scalars import LANES, Value, effect, predicate, registers, spread, word
 
 MOST = 3_000_000  # instructions of a warp: beyond, something is wrong
 PARAMETERS = {80: 0x160, 86: 0x160, 89: 0x160, 90: 0x210, 100: 0x380, 120: 0x380}  # where they begin in c[0x0]
@@ -151,9 +152,9 @@ class Warp:
         wide, high, _ = self.block.site.block
         thread = LANES + 32 * self.number
         lane = {
-            "SR_TID.X": thread % wide, "SR_TID.Y": thread // wide % high, "SR_TID.Z": thread // (wide * high), "SR_LANEID": LANES, "SR_LTMASK": (1 << LANES) - 1,
-            "SR_EQMASK": 1 << LANES, "SR_LEMASK": (2 << LANES) - 1, "SR_GTMASK": (1 << 32) - (2 << LANES),
-            "SR_CgaCtaId": 0,
+            "SR_TID.X": thread % wide, "SR_TID.Y": thread // wide % high, "SR_TID.Z": thread // (wide * high),
+            "SR_LANEID": LANES, "SR_LTMASK": (1 << LANES) - 1, "SR_EQMASK": 1 << LANES,
+            "SR_LEMASK": (2 << LANES) - 1, "SR_GTMASK": (1 << 32) - (2 << LANES), "SR_CgaCtaId": 0,
         }  # fmt: skip
         return place.get(name, lane.get(name))
 
@@ -486,11 +487,10 @@ def _access(i: SassInstruction, place: int, spots: list[str]):
     address = _address(spots[-1], is_global=True)
     loads, copies = i.opcode in ("LDG", "LD"), i.opcode == "LDGSTS"
     atomic = i.opcode in ("ATOMG", "ATOM")
-    strong = atomic or "STRONG" in i.modifiers and loads
+    strong = atomic or (loads and "STRONG" in i.modifiers)
     past_l1 = bool({"STRONG", "BYPASS", "NA"} & set(i.modifiers)) or not (loads or copies)
-    names = registers(
-        next((o for o in i.operands if o[0] == "R"), "RZ") if atomic else i.operands[0], max(i.width // 4, 1)
-    )
+    first = next((o for o in i.operands if o[0] == "R"), "RZ") if atomic else i.operands[0]
+    names = registers(first, max(i.width // 4, 1))
     also = predicate(i.operands[-1]) if copies and i.operands[-1].lstrip("!")[0] == "P" else None
     size = i.width
 
