@@ -1,4 +1,4 @@
-"""The tables of docs/gpu-bounds.md: what each GPU kernel must move, what it takes by the cost model, and what others do.
+"""The tables of docs/gpu-bounds.md: what each GPU kernel must move, what it takes by the cost model, what others do.
 
 PYTHONPATH=.:tests:tools/ptxsim python -m ops.gpu.bounds_table > docs/gpu-bounds.md
 """
@@ -114,7 +114,8 @@ Launches of torch are at least {1e6 * EAGER:.0f} us apart.
   arrive together, and the block that merges last is the one that is walked.
 - Warps disturb each other only through the sums above. Bank conflicts, instruction fetch, queues between L1 and L2, the
   two halves of L2, the TLB and clocks under load cost nothing.
-- One block, the first, stands for all. Lines of a gathered row count as read once by each block.
+- One to five blocks stand for all. A line that several blocks read comes from memory once for each of them, up to the
+  size of its argument.
 - What the products of Blackwell's tensor cores (tcgen05) take is a guess: their shape is in a register.
 - The host: the times are of a launch in a CUDA graph, or behind a busy stream.
 """

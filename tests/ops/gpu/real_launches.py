@@ -4,9 +4,11 @@ what steers a kernel holds values.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from cuda_tests import harness
 from ops.test_patched_ffn import make_pool
@@ -41,7 +43,8 @@ class Real(NamedTuple):
         must: bytes that must move.
         flops: that must be done, of bfloat16 products.
         run: launches it, on a device of so many multiprocessors.
-        peer: seconds that others take on a machine, by `peers` below.
+        peer: seconds that others take on a machine.
+        blocks: of the launch, that are walked: 1 where all do the same.
     """
 
     op: str
@@ -50,13 +53,14 @@ class Real(NamedTuple):
     flops: float
     run: Callable[[Machine, Recorder], object]
     peer: Callable[[Machine], float]
+    blocks: int = 1
 
     @property
     def name(self) -> str:
         """Operator and shape."""
         return f"{self.op}, {self.shape}"
 
-    def cost(self, machine: Machine, **options: object) -> Cost:
+    def cost(self, machine: Machine) -> Cost:
         """By the model."""
         _triton._workspaces.clear()
         before = _triton._multiprocessors
@@ -67,7 +71,7 @@ class Real(NamedTuple):
         finally:
             _triton._multiprocessors = before
         (launch,) = recorder.recorded
-        return cost(launch, machine, sorted(SCRATCH), **options)
+        return cost(launch, machine, sorted(SCRATCH), self.blocks)
 
     def bound(self, machine: Machine) -> float:
         """Seconds that no kernel can beat."""
@@ -130,8 +134,13 @@ def _pool(d: int, rows: int, tokens: int) -> ops.EditPool:
     return make_pool(d, (NEURONS,) * rows, [[i] for i in range(rows)], "plain", torch.bfloat16, token_rows)
 
 
+def _zeros(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Of which only what is touched takes memory."""
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).reshape(shape)
+
+
 def _half(*shape: int) -> torch.Tensor:
-    return torch.empty(*shape, dtype=torch.bfloat16)
+    return _zeros(*shape, dtype=torch.bfloat16)
 
 
 def _fused(tokens: int, rows: int, d: int, f: int) -> None:
@@ -154,7 +163,7 @@ def _attended(tokens: int, own: bool) -> dict[str, object]:
     return {
         "queries": _half(tokens, 1, D), "inputs": _half(tokens, D), "keys": _half(N, 1, D), "values": _half(N, 1, D),
         "ids": ids.contiguous(), "encoder": encoder, "alpha": None, "anchor": None,
-        "blend": Blend(D**-0.5, "inclusion", "match"), "projected": torch.empty(N, 1, R),
+        "blend": Blend(D**-0.5, "inclusion", "match"), "projected": _zeros(N, 1, R),
     }  # fmt: skip
 
 
@@ -163,17 +172,17 @@ def _attention(tokens: int, own: bool) -> None:
 
 
 def _attention_backward(tokens: int) -> None:
-    latent_backward.latent_attention_backward(_half(tokens, D), torch.empty(tokens), **_attended(tokens, True))
+    latent_backward.latent_attention_backward(_half(tokens, D), _zeros(tokens), **_attended(tokens, True))
 
 
 def _memory(tokens: int) -> None:
     given = _attended(tokens, True)
-    out = _half(tokens, D), torch.empty(tokens), given.pop("ids")  # which the launch would find
-    memory.memory_attention(_half(tokens, D), torch.empty(N, D), K, None, **given, out=out)
+    out = _half(tokens, D), _zeros(tokens), given.pop("ids")  # which the launch would find
+    memory.memory_attention(_half(tokens, D), _zeros(N, D), K, None, **given, out=out)
 
 
 def _search(queries: int) -> None:
-    search.cosine_topk(torch.empty(queries, D), torch.empty(N, D), K, True)
+    search.cosine_topk(_zeros(queries, D), _zeros(N, D), K, True)
 
 
 CODES = {"int8": torch.uint8, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -182,10 +191,10 @@ CODES = {"int8": torch.uint8, "float16": torch.float16, "bfloat16": torch.bfloat
 def _native(queries: int, scan: str, machine: Machine, recorder: Recorder) -> None:
     packed = None
     if scan != "float32":
-        packed = ops.PackedKeys(torch.empty(N, D, dtype=CODES[scan]), torch.empty(N, 4), torch.empty(D))
+        packed = ops.PackedKeys(_zeros(N, D, dtype=CODES[scan]), _zeros(N, 4), _zeros(D))
     device = machine.multiprocessors, 2
     harness.search(
-        recorder, torch.empty(queries, D), torch.empty(N, D), K, scan=scan, packed=packed, device=device,
+        recorder, _zeros(queries, D), _zeros(N, D), K, scan=scan, packed=packed, device=device,
         arch=machine.arch,
     )  # fmt: skip
     recorder.recorded[-1].function.cubin = harness.binary(scan, machine.arch)
@@ -211,7 +220,7 @@ def _latent(tokens: int, own: bool = True) -> Real:
     return Real(
         "latent_attention", f"T={tokens}, {ids}, k={K}, d={D}, r={R}", attention_bytes(tokens, D, R, K, own=own),
         2.0 * tokens * R * D, lambda *_: _attention(tokens, own),
-        lambda m: attention_peer(m, tokens, D, R, K, own=own),
+        lambda m: attention_peer(m, tokens, D, R, K, own=own), blocks=5,
     )  # fmt: skip
 
 
@@ -232,7 +241,7 @@ REAL = {
         Real(
             "memory_attention", f"T=1, N={N} of float32, k={K}, d={D}",
             4.0 * N * D + attention_bytes(1, D, R, K, own=True), 0.0, lambda *_: _memory(1),
-            lambda m: search_peer(m, 1, N, D) + attention_peer(m, 1, D, R, K, own=True),
+            lambda m: search_peer(m, 1, N, D) + attention_peer(m, 1, D, R, K, own=True), blocks=3,
         ),
         Real(
             "cosine_topk, Triton", f"B=1, N={N} of float32, d={D}", 4.0 * N * D, 0.0, lambda *_: _search(1),
@@ -241,11 +250,11 @@ REAL = {
         _cuda(1, "int8"), _cuda(1, "float16"), _cuda(1, "bfloat16"), _cuda(1, "float32"),
         Real(
             "patched_ffn, gradients of extra neurons", f"T=128, d={D}", extra_bytes(128, D) + 2.0 * 128 * D, 0.0,
-            lambda *_: _beside_backward(128), lambda m: 3 * side_peer(m, 128, D),
+            lambda *_: _beside_backward(128), lambda m: 3 * side_peer(m, 128, D), blocks=5,
         ),
         Real(
             "latent_attention, gradients", f"T=8, k={K}, d={D}, r={R}", attention_bytes(8, D, R, K, own=True), 0.0,
-            lambda *_: _attention_backward(8), lambda m: 2 * attention_peer(m, 8, D, R, K, own=True),
+            lambda *_: _attention_backward(8), lambda m: 2 * attention_peer(m, 8, D, R, K, own=True), blocks=3,
         ),
     ]
 }  # fmt: skip

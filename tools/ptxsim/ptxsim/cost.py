@@ -412,17 +412,23 @@ def cost(launch: Recorded, machine: Machine, scratch: Sequence[str] = (), blocks
         launch: with memory of the real size, whose integers are as they would be.
         machine: where.
         scratch: the arguments that the blocks of the launch write and read themselves.
-        blocks: how many to walk: the first, the middle and the last one, of which the middle one stands for all others,
-            or 1: the first one stands for all.
+        blocks: how many to walk: the first, the last, and some in between that stand for equal parts of the others; 1:
+            the first one stands for all.
     """
     site = site_of(launch, scratch)
-    count = math.prod(site.grid)
-    chosen = sorted({0, count // 2, count - 1}) if blocks == 3 else [0]
+    weights = _sample(math.prod(site.grid), blocks)
     steps: list = [None] * len(site.code.code)
-    walked = [walk(site, block, steps) for block in chosen]
-    weights = [1.0] * len(chosen)
-    weights[len(chosen) // 2] += count - len(chosen)
-    return _cost(site, machine, walked, weights)
+    walked = [walk(site, block, steps) for block in weights]
+    return _cost(site, machine, walked, list(weights.values()))
+
+
+def _sample(count: int, most: int) -> dict[int, float]:
+    """Blocks, and for how many of `count` each stands."""
+    if count <= most or most == 1:
+        return dict.fromkeys(range(min(count, most)), count / min(count, most))
+    between = max(most - 2, 1)
+    part = (count - 2) / between
+    return {0: 1.0, **{1 + int(part * (n + 0.5)): part for n in range(between)}, count - 1: 1.0}
 
 
 def _cost(site: Site, machine: Machine, walked: list[Walked], weights: list[float]) -> Cost:

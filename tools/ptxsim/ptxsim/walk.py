@@ -534,9 +534,10 @@ def _count(block: _Block, window: Window, here: Value, size: int, active, past_l
         lines = np.array([(here - window.low) // LINE])
         lanes, sectors = (32 if active is None else int(active.sum())), 1
     else:
-        units = np.sort(here // SECTOR)
+        offsets = here - window.low  # on a device, an argument begins with a line
+        units = np.sort(offsets // SECTOR)
         lanes, sectors = len(here), 1 + int(np.count_nonzero(units[1:] != units[:-1]))
-        lines = (here - window.low) // LINE
+        lines = offsets // LINE
     touched = block.touched[window.name]
     if touched[lines].all():
         level = L2 if past_l1 else L1

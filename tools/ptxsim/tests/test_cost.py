@@ -84,7 +84,7 @@ def test_the_walk_asks_for_what_the_interpreter_asks_for(name, arch):
 
 @pytest.mark.skipif(not sample_launches.has_nvcc(), reason="nvcc is not here")
 def test_so_does_that_of_a_kernel_of_nvcc(tmp_path):
-    x, out = np.zeros((50, 70), "f4"), np.zeros((70, 50), "f4")
+    x, out = (numbers(*size).numpy() for size in ((50, 70), (70, 50)))  # which begin with a sector
     shape = np.array((50, 70, 2.0), dtype=[("rows", "i4"), ("columns", "i4"), ("scale", "f4")]).tobytes()
     loaded = sample_launches.cuda_kernels()["transpose"]
     binary = tmp_path / "samples.cubin"
@@ -107,11 +107,12 @@ def test_a_launch_that_does_nothing(machine):
 @pytest.mark.parametrize("machine", MACHINES.values(), ids=MACHINES)
 def test_a_copy_is_bound_by_memory(machine):
     """A good one reaches 85 to 93% of the data sheet; one with 512 bytes in flight what Little's law allows."""
-    size = 1 << 24
+    size = 1 << 26
     x, out = torch.empty(size), torch.empty(size)
     good = on(machine, samples.copy, (size // 4096,), x, out, 4096, 4096)
     assert 0.85 < 8 * size / good.seconds / machine.bandwidth < 0.93
     assert max(good.parts, key=good.parts.get) == "memory" and good.flight > 64 * 1024
+    size = 1 << 23
     share = size // machine.multiprocessors // 128 * 128
     thin = on(machine, samples.copy, (machine.multiprocessors,), x, out, share, 128, blocks=1, num_warps=1)
     assert thin.flight == pytest.approx(512, rel=0.05)
