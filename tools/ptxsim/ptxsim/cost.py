@@ -162,7 +162,7 @@ class Replay:
     Attributes:
         time: from its first instruction to its last.
         in_loop: time of all warps, by innermost loop; None: outside of all.
-        flight: bytes times the time that they took, likewise.
+        flight: bytes times the time that they took, likewise; not those of which it is a guess that they are asked for.
     """
 
     time: float = 0.0
@@ -275,7 +275,8 @@ def _until_barrier(state, trace, accesses, plans, loops, clock, result) -> None:
         if access is not None:
             if kind in ("load", "LDGSTS"):
                 taken = levels[access.level]
-                flight[loops[place]] += access.bytes * taken * state.warps
+                if access.name != "?":
+                    flight[loops[place]] += access.bytes * taken * state.warps
             if kind == "LDGSTS":
                 state.copied = max(state.copied, time + taken)
         if kind == "LDGDEPBAR":
