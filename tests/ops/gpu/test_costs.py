@@ -75,7 +75,6 @@ USUAL = {  # the others are slow tests
     "patched_ffn, beside the base, T=1, d=4096",
     "patched_ffn, beside the base, T=128, d=4096",
     "latent_attention, T=1, ids of their own, k=40, d=4096, r=512",
-    "latent_attention, T=128, shared ids, k=40, d=4096, r=512",
     "cosine_topk, CUDA, int8 scan, B=1, N=15000, d=4096",
     "patched_ffn, gradients of extra neurons, T=128, d=4096",
 }
