@@ -80,6 +80,16 @@ def ptx(scan: str, arch: int = 80) -> LoadedModule:
 
 
 @functools.cache
+def binary(scan: str, arch: int) -> bytes:
+    """The same for a device of this architecture."""
+    with tempfile.TemporaryDirectory() as folder:
+        source, out = ROOT / f"csrc/cuda/cosine_topk_{SOURCES[scan]}.cu", Path(folder) / "kernel.cubin"
+        command = ["nvcc", "-cubin", f"-arch=sm_{arch}", "-std=c++20", "-O3", "-lineinfo", *INCLUDES, str(source)]
+        subprocess.run([*command, "-o", str(out)], check=True, capture_output=True)
+        return out.read_bytes()
+
+
+@functools.cache
 def planner() -> ctypes.CDLL:
     """plan.cpp of this folder."""
     folder = tempfile.mkdtemp()

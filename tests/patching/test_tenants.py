@@ -113,7 +113,9 @@ def test_what_cannot_be_joined_or_named(make_model, make_memory, banks):
     with uk.patched(model, memory=joined):
         with pytest.raises(uk.PatchError, match=r"unknown tenants \['x'\]; the memory has \['acme', 'gl"):
             uk.rows(model, memory=["x", "acme", True]).__enter__()
-        with pytest.raises(TypeError, match=r"memory\[1\]: expected True, False or the name of a tenant, got range\(0, 2\)"):
+        with pytest.raises(
+            TypeError, match=r"memory\[1\]: expected True, False or the name of a tenant, got range\(0, 2\)"
+        ):
             uk.rows(model, memory=[True, range(2), True]).__enter__()
         with uk.rows(model, memory=["acme"] * 3):
             model(input_ids=IDS)

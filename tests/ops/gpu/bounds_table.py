@@ -1,197 +1,134 @@
-"""The table of docs/gpu-bounds.md: what each GPU kernel must move, what it asks for, and the bound that follows.
+"""The tables of docs/gpu-bounds.md: what each GPU kernel must move, what it takes by the cost model, what others do.
 
-    PYTHONPATH=tests:tools/ptxsim python -m ops.gpu.bounds_table > docs/gpu-bounds.md
-
-What must move is counted at the shapes of LLaMA-7B. What is asked for is counted by executing the compiled kernels on
-the interpreter, at shapes that it can run in a minute, and given as a multiple of what must move there.
+PYTHONPATH=.:tests:tools/ptxsim python -m ops.gpu.bounds_table > docs/gpu-bounds.md
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from ops.gpu.real_launches import EAGER, GEMM_REACHES, REAL, Real
+from ops.gpu.test_costs import measure
+from ptxsim import cost
+from ptxsim.cost import H100, MACHINES
 
-import torch
-from cuda_tests import harness
-from ops.gpu.test_latent_attention import Case
-from ops.gpu.test_memory_attention import Memory
-from ops.test_patched_ffn import make_base, make_pool
-from ptxsim import Launch, Session
-from ptxsim.triton_driver import interpreting
-
-from unike_kernels.ops import _triton
-from unike_kernels.ops.cosine_topk import triton as search
-from unike_kernels.ops.cosine_topk.reference import normalize_rows
-from unike_kernels.ops.patched_ffn import triton as side
-from unike_kernels.ops.patched_ffn import triton_fused as fused
-
-BANDWIDTH = {"A100": 2.039e12, "H100": 3.35e12, "B200": 8.0e12}  # bytes a second, of the makers' data sheets
-D, F, R, K, N, NEURONS = 4096, 11008, 512, 40, 15_000, 10
-SECTOR = 32
-# What kernels have to themselves: scratch and counters, not the operands.
-WORKSPACE = {
-    "hidden", "extra", "everybody", "counters", "scratch", "scores", "weights", "know", "squares", "cosines",
-    "units", "lists", *harness.PARTS,
-} - {"codes"}  # fmt: skip
-
-
-class Entry(NamedTuple):
-    """A line of the table.
-
-    Attributes:
-        op, shape: in words.
-        must: bytes that must move, at the real shape and at that of the run.
-        run: launches it, on fewer multiprocessors.
-    """
-
-    op: str
-    shape: str
-    must: tuple[float, float]
-    run: Callable[[], object]
-
-
-def ffn_bytes(tokens: int, d: int, f: int, rows: int) -> float:
-    """bfloat16: three matrices, the neurons of each row, x and out."""
-    return 2.0 * (3 * d * f + rows * (2 * NEURONS * d + d) + 2 * tokens * d)
-
-
-def extra_bytes(tokens: int, d: int) -> float:
-    return 2.0 * (2 * NEURONS * d + d + 3 * tokens * d)
-
-
-def attention_bytes(tokens: int, d: int, r: int, k: int, *, shared: bool) -> float:
-    """bfloat16 keys and values, float32 projected values, w2; queries, inputs and out."""
-    rows = k if shared else tokens * k
-    return 2.0 * (2 * rows * d + r * d + 3 * tokens * d) + 4.0 * rows * r
-
-
-def _fused(tokens: int, rows: int) -> None:
-    x, base = torch.randn(tokens, 512).bfloat16(), make_base(512, True, torch.bfloat16, 1024)
-    pool = make_pool(512, (NEURONS,) * rows, [[i] for i in range(rows)], "plain", torch.bfloat16)
-    fused.patched_ffn(x, base, pool, "silu")
-
-
-def _beside(tokens: int) -> None:
-    x = torch.randn(tokens, D).bfloat16()
-    side.add_extra_neurons(x, x.clone(), make_pool(D, (NEURONS,), ([0],), "plain", torch.bfloat16), "silu")
-
-
-def _attention(tokens: int, rows: int | None) -> None:
-    case = Case(tokens, 1, 1024, 1024, 128, K, torch.bfloat16, rows=rows, n=K)
-    case.ids[:] = torch.arange(K)
-    case.run()
-
-
-def _memory() -> None:
-    Memory(1, 1, 256, 256, 32, K, torch.bfloat16, n=1024, bounded=False).run()
-
-
-def _search() -> None:
-    keys = normalize_rows(torch.randn(1024, 256))
-    search.cosine_topk(torch.randn(1, 256), keys, K, True)
-
-
-def _native_search() -> Launch:
-    keys = normalize_rows(torch.randn(2048, 256))
-    return harness.search(Session(), torch.randn(1, 256), keys, K, scan="int8", device=(4, 1)).launch
-
-
-FP32, INT8 = 4.0, 1.0
-ENTRIES = [
-    Entry(
-        "patched_ffn, fused", f"T=1, d={D}, d'={F}, one edit of 10",
-        (ffn_bytes(1, D, F, 1), ffn_bytes(1, 512, 1024, 1)), lambda: _fused(1, 1),
-    ),
-    Entry(
-        "patched_ffn, fused", f"T=64 rows with an edit each, d={D}, d'={F}",
-        (ffn_bytes(64, D, F, 64), ffn_bytes(64, 512, 1024, 64)), lambda: _fused(64, 64),
-    ),
-    Entry("patched_ffn, beside the base", f"T=1, d={D}", (extra_bytes(1, D), extra_bytes(1, D)), lambda: _beside(1)),
-    Entry(
-        "patched_ffn, beside the base", f"T=128 of one row, d={D}", (extra_bytes(128, D), extra_bytes(32, D)),
-        lambda: _beside(32),
-    ),
-    Entry(
-        "latent_attention", f"T=1, k={K}, d={D}, r={R}",
-        (attention_bytes(1, D, R, K, shared=False), attention_bytes(1, 1024, 128, K, shared=False)),
-        lambda: _attention(1, None),
-    ),
-    Entry(
-        "latent_attention", f"T=128 that share their entries, k={K}, d={D}, r={R}",
-        (attention_bytes(128, D, R, K, shared=True), attention_bytes(32, 1024, 128, K, shared=True)),
-        lambda: _attention(32, 1),
-    ),
-    Entry(
-        "memory_attention", f"T=1, N={N} of float32, k={K}, d={D}",
-        (
-            FP32 * N * D + attention_bytes(1, D, R, K, shared=False),
-            FP32 * 1024 * 256 + attention_bytes(1, 256, 32, K, shared=False),
-        ),
-        _memory,
-    ),
-    Entry("cosine_topk, Triton", f"B=1, N={N} of float32, d={D}", (FP32 * N * D, FP32 * 1024 * 256), _search),
-    Entry(
-        "cosine_topk, CUDA, int8 scan", f"B=1, N={N}, d={D}", (N * (INT8 * D + 16), 2048 * (INT8 * 256 + 16)),
-        _native_search,
-    ),
-]  # fmt: skip
-
-
-def launches(entry: Entry) -> list[Launch]:
-    """Of one call, on four multiprocessors."""
-    torch.manual_seed(0)
-    _triton._workspaces.clear()
-    session, before = Session(), _triton._multiprocessors
-    _triton._multiprocessors = lambda device: 4
-    try:
-        with interpreting(session):
-            own = entry.run()
-    finally:
-        _triton._multiprocessors = before
-    return [own] if isinstance(own, Launch) else session.launches
-
-
-def asked(found: list[Launch]) -> tuple[float, float]:
-    """Bytes of all sectors that the operands were asked for, and that scratch was."""
-    sums = {True: 0.0, False: 0.0}
-    for launch in found:
-        for name, traffic in [*launch.loads.items(), *launch.stores.items()]:
-            sums[name in WORKSPACE] += SECTOR * traffic.sectors
-    return sums[False], sums[True]
+COMMAND = __doc__.rsplit("\n", 2)[-2]
+PARTS = ("waiting", "memory", "L2", "issue", "tensor cores", "float64")
 
 
 def amount(count: float) -> str:
     return f"{count / 1e6:.3g} MB" if count >= 1e6 else f"{count / 1e3:.3g} KB"
 
 
-def line(entry: Entry) -> str:
-    real, small = entry.must
-    found = launches(entry)
-    operands, scratch = asked(found)
-    ratios = [f"{asked_for / small:.2f}" for asked_for in (operands, scratch)]
-    bounds = [f"{1e6 * real / speed:.3g}" for speed in BANDWIDTH.values()]
-    cells = [entry.op, entry.shape, str(len(found)), amount(real), *ratios, *bounds]
+def micro(seconds: float) -> str:
+    return f"{1e6 * seconds:.3g}"
+
+
+def row(cells: list[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-_SPEEDS = ", ".join(f"{name} {speed / 1e12:.3g} TB/s" for name, speed in BANDWIDTH.items())
-HEAD = f"""# What the GPU kernels must move
+def heading(*names: str) -> str:
+    return row(list(names)) + "\n" + row(["---"] * len(names))
 
-No GPU was at hand: these are bounds, not times. A bound is the bytes that must move over the memory bandwidth of the
-maker's data sheet ({_SPEEDS}); launch, meetings of blocks and arithmetic
-come on top. `unike bench --device cuda` measures the kernels and the bandwidth on a GPU.
 
-*Asked for* is what the operands' sectors of 32 bytes add up to when the compiled PTX is executed, as a multiple of what
-must move, at smaller shapes and on four multiprocessors; what is asked for more than once can come from a cache.
-*Scratch* is the same for what blocks exchange: its share falls with d and grows with the number of blocks.
-Made by `PYTHONPATH=tests:tools/ptxsim python -m ops.gpu.bounds_table > docs/gpu-bounds.md`.
+def lines(real: Real) -> tuple[str, str]:
+    """Of the first and the second table."""
+    times, parts, figures = [], [], None
+    for machine in MACHINES.values():
+        budget, found = measure(real, machine)
+        times.append(" / ".join(micro(s) for s in (real.bound(machine), found.seconds, real.peer(machine))))
+        if machine is H100:
+            figures = budget
+            parts = [micro(machine.launch), *(micro(found.parts[name]) for name in PARTS)]
+    numbers = [f"{figures.asked:.2f}", f"{figures.scratch:.2f}", f"{figures.flight:.3g}", str(figures.rounds)]
+    return (
+        row([real.op, real.shape, amount(real.must), *numbers, *times]),
+        row([real.op, real.shape, *parts]),
+    )
 
-| operator | shape | launches | must move | asked for | scratch | A100, us | H100, us | B200, us |
-| --- | --- | --- | --- | --- | --- | --- | --- | --- |"""
+
+COLUMNS = ("code", "multiprocessors", "clock", "memory", "reached", "L2", "bfloat16", "float64 warps a cycle", "launch")
+MACHINE_ROWS = "\n".join([heading("GPU", *COLUMNS), *(
+    row([
+        m.name, f"sm_{m.arch}", str(m.multiprocessors), f"{m.clock / 1e9:.3g} GHz", f"{m.bandwidth / 1e12:.3g} TB/s",
+        f"{100 * m.reached:.0f}%", f"{m.l2 / 1e12:.2g} TB/s", f"{m.flops / 1e12:.3g} T", f"{m.doubles:g}",
+        f"{1e6 * m.launch:.2g} us",
+    ])
+    for m in MACHINES.values()
+)])  # fmt: skip
+
+HEAD = f"""# What the GPU kernels must move, and what they take by a model
+
+No GPU was at hand: every time here comes from a model, `tools/ptxsim/ptxsim/cost.py`, of the compiled kernels; none was
+measured. It is meant for orderings, and for seeing a kernel become worse; a time may be off by a third.
+`unike bench --device cuda` measures the kernels and the bandwidth on a GPU.
+
+Made by `{COMMAND}`;
+`python -m ops.gpu.cost_report` prints a launch loop by loop, and `tests/ops/gpu/test_costs.py` holds each to its
+figures.
+
+*Must move* is counted from the shapes. *Asked* is what the operands' sectors of 32 bytes add up to, as a multiple of
+it: what is asked for more than once can come from a cache. *Scratch* is the same for what the blocks exchange.
+*KB in flight* is on one multiprocessor, on average over the loop that asks for most: the latency of an H100's memory at
+full rate wants 20 to 30. *Rounds* are loads that the longest warp awaits one after the other, meetings of blocks
+included. These four are of an H100. Then microseconds: the bound, the model of this kernel, and a model of others.
+
+"""
+
+NOTES = """
+## Where the time goes, on an H100
+
+In microseconds. The launch comes on top of the largest of the others: *waiting*, the longest block alone, with the
+latency that memory has at this load; *memory*, each byte once at the rate that a copy reaches; *L2*, all that
+multiprocessors ask L2 for; *issue*, warp instructions over the four that a multiprocessor starts in a cycle; tensor
+cores and float64, likewise.
+
+"""
+
+ASSUMPTIONS = f"""
+## What the model assumes
+
+{MACHINE_ROWS}
+
+| cycles of | |
+| --- | --- |
+| a load from L1 | {cost.LATENCY[cost.L1]} |
+| from L2 | {cost.LATENCY[cost.L2]} |
+| from memory that is idle | {cost.LATENCY[cost.DRAM]} |
+| from memory at full rate | {cost.LOADED} |
+| an atomic of global memory | {cost.ATOMIC} |
+| a fence of device scope | {cost.FENCE} |
+| a barrier of a block | {cost.BARRIER} |
+
+A line of 128 bytes comes from memory when its block touches it first, scratch from L2. Data sheets give
+multiprocessors, memory and bfloat16 rates; `tools/ptxsim/README.md` names the sources of the rest.
+
+Others are: for the FFN, three products of a vendor's library at the rate of a copy, or at {100 * GEMM_REACHES:.0f}% of
+the arithmetic, an activation and a side product, in a CUDA graph; for the side product a shrink and an expand; for
+latent attention torch, one launch for each of its operations; for a search a float32 product and a selection of 10 us.
+Launches of torch are at least {1e6 * EAGER:.0f} us apart.
+
+## What it does not know
+
+- Conditions on floats, and on what other blocks do: they are guessed, and the report counts them. A search's rescored
+  candidates are one for each warp, whatever the data; a wait for other blocks ends after two looks. Blocks are taken to
+  arrive together, and the block that merges last is the one that is walked.
+- Warps disturb each other only through the sums above. Bank conflicts, instruction fetch, queues between L1 and L2, the
+  two halves of L2, the TLB and clocks under load cost nothing.
+- One to five blocks stand for all. A line that several blocks read comes from memory once for each of them, up to the
+  size of its argument.
+- What the products of Blackwell's tensor cores (tcgen05) take is a guess: their shape is in a register.
+- The host: the times are of a launch in a CUDA graph, or behind a busy stream.
+"""
 
 
 def table() -> str:
-    return "\n".join([HEAD, *(line(entry) for entry in ENTRIES)]) + "\n"
+    """The document."""
+    both = [lines(real) for name, real in REAL.items() if "bfloat16 scan" not in name]  # which is as the float16 one
+    gpus = [f"{name}: bound / model / others" for name in MACHINES]
+    first = heading("operator", "shape", "must move", "asked", "scratch", "KB in flight", "rounds", *gpus)
+    second = heading("operator", "shape", "launch", *PARTS)
+    tables = ["\n".join([first, *(a for a, _ in both)]), "\n".join([second, *(b for _, b in both)])]
+    return HEAD + tables[0] + "\n" + NOTES + tables[1] + "\n" + ASSUMPTIONS
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ session.launch(load(ptx_text)["kernel"], grid=(4,), threads=(128,), arguments=[x
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -67,8 +68,13 @@ class LoadedKernel:
 
     def __init__(self, module: Module, kernel: Kernel, variables: dict[str, np.ndarray]):
         self.module, self.kernel, self.variables = module, kernel, variables
-        addresses = {name: array.ctypes.data for name, array in variables.items()}
-        self.program: Program = build(module, kernel, addresses)
+        self.cubin: bytes | None = None  # the binary, where whoever loaded the file has one
+
+    @functools.cached_property
+    def program(self) -> Program:
+        """The code, decoded for a launch."""
+        addresses = {name: array.ctypes.data for name, array in self.variables.items()}
+        return build(self.module, self.kernel, addresses)
 
 
 class LoadedModule:

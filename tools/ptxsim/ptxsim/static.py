@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
 import tempfile
 from collections import Counter
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Any, NamedTuple
 import triton
 from triton.backends.compiler import GPUTarget
 
+from .sass import tool
 from .triton_driver import SHARED_LIMIT, compiling
 
 CUDA_ARCHITECTURES = (80, 90, 100, 120)
@@ -95,8 +95,8 @@ def _cuda(compiled: Any, arch: int) -> Resources:
     with tempfile.TemporaryDirectory() as folder:
         binary = Path(folder) / "kernel.cubin"
         binary.write_bytes(compiled.asm["cubin"])
-        usage = _tool(triton.knobs.nvidia.cuobjdump.path, "-res-usage", binary)
-        sass = _tool(triton.knobs.nvidia.nvdisasm.path, "-c", binary)
+        usage = tool(triton.knobs.nvidia.cuobjdump.path, "-res-usage", binary)
+        sass = tool(triton.knobs.nvidia.nvdisasm.path, "-c", binary)
     registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
     operations = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)", sass)
     metadata = compiled.metadata
@@ -113,10 +113,6 @@ def _cuda(compiled: Any, arch: int) -> Resources:
         global_loads=len(loads),
         tensor_core=Counter(name for name in operations if re.match(r"([HIQDOU][TG]?[CM]*MMA|UTC\w*MMA)", name)),
     )
-
-
-def _tool(*command: Any) -> str:
-    return subprocess.run([str(part) for part in command], check=True, capture_output=True, text=True).stdout
 
 
 def _amd(compiled: Any) -> Resources:

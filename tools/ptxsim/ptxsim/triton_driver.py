@@ -94,6 +94,7 @@ def _init_handles(kernel: CompiledKernel) -> None:
         raise triton.OutOfResources(metadata.shared, limit, "shared memory")
     module = load(kernel.asm["ptx"])
     kernel.function = module[metadata.name]
+    kernel.function.cubin = kernel.asm["cubin"]
     signature = [(index, kind) for index, kind in enumerate(kernel.src.signature.values()) if kind != "constexpr"]
     names = [kernel.src.fn.arg_names[index] for index, _ in signature]
 

@@ -168,3 +168,63 @@ def locked_sum(lock, out):
     tl.store(out, total)
     tl.debug_barrier()
     tl.atomic_xchg(lock, 0)
+
+
+@triton.jit
+def nothing(out):
+    pass
+
+
+@triton.jit
+def copy(x, out, per_block, BLOCK: tl.constexpr):
+    """Each block its share, BLOCK numbers at a time."""
+    first = tl.program_id(0) * per_block
+    for at in range(first, first + per_block, BLOCK):
+        offsets = at + tl.arange(0, BLOCK)
+        tl.store(out + offsets, tl.load(x + offsets))
+
+
+@triton.jit
+def chase(following, out, steps):
+    """Each load brings the address of the next one."""
+    place = tl.load(following)
+    for _ in range(steps):
+        place = tl.load(following + place)
+    tl.store(out, place)
+
+
+@triton.jit
+def sum_of_rows(x, out, rows, WIDTH: tl.constexpr):
+    """One row after the other."""
+    columns = tl.arange(0, WIDTH)
+    total = tl.zeros((WIDTH,), tl.float32)
+    for row in range(rows):
+        total += tl.load(x + row * WIDTH + columns, cache_modifier=".cg")
+    tl.store(out + columns, total)
+
+
+@triton.jit
+def sum_at_once(x, out, rows, MOST: tl.constexpr, WIDTH: tl.constexpr):
+    """All rows in one load."""
+    row, columns = tl.arange(0, MOST), tl.arange(0, WIDTH)
+    place = x + row[:, None] * WIDTH + columns[None, :]
+    tile = tl.load(place, mask=(row < rows)[:, None], other=0.0, cache_modifier=".cg")
+    tl.store(out + columns, tl.sum(tile, 0))
+
+
+@triton.jit
+def scattered(x, ids, out, divisor, BLOCK: tl.constexpr):
+    """Places by division, by numbers that come from memory, in 32 and in 64 bits, some of them negative."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    id = tl.load(ids + at)
+    place = tl.abs(id // divisor) * 8 + at % divisor + tl.minimum(id & 7, at >> 3).to(tl.int64)
+    tl.store(out + at, tl.load(x + place, mask=id != 5, other=0.0), mask=at * 3 % 7 != 0)
+
+
+@triton.jit
+def halve(x, out):
+    """As often as the data say."""
+    v = tl.load(x)
+    while v > 1:
+        v *= 0.5
+    tl.store(out, v)

@@ -1,0 +1,105 @@
+"""What each kernel costs at its real shape on an H100, by the cost model of tools/ptxsim: no more than it did.
+
+BUDGETS is what `PYTHONPATH=.:tests:tools/ptxsim python -m ops.gpu.cost_report budgets` prints: paste its lines after a
+kernel has become better. A kernel that has become worse in any of the numbers fails.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import pytest
+from cuda_tests import harness
+from ops.gpu.real_launches import REAL, Real
+from ptxsim.cost import H100, Cost, Machine
+
+from unike_kernels.ops.patched_ffn import triton_fused as fused
+
+
+class Budget(NamedTuple):
+    """What a launch took when this was written.
+
+    Attributes:
+        rounds: loads that wait for one another, in its longest warp.
+        flight: KB on their way to a multiprocessor, in the loop that asks for most.
+        asked: bytes asked for over those that must move; scratch: bytes of scratch, likewise.
+        us: of the model.
+    """
+
+    rounds: int
+    flight: float
+    asked: float
+    scratch: float
+    us: float
+
+
+SLACK = 1.03  # of all but whole rounds: another version of Triton schedules a little differently
+
+
+def measure(real: Real, machine: Machine = H100) -> tuple[Budget, Cost]:
+    """The numbers that budgets hold, and the whole."""
+    found = real.cost(machine)
+    operands = sum(found.asked.values()) - found.scratch
+    figures = found.flight / 1024, operands / real.must, found.scratch / real.must, 1e6 * found.seconds
+    return Budget(found.rounds, *(float(f"{figure:.3g}") for figure in figures)), found
+
+
+def excess(found: Budget, budget: Budget) -> list[str]:
+    """The numbers that are worse than the budget allows."""
+    worse = ["rounds"] * (found.rounds > budget.rounds) + ["flight"] * (SLACK * found.flight < budget.flight)
+    return worse + [n for n in ("asked", "scratch", "us") if getattr(found, n) > SLACK * getattr(budget, n) + 0.01]
+
+
+BUDGETS = {
+    "patched_ffn, fused, T=1, one edit of 10, d=4096, d'=11008": Budget(155, 13.1, 1.04, 0.0116, 117.0),
+    "patched_ffn, fused, T=8, one edit of 10, d=4096, d'=11008": Budget(155, 13.2, 1.21, 0.0929, 116.0),
+    "patched_ffn, fused, T=64, rows with an edit each, d=4096, d'=11008": Budget(178, 22.2, 2.49, 0.712, 166.0),
+    "patched_ffn, beside the base, T=1, d=4096": Budget(18, 1.12, 1.21, 1.35, 9.93),
+    "patched_ffn, beside the base, T=128, d=4096": Budget(18, 3.93, 1.46, 1.96, 10.2),
+    "latent_attention, T=1, ids of their own, k=40, d=4096, r=512": Budget(588, 1.48, 1.25, 6.83, 129.0),
+    "latent_attention, T=8, ids of their own, k=40, d=4096, r=512": Budget(404, 4.19, 4.82, 6.97, 119.0),
+    "latent_attention, T=64, ids of their own, k=40, d=4096, r=512": Budget(4060, 3.56, 4.26, 119.0, 1160.0),
+    "latent_attention, T=128, shared ids, k=40, d=4096, r=512": Budget(324, 3.09, 6.44, 30.3, 127.0),
+    "memory_attention, T=1, N=15000 of float32, k=40, d=4096": Budget(788, 6.04, 1.16, 0.442, 316.0),
+    "cosine_topk, Triton, B=1, N=15000 of float32, d=4096": Budget(208, 6.04, 1.13, 0.163, 197.0),
+    "cosine_topk, CUDA, int8 scan, B=1, N=15000, d=4096": Budget(98, 29.3, 3.56, 1.35, 60.2),
+    "cosine_topk, CUDA, float16 scan, B=1, N=15000, d=4096": Budget(106, 44.0, 2.28, 0.677, 68.9),
+    "cosine_topk, CUDA, bfloat16 scan, B=1, N=15000, d=4096": Budget(106, 44.0, 2.28, 0.677, 68.9),
+    "cosine_topk, CUDA, float32 scan, B=1, N=15000, d=4096": Budget(119, 39.0, 1.59, 0.339, 90.8),
+    "patched_ffn, gradients of extra neurons, T=128, d=4096": Budget(78, 1.89, 2.41, 5.86, 39.5),
+    "latent_attention, gradients, T=8, k=40, d=4096, r=512": Budget(1025, 3.4, 44.1, 3.91, 381.0),
+}
+USUAL = {  # the others are slow tests
+    "patched_ffn, fused, T=1, one edit of 10, d=4096, d'=11008",
+    "patched_ffn, fused, T=64, rows with an edit each, d=4096, d'=11008",
+    "patched_ffn, beside the base, T=1, d=4096",
+    "patched_ffn, beside the base, T=128, d=4096",
+    "latent_attention, T=1, ids of their own, k=40, d=4096, r=512",
+    "cosine_topk, CUDA, int8 scan, B=1, N=15000, d=4096",
+    "patched_ffn, gradients of extra neurons, T=128, d=4096",
+}
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in USUAL else [pytest.mark.slow]) for n in BUDGETS])
+def test_no_kernel_has_become_worse(name):
+    if "CUDA" in name and not harness.can_compile():
+        pytest.skip("nvcc is not here")
+    found, cost = measure(REAL[name])
+    assert not excess(found, BUDGETS[name]), f"{found}\n{cost}"
+
+
+T1, T8 = (f"patched_ffn, fused, T={tokens}, one edit of 10, d=4096, d'=11008" for tokens in (1, 8))
+
+
+@pytest.mark.parametrize(
+    ("name", "tiles", "worse"),
+    [
+        pytest.param(T1, fused.Tiles(stages=2), {"rounds", "flight", "us"}, id="a stage less"),
+        pytest.param(T1, fused.Tiles(width=128), {"rounds", "flight", "us"}, id="half the bytes in a step"),
+        pytest.param(T8, fused.Tiles(neurons=16), {"asked"}, id="x read twice as often"),
+    ],
+)
+def test_a_worse_kernel_is_found(name, tiles, worse, monkeypatch):
+    monkeypatch.setattr(fused, "tile_sizes", lambda *_: tiles)
+    found, _ = measure(REAL[name])
+    assert worse <= set(excess(found, BUDGETS[name])), found
