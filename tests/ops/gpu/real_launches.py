@@ -158,11 +158,11 @@ def _beside_backward(tokens: int) -> None:
 
 def _attended(tokens: int, own: bool) -> dict[str, object]:
     """The operands of attention over a memory of N entries."""
-    ids = torch.randperm(N)[: K * 64].reshape(64, K).repeat(-(-tokens // 64), 1)[: tokens if own else 1]
+    ids = torch.stack([torch.randperm(N)[:K] for _ in range(tokens if own else 1)])
     encoder = SemanticEncoder(_half(R, D), _half(R), _half(D, R), _half(D))
     return {
         "queries": _half(tokens, 1, D), "inputs": _half(tokens, D), "keys": _half(N, 1, D), "values": _half(N, 1, D),
-        "ids": ids.contiguous(), "encoder": encoder, "alpha": None, "anchor": None,
+        "ids": ids, "encoder": encoder, "alpha": None, "anchor": None,
         "blend": Blend(D**-0.5, "inclusion", "match"), "projected": _zeros(N, 1, R),
     }  # fmt: skip
 
@@ -236,7 +236,7 @@ def _cuda(queries: int, scan: str) -> Real:
 REAL = {
     real.name: real
     for real in [
-        _ffn(1, 1), _ffn(8, 1), _ffn(64, 64), _extra(1), _extra(128), _latent(1), _latent(8), _latent(64),
+        _ffn(1, 1), _ffn(8, 1), _ffn(64, 64), _extra(1), _extra(128), _latent(1), _latent(8), _latent(64), _latent(512),
         _latent(128, own=False),
         Real(
             "memory_attention", f"T=1, N={N} of float32, k={K}, d={D}",

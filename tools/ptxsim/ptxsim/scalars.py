@@ -298,11 +298,15 @@ def _logic(i: SassInstruction) -> Effect:
     parts = Parts(i)
     *sources, bits = parts.sources
     value = _known(lambda x, y, z: _table(int(bits, 16), x, y, z, WORD), *map(word, sources))
+    last = i.operands[-1]
+    or_else = predicate(last) if last.lstrip("!U").startswith("P") else lambda warp: False
 
     def run(warp: Any) -> list[tuple[str, Value]]:
-        result = value(warp)
-        flags = [(name, None if result is None else _bool(result != 0)) for name in parts.flags]
-        return [(parts.result, result), *flags]
+        result, other = value(warp), or_else(warp)
+        there = None if result is None else _bool(result != 0)
+        # A predicate is whether any bit is set, or the last operand, which is !PT where it says nothing.
+        flag = True if other is True else there if other is False else None if None in (there, other) else there | other
+        return [(parts.result, result), *((name, flag) for name in parts.flags)]
 
     return run
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,8 @@ import torch  # noqa: E402
 import triton_samples as samples  # noqa: E402
 from ptxsim import Launch, OutOfBoundsError, Session  # noqa: E402
 from ptxsim.cost import A100, B200, H100, MACHINES, ROUNDS, Cost, Recorder, cost, replay, site_of  # noqa: E402
+from ptxsim.sass import SassInstruction  # noqa: E402
+from ptxsim.scalars import effect  # noqa: E402
 from ptxsim.triton_driver import interpreting  # noqa: E402
 from ptxsim.walk import walk  # noqa: E402
 
@@ -170,6 +173,15 @@ def test_an_address_outside_of_all_arguments_is_an_error():
         samples.copy[(1,)](numbers(64), numbers(128), 128, 128)
     with pytest.raises(OutOfBoundsError, match="copy"):
         cost(recorder.recorded[0], H100)
+
+
+@pytest.mark.parametrize(("last", "wanted"), [("!PT", False), ("PT", True), ("P1", True), ("!P1", False), ("P2", None)])
+def test_a_predicate_of_lop3(last, wanted):
+    """Whether a bit is set, or the last operand holds: ptxas writes conditions that are constant so."""
+    operands = ("P4", "RZ", "RZ", "0xffffffff", "RZ", "0xc0", last)
+    instruction = SassInstruction("LOP3", ("LUT",), operands, None, False, None, 1, 7, 7, (), "")
+    found = dict(effect(instruction)(SimpleNamespace(get={"P1": True, "P2": None}.get, registers={})))
+    assert found["P4"] is wanted
 
 
 def test_meetings_and_atomics_are_rounds():
