@@ -395,8 +395,8 @@ def _bytes(i: SassInstruction) -> Effect:
 
 
 def _pack_predicates(i: SassInstruction) -> Effect:
-    """P2R: unknown ones count as clear."""
-    result, _, base, mask = i.operands
+    """P2R, and UP2UR of the uniform ones; unknown where one of them is."""
+    result, kind, base, mask = i.operands
     below, wanted = word(base), int(mask, 16)
 
     def run(warp: Any) -> list[tuple[str, Value]]:
@@ -406,7 +406,7 @@ def _pack_predicates(i: SassInstruction) -> Effect:
         total = total & ~wanted
         for n in range(7):
             if wanted >> n & 1:
-                flag = warp.get(f"P{n}")
+                flag = warp.get(f"{kind[:-1]}{n}")
                 if flag is None:
                     return [(result, None)]
                 total = total | flag * (1 << n)
@@ -618,7 +618,8 @@ _VALUES: dict[str, Callable[[SassInstruction], Effect]] = {
     "LOP3": _logic, "PLOP3": _predicate_logic, "SEL": _select, "FSEL": _select, "IMNMX": _extremum,
     "VIMNMX": _extremum, "VIADDMNMX": _extremum, "MOV": _unary(lambda x: x), "SGXT": _extended, "PRMT": _bytes,
     "IABS": _unary(lambda x: abs(signed(x))), "POPC": _unary(_count_bits), "FLO": _unary(_leading),
-    "P2R": _pack_predicates, "R2P": _unpack_predicates, "VOTE": _vote, "SHFL": _shuffle, "REDUX": _reduce,
+    "P2R": _pack_predicates, "UP2UR": _pack_predicates, "R2P": _unpack_predicates, "VOTE": _vote, "SHFL": _shuffle,
+    "REDUX": _reduce,
     "R2UR": _to_uniform, "S2R": _special, "S2UR": _special, "CS2R": _special, "LDC": _constant, "LDCU": _constant,
     "I2F": _to_float, "F2I": _to_integer, "MUFU": _reciprocal, "HFMA2": _half_constant,
 }  # fmt: skip

@@ -184,6 +184,14 @@ def test_a_predicate_of_lop3(last, wanted):
     assert found["P4"] is wanted
 
 
+@pytest.mark.parametrize(("opcode", "kind"), [("P2R", "PR"), ("UP2UR", "UPR")])
+@pytest.mark.parametrize(("flags", "wanted"), [((True, False), 0x11), ((False, True), 0x12), ((None, True), None)])
+def test_predicates_in_a_register(opcode, kind, flags, wanted):
+    held = {f"{kind[:-1]}{n}": flag for n, flag in enumerate(flags)}
+    instruction = SassInstruction(opcode, (), ("R1", kind, "0x10", "0x3"), None, False, None, 1, 7, 7, (), "")
+    assert dict(effect(instruction)(SimpleNamespace(get=held.get, registers={}))) == {"R1": wanted}
+
+
 def test_meetings_and_atomics_are_rounds():
     found = on(H100, samples.spin_barrier, (4,), numbers(256), numbers(4), integers(0), numbers(256), 4, 64)
     assert found.rounds >= 3
