@@ -272,7 +272,7 @@ class LayerEdits(Tables):
         if isinstance(rows, Routed):
             at = self._numbered(rows.names)[rows.acts]  # the last one for -1
             indptr = F.pad((at >= 0).cumsum(0), (1, 0))
-            behind = at.new_zeros(len(at) + 1)  # in its last place is what no row has
+            behind = at.new_zeros(len(at) + 1, dtype=torch.int64)  # in its last place is what no row has
             return indptr, behind.scatter_(0, torch.where(at >= 0, indptr[:-1], len(at)), at)[:-1]
         check_distinct(rows)
         return csr([[self.position[i] for i in row if i in self.position] for row in rows], self.indptr.device)

@@ -63,17 +63,16 @@ class Vocabulary:
         stream = torch.zeros(2, len(lengths) * (_LONGEST + 2) + _GRAMS, dtype=torch.int64, device=ids.device)
         end = stream.shape[1] - 1
 
-        def put(there: Tensor, places: Tensor, codes: Tensor | int) -> None:
+        def put(there: Tensor, places: Tensor, codes: Tensor) -> None:
             places = torch.where(there, places, end)
             for row, values in ((0, codes), (1, word.view(-1, *[1] * (places.dim() - 1)) + 1)):
-                values = torch.as_tensor(values, device=ids.device).expand(places.shape)
-                stream[row].scatter_(0, places.flatten(), values.flatten())
+                stream[row].scatter_(0, places.flatten(), values.expand(places.shape).flatten())
 
         column = torch.arange(_LONGEST, dtype=torch.int64, device=ids.device)
         first = at + (~joins).long()
         put(column < lengths.unsqueeze(1), first.unsqueeze(1) + column, tables.codes[ids.flatten()].long())
-        put((lengths > 0) & ~joins, at, _FIRST)
-        put((lengths > 0) & ends, at + sizes - 1, _LAST)
+        put((lengths > 0) & ~joins, at, torch.full_like(at, _FIRST))
+        put((lengths > 0) & ends, at + sizes - 1, torch.full_like(at, _LAST))
         stream[:, end] = 0
 
         # The runs that begin with each character: the bucket of each, 0 for one that leaves its word.
@@ -114,9 +113,10 @@ def _tables(pieces: Sequence[str], device: torch.device) -> _Tables:
     texts = [*(piece.lstrip(" ").lower()[:_LONGEST] for piece in pieces), ""]
     codes = np.array(texts, dtype=f"<U{_LONGEST}").view(np.int32).reshape(len(texts), _LONGEST)
     starts = [not piece.startswith(" ") and text[:1].isalnum() for piece, text in zip(pieces, texts, strict=False)]
-    columns = [list(map(len, texts)), [*starts, False], [text[-1:].isalnum() for text in texts]]
-    tables = [torch.from_numpy(codes), *(torch.tensor(column, device="cpu") for column in columns)]
-    return _Tables(*(t.to(device) for t in tables))
+    lengths = torch.tensor(list(map(len, texts)), dtype=torch.int64, device="cpu")
+    ends = [text[-1:].isalnum() for text in texts]
+    open_starts, open_ends = (torch.tensor(t, dtype=torch.bool, device="cpu") for t in ([*starts, False], ends))
+    return _Tables(*(t.to(device) for t in (torch.from_numpy(codes), lengths, open_starts, open_ends)))
 
 
 @functools.lru_cache(maxsize=16)

@@ -487,7 +487,7 @@ def tiling(
 
 def columns_of(ids: Tensor) -> Tensor:
     """The ids as the kernels read them: at least one a row."""
-    return ids.contiguous() if ids.shape[1] else ids.new_full((len(ids), 1), -1)
+    return ids.contiguous() if ids.shape[1] else ids.new_full((len(ids), 1), -1, dtype=torch.int64)
 
 
 def operands(
