@@ -151,8 +151,13 @@ def test_a_kernel_without_its_middle_barrier(run, few_multiprocessors):
     assert noticed(run, needed[len(needed) // 2])
 
 
-@pytest.mark.slow(minutes=3)
-@pytest.mark.parametrize("run", LAUNCHES, ids=lambda run: run.__name__)
+@pytest.mark.parametrize(
+    "run",
+    [
+        pytest.param(run, id=run.__name__, marks=pytest.mark.slow(minutes=30 if "attention" in run.__name__ else 3))
+        for run in LAUNCHES
+    ],
+)
 def test_kernels_without_one_barrier(run, few_multiprocessors):
     name = run.__name__
     assert noticed(run, -1) is None
