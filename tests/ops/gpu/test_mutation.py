@@ -108,7 +108,7 @@ SURVIVORS: dict[str, dict[int, str]] = {
         113: REDUCED,
     },
     "cosine_topk": {3: DISJOINT, 5: WARP, 20: DISJOINT},
-    "memory_attention": {18: DISJOINT},
+    "memory_attention": {18: DISJOINT, 46: DISJOINT, 63: DISJOINT, 73: DISJOINT},
 }
 
 
