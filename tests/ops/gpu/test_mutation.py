@@ -95,7 +95,7 @@ SURVIVORS: dict[str, dict[int, str]] = {
     "extra_neurons": {7: DISJOINT, 15: OWN},
     "extra_neurons_backward": {4: PROLOGUE, 12: PROLOGUE, 20: PROLOGUE, 24: TWICE, 38: TWICE},
     "latent_attention": {30: DISJOINT, 38: FEW, 43: DISJOINT, 53: DISJOINT},
-    "latent_attention_shared": {23: DISJOINT},
+    "latent_attention_shared": dict.fromkeys((23, 26, 31, 40, 43, 48, 69), DISJOINT),
     "latent_attention_backward": {
         0: LAST,
         30: DISJOINT,
