@@ -103,6 +103,18 @@ def tokens_of(slots, begin, end, per_row, tiles_per_row, BM: tl.constexpr):
 
 
 @triton.jit
+def item_of(
+    item, groups, begin, end, per_row, tiles_per_row, width, GM: tl.constexpr, BM: tl.constexpr, N: tl.constexpr
+):
+    """An item of a matrix product over all tokens of a pass, which has so many groups of GM: their slots, the tokens,
+    which there are, and N columns of so many, and which there are."""
+    slots = item % groups * GM + tl.arange(0, GM)
+    tokens, valid = tokens_of(slots, begin, end, per_row, tiles_per_row, BM)
+    columns = item // groups * N + tl.arange(0, N)
+    return slots, tokens, valid, columns, columns < width
+
+
+@triton.jit
 def entries_at(ids, at, last):
     """Entries before the last one of a token, or -1."""
     return tl.load(ids + at, mask=at < last, other=-1).to(tl.int32)
@@ -337,19 +349,17 @@ def latent_attention_kernel(
             groups = tl.cdiv((end - begin) * BM, GM)
             if projected is None:
                 for item in tl.range(block, groups * tl.cdiv(r, FIRST[0]), blocks, disable_licm=True):
-                    slots = item % groups * GM + tl.arange(0, GM)
-                    tokens, valid = tokens_of(slots, begin, end, per_row, tiles_per_row, BM)
-                    columns = item // groups * FIRST[0] + tl.arange(0, FIRST[0])
-                    inside = columns < r
+                    slots, tokens, valid, columns, inside = item_of(
+                        item, groups, begin, end, per_row, tiles_per_row, r, GM, BM, FIRST[0]
+                    )
                     total = product(know, w1, d, r, slots, valid, columns, inside, FIRST[1])
                     g = activate(biased(total, b1, columns, inside), "gelu")
                     tl.store(hidden + slots[:, None] * r + columns[None, :], g, mask=valid[:, None] & inside[None, :])
                 meet(everybody, blocks, block == 0)
             for item in tl.range(block, groups * COLUMN_TILES, blocks, disable_licm=True):
-                slots = item % groups * GM + tl.arange(0, GM)
-                tokens, valid = tokens_of(slots, begin, end, per_row, tiles_per_row, BM)
-                columns = item // groups * SECOND[0] + tl.arange(0, SECOND[0])
-                inside = columns < d
+                slots, tokens, valid, columns, inside = item_of(
+                    item, groups, begin, end, per_row, tiles_per_row, d, GM, BM, SECOND[0]
+                )
                 total = product(hidden, w2, r, d, slots, valid, columns, inside, SECOND[1])
                 sem = biased(total, b2, columns, inside)
                 there = valid[:, None] & inside[None, :]

@@ -32,6 +32,7 @@ from .triton import (
     columns_of,
     found_any,
     inverse,
+    item_of,
     logits_in,
     operands,
     parts_of,
@@ -145,10 +146,9 @@ def latent_attention_backward_kernel(
             groups = tl.cdiv((end - begin) * BM, GM)
             if projected is None:
                 for item in tl.range(block, groups * tl.cdiv(r, FIRST[0]), blocks, disable_licm=True):
-                    slots = item % groups * GM + tl.arange(0, GM)
-                    tokens, exists = tokens_of(slots, begin, end, per_row, tiles_per_row, BM)
-                    columns = item // groups * FIRST[0] + tl.arange(0, FIRST[0])
-                    inside = columns < r
+                    slots, tokens, exists, columns, inside = item_of(
+                        item, groups, begin, end, per_row, tiles_per_row, r, GM, BM, FIRST[0]
+                    )
                     total = product(know, w1, d, r, slots, exists, columns, inside, FIRST[1])
                     before = biased(total, b1, columns, inside)
                     place = slots[:, None] * r + columns[None, :]
@@ -156,10 +156,9 @@ def latent_attention_backward_kernel(
                     tl.store(active + place, activate(before, "gelu"), mask=exists[:, None] & inside[None, :])
                 meet(everybody, blocks, block == 0)
             for item in tl.range(block, groups * COLUMN_TILES, blocks, disable_licm=True):
-                slots = item % groups * GM + tl.arange(0, GM)
-                tokens, exists = tokens_of(slots, begin, end, per_row, tiles_per_row, BM)
-                columns = item // groups * SECOND[0] + tl.arange(0, SECOND[0])
-                inside = columns < d
+                slots, tokens, exists, columns, inside = item_of(
+                    item, groups, begin, end, per_row, tiles_per_row, d, GM, BM, SECOND[0]
+                )
                 total = product(active, w2, r, d, slots, exists, columns, inside, SECOND[1])
                 there = exists[:, None] & inside[None, :]
                 s = tl.where(there, biased(total, b2, columns, inside), 0.0)
@@ -233,10 +232,9 @@ def latent_attention_backward_kernel(
         if given is None:
             groups = tl.cdiv((end - begin) * BM, GM)
             for item in tl.range(block, groups * tl.cdiv(r, FIRST[0]), blocks, disable_licm=True):
-                slots = item % groups * GM + tl.arange(0, GM)
-                tokens, exists = tokens_of(slots, begin, end, per_row, tiles_per_row, BM)
-                columns = item // groups * FIRST[0] + tl.arange(0, FIRST[0])
-                inside = columns < r
+                slots, tokens, exists, columns, inside = item_of(
+                    item, groups, begin, end, per_row, tiles_per_row, r, GM, BM, FIRST[0]
+                )
                 total = product(sem, w2, d, r, slots, exists, columns, inside, FIRST[1], True)
                 there = exists[:, None] & inside[None, :]
                 place = slots[:, None] * r + columns[None, :]
@@ -244,10 +242,9 @@ def latent_attention_backward_kernel(
                 tl.store(active + place, total * activate_slope(before, "gelu"), mask=there)  # in its place
             meet(everybody, blocks, block == 0)
             for item in tl.range(block, groups * COLUMN_TILES, blocks, disable_licm=True):
-                slots = item % groups * GM + tl.arange(0, GM)
-                tokens, exists = tokens_of(slots, begin, end, per_row, tiles_per_row, BM)
-                columns = item // groups * SECOND[0] + tl.arange(0, SECOND[0])
-                inside = columns < d
+                slots, tokens, exists, columns, inside = item_of(
+                    item, groups, begin, end, per_row, tiles_per_row, d, GM, BM, SECOND[0]
+                )
                 total = product(active, w1, r, d, slots, exists, columns, inside, SECOND[1], True)
                 there = exists[:, None] & inside[None, :]
                 place = know + slots[:, None] * d + columns[None, :]
