@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops.cosine_topk import cosine_topk
-from ..ops.prompt_encoder import SPELLING, PromptEncoder, StateBlock, TextBlock
+from ..ops.prompt_encoder import SPELLING, PromptEncoder, StateBlock, TextBlock, nearest, surely_about
 from . import files
 
 OwnKey = Callable[[Sequence[Sequence[int]]], Tensor]  # token ids of n prompts -> [n, c]
@@ -178,18 +178,11 @@ class Scope:
         ends = torch.arange(known, len(every), dtype=torch.int64, device="cpu")
         # So many that the nearest entry of a second fact is among them.
         widest = max(Counter(numbers).values(), default=0) + 2
-        scores, ids = (
-            t.tolist()
-            for t in cosine_topk(
-                entries, every, min(widest, len(every)), normalized=True,
-                ranges=torch.stack([torch.zeros_like(ends), ends], 1),
-            )
-        )  # fmt: skip
-        for i, (cosines, places) in enumerate(zip(scores, ids, strict=True)):
-            near = [(cosine, numbers[place]) for cosine, place in zip(cosines, places, strict=True) if place >= 0]
-            best, fact = near[0] if near else (0.0, -1)
-            rival = next((cosine for cosine, other in near if other != fact), 0.0)
-            if fact < 0 or best <= self.same_fact or best - rival <= self.threshold:
+        earlier = torch.stack([torch.zeros_like(ends), ends], 1)
+        for i, found in enumerate(nearest(entries, every, widest, earlier)):
+            near = [(cosine, numbers[place]) for cosine, place in found]
+            fact = surely_about(near, self.same_fact, self.threshold)
+            if fact is None:
                 fact = self.count + len(new)
                 new.append(i)
             numbers.append(fact)
@@ -212,9 +205,9 @@ class Scope:
         """
         known, number = torch.zeros(len(other.entries), dtype=torch.bool, device="cpu"), {}
         if len(self.entries) and len(other.entries):
-            cosine, nearest = (t[:, 0] for t in cosine_topk(other.entries, self.entries, 1, normalized=True))
+            cosine, at = (t[:, 0] for t in cosine_topk(other.entries, self.entries, 1, normalized=True))
             known = cosine > 1 - _ROUNDING
-            number = dict(zip(other.facts[known].tolist(), self.facts[nearest[known]].tolist(), strict=True))
+            number = dict(zip(other.facts[known].tolist(), self.facts[at[known]].tolist(), strict=True))
         new = [fact for fact in other.facts.unique().tolist() if fact not in number]
         number |= {fact: self.count + i for i, fact in enumerate(new)}
         count = self.count + len(new)

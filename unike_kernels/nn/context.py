@@ -17,7 +17,7 @@ from torch import Tensor
 from ..config import Config
 from ..errors import PatchError
 from .ambient import Ambient
-from .routing import Routed, Router, Rows, Seen, behind_prompts
+from .routing import Routed, Router, Rows, Seen, behind_prompts, idle
 from .trace import PassTrace, Trace
 
 
@@ -236,8 +236,7 @@ class Pass:
 
     def idle(self) -> bool:
         """Whether it is known, without waiting for a device, that no edit acts where one decides about the memory."""
-        rows, _ = self.acting()
-        return self.scoped and (rows.idle() if isinstance(rows, Routed) else not any(rows or ()))
+        return self.scoped and idle(self.acting()[0])
 
     def entries(self, bounds: Tensor) -> Tensor:
         """int64 [B * T, 2]: of the entries [start, end) that each token may retrieve, those that shift it, where a

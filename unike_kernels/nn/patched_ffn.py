@@ -18,7 +18,7 @@ from ._drop_in import DropIn, Record, adopt, base_class, check_free, first_argum
 from .context import ModelContext, Pass
 from .dense import Dense
 from .layer_edits import LayerEdits
-from .routing import Routed, Rows
+from .routing import Routed, Rows, idle
 from .trace import seconds_since
 
 
@@ -83,7 +83,7 @@ class ExtraNeurons(Record):
 
     def _add(self, now: Pass, edits: LayerEdits, hidden_states: Tensor, out: Tensor) -> Tensor:
         rows, token_rows = now.acting()
-        if now.scoped and _idle(rows, edits):
+        if now.scoped and idle(rows, edits.position):
             return out
         if now.traced or torch.is_grad_enabled():
             pool = self._pool(now, edits, rows)._replace(token_rows=token_rows)
@@ -147,13 +147,6 @@ class ExtraNeurons(Record):
             if _state(part) != state or (part is not whole and (part._forward_hooks or part._forward_pre_hooks)):
                 return False
         return True
-
-
-def _idle(rows: Rows | Routed | None, edits: LayerEdits) -> bool:
-    """Whether it is known that no row uses any of these edits."""
-    if isinstance(rows, Routed):
-        return rows.idle(edits.position)
-    return not any(name in edits.position for row in rows or () for name in row)
 
 
 def _state(part: nn.Module) -> tuple[Any, ...]:

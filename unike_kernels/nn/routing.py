@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops.cosine_topk import cosine_topk
-from ..ops.prompt_encoder import PromptEncoder, Text, Vocabulary, encode_prompts
+from ..ops.prompt_encoder import PromptEncoder, Text, Vocabulary, encode_prompts, nearest, surely_about
 from ._drop_in import Tables
 
 if TYPE_CHECKING:
@@ -119,6 +119,13 @@ class Routed:
         if among is None:
             return not bool(self.entries.any())
         return not any(i >= 0 and self.names[i] in among for i in self.acts.tolist())
+
+
+def idle(rows: Rows | Routed | None, among: Container[str] | None = None) -> bool:
+    """See `Routed.idle`; of rows that name their edits, too."""
+    if isinstance(rows, Routed):
+        return rows.idle(among)
+    return not any(among is None or name in among for row in rows or () for name in row)
 
 
 @dataclass(eq=False)
@@ -246,8 +253,8 @@ class Router(Tables):
         """Note what these edits are about, by their own prompts' entries, which are in these places: the fact of the
         edit, or of the memory, that would win there, if its entry is near enough to be surely of the same fact."""
         prompts, earlier = self.entries[own], torch.stack([torch.zeros_like(own), own], 1)
-        edits = _found(prompts, self.entries, self.most + 1, earlier)
-        facts = _found(prompts, self.others, self._widest + 1)
+        edits = nearest(prompts, self.entries, self.most + 1, earlier)
+        facts = nearest(prompts, self.others, self._widest + 1)
         owners, numbers = self.owner.tolist(), self.facts.tolist()
         about = {fact: name for name, fact in self.retired.items()}
 
@@ -261,13 +268,10 @@ class Router(Tables):
             for s, i in known:
                 fact = numbers[i]
                 near.append((s, live(about[fact]) if fact in about else fact))
-            score, nearest = max(near, key=lambda pair: pair[0], default=(0.0, ""))
-            rival = max((s for s, what in near if what != nearest), default=0.0)
-            if score <= self.same_fact or score - rival <= self.threshold:
-                continue
-            if isinstance(nearest, str):
-                self.replaced[nearest] = name
-            fact_of = self.retired.get(nearest) if isinstance(nearest, str) else nearest
+            old = surely_about(near, self.same_fact, self.threshold)
+            if isinstance(old, str):
+                self.replaced[old] = name
+            fact_of = self.retired.get(old) if isinstance(old, str) else old
             if fact_of is not None:
                 self.retired[name] = fact_of
                 about[fact_of] = name
@@ -438,15 +442,6 @@ class Router(Tables):
                 self._tables.clear()
             self._tables[names] = _Candidates(self.entries[mine], self.owner[mine], self.others[rest], self.facts[rest])
         return self._tables[names]
-
-
-def _found(prompts: Tensor, entries: Tensor, k: int, ranges: Tensor | None = None) -> list[list[tuple[float, int]]]:
-    """Of each prompt the best cosines, and their entries."""
-    if not len(entries):
-        return [[] for _ in prompts]
-    found = cosine_topk(prompts, entries, min(k, len(entries)), normalized=True, ranges=ranges)
-    both = zip(*(t.tolist() for t in found), strict=True)
-    return [[(s, i) for s, i in zip(scores, ids, strict=True) if i >= 0] for scores, ids in both]
 
 
 class _Candidates(NamedTuple):
