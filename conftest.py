@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from configs import every_token
 from hypothesis import settings
 
 import unike_kernels as uk
@@ -153,7 +154,7 @@ def make_memory():
 
     def make(model, config: uk.Config | None = None, *, seed: int = 1, entries: int = 50, layers=(2, 3, 4, 5)):
         torch.manual_seed(seed)
-        config = config or uk.Config(k=7, values="pre")
+        config = config or every_token(k=7, values="pre")
         dtype = next(model.parameters()).dtype
         dtype = torch.float32 if dtype == torch.bfloat16 else dtype
         d, r = WIDTH, 16
@@ -205,7 +206,7 @@ def make_edit():
             id,
             {i: layer() for i in layers},
             next(layer for layer in find_decoder(model).layers if layer.has("ffn")).activation,
-            config or (memory.config if memory else uk.Config(k=7, values="pre")),
+            config or (memory.config if memory else every_token(k=7, values="pre")),
             fingerprint(model),
             memory.id if memory else None,
             {"prompt": "w1 w2"},

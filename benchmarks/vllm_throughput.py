@@ -58,7 +58,7 @@ def random_edit(model: torch.nn.Module, id: str, seed: int, memory_id: str | Non
         i: EditLayer(2 * d**-0.5 * r(NEURONS, d), r(NEURONS), size * r(NEURONS, d), r(d), torch.tensor(0.1))
         for i in range(config.num_hidden_layers - LAYERS, config.num_hidden_layers)
     }
-    return uk.Edit(id, layers, "silu", uk.Config(), fingerprint(model), memory_id)
+    return uk.Edit(id, layers, "silu", uk.Config(tokens="all", scale=None), fingerprint(model), memory_id)
 
 
 def random_memory(model: torch.nn.Module, entries: int) -> MemoryBank:
@@ -73,7 +73,7 @@ def random_memory(model: torch.nn.Module, entries: int) -> MemoryBank:
         i: MemoryLayer(table(entries, d), table(entries, 1, d), table(entries, 1, d), encoder, table(8), table(d))
         for i in range(config.num_hidden_layers - LAYERS, config.num_hidden_layers)
     }
-    return MemoryBank(layers, uk.Config(), fingerprint(model))
+    return MemoryBank(layers, uk.Config(tokens="all", scale=None), fingerprint(model))
 
 
 def seconds_of(run: Callable[[], object]) -> float:

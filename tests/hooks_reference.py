@@ -51,6 +51,8 @@ def shift(attention, m, config, q, h, ids, anchor):
         if attention.q_proj.bias is not None:
             query = query + attention.q_proj.bias.view(heads, -1)
     scale = config.scale or query.shape[1] ** -0.5
+    if scale == "cosine":
+        query, keys, scale = F.normalize(query, dim=-1), F.normalize(keys, dim=-1), 1 / config.tau
     know = sum(torch.softmax(scale * keys[:, n] @ query[n], 0) @ values[:, n] for n in range(heads))
     if isinstance(config.alpha, str):
         e = m.encoder

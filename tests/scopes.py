@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+from configs import every_token
 
 import unike_kernels as uk
 from unike_kernels.artifacts import fingerprint
 from unike_kernels.backbones import find_decoder
 from unike_kernels.ops.prompt_encoder import PromptEncoder, StateBlock, TextBlock, Vocabulary
 
-CONFIG = uk.Config(scope="memory", k=3)
+CONFIG = every_token(scope="memory", k=3)
 LAYERS = (2, 3)
 PROMPTS = torch.tensor([[5, 6, 7, 8, 9], [9, 3, 4, 11, 12], [20, 21, 22, 23, 24]])
 

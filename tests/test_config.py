@@ -87,7 +87,14 @@ def test_differences_are_those_that_inference_sees():
 
 @pytest.mark.parametrize(
     ("values", "needed"),
-    [({}, False), ({"alpha": 0.5}, False), ({"alpha": "last"}, True), ({"retrieval": "sequence"}, True)],
+    [
+        ({}, True),
+        ({"tokens": "all"}, False),
+        ({"tokens": "all", "alpha": 0.5}, False),
+        ({"tokens": "all", "alpha": "last"}, True),
+        ({"tokens": "all", "retrieval": "sequence"}, True),
+        ({"tokens": "text", "scope": "memory"}, True),
+    ],
 )
 def test_needs_prompt_ends(values, needed):
     assert uk.Config(**values).needs_prompt_ends is needed

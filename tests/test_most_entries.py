@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from configs import every_token
 
 import unike_kernels as uk
 from unike_kernels import _native
@@ -18,13 +19,13 @@ IDS = torch.tensor([[5, 6, 7, 8]])
 @pytest.mark.parametrize("k", [0, -1, MOST_ENTRIES + 1, 2**31, 2**60, 2**61, 2**62, 2**63, 10**30])
 def test_a_config_is_refused(k):
     with pytest.raises(ValueError, match=r"Config\.k: expected (an integer of at least 1|at most 1048576), got"):
-        uk.Config(k=k)
+        every_token(k=k)
 
 
 @pytest.mark.parametrize("kind", ["memory", "edit"])
 @pytest.mark.parametrize("k", [MOST_ENTRIES + 1, 2**60, 2**61, 2**62, 2**63])
 def test_a_file_is_refused(make_model, make_memory, make_edit, tmp_path, kind, k):
-    model, path, config = make_model("llama"), tmp_path / "file", uk.Config(values="pre")
+    model, path, config = make_model("llama"), tmp_path / "file", every_token(values="pre")
     object.__setattr__(config, "k", k)  # as somebody would who writes such a file, checksums and all
     (make_memory(model, config) if kind == "memory" else make_edit(model, config=config)).save(path)
     with pytest.raises(uk.ArtifactError, match=r"Config\.k"):
@@ -72,7 +73,7 @@ def test_a_model_with_a_large_k_is_that_with_all_entries(make_model, make_memory
     model, outputs = make_model("llama"), []
     ids = torch.randint(4, 40, (4, 8))
     for k in (50, 100_000):
-        memory = make_memory(model, uk.Config(k=k, **{"values": "pre", **switches}))
+        memory = make_memory(model, every_token(k=k, **{"values": "pre", **switches}))
         with uk.patched(model, memory=memory), uk.rows(model, prompt_lengths=[8] * 4):
             with torch.no_grad():
                 outputs.append(model(input_ids=ids).logits)
@@ -95,7 +96,7 @@ def test_the_workspace_of_a_large_k_is_that_of_all_entries():
 
 def test_what_a_pass_tells_still_has_k_columns(make_model, make_memory):
     model = make_model("llama")
-    memory = make_memory(model, uk.Config(k=60, values="pre"))
+    memory = make_memory(model, every_token(k=60, values="pre"))
     with torch.no_grad(), uk.patched(model, memory=memory), uk.explain(model) as told:
         model(input_ids=IDS)
     told = told.passes[0][3]

@@ -71,9 +71,9 @@ class Config:
 
     k: int = 40
     retrieval: str = "token"
-    tokens: str = "all"
+    tokens: str = "answer"
     values: str = "out"
-    scale: float | str | None = None
+    scale: float | str | None = "cosine"
     tau: float = 0.02
     alpha: str | float = "token"
     convention: str = "inclusion"

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from configs import every_token
 from unike_eval import answers
 
 import unike_kernels as uk
@@ -35,7 +36,7 @@ def test_answers_are_the_greedy_continuations(make_model, make_memory, make_edit
     samples = [Sample(p, "not looked at", image) for p, image in zip(PROMPTS, images, strict=True)]
     wanted = [greedy(model, processor, s, 4) for s in samples]
     if patched:
-        memory = make_memory(model, uk.Config(k=7, values="pre"))
+        memory = make_memory(model, every_token(k=7, values="pre"))
         uk.patch(model, [make_edit(model, "a", memory)], memory)
         before, wanted = wanted, [greedy(model, processor, s, 4) for s in samples]
         assert wanted != before
@@ -45,7 +46,7 @@ def test_answers_are_the_greedy_continuations(make_model, make_memory, make_edit
 
 def test_prompts_ends_are_told_to_a_patched_model(make_model, make_memory, processor):
     model = make_model("opt")
-    memory = make_memory(model, uk.Config(k=7, values="pre", alpha="last", retrieval="sequence"))
+    memory = make_memory(model, every_token(k=7, values="pre", alpha="last", retrieval="sequence"))
     samples = [Sample(p, "") for p in PROMPTS]
     with uk.patched(model, memory=memory):
         together = answers(model, processor, samples, max_new_tokens=4)

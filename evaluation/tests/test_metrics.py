@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from configs import every_token
 from unike_eval import METRICS, PROTOCOLS, Case, Observation, observe, observe_case, score
 from unike_eval.metrics import agreement, token_accuracy
 
@@ -77,7 +78,7 @@ SAMPLES = [
 
 
 @pytest.mark.parametrize("padding_side", ["left", "right"])
-@pytest.mark.parametrize("config", [uk.Config(k=7, values="pre"), uk.Config(k=7, values="pre", alpha="last")])
+@pytest.mark.parametrize("config", [every_token(k=7, values="pre"), every_token(k=7, values="pre", alpha="last")])
 @pytest.mark.parametrize("kind", ["llama", "blip2-opt"])
 def test_observations_in_batches_are_those_one_by_one(
     make_model, make_memory, make_edit, make_processor, kind, config, padding_side

@@ -84,12 +84,16 @@ def attend(hidden: Tensor, out: Tensor, memory: MemoryLayer, ids: Tensor, config
 def eager(model: nn.Module, edits: Sequence[Edit], memory: MemoryBank | None, *, cached: bool) -> Iterator[None]:
     """Within the block the unpatched `model` runs the edits and the memory in eager torch.
 
+    With tokens="answer" a pass shifts its last token, which is where prompts of one length, or padded on the left, end.
+
     Raises:
-        NotImplementedError: retrieval="sequence", alpha="last", values="projected" or tokens="text", or gated neurons.
+        NotImplementedError: retrieval="sequence", alpha="last", values="projected", tokens="text", scope="memory", or
+            gated neurons.
     """
-    config = memory.config if memory else Config()
+    config = memory.config if memory else Config(tokens="all")
     gated = any(layer.up is not None for e in edits for layer in e.layers.values())
-    if config.needs_prompt_ends or config.values == "projected" or config.tokens == "text" or gated:
+    unknown = config.needs_whole_prompts or config.scope == "memory" or config.tokens == "text"
+    if unknown or config.values == "projected" or gated:
         raise NotImplementedError(
             "the eager baseline knows plain neurons, and retrieval and gate that are the same for every token"
         )
@@ -113,12 +117,14 @@ def eager(model: nn.Module, edits: Sequence[Edit], memory: MemoryBank | None, *,
 
 
 def _hook(attention: nn.Module, memory: MemoryLayer, config: Config) -> Any:
-    index = F.normalize(memory.index.float(), dim=-1)
+    index, first = F.normalize(memory.index.float(), dim=-1), -1 if config.tokens == "answer" else 0
 
     def after(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        if isinstance(output, tuple):
-            return (shift(hidden, output[0], memory, index, config), *output[1:])
-        return shift(hidden, output, memory, index, config)
+        out = output[0] if isinstance(output, tuple) else output
+        shifted = shift(hidden[:, first:], out[:, first:], memory, index, config)
+        if first:
+            shifted = torch.cat([out[:, :first], shifted], 1)
+        return (shifted, *output[1:]) if isinstance(output, tuple) else shifted
 
     return attention.register_forward_hook(after, with_kwargs=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from unike_kernels.artifacts.edit import Edit
 from unike_kernels.artifacts.memory import MemoryBank
 from unike_kernels.patching import patched
-from unike_kernels.training.samples import forward
+from unike_kernels.training.samples import accepted, text_model_of
 
 from .eager import eager
 
@@ -89,7 +90,9 @@ def measure_latency(
         "eager, concatenation cached": lambda: eager(model, edits, memory, cached=True),
         "patched": lambda: patched(model, edits, memory),
     }
-    worst = _check_agreement(model, inputs, systems)
+    into = text_model_of(model, inputs)
+    prefill = functools.partial(into, **accepted(into, inputs), use_cache=True)
+    worst = _check_agreement(prefill, systems)
     text: Any = getattr(model, "language_model", model)
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     longer = torch.cat([mask, mask[:, :1]], 1)
@@ -103,7 +106,7 @@ def measure_latency(
                     text(input_ids=ids[:, -1:], attention_mask=longer, past_key_values=cache, use_cache=True)
                     cache.crop(-1)
 
-                times["prefill", name].append(_time(lambda: forward(model, inputs), calls))
+                times["prefill", name].append(_time(prefill, calls))
                 times["decode", name].append(_time(decode, calls))
     rows = []
     for (phase, name), values in times.items():
@@ -124,11 +127,11 @@ def _time(run: Callable[[], object], calls: int) -> float:
     return (time.perf_counter() - start) / calls * 1e3
 
 
-def _check_agreement(model: nn.Module, inputs: dict[str, Tensor], systems: dict[str, Any]) -> float:
+def _check_agreement(prefill: Callable[[], Any], systems: dict[str, Any]) -> float:
     logits = {}
     for name, system in systems.items():
         with system():
-            logits[name] = forward(model, inputs).float()
+            logits[name] = prefill().logits.float()
     wanted = logits["patched"]
     edited = {name: v for name, v in logits.items() if name not in ("unpatched", "patched")}
     differences = {name: float((v - wanted).abs().max()) for name, v in edited.items()}

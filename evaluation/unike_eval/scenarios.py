@@ -92,7 +92,7 @@ def _digits(decoder: str, seed: int) -> Scenario:
         ),
         end=processor.tokenizer.eos_token,
         preserve=(*ask(taught, train_images, train_labels, 2, start=20), *text["train"][:64]),
-        encoders=EncoderTraining(lr=1e-3, seed=seed),
+        encoders=EncoderTraining(seed=seed),
         training=EditTraining(seed=seed),
     )
 
@@ -156,6 +156,6 @@ def _smollm2(seed: int) -> Scenario:
         ),
         end=".",
         preserve=tuple(Sample(*pair) for pair in _PRESERVE),
-        encoders=EncoderTraining(lr=1e-3, steps=600, seed=seed),
+        encoders=EncoderTraining(steps=600, seed=seed),
         training=EditTraining(seed=seed),
     )

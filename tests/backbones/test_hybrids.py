@@ -6,6 +6,7 @@ import pytest
 import torch
 from backbones.hybrids import HYBRIDS
 from backbones.zoo import logits, model_of
+from configs import every_token
 from hooks_reference import Place, hooked
 
 import unike_kernels as uk
@@ -38,7 +39,7 @@ def test_each_layer_is_patched_where_it_has_what_is_needed(hybrid, make_edit, ma
     for part in ("attention", "ffn"):
         assert tuple(layer.index for layer in decoder.layers if layer.has(part)) == getattr(hybrid, part)
     before, unpatched = {name: id(m) for name, m in model.named_modules()}, logits(model, IDS)
-    memory = make_memory(model, uk.Config(k=7, values="pre"), layers=hybrid.attention)
+    memory = make_memory(model, every_token(k=7, values="pre"), layers=hybrid.attention)
     a, b = (make_edit(model, id, memory, layers=hybrid.ffn, seed=seed) for seed, id in enumerate("ab"))
     with hooked(
         places(model, hybrid), EVERY_TOKEN, edits=[[a], [], [b, a]], memory=memory, config=memory.config,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from backbones.zoo import ZOO, logits, model_of, places
+from configs import every_token
 from hooks_reference import hooked
 
 import unike_kernels as uk
@@ -29,7 +30,7 @@ def family(request):
 def setup(family, make_edit, make_memory):
     """The model, two edits and a memory for it, in float64."""
     model = model_of(family)
-    memory = make_memory(model, uk.Config(k=7, values="pre"), layers=LAYERS)
+    memory = make_memory(model, every_token(k=7, values="pre"), layers=LAYERS)
     gated = model.config.get_text_config(decoder=True).model_type not in ("opt", "gpt2", "bloom", "falcon")
     edits = [
         make_edit(model, name, memory, layers=LAYERS, gated=gated and name == "b", seed=seed)
@@ -89,7 +90,7 @@ def test_fresh_edits_change_nothing(family):
     uk.unpatch(model)
     layer = fresh_layer(torch.randn(3, 64), torch.zeros(3), torch.randn(64), gated=False)
     decoder = backbones.find_decoder(model)
-    edit = uk.Edit("fresh", {3: layer}, decoder.layers[3].activation, uk.Config(k=7), fingerprint(model), None, {})
+    edit = uk.Edit("fresh", {3: layer}, decoder.layers[3].activation, every_token(k=7), fingerprint(model), None, {})
     with uk.patched(model, [edit]):
         assert torch.equal(logits(model, IDS), unpatched)
 

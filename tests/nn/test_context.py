@@ -11,8 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from configs import every_token
 
-from unike_kernels import Config, PatchError
+from unike_kernels import PatchError
 from unike_kernels.nn import ModelContext, Pass, PromptState, Selection, Trace, Version
 
 LEFT = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
@@ -21,7 +22,7 @@ NOW = Version({}, {})
 
 
 def prompt(*lengths, **config):
-    return PromptState(torch.tensor(lengths), Config(**(config or {"alpha": "last"})))
+    return PromptState(torch.tensor(lengths), every_token(**(config or {"alpha": "last"})))
 
 
 def a_pass(batch, tokens, past=0, mask=None, text=None, **selection):
@@ -75,7 +76,8 @@ def test_one_length_for_each_run_of_beams():
 
 @pytest.mark.parametrize("mask", [LEFT, None])
 def test_after_the_prompt_what_it_left_is_kept(mask):
-    context, selection = ModelContext(config=Config(alpha="last")), Selection(prompt=prompt(2, 4))
+    remembering = Version({}, {0: object()})
+    context, selection = ModelContext(remembering, config=every_token(alpha="last")), Selection(prompt=prompt(2, 4))
 
     def begun(tokens, past, mask):
         context.begin(selection, batch=2, tokens=tokens, past=past, attention_mask=mask)

@@ -7,9 +7,9 @@ import pickle
 
 import pytest
 import torch
+from configs import every_token
 from torch import nn
 
-from unike_kernels.config import Config
 from unike_kernels.errors import PatchError
 from unike_kernels.nn import DropIn, MemoryAttention, ModelContext, Pass, PatchedFFN, release
 from unike_kernels.nn._drop_in import Record, Tables, adopt, class_forward
@@ -33,7 +33,7 @@ class Block(nn.Module):
 
 DROP_INS = {
     "ffn": lambda base: PatchedFFN.from_module(base, activation="relu"),
-    "attention": lambda base: MemoryAttention.from_module(base, Config()),
+    "attention": lambda base: MemoryAttention.from_module(base, every_token()),
 }
 drop_ins = pytest.mark.parametrize("make", DROP_INS.values(), ids=DROP_INS)
 KINDS = ("named_parameters", "named_buffers", "named_children", "named_modules")
@@ -276,8 +276,8 @@ def test_a_copy_shares_nothing_with_its_source(make, way, base):
 @pytest.mark.parametrize("way", ["deepcopy", "pickle"])
 def test_a_part_of_a_model_that_was_copied_alone_is_refused(way, base):
     """Nobody could select anything for it."""
-    context = ModelContext(config=Config())
-    MemoryAttention.from_module(base, Config(), context=context)
+    context = ModelContext(config=every_token())
+    MemoryAttention.from_module(base, every_token(), context=context)
     twin = copies(base)[way]
     with pytest.raises(PatchError, match="was copied or pickled alone"):
         twin(X)

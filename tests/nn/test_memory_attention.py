@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from configs import every_token
 from torch import nn
 
 from unike_kernels import ops
@@ -50,7 +51,7 @@ def tables(values="out", **kwargs):
 
 def make(config=None, context=None, returns=tuple, **kwargs):
     """A drop-in with a memory, hidden states, and the base's own output."""
-    config = config or Config(k=3)
+    config = config or every_token(k=3)
     base = Attention(returns)
     project = heads_of if config.values == "projected" else None
     new = MemoryAttention.from_module(base, config, context=context, project=project, **kwargs)
@@ -88,7 +89,7 @@ def by_hand(new, hidden, out, **kwargs):
 def test_without_a_memory_the_result_is_the_base_s_own():
     base, hidden = Attention(), torch.randn(B, T, D)
     own = base(hidden)[0]
-    new = MemoryAttention.from_module(base, Config())
+    new = MemoryAttention.from_module(base, every_token())
     assert new is base and isinstance(new, Attention) and memory_shift(new).memory is None
     assert torch.equal(new(hidden)[0], own)
     memory_shift(new).memory = tables()
@@ -99,9 +100,9 @@ def test_without_a_memory_the_result_is_the_base_s_own():
 
 def test_a_context_of_its_own_or_a_shared_one():
     shared = ModelContext()
-    one, two = (MemoryAttention.from_module(Attention(), Config(), context=shared) for _ in range(2))
+    one, two = (MemoryAttention.from_module(Attention(), every_token(), context=shared) for _ in range(2))
     assert memory_shift(one).context is shared and memory_shift(two).context is shared
-    assert isinstance(memory_shift(MemoryAttention.from_module(Attention(), Config())).context, ModelContext)
+    assert isinstance(memory_shift(MemoryAttention.from_module(Attention(), every_token())).context, ModelContext)
 
 
 def test_the_tables_keep_unit_rows_for_the_index():
@@ -142,7 +143,7 @@ def test_each_form_of_a_call_and_of_a_result(call, returns):
     ],
 )
 def test_each_switch_reaches_the_operator(switches, arguments):
-    new, hidden, out = make(Config(**{"k": 3} | switches))
+    new, hidden, out = make(every_token(**{"k": 3} | switches))
     got = new(hidden)[0]
     assert torch.equal(got, by_hand(new, hidden, out, **arguments)[0])
     if switches and "values" not in switches:
@@ -155,7 +156,9 @@ def test_each_switch_reaches_the_operator(switches, arguments):
 @pytest.mark.parametrize("values", ["pre", "out", "projected"])
 def test_logits_are_cosines(values, how, dtype, monkeypatch):
     """On each way: cos(query, key) / tau, values as they are; of short and of long queries."""
-    config = Config(k=3, values=values, scale="cosine", tau=0.2, retrieval="sequence" if how == "sequence" else "token")
+    config = every_token(
+        k=3, values=values, scale="cosine", tau=0.2, retrieval="sequence" if how == "sequence" else "token"
+    )
     new, hidden, _ = make(config)
     given = tables(values)
     keys, raw = given.keys.double(), values_of(given).double()
@@ -187,7 +190,7 @@ def test_logits_are_cosines(values, how, dtype, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_a_query_of_zeros_has_cosines_of_zero(dtype):
     """And one whose norm is beyond float16 has its cosines; both have gradients."""
-    new, hidden, _ = make(Config(k=3, scale="cosine", alpha=0.5))
+    new, hidden, _ = make(every_token(k=3, scale="cosine", alpha=0.5))
     memory_shift(new).memory = tables(cosine=True)
     hidden[0, 1], hidden[1, 2] = hidden[0, 1] * 3e4 / hidden[0, 1].abs().max(), 0
     hidden[0, 1, :3] = 6e4
@@ -202,7 +205,7 @@ def test_a_query_of_zeros_has_cosines_of_zero(dtype):
 
 
 def test_a_table_of_values_is_what_is_read():
-    new, hidden, _ = make(Config(k=3, values="out"))
+    new, hidden, _ = make(every_token(k=3, values="out"))
     before = new(hidden)[0]
     memory_shift(new).memory.values = memory_shift(new).memory.keys
     assert not torch.equal(new(hidden)[0], before)
@@ -210,7 +213,7 @@ def test_a_table_of_values_is_what_is_read():
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_a_fixed_alpha_is_as_exact_as_the_model(dtype):
-    new, hidden, _ = make(Config(k=3, alpha=0.3))
+    new, hidden, _ = make(every_token(k=3, alpha=0.3))
     hidden = hidden.to(dtype)
     out = class_forward(new.to(dtype))(hidden)[0]
     wide = torch.promote_types(dtype, torch.float32)
@@ -228,7 +231,7 @@ def test_tokens_that_may_not_be_shifted_are_untouched():
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("retrieval", ["token", "sequence"])
 def test_each_row_has_its_own_part_of_the_memory(retrieval, masked):
-    new, hidden, out = make(Config(k=3, retrieval=retrieval, values="out"))
+    new, hidden, out = make(every_token(k=3, retrieval=retrieval, values="out"))
     ranges = torch.tensor([[-1, -1], [0, 0], [4, 9]])
     shifted = torch.ones(B, T, dtype=torch.bool)
     shifted[:, 0] = False
@@ -258,7 +261,7 @@ def test_beams_share_the_bounds_of_their_row():
 @pytest.mark.parametrize("retrieval", ["token", "sequence"])
 @pytest.mark.parametrize("alpha", ["token", "last", 0.3])
 def test_what_depends_on_the_prompts_end(alpha, retrieval):
-    config = Config(k=3, retrieval=retrieval, alpha=alpha)
+    config = every_token(k=3, retrieval=retrieval, alpha=alpha)
     new, hidden, out = make(config, layer=7)
     saved = {}
     first = in_pass(new, hidden, last=torch.tensor(LAST), saved=saved)
@@ -288,7 +291,7 @@ def test_what_depends_on_the_prompts_end(alpha, retrieval):
 
 @pytest.mark.parametrize("switches", [{"alpha": "last"}, {"retrieval": "sequence"}])
 def test_the_prompts_end_must_be_known(switches):
-    new, hidden, _ = make(Config(k=3, **switches))
+    new, hidden, _ = make(every_token(k=3, **switches))
     with pytest.raises(ValueError, match="prompt_lengths"):
         new(hidden)
     with pytest.raises(ValueError, match="the prompt itself was not seen"):
@@ -297,7 +300,7 @@ def test_the_prompts_end_must_be_known(switches):
 
 def test_layers_remember_for_themselves():
     context, saved = ModelContext(), {}
-    config = Config(k=3, retrieval="sequence")
+    config = every_token(k=3, retrieval="sequence")
     for layer in (0, 1):
         new, hidden, _ = make(config, context, layer=layer)
         in_pass(new, hidden, last=torch.tensor(LAST), saved=saved)
@@ -306,7 +309,7 @@ def test_layers_remember_for_themselves():
 
 
 def test_gradients_flow_through_the_shift():
-    new, hidden, _ = make(Config(k=3, alpha=0.5))
+    new, hidden, _ = make(every_token(k=3, alpha=0.5))
     hidden.requires_grad_()
     new(hidden)[0].square().sum().backward()
     base = class_forward(new)(hidden)[0]
@@ -324,7 +327,7 @@ def test_a_pass_that_did_not_come_through_the_model_is_an_error():
 @pytest.mark.parametrize(
     ("base", "config", "error", "message"),
     [
-        (torch.relu, Config(), TypeError, "base: expected nn.Module, got builtin_function_or_method"),
+        (torch.relu, every_token(), TypeError, "base: expected nn.Module, got builtin_function_or_method"),
         (Attention(), Config(values="projected"), ValueError, "project: expected a function"),
     ],
 )

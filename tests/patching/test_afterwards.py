@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 from backbones.zoo import ZOO, logits, model_of, places
+from configs import every_token
 from hooks_reference import hooked
 from torch import nn
 from torch.nn.utils import parametrize
@@ -36,7 +37,7 @@ def made(make_edit, make_memory):
     def make(family):
         if family not in known:
             model = model_of(ZOO[FAMILIES[family]], torch.float32)
-            memory = make_memory(model, uk.Config(k=5, values="pre"), entries=20, layers=LAYERS)
+            memory = make_memory(model, every_token(k=5, values="pre"), entries=20, layers=LAYERS)
             edits = [make_edit(model, "a", memory, layers=LAYERS), make_edit(model, "b", memory, layers=(3,), seed=5)]
             known[family] = model, edits, memory
         return known[family]

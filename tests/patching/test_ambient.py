@@ -13,6 +13,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from configs import every_token
 from torch.utils.checkpoint import checkpoint
 
 import unike_kernels as uk
@@ -196,7 +197,7 @@ def test_by_default_nothing(asked_none):
 def test_by_default_nothing_needs_no_prompt_lengths(make_model, make_memory):
     model = make_model("llama")
     plain = model(input_ids=IDS).logits
-    with uk.patched(model, memory=make_memory(model, uk.Config(alpha="last", tokens="answer")), default="none"):
+    with uk.patched(model, memory=make_memory(model, every_token(alpha="last", tokens="answer")), default="none"):
         assert torch.equal(model(input_ids=IDS).logits, plain)
 
 
@@ -468,9 +469,9 @@ def test_a_compiled_model_that_selects_nothing_by_default(asked_none):
 # --- recomputation ---------------------------------------------------------------------------------------------------
 
 CONFIGS = {
-    "token": uk.Config(k=7, values="pre"),
-    "answer, last": uk.Config(k=7, values="pre", tokens="answer", alpha="last"),
-    "sequence": uk.Config(k=7, values="pre", retrieval="sequence"),
+    "token": every_token(k=7, values="pre"),
+    "answer, last": every_token(k=7, values="pre", tokens="answer", alpha="last"),
+    "sequence": every_token(k=7, values="pre", retrieval="sequence"),
 }
 KINDS = {"reentrant": {"use_reentrant": True}, "not reentrant": {"use_reentrant": False}}
 

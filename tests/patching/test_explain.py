@@ -6,6 +6,7 @@ import logging
 
 import pytest
 import torch
+from configs import every_token
 
 import unike_kernels as uk
 from unike_kernels.backbones import find_decoder
@@ -31,7 +32,7 @@ def run(model):
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("kind", ["opt", "llama"])
 def test_entries_scores_gates_and_neurons(make_model, make_memory, make_edit, kind, name):
-    config = uk.Config(**{"k": 7, "values": "pre", **CONFIGS[name]})
+    config = every_token(**{"k": 7, "values": "pre", **CONFIGS[name]})
     model = make_model(kind, dtype=torch.float64)
     memory = make_memory(model, config)
     edits = [make_edit(model, id, memory, seed=seed, gated=kind == "llama") for seed, id in enumerate("ab")]
@@ -85,7 +86,7 @@ def test_entries_scores_gates_and_neurons(make_model, make_memory, make_edit, ki
 def test_the_gates_are_those_that_were_used(make_model, make_memory, make_inputs):
     """From the output: (out - base) = alpha (|base| know / |know| - base), with what the layer retrieved."""
     model = make_model("opt", dtype=torch.float64)
-    memory = make_memory(model, uk.Config(k=7, values="pre"), layers=[5])
+    memory = make_memory(model, every_token(k=7, values="pre"), layers=[5])
     seen = {}
     base = find_decoder(model).layers[5].attention.module
 
@@ -124,7 +125,7 @@ def test_the_gates_are_those_that_were_used(make_model, make_memory, make_inputs
 )
 def test_how_far_the_attention_spreads(make_model, make_memory, switches, spread):
     model = make_model("opt")
-    memory = make_memory(model, uk.Config(**{"k": 7, "values": "pre", "alpha": 0.5, "tokens": "answer", **switches}))
+    memory = make_memory(model, every_token(**{"k": 7, "values": "pre", "alpha": 0.5, "tokens": "answer", **switches}))
     ids = torch.arange(4, 34)[None].repeat(20, 1)  # more tokens than are looked at together
     with uk.patched(model, memory=memory), uk.explain(model) as explanation, uk.rows(model, prompt_lengths=[11] * 20):
         model(input_ids=ids)
@@ -140,7 +141,7 @@ def test_how_far_the_attention_spreads(make_model, make_memory, switches, spread
 
 def test_entries_that_a_row_may_not_use_have_no_part_in_the_spread(make_model, make_memory):
     model = make_model("opt")
-    memory = make_memory(model, uk.Config(k=7, values="pre", scale=1e-9))
+    memory = make_memory(model, every_token(k=7, values="pre", scale=1e-9))
     memory = dataclasses.replace(memory, tenants={"acme": range(3, 6)}, parts={"acme": "another"})
     with uk.patched(model, memory=memory), uk.explain(model) as explanation, uk.rows(model, memory=["acme", False]):
         model(input_ids=IDS)
@@ -150,7 +151,7 @@ def test_entries_that_a_row_may_not_use_have_no_part_in_the_spread(make_model, m
 
 def test_the_spread_and_the_shift_by_hand(make_model, make_memory):
     model = make_model("opt", dtype=torch.float64)
-    memory = make_memory(model, uk.Config(k=7, values="out", scale=0.3), layers=[5])
+    memory = make_memory(model, every_token(k=7, values="out", scale=0.3), layers=[5])
     seen = {}
     module = find_decoder(model).layers[5].attention.module
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from backbones.zoo import ZOO, logits, model_of
+from configs import every_token
 
 import unike_kernels as uk
 
@@ -184,7 +185,7 @@ def test_an_edit_that_is_trained_without_biases_folds_where_there_are_none(name,
         model = model_of(Family(lambda: NemotronForCausalLM(NemotronConfig(**GQA))), torch.float32)
     else:
         model = model_of(ZOO[name], torch.float32)
-    config = uk.Config(neurons="gated" if name == "qwen2" else "plain")
+    config = every_token(neurons="gated" if name == "qwen2" else "plain")
     training = EditTraining(bias=False, steps=30, neurons=3)
     result = train_edit(
         model, processor, Sample("w1 w2", "w9"), preserve=[Sample("w3 w4", "w5")], config=config, training=training,

@@ -13,6 +13,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from configs import every_token
 from hooks_reference import Place
 from hooks_reference import hooked as hooks_reference
 
@@ -24,7 +25,7 @@ from unike_kernels.nn import MemoryAttention, MemoryShift, memory_attention
 KINDS = ("opt", "llama", "blip2-opt", "blip2-llama")
 PROMPTS = ["w1 w2 w3", "w4 w5 w6 w7 w8 w9", "w10 w11 w12 w13"]
 BASE = {"k": 7, "values": "pre"}
-PLAIN = uk.Config(**BASE)
+PLAIN = every_token(**BASE)
 TOLERANCE = {"opt": 1e-9, "llama": 3e-5}
 ACT = {"relu": F.relu, "silu": F.silu}
 
@@ -93,6 +94,8 @@ CONFIGS = {
     "out": {"values": "out"},
     "projected": {"values": "projected", "scale": 0.5},
     "scale": {"scale": 1.0},
+    "cosine": {"scale": "cosine", "tau": 0.2},
+    "projected cosine": {"values": "projected", "scale": "cosine", "tau": 0.2},
     "eq7": {"convention": "eq7"},
     "norm none": {"norm": "none"},
     "fixed alpha": {"alpha": 0.4},
@@ -108,7 +111,7 @@ CONFIGS = {
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize(("kind", "gated"), [("opt", False), ("llama", True)])
 def test_computes_what_the_hooks_compute(setup, kind, gated, name, padding_side):
-    config = uk.Config(**{**BASE, **CONFIGS[name]})
+    config = every_token(**{**BASE, **CONFIGS[name]})
     s = setup(kind, config, torch.float64, gated, padding_side)
     mask = s.inputs["attention_mask"].bool()
     lengths = [2, 4, 3]  # the prompt may end before the sequence does
@@ -130,7 +133,7 @@ def test_computes_what_the_hooks_compute(setup, kind, gated, name, padding_side)
 @pytest.mark.parametrize("name", [name for name in CONFIGS if name != "default"])
 def test_every_switch_changes_the_output(setup, name):
     outputs = []
-    for config in (PLAIN, uk.Config(**{**BASE, **CONFIGS[name]})):
+    for config in (PLAIN, every_token(**{**BASE, **CONFIGS[name]})):
         s = setup("opt", config, torch.float64)
         with uk.patched(s.model, memory=s.memory), uk.rows(s.model, prompt_lengths=[2, 4, 3]):
             outputs.append(logits(s.model, s.inputs))
@@ -205,7 +208,7 @@ def test_patch_alone_changes_no_bit_and_no_name(setup, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_unpatch_restores_objects_hooks_and_bits(setup, kind):
-    s = setup(kind, uk.Config(**BASE, tokens="text") if kind.startswith("blip2") else None)
+    s = setup(kind, every_token(**BASE, tokens="text") if kind.startswith("blip2") else None)
     before = logits(s.model, s.inputs), modules(s.model), hooks(s.model), set(s.model.__dict__)
     uk.patch(s.model, s.edits, s.memory)
     assert uk.is_patched(s.model)
@@ -265,7 +268,7 @@ def test_leaving_rows_restores_the_outer_selection(setup):
 
 @pytest.mark.parametrize("padding_side", ["left", "right"])
 @pytest.mark.parametrize(
-    "config", [PLAIN, uk.Config(**BASE, retrieval="sequence", alpha=0.5)], ids=["token", "sequence"]
+    "config", [PLAIN, every_token(**BASE, retrieval="sequence", alpha=0.5)], ids=["token", "sequence"]
 )
 def test_padding_is_never_shifted(setup, monkeypatch, config, padding_side):
     s = setup("opt", config, padding_side=padding_side)
@@ -290,7 +293,7 @@ def test_padding_is_never_shifted(setup, monkeypatch, config, padding_side):
 
 @pytest.mark.parametrize("kind", KINDS[2:])
 def test_image_tokens_keep_their_bits_with_tokens_text(setup, kind):
-    s = setup(kind, uk.Config(**BASE, tokens="text"), torch.float64)
+    s = setup(kind, every_token(**BASE, tokens="text"), torch.float64)
     text = s.inputs["input_ids"] != 3
     mask = s.inputs["attention_mask"].bool()
     assert (~text).sum() == 12
@@ -306,7 +309,7 @@ def test_image_tokens_keep_their_bits_with_tokens_text(setup, kind):
 
 def test_text_after_an_image_batch_of_the_same_shape_is_shifted(setup):
     """What was noted about one batch must not be applied to the next one."""
-    s = setup("blip2-opt", uk.Config(**BASE, tokens="text"))
+    s = setup("blip2-opt", every_token(**BASE, tokens="text"))
     words = s.inputs["input_ids"].clamp(min=4)
     text = {"input_ids": words, "attention_mask": s.inputs["attention_mask"]}
     with uk.patched(s.model, memory=s.memory):
@@ -316,7 +319,7 @@ def test_text_after_an_image_batch_of_the_same_shape_is_shifted(setup):
 
 
 def test_tokens_text_needs_ids(setup):
-    s = setup("blip2-opt", uk.Config(**BASE, tokens="text"))
+    s = setup("blip2-opt", every_token(**BASE, tokens="text"))
     embedded = s.model.get_input_embeddings()(s.inputs["input_ids"]).detach()
     uk.patch(s.model, memory=s.memory)
     for _ in range(2):
@@ -326,7 +329,7 @@ def test_tokens_text_needs_ids(setup):
 
 
 def test_tokens_text_needs_a_model_with_images(setup):
-    s = setup("opt", uk.Config(**BASE, tokens="text"))
+    s = setup("opt", every_token(**BASE, tokens="text"))
     before = modules(s.model)
     with pytest.raises(uk.UnsupportedModelError, match="image_token_id"):
         uk.patch(s.model, memory=s.memory)
@@ -338,9 +341,9 @@ def test_tokens_text_needs_a_model_with_images(setup):
 
 GENERATION = [
     PLAIN,
-    uk.Config(**BASE, retrieval="sequence", alpha="last"),
-    uk.Config(**BASE, tokens="text"),
-    uk.Config(**BASE, tokens="answer"),
+    every_token(**BASE, retrieval="sequence", alpha="last"),
+    every_token(**BASE, tokens="text"),
+    every_token(**BASE, tokens="answer"),
 ]
 
 
@@ -424,7 +427,7 @@ def test_generation_follows_the_rows_own_edits(setup):
 
 
 def test_right_padding_is_no_padding(setup):
-    s = setup("opt", uk.Config(**BASE, retrieval="sequence", alpha="last"), torch.float64, padding_side="right")
+    s = setup("opt", every_token(**BASE, retrieval="sequence", alpha="last"), torch.float64, padding_side="right")
     lengths = s.inputs["attention_mask"].sum(1).tolist()
     with uk.patched(s.model, s.edits, s.memory):
         with uk.rows(s.model, prompt_lengths=lengths):
@@ -436,7 +439,7 @@ def test_right_padding_is_no_padding(setup):
 
 # --- where the prompt ends ------------------------------------------------------------------------------------------
 
-LAST = [uk.Config(**BASE, alpha="last"), uk.Config(**BASE, retrieval="sequence")]
+LAST = [every_token(**BASE, alpha="last"), every_token(**BASE, retrieval="sequence")]
 
 
 @pytest.mark.parametrize("config", LAST, ids=["alpha", "retrieval"])
@@ -453,14 +456,14 @@ def test_prompt_lengths_are_asked_for(setup, config):
 
 
 def test_answers_alone_are_asked_for_where_they_begin(setup):
-    s = setup("opt", uk.Config(**BASE, tokens="answer"))
+    s = setup("opt", every_token(**BASE, tokens="answer"))
     uk.patch(s.model, memory=s.memory)
     with pytest.raises(ValueError, match=r"prompt's end \(tokens='answer'\): call the model inside uk.rows"):
         logits(s.model, s.inputs)
 
 
 def test_a_prompt_in_chunks_where_answers_alone_are_shifted(setup):
-    s = setup("opt", uk.Config(**BASE, tokens="answer"), torch.float64)
+    s = setup("opt", every_token(**BASE, tokens="answer"), torch.float64)
     one = {name: t[1:2] for name, t in s.inputs.items()}
     with torch.no_grad(), uk.patched(s.model, memory=s.memory), uk.rows(s.model, prompt_lengths=[4]):
         whole = logits(s.model, one)
@@ -499,7 +502,7 @@ def test_prepared_mask_is_refused_where_it_would_hide_the_prompts_end(setup):
 @pytest.mark.parametrize("padding_side", ["left", "right"])
 def test_retrieval_does_not_see_the_target(setup, monkeypatch, padding_side):
     """With the target in the batch, as in training, what is retrieved and the gate depend on the prompt alone."""
-    s = setup("opt", uk.Config(**BASE, retrieval="sequence", alpha="last"), padding_side=padding_side)
+    s = setup("opt", every_token(**BASE, retrieval="sequence", alpha="last"), padding_side=padding_side)
     lengths = [2, 4, 3]
     retrieved = []
     topk = memory_attention.cosine_topk
@@ -541,7 +544,7 @@ def through_torch(model):
 @pytest.mark.parametrize("copied", [copy.deepcopy, through_pickle, through_torch])
 @pytest.mark.parametrize("kind", ["opt", "blip2-llama"])
 def test_a_copy_is_patched_and_independent(setup, kind, copied):
-    config = uk.Config(k=7, values="projected", tokens="text" if kind != "opt" else "all")
+    config = every_token(k=7, values="projected", tokens="text" if kind != "opt" else "all")
     s = setup(kind, config)
     plain = logits(s.model, s.inputs)
     uk.patch(s.model, s.edits, s.memory)
@@ -578,7 +581,7 @@ def test_mode_dtype_and_loaded_weights_reach_the_originals(setup, make_model):
 
 def test_an_offloaded_model_is_edited_where_it_computes(setup):
     accelerate = pytest.importorskip("accelerate")
-    s = setup("opt", uk.Config(**BASE, alpha="last"))
+    s = setup("opt", every_token(**BASE, alpha="last"))
     with uk.patched(s.model, s.edits, s.memory), uk.rows(s.model, prompt_lengths=[3, 6, 4]):
         wanted = logits(s.model, s.inputs)
     accelerate.cpu_offload(s.model, execution_device=torch.device("cpu"))
@@ -622,7 +625,7 @@ def test_part_of_a_patched_model(setup):
 
 
 def other_config(s):
-    return {"edits": s.edits, "memory": s.memory, "config": uk.Config(k=8, values="pre")}
+    return {"edits": s.edits, "memory": s.memory, "config": every_token(k=8, values="pre")}
 
 
 def changed(edit, **values):
@@ -793,7 +796,7 @@ def test_prompt_lengths_of_other_libraries(make_model, make_memory):
     import numpy as np
 
     model = make_model("llama")
-    memory, ids = make_memory(model, uk.Config(k=7, tokens="answer")), torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
+    memory, ids = make_memory(model, every_token(k=7, tokens="answer")), torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
     found = []
     with torch.no_grad(), uk.patched(model, memory=memory):
         for lengths in ([2, 3], torch.tensor([2, 3]), np.array([2, 3])):

@@ -4,6 +4,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from configs import every_token
 from transformers import DynamicCache, pipeline
 
 import unike_kernels as uk
@@ -12,9 +13,9 @@ IDS = torch.tensor([[5, 6, 7, 8, 9], [0, 0, 3, 11, 12], [0, 21, 22, 23, 24]])
 MASK = (IDS > 0).long()
 LENGTHS = [5, 3, 4]
 CONFIGS = {
-    "answer": uk.Config(k=7, values="pre", tokens="answer"),
-    "last": uk.Config(k=7, values="pre", alpha="last"),
-    "sequence": uk.Config(k=7, values="pre", retrieval="sequence", tokens="answer"),
+    "answer": every_token(k=7, values="pre", tokens="answer"),
+    "last": every_token(k=7, values="pre", alpha="last"),
+    "sequence": every_token(k=7, values="pre", retrieval="sequence", tokens="answer"),
 }
 
 
@@ -55,7 +56,7 @@ def test_generate(make_model, make_memory, make_edit, kind, config, options):
     with told(model):
         wanted = generated(model, **options)
     same(generated(model, **options), wanted)
-    everywhere = setup(make_model, make_memory, make_edit, kind, uk.Config(k=7, values="pre"))
+    everywhere = setup(make_model, make_memory, make_edit, kind, every_token(k=7, values="pre"))
     assert not torch.allclose(generated(everywhere, **options).logits[0], wanted.logits[0], atol=1e-2)  # it matters
 
 

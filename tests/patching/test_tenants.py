@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from configs import every_token
 
 import unike_kernels as uk
 from unike_kernels.patching.session import require_state
@@ -15,7 +16,7 @@ IDS = torch.tensor([[5, 6, 7, 8, 9], [9, 8, 7, 6, 5], [4, 4, 5, 5, 6]])
 @pytest.fixture
 def banks(make_model, make_memory):
     """Of three tenants of 50, 20 and 31 entries, with one Enc_sem."""
-    base = make_memory(make_model("llama"), uk.Config(k=7, values="out"))
+    base = make_memory(make_model("llama"), every_token(k=7, values="out"))
 
     def of(seed, entries):
         g = torch.Generator().manual_seed(seed)
@@ -103,10 +104,10 @@ def test_it_is_saved_and_edits_of_its_parts_fit(make_model, make_edit, banks, tm
 def test_what_cannot_be_joined_or_named(make_model, make_memory, banks):
     with pytest.raises(ValueError, match="at least one memory"):
         uk.MemoryBank.joined({})
-    other = make_memory(make_model("llama"), uk.Config(k=7, values="out"), seed=9)
+    other = make_memory(make_model("llama"), every_token(k=7, values="out"), seed=9)
     with pytest.raises(uk.MismatchError, match="'acme' and 'x' differ in Enc_sem or zeta'"):
         uk.MemoryBank.joined({"acme": banks["acme"], "x": other})
-    config = dataclasses.replace(banks["globex"], config=uk.Config(k=3, values="out"))
+    config = dataclasses.replace(banks["globex"], config=every_token(k=3, values="out"))
     with pytest.raises(uk.MismatchError, match="'acme' and 'globex' differ in config"):
         uk.MemoryBank.joined({"acme": banks["acme"], "globex": config})
     model, joined = make_model("llama"), uk.MemoryBank.joined(banks)

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from configs import every_token
 
 import unike_kernels as uk
 
@@ -70,7 +71,7 @@ def test_a_range_holds_all_that_it_has(how):
 def test_a_memory_that_retrieves_approximately(make_model, make_memory):
     """With all lists searched it computes what exact retrieval computes; with one, something else."""
     model, ids = make_model("llama"), torch.tensor([[5, 6, 7, 8], [9, 8, 7, 6]])
-    memory = make_memory(model, uk.Config(k=7, values="out"), entries=200)
+    memory = make_memory(model, every_token(k=7, values="out"), entries=200)
 
     def logits(search, mask=None, **rows):
         bank = dataclasses.replace(memory, search=search)

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from configs import every_token
 
 import unike_kernels as uk
 
@@ -66,7 +67,7 @@ def rank_of_a_parallel_ffn(rank, world, place, failures):
             torch.tensor(0.3, dtype=torch.float64), torch.randn(5, D, generator=generator, dtype=torch.float64),
             torch.randn(5, generator=generator, dtype=torch.float64),
         )  # fmt: skip
-        edit = uk.Edit("a", {0: layer}, "silu", uk.Config(), {}, None)
+        edit = uk.Edit("a", {0: layer}, "silu", every_token(), {}, None)
 
         def computed(edit, columns):
             base = torch.nn.functional.silu(x @ w_in[columns].T) @ w_out[:, columns].T
@@ -96,7 +97,7 @@ def test_a_tensor_parallel_ffn_and_its_edit(tmp_path):
         assert failures.empty(), failures.get()
     layer = uk.EditLayer(torch.zeros(2, D), torch.zeros(2), torch.zeros(2, D), torch.zeros(D), torch.tensor(0.0))
     with pytest.raises(ValueError, match="rank: expected 0 to 1, got 2"):
-        uk.Edit("a", {0: layer}, "silu", uk.Config(), {}, None).shard(2, 2)
+        uk.Edit("a", {0: layer}, "silu", every_token(), {}, None).shard(2, 2)
 
 
 def test_without_a_group():

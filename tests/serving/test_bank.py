@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from configs import every_token
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -25,7 +26,7 @@ def neurons(n, gated, seed):
 
 def edit(id, sizes=(3, 2), gated=False, seed=0, activation="silu", layers=LAYERS):
     made = {layer: neurons(n, gated, 100 * seed + layer) for layer, n in zip(layers, sizes, strict=True)}
-    return uk.Edit(id, made, activation, uk.Config(), {}, None)
+    return uk.Edit(id, made, activation, every_token(), {}, None)
 
 
 def alone(x, base, edits, layer):

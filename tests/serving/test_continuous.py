@@ -6,6 +6,7 @@ import pytest
 import torch
 from backbones.hybrids import HYBRIDS
 from backbones.zoo import model_of
+from configs import every_token
 from scopes import PROMPTS, scoped
 from transformers import CompileConfig, ContinuousBatchingConfig, GenerationConfig
 
@@ -155,7 +156,7 @@ def test_a_request_keeps_the_version_it_began_with(model, edits, make_edit, runn
 @of_both_decoders
 @pytest.mark.parametrize("tokens", ["all", "answer"])
 def test_a_memory_and_its_tenants(model, make_edit, make_memory, running, tokens, tmp_path):
-    config = uk.Config(k=7, values="out", alpha=0.4, tokens=tokens)
+    config = every_token(k=7, values="out", alpha=0.4, tokens=tokens)
     one = make_memory(model, config)
     flipped = {i: dataclasses.replace(m, index=-m.index, values=-m.values) for i, m in one.layers.items()}
     memory = uk.MemoryBank.joined({"acme": one, "globex": uk.MemoryBank(flipped, config, one.base_model)})
@@ -191,7 +192,7 @@ def test_several_answers_to_one_request(model, edits, running, tmp_path):
 
 def test_a_cache_that_is_too_small(model, make_edit, make_memory, running, tmp_path):
     """Requests are put off and begun again with what they have said; their edits and where answers begin stay."""
-    memory = make_memory(model, uk.Config(k=7, values="out", alpha=0.4, tokens="answer"))
+    memory = make_memory(model, every_token(k=7, values="out", alpha=0.4, tokens="answer"))
     edits = [loud(make_edit(model, name, memory, seed=seed)) for seed, name in enumerate("ab")]
     for edit in edits:
         edit.save(tmp_path / f"{edit.id}.safetensors")
@@ -223,7 +224,7 @@ def test_errors(model, edits, make_model, make_memory, tmp_path):
             continuous.EditingManager(model, tmp_path, continuous_batching_config=ContinuousBatchingConfig(**asked))
     other = make_model("llama" if model.config.model_type == "opt" else "opt")
     with pytest.raises(uk.MismatchError, match="memory"):
-        continuous.EditingManager(other, tmp_path, make_memory(model, uk.Config(k=7, values="out", alpha=0.4)))
+        continuous.EditingManager(other, tmp_path, make_memory(model, every_token(k=7, values="out", alpha=0.4)))
 
     with pytest.raises(FileNotFoundError, match="edits: there is no folder"):
         continuous.EditingManager(model, tmp_path / "none")
@@ -261,7 +262,7 @@ def test_layers_without_an_ffn(make_model, make_edit, running, tmp_path):
 
 def test_a_memory_of_a_layer_without_attention(make_memory):
     model = model_of(HYBRIDS["qwen3_next"].family)
-    one = make_memory(model.float(), uk.Config(k=7, values="out", alpha=0.4), layers=(1, 3))
+    one = make_memory(model.float(), every_token(k=7, values="out", alpha=0.4), layers=(1, 3))
     memory = dataclasses.replace(one, layers={0: one.layers[1], 1: one.layers[1]})
     with pytest.raises(
         uk.UnsupportedModelError, match=r"layer 0 \(Qwen3NextDecoderLayer\): looked for one self-attention"
@@ -271,6 +272,6 @@ def test_a_memory_of_a_layer_without_attention(make_memory):
 
 @pytest.mark.parametrize("config", [{"alpha": "last"}, {"retrieval": "sequence"}])
 def test_memories_that_need_whole_prompts_are_refused_at_start(model, make_memory, config):
-    memory = make_memory(model, uk.Config(**{"k": 7, "values": "out", "alpha": 0.4, **config}))
+    memory = make_memory(model, every_token(**{"k": 7, "values": "out", "alpha": 0.4, **config}))
     with pytest.raises(ValueError, match="an engine of flat tokens serves retrieval='token'"):
         continuous.EditingManager(model, memory=memory)

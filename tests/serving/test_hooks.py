@@ -6,6 +6,7 @@ import pytest
 import torch
 from backbones.hybrids import HYBRIDS
 from backbones.zoo import ZOO, model_of
+from configs import every_token
 from torch import nn
 
 import unike_kernels as uk
@@ -35,7 +36,7 @@ def installed(model, memory, edits, layers):
 def test_vllms_hooks_find_what_patch_finds(name, make_edit, make_memory):
     """The same bits, in modules that are called as Hugging Face calls them."""
     model = model_of(ZOO[name], torch.float32)
-    memory = make_memory(model, uk.Config(k=7, values="out", alpha=0.4), layers=(2, 3))
+    memory = make_memory(model, every_token(k=7, values="out", alpha=0.4), layers=(2, 3))
     edit = make_edit(model, "a", memory, layers=(2, 3))
     with torch.no_grad():
         plain = model(input_ids=IDS, use_cache=False).logits

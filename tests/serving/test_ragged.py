@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from configs import every_token
 from scopes import CONFIG, PROMPTS, scoped
 
 import unike_kernels as uk
@@ -102,7 +103,7 @@ def test_no_request_depends_on_another_ones_edits(versions):
 @pytest.mark.parametrize("scale", [None, "cosine"])
 def test_the_memory_shifts_as_in_a_patched_model(make_model, make_memory, values, scale):
     model = make_model("llama")
-    memory = make_memory(model, uk.Config(k=7, values=values, scale=scale, tau=0.3), layers=LAYERS)
+    memory = make_memory(model, every_token(k=7, values=values, scale=scale, tau=0.3), layers=LAYERS)
     ids, seen = torch.arange(4, 12)[None], []
     with uk.patched(model, memory=memory):
         attention = model.model.layers[2].self_attn
@@ -124,7 +125,7 @@ def test_the_memory_shifts_as_in_a_patched_model(make_model, make_memory, values
 
 @pytest.mark.parametrize("tokens", ["all", "answer"])
 def test_the_memory_shifts_whom_it_may(make_model, make_memory, versions, tokens):
-    memory = make_memory(make_model("llama"), uk.Config(k=7, values="out", tokens=tokens, alpha=0.4), layers=LAYERS)
+    memory = make_memory(make_model("llama"), every_token(k=7, values="out", tokens=tokens, alpha=0.4), layers=LAYERS)
     model = RaggedRuntime(LAYERS, D, "silu", memory)
     shares = [
         RequestSlice(1), RequestSlice(1, memory=False), RequestSlice(6, prompt=4),
@@ -221,7 +222,7 @@ def test_a_soak(requests, make_model, make_edit, tmp_path):
     "config", [{"alpha": "last"}, {"retrieval": "sequence"}, {"tokens": "text"}, {"values": "projected"}]
 )
 def test_memories_that_flat_tokens_cannot_serve(make_model, make_memory, config):
-    memory = make_memory(make_model("llama"), uk.Config(k=7, **{"values": "pre", **config}), layers=LAYERS)
+    memory = make_memory(make_model("llama"), every_token(k=7, **{"values": "pre", **config}), layers=LAYERS)
     with pytest.raises(ValueError, match="memory: an engine of flat tokens serves"):
         RaggedRuntime(LAYERS, D, "silu", memory)
 
@@ -252,7 +253,7 @@ class Opposite(uk.CosineIndex):
 def test_a_memory_is_searched_as_in_a_patched_model(make_model, make_memory, kind):
     """With the same bits, whatever searches it."""
     model = make_model("llama")
-    memory = make_memory(model, uk.Config(k=7, values="out", alpha=0.4), layers=LAYERS, entries=200)
+    memory = make_memory(model, every_token(k=7, values="out", alpha=0.4), layers=LAYERS, entries=200)
     exactly, retriever = RaggedRuntime(LAYERS, D, "silu", memory), Opposite if kind == "given" else None
     if kind == "approximate":
         pytest.importorskip("faiss")
@@ -282,7 +283,7 @@ def test_a_memory_is_searched_as_in_a_patched_model(make_model, make_memory, kin
 
 def test_a_layer_that_gets_a_part_of_the_step(versions, make_model, make_memory):
     """As ranks of an engine may: whose tokens they are is not known."""
-    memory = make_memory(make_model("llama"), uk.Config(k=7, values="out"), layers=LAYERS)
+    memory = make_memory(make_model("llama"), every_token(k=7, values="out"), layers=LAYERS)
     model = flat(versions, memory=memory)
     model.begin([RequestSlice(3, ("a@1",)), RequestSlice(2)])
     for run in (model.ffn, model.attention):

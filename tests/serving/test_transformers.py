@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from configs import every_token
 
 import unike_kernels as uk
 from unike_kernels.serving import EditRepository, transformers
@@ -76,7 +77,7 @@ def test_edited_models_go_with_their_model(make_model, make_edit, tmp_path):
 def test_edited_models_know_where_prompts_end(make_model, make_edit, make_memory, tmp_path, config):
     """A memory whose config needs it, as with `rows(prompt_lengths=...)`."""
     model = make_model("llama")
-    memory = make_memory(model, uk.Config(**{"k": 7, "values": "out", "alpha": 0.4, **config}))
+    memory = make_memory(model, every_token(**{"k": 7, "values": "out", "alpha": 0.4, **config}))
     edit = loud(make_edit(model, "a", memory))
     edit.save(tmp_path / "a.safetensors")
     models = EditedModels(EditRepository(tmp_path), memory)
@@ -90,7 +91,7 @@ def test_edited_models_know_where_prompts_end(make_model, make_edit, make_memory
 
 
 def test_memories_that_cannot_be_served_are_refused_at_start(make_model, make_memory, tmp_path):
-    one = make_memory(make_model("llama"), uk.Config(k=7, values="out", tokens="answer"))
+    one = make_memory(make_model("llama"), every_token(k=7, values="out", tokens="answer"))
     one.save(tmp_path / "one")
     uk.MemoryBank.joined({"acme": one}).save(tmp_path / "joined")
     for continuous in (False, True):
@@ -101,7 +102,7 @@ def test_memories_that_cannot_be_served_are_refused_at_start(make_model, make_me
     with pytest.raises(ValueError, match="max_edits: expected an integer"):
         serve(tmp_path, max_edits=0)
     for config in ({"alpha": "last"}, {"retrieval": "sequence"}):
-        memory = make_memory(make_model("llama"), uk.Config(k=7, values="out", **config))
+        memory = make_memory(make_model("llama"), every_token(k=7, values="out", **config))
         with pytest.raises(ValueError, match="memory: an engine of flat tokens serves retrieval='token'"):
             serve(tmp_path, memory, continuous_batching=True)
 
@@ -110,7 +111,7 @@ def test_memories_that_cannot_be_served_are_refused_at_start(make_model, make_me
 def test_decisions_and_speech_have_no_end_of_a_prompt(make_model, make_edit, make_memory, tmp_path, config):
     """/v1/systemone computes single passes; what generates from sounds has no prompt of text."""
     model = make_model("llama")
-    memory = make_memory(model, uk.Config(**{"k": 7, "values": "out", "alpha": 0.4, **config}))
+    memory = make_memory(model, every_token(**{"k": 7, "values": "out", "alpha": 0.4, **config}))
     loud(make_edit(model, "a", memory)).save(tmp_path / "a.safetensors")
     models = EditedModels(EditRepository(tmp_path), memory)
     state = SimpleNamespace(use_continuous_batching=lambda *args: False)

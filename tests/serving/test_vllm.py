@@ -23,6 +23,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 import transformers
+from configs import every_token
 
 os.environ.update(VLLM_CPU_KVCACHE_SPACE="1", VLLM_CPU_OMP_THREADS_BIND="nobind", HF_HUB_OFFLINE="1")
 vllm = pytest.importorskip("vllm")
@@ -58,7 +59,7 @@ def random_edit(model, id, seed, activation, *, memory=None, size=2.0):
         i: EditLayer(2 * d**-0.5 * r(5, d), r(5), size * r(5, d), r(d), torch.tensor(0.1))
         for i in range(text.num_hidden_layers - 4, text.num_hidden_layers)
     }
-    config = memory.config if memory else uk.Config()
+    config = memory.config if memory else every_token()
     return uk.Edit(id, layers, activation, config, fingerprint(model), memory.id if memory else None)
 
 
@@ -171,7 +172,7 @@ def test_a_memory_for_those_that_do_not_decline_it(make_memory, tokens, tmp_path
     as_hugging_face_has_it("opt", tmp_path / "model")
     (tmp_path / "edits").mkdir()
     s = Digits("opt")
-    memory = make_memory(s.model, uk.Config(k=7, values="out", alpha=0.4, tokens=tokens))
+    memory = make_memory(s.model, every_token(k=7, values="out", alpha=0.4, tokens=tokens))
     memory.save(tmp_path / "memory.safetensors")
     edits = [random_edit(s.model, name, seed, "relu", memory=memory) for seed, name in enumerate("abc")]
     for edit in edits:
@@ -194,7 +195,7 @@ def test_requests_name_their_tenants(make_memory, tmp_path):
     """One memory of two tenants, with prefixes in the cache; a request that names none has no memory."""
     as_hugging_face_has_it("opt", tmp_path / "model")
     s = Digits("opt")
-    one = make_memory(s.model, uk.Config(k=7, values="out", alpha=0.4))
+    one = make_memory(s.model, every_token(k=7, values="out", alpha=0.4))
     flipped = {i: dataclasses.replace(m, index=-m.index, values=-m.values) for i, m in one.layers.items()}
     memory = uk.MemoryBank.joined({"acme": one, "globex": uk.MemoryBank(flipped, one.config, one.base_model)})
     memory.save(tmp_path / "memory.safetensors")
@@ -411,7 +412,7 @@ def test_other_families_compiled(name, make_memory, tmp_path):
     model = of_family(name)
     model.save_pretrained(tmp_path / "model")
     (tmp_path / "edits").mkdir()
-    memory = make_memory(model, uk.Config(k=7, values="out", alpha=0.4))
+    memory = make_memory(model, every_token(k=7, values="out", alpha=0.4))
     memory.save(tmp_path / "memory.safetensors")
     activation = backbones.find_decoder(model).layers[-1].activation
     edits = [random_edit(model, id, seed, activation, memory=memory) for seed, id in enumerate("ab")]

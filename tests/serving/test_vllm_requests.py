@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from configs import every_token
 
 import unike_kernels as uk
 from unike_kernels.serving import vllm
@@ -18,7 +19,7 @@ def served(make_model, make_edit, make_memory, tmp_path):
     config = SimpleNamespace(
         model_config=SimpleNamespace(hf_config=model.config, hf_text_config=model.config, model=str(tmp_path / "none"))
     )
-    one = make_memory(model, uk.Config(k=7, values="out"))
+    one = make_memory(model, every_token(k=7, values="out"))
     flipped = {i: dataclasses.replace(m, index=-m.index, values=-m.values) for i, m in one.layers.items()}
     joined = uk.MemoryBank.joined({"acme": one, "globex": uk.MemoryBank(flipped, one.config, one.base_model)})
 
@@ -249,7 +250,7 @@ def test_what_wraps_a_place_in_vllm_does_so_once():
 )
 def test_memories_that_need_prompts_work_or_are_refused_at_start(make_model, make_memory, tmp_path, config, allowed):
     model = make_model("llama")
-    memory = make_memory(model, uk.Config(**{"k": 7, "values": "out", "alpha": 0.4, **config}))
+    memory = make_memory(model, every_token(**{"k": 7, "values": "out", "alpha": 0.4, **config}))
     memory.save(tmp_path / "memory")
     told = SimpleNamespace(hf_config=model.config, hf_text_config=model.config, model=str(tmp_path / "none"))
     start = lambda: vllm._Served(SimpleNamespace(model_config=told), {"memory": tmp_path / "memory"})  # noqa: E731

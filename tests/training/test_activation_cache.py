@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from backbones.zoo import ZOO, logits, model_of
+from configs import every_token
 from torch import nn
 
-import unike_kernels as uk
 from unike_kernels.backbones import find_decoder
 from unike_kernels.training import EditTraining, Sample, activation_cache, train_edits
 from unike_kernels.training.activation_cache import Recording, Replay
@@ -77,7 +77,7 @@ def test_what_is_below_runs_once(make_model, processor, monkeypatch, kind):
 @pytest.mark.parametrize(("kind", "config"), [("opt", {}), ("blip2-llama", {"tokens": "answer"})])
 def test_edits_become_the_same_bit_for_bit(make_model, make_memory, processor, monkeypatch, kind, config, dropout):
     """With a memory, previous edits, samples to preserve and to protect; some edits end before others."""
-    model, config = make_model(kind), uk.Config(k=7, values="pre", **config)
+    model, config = make_model(kind), every_token(k=7, values="pre", **config)
     memory = make_memory(model, config, layers=[3, 5])
     image = torch.rand(16, 16) if kind.startswith("blip2") else None
     requests = [dataclasses.replace(r, image=image) for r in REQUESTS]

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from configs import every_token
 
 import unike_kernels as uk
 from unike_kernels.backbones import find_decoder
@@ -34,7 +35,7 @@ def build(model, processor, triplets=TRIPLETS, **kwargs):
 @pytest.mark.parametrize("kind", ["opt", "llama"])
 def test_tables(make_model, processor, kind, values, tmp_path):
     model = make_model(kind)
-    result = build(model, processor, config=uk.Config(k=5, values=values), layers=[1, 4])
+    result = build(model, processor, config=every_token(k=5, values=values), layers=[1, 4])
     hidden = extract(model, processor, TRIPLETS, layers=[1, 4], progress=False)
     assert list(result.memory.layers) == [1, 4]
     for i, m in result.memory.layers.items():
@@ -67,7 +68,7 @@ PHRASES = [Triplet(t.prompt, f"{t.positive} w{i}", t.negative) for i, t in enume
 
 def test_tables_of_values_in_context(make_model, processor, tmp_path):
     """An entry for each token of the answers; keys are the plain states, values those with the knowledge in front."""
-    model, config = make_model("llama"), uk.Config(k=5, values="context", scale="cosine", tokens="answer")
+    model, config = make_model("llama"), every_token(k=5, values="context", scale="cosine", tokens="answer")
     result = build(model, processor, PHRASES[:9], config=config, layers=[1, 2, 3, 4, 5])
     hidden = extract(model, processor, PHRASES[:9], layers=[1, 4], context=True, progress=False)
     assert len(result.memory) == 18 and result.memory.notes["triplets"] == "9"
@@ -92,7 +93,7 @@ def test_a_memory_in_more_layers_than_the_edit(make_model, processor, tmp_path):
     """It is active below the neurons while they are trained, as it is afterwards; artifacts fit, and swap."""
     model, config = (
         make_model("llama"),
-        uk.Config(k=5, values="context", scale="cosine", tokens="answer", alpha=0.5, beta=0),
+        every_token(k=5, values="context", scale="cosine", tokens="answer", alpha=0.5, beta=0),
     )
     memory = build(model, processor, PHRASES, config=config, layers=[0, 1, 2, 3, 4, 5]).memory
     brief = EditTraining(neurons=2, steps=3, lr=0.1, stop_loss=1e-9)
@@ -122,7 +123,7 @@ def test_a_memory_in_more_layers_than_the_edit(make_model, processor, tmp_path):
 
 
 def test_a_scale_that_is_given_is_kept(make_model, processor):
-    result = build(make_model("opt"), processor, config=uk.Config(values="projected", scale=2.0), layers=[5])
+    result = build(make_model("opt"), processor, config=every_token(values="projected", scale=2.0), layers=[5])
     assert result.memory.config.scale == 2.0
 
 
@@ -167,7 +168,7 @@ def test_what_is_refused(make_model, processor, triplets, layers, message):
 @pytest.mark.parametrize("values", ["pre", "out", "projected"])
 def test_a_memory_is_extended(make_model, processor, values, tmp_path):
     """By the entries that a memory of all triplets has, and by nothing else."""
-    model, config = make_model("llama"), uk.Config(k=5, values=values)
+    model, config = make_model("llama"), every_token(k=5, values=values)
     memory = build(model, processor, TRIPLETS[:9], config=config, layers=[1, 4]).memory
     extended = extend_memory(model, processor, memory, TRIPLETS[9:], progress=False)
     assert len(memory) == 9 and len(extended) == 12

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from backbones.zoo import ZOO, model_of
+from configs import every_token
 
 import unike_kernels as uk
 from unike_kernels.training import EditTraining, Sample, train_edit
@@ -82,6 +83,25 @@ def test_an_edit_of_an_image_is_trained(name, processor):
         assert torch.equal(forward(model, inputs), before)
 
 
+@pytest.mark.parametrize("padding_side", ["left", "right"])
+@pytest.mark.parametrize("name", ["gemma3", "paligemma", "blip-2, opt"])
+@torch.no_grad()
+def test_where_a_prompt_ends_is_found_behind_a_mask_that_the_model_prepares(
+    name, padding_side, make_processor, make_memory
+):
+    """In rows of several lengths: tokens before the prompt's last one are as they were, the others are shifted."""
+    model = model_of(ZOO[name], torch.float32)
+    memory = make_memory(model, every_token(k=7, values="pre", tokens="answer", alpha=0.5), layers=(3,))
+    sighted = Processor(name, model, make_processor(padding_side).tokenizer)
+    batch = encode(sighted, [Sample(f"w1{' w2' * n}", "w9 w8", torch.rand(3, 16, 16)) for n in range(3)])
+    before, mask = forward(model, batch.inputs), batch.inputs["attention_mask"].bool()
+    with uk.patched(model, memory=memory), uk.rows(model, prompt_lengths=batch.prompt_lengths):
+        after = forward(model, batch.inputs)
+    ended = torch.arange(mask.shape[1]) >= batch.ends.unsqueeze(1)
+    changed = (after - before).abs().amax(-1) > 1e-4
+    assert torch.equal(changed[mask], ended[mask])
+
+
 @pytest.mark.parametrize("name", ["gemma3", "paligemma"])
 @torch.no_grad()
 def test_token_types_reach_the_model(name, processor):
@@ -114,7 +134,7 @@ def shifted_tokens(model, memory, run):
 def test_no_placeholder_is_shifted(name, beyond, processor, make_memory):
     """Of an image or a video, though the model may replace its id before the embedding sees it."""
     model = model_of(ZOO[name], torch.float32)
-    memory = make_memory(model, uk.Config(k=7, values="pre", tokens="text"), layers=(3,))
+    memory = make_memory(model, every_token(k=7, values="pre", tokens="text"), layers=(3,))
     sighted = Processor(name, model, processor.tokenizer)
     inputs = encode(sighted, [Sample("w1 w2 w3", "", torch.rand(3, 16, 16))]).inputs
     wanted = inputs["input_ids"] != IMAGE

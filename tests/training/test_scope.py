@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from configs import every_token
 
 import unike_kernels as uk
 from unike_kernels.serving import RaggedRuntime
@@ -264,7 +265,7 @@ def test_an_edit_with_a_scope_and_tables(built, make_memory, processor):
     """What it was trained with is the memory of tables, as ever."""
     model, result = built
     tables = make_memory(model)
-    config = uk.Config(k=7, values="pre", scope="memory")
+    config = every_token(k=7, values="pre", scope="memory")
     memory = uk.MemoryBank(tables.layers, config, tables.base_model, scope=result.scope)
     made = train_edit(model, processor, REQUEST, memory, training=EDIT, progress=False)
     assert made.reached and made.edit.memory_id == memory.id == tables.id and sorted(made.edit.layers) == [2, 3, 4, 5]
@@ -317,7 +318,7 @@ def test_a_memory_that_edits_by_itself(built, processor, tmp_path):
     model, result = built
     phrases = [("w20 w21 w15", "w30 w31"), ("w20 w21 w17", "w32"), ("w20 w21 w18", "w33"), ("w20 w24 w19", "w34 w35")]
     triplets = [Triplet(prompt, answer, "w1") for prompt, answer in phrases]
-    config = uk.Config(
+    config = every_token(
         k=4, values="context", scope="memory", tokens="answer", scale="cosine", norm="none", alpha=1.0
     )  # fmt: skip
     brief = EncoderTraining(steps=2)

@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from configs import every_token
 
 import unike_kernels as uk
 from unike_kernels.artifacts.fingerprint import fingerprint
@@ -52,7 +53,7 @@ def same_tensors(one, two):
 def test_reaches_its_target_as_at_inference(make_model, make_memory, processor, kind, neurons, with_memory, tmp_path):
     """The last loss in training is the loss of the saved edit, patched in with the same memory."""
     model = make_model(kind)
-    config = uk.Config(**PRE, neurons=neurons)
+    config = every_token(**PRE, neurons=neurons)
     memory = make_memory(model, config) if with_memory else None
     request = dataclasses.replace(REQUEST, image=torch.rand(16, 16)) if kind.startswith("blip2") else REQUEST
     with torch.no_grad():
@@ -81,7 +82,7 @@ def test_reaches_its_target_as_at_inference(make_model, make_memory, processor, 
 
 def test_the_modes_that_need_the_prompts_end(make_model, make_memory, processor):
     model = make_model("opt")
-    memory = make_memory(model, uk.Config(**PRE, alpha="last", retrieval="sequence"))
+    memory = make_memory(model, every_token(**PRE, alpha="last", retrieval="sequence"))
     result = train(model, processor, memory=memory, preserve=[Sample("w9", "w8"), Sample("w7 w6 w5", "w4")])
     with uk.patched(model, [result.edit], memory), uk.rows(model, prompt_lengths=[3]):
         assert target_loss(model, processor, REQUEST)[0] == pytest.approx(result.losses[-1], rel=1e-3)
@@ -181,7 +182,7 @@ def test_with_w_zeta_in_the_edit_only_the_size_of_zeta_counts(make_model, make_m
     (To Adam, which divides by the gradient's size entry by entry, the size is that of the entries.)
     """
     model = make_model("opt")
-    memory = make_memory(model, uk.Config(**PRE, w_zeta="edit"))
+    memory = make_memory(model, every_token(**PRE, w_zeta="edit"))
     signs = torch.tensor([1.0, -1.0] * 4)
 
     def trained(change):
@@ -330,7 +331,9 @@ def test_prompt_dropout_makes_an_edit_hold_in_fewer_words(make_model, processor)
 
 @pytest.mark.parametrize("value", [-0.1, 1.0, float("nan")])
 def test_prompt_dropout_out_of_range(value):
-    with pytest.raises(ValueError, match=f"EditTraining.prompt_dropout: expected 0 or more, below 1; got {value}"):
+    with pytest.raises(
+        ValueError, match=f"EditTraining.prompt_dropout: expected None, or 0 or more and below 1; got {value}"
+    ):
         EditTraining(prompt_dropout=value)
 
 
@@ -358,13 +361,13 @@ def test_what_is_refused(make_model, make_memory, make_edit, processor):
     with pytest.raises(ValueError, match=r"layers: expected indices in 0..5"):
         train(model, processor, layers=[6])
     with pytest.raises(ValueError, match=r"config.w_zeta: 'edit' needs a memory"):
-        train(model, processor, config=uk.Config(w_zeta="edit"))
+        train(model, processor, config=every_token(w_zeta="edit"))
     with pytest.raises(uk.PatchError, match="id: 'a' is already the id of a previous edit"):
         train(model, processor, id="a", previous=[make_edit(model, "a")])
     with pytest.raises(uk.MismatchError, match="made for other weights"):
         train(model, processor, memory=make_memory(make_model("opt", seed=5)))
     with pytest.raises(uk.MismatchError, match="edit 'a': it was trained with the memory"):
-        train(model, processor, config=uk.Config(**PRE), previous=[make_edit(model, "a", make_memory(model))])
+        train(model, processor, config=every_token(**PRE), previous=[make_edit(model, "a", make_memory(model))])
     with pytest.raises(ValueError, match=r"shape \(16, 16\), not \(4, 4\)"):
         train(model, processor, Sample("w1", "w2", torch.rand(4, 4)))
     with uk.patched(model), pytest.raises(uk.PatchError, match="train_edit: the model is patched"):
@@ -392,7 +395,7 @@ def pre_activations(model, processor, edit, sample):
 @pytest.mark.parametrize(("kind", "neurons"), [("opt", "plain"), ("llama", "gated")])
 def test_the_activation_loss_wakes_the_neurons_of_the_answer(make_model, processor, kind, neurons):
     """Each neuron at the token that its key was made from: higher than without the loss, at every layer."""
-    model, config = make_model(kind), uk.Config(neurons=neurons)
+    model, config = make_model(kind), every_token(neurons=neurons)
     own = {}
     for weight in (0.0, 5.0):
         training = EditTraining(neurons=4, lr=1e-2, steps=15, stop_loss=1e-9, activation_weight=weight)
@@ -454,7 +457,7 @@ def test_together_each_becomes_what_it_becomes_alone(
     make_model, make_memory, processor, kind, config, dropout, with_memory
 ):
     """The steps that each takes, its losses and its tensors, up to rounding; some end before others."""
-    model, config = make_model(kind), uk.Config(**PRE, **config)
+    model, config = make_model(kind), every_token(**PRE, **config)
     memory = make_memory(model, config) if with_memory else None
     image = torch.rand(16, 16) if kind.startswith("blip2") else None
     requests = [dataclasses.replace(r, image=image) for r in REQUESTS]

@@ -272,6 +272,7 @@ class _Thread(threading.local):
 
     running: Pass | None = None
     text: Tensor | None = None  # bool [B, T] of the last embedded ids, False at image placeholders
+    mask: Tensor | None = None  # [B, T] as the model was given it, which may give its decoder a prepared one
     embedded: tuple[Tensor, Tensor] | None = None  # these ids and their embeddings, where a router wants them
     inside: tuple[tuple[Any, Pass | None], ...] = ()  # patched modules whose instance's own forward runs, and where
 
@@ -285,6 +286,7 @@ class _Tracing:
     def __init__(self) -> None:
         self.running: Pass | None = None
         self.text: Tensor | None = None
+        self.mask: Tensor | None = None
         self.embedded: tuple[Tensor, Tensor] | None = None
         self.inputs: dict[int, Any] = {}
 
@@ -303,6 +305,7 @@ class ModelContext:
     Attributes:
         orphaned: whether it was copied with a part of its model alone, so that nobody can select anything for it.
         current: the version that a new pass gets; see `publish`.
+        needs_prompt_ends: whether a pass must know where prompts end, for what is installed.
         selections, traces: the blocks of `rows` and of `explain` that are open.
     """
 
@@ -331,9 +334,14 @@ class ModelContext:
     def publish(self, version: Version) -> None:
         """Let new passes compute with this version."""
         with self._lock:
-            traced, idle = self._traced_now(version), Pass(version)
+            traced, idle, ends = self._traced_now(version), Pass(version), self._needs_prompt_ends(version)
             # Together: there is no moment between them.
-            self.current, self._idle, self.traced = version, idle, traced
+            self.current, self._idle, self.traced, self.needs_prompt_ends = version, idle, traced, ends
+
+    def _needs_prompt_ends(self, version: Version) -> bool:
+        if self.config is None or not self.config.needs_prompt_ends:
+            return False
+        return self.config.scope == "memory" or any(memory is not None for memory in version.memories.values())
 
     def install(self, layer: int, **what: Any) -> None:
         """Publish a version with other `edits` or other `memories` of a layer."""
@@ -443,17 +451,19 @@ class ModelContext:
             raise _copied_alone()
         traced = self._tracing_now()
         tells = tells and selection is not None and selection.prompt is None
-        tells = tells and self.config is not None and self.config.needs_prompt_ends
+        tells = tells and self.needs_prompt_ends
         if traced and self.config is not None and self.config.needs_whole_prompts:
             tells = False  # compiled code knows nothing of the pass before
         generation = Generation() if traced else self._generation(cache, selection, tokens, past, tells)
         trace = None if traced else self.traces.innermost()
         ends = self._ends(generation, batch, tokens, attention_mask, device) if tells else None
         generation.tokens += tokens
-        local = self.local
+        local, chosen = self.local, selection or EVERYTHING
+        if chosen.prompt is not None and self.config is not None and not self.needs_prompt_ends:
+            chosen = replace(chosen, prompt=None)
         local.running = Pass.of(
             NOTHING if selection is None else generation.version or self.current,
-            selection or EVERYTHING,
+            chosen,
             batch=batch,
             tokens=tokens,
             past=past,

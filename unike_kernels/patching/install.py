@@ -45,6 +45,7 @@ from .session import (
     EmbeddedHook,
     EmbeddingHook,
     Installed,
+    MaskHook,
     PatchedState,
     Place,
     Places,
@@ -221,13 +222,17 @@ def patch(
                 state.attentions[layer.index] = memory_shift(_attention(layer, chosen, context))
             if layer.index in stores:
                 state.ffns[layer.index] = extra_neurons(_ffn(layer, dense[layer.index], context))
+        above = backbones.takers_of_ids(model, decoder)
+        if chosen.needs_prompt_ends and not getattr(model.config, "is_encoder_decoder", False):
+            for module in above:
+                module.register_forward_pre_hook(MaskHook(context), with_kwargs=True)
         decoder.module.register_forward_pre_hook(DecoderHook(context, places, placeholders), with_kwargs=True)
         set_prompt_hooks(model, decoder, context, router)
         decoder.module.register_forward_hook(DecoderEndHook(context), always_call=True)
         if placeholders is not None:
             embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
             embedding.register_forward_pre_hook(EmbeddingHook(context, placeholders), with_kwargs=True)
-            for module in backbones.takers_of_ids(model, decoder):
+            for module in above:
                 hook = EmbeddingHook(context, placeholders, first=True)
                 module.register_forward_pre_hook(hook, with_kwargs=True)
         set_state(model, state)

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -153,9 +153,12 @@ class DecoderHook:
         elif source is not None and self.placeholders is not None and text is None:
             raise ValueError("inputs_embeds: Config(tokens='text') tells images from text by input_ids; give those")
         mask = kwargs.get("attention_mask")
-        plain = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+        plain = mask if _is_plain(mask) else None
+        if mask is not None and plain is None:
+            noted = context.local.mask
+            plain = noted if noted is not None and noted.shape[1] >= tokens else None
         past, selection = 0, context.in_force()
-        if selection is not None and selection.prompt is not None:
+        if selection is not None and selection.prompt is not None and context.needs_prompt_ends:
             if mask is not None and plain is None:
                 raise ValueError(
                     "attention_mask: uk.rows(prompt_lengths=...) finds the prompt's end in a mask [batch, tokens]; a "
@@ -184,7 +187,7 @@ class DecoderEndHook:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """End the pass, and forget which of its tokens were text."""
         self.context.local.text = None  # an embedding inside of the decoder has noted it for nobody
-        self.context.local.embedded = None
+        self.context.local.embedded = self.context.local.mask = None
         self.context.end(getattr(output, "past_key_values", None))
 
 
@@ -218,6 +221,27 @@ def _is_text(ids: Tensor, placeholders: frozenset[int]) -> Tensor:
 
 
 @dataclass
+class MaskHook:
+    """Forward pre-hook of the modules that a decoder is in: notes the mask [B, T]. Picklable with the model.
+
+    Some models prepare it before their decoder, which it does not tell then where prompts end.
+    """
+
+    context: ModelContext
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Note this call's mask; a prepared one tells nothing about what a module outside was given."""
+        mask = kwargs.get("attention_mask")
+        if mask is None or _is_plain(mask):
+            self.context.local.mask = mask
+
+
+def _is_plain(mask: Any) -> TypeGuard[Tensor]:
+    """Whether it is a mask of tokens, [B, T]."""
+    return isinstance(mask, Tensor) and mask.dim() == 2
+
+
+@dataclass
 class PromptHook:
     """Forward pre-hook of a decoder layer whose input tells something about the prompt. Picklable with the model."""
 
@@ -244,7 +268,7 @@ class EmbeddedHook:
         self.context.local.embedded = (ids, output.detach()) if noted else None
 
 
-HOOKS = (DecoderHook, DecoderEndHook, EmbeddingHook, PromptHook, EmbeddedHook)
+HOOKS = (DecoderHook, DecoderEndHook, EmbeddingHook, MaskHook, PromptHook, EmbeddedHook)
 
 
 @dataclass

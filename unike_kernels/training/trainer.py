@@ -177,8 +177,9 @@ def train_edits(
     for name in names:
         if name in [e.id for e in previous]:
             raise PatchError(f"id: {name!r} is already the id of a previous edit")
-    training = training or EditTraining()
     config = config or (memory.config if memory else Config())
+    training = (training or EditTraining()).decided(config)
+    dropout = training.prompt_dropout or 0.0
     if config.w_zeta == "edit" and memory is None:
         raise ValueError("config.w_zeta: 'edit' needs a memory, which holds zeta")
     decoder = find_decoder(model)
@@ -195,10 +196,10 @@ def train_edits(
         if kept is not None:
             kept.add(model, processor, preserve, training)
             if scoped:
-                kept.add(model, processor, protect, training, training.prompt_dropout)
+                kept.add(model, processor, protect, training, dropout)
         with patched(model, before, memory, layers=chosen, config=config):
             if kept is not None and not scoped:
-                kept.add(model, processor, protect, training, training.prompt_dropout)
+                kept.add(model, processor, protect, training, dropout)
             ffns = {i: ffn for i, ffn in patched_ffns(model).items() if i in chosen}
             trainer = _Trainer(model, processor, ffns, kept, before, training)
             for group in batches(requests, batch_size):
@@ -262,7 +263,7 @@ class _Trainer:
         training: EditTraining,
     ) -> None:
         self.model, self.processor, self.ffns, self.kept, self.training = model, processor, ffns, kept, training
-        self.device = device_of(model)
+        self.device, self.dropout = device_of(model), training.prompt_dropout or 0.0
         self.in_force = {i: {e.id: e.layers[i].to(self.device) for e in previous if i in e.layers} for i in ffns}
         self.previous = [e.id for e in previous]
         self.usual = kept.mean_inputs(model, ffns) if kept else None
@@ -309,7 +310,7 @@ class _Trainer:
 
     def _losses(self, active: Sequence[_Training], targets: _Targets, step: int) -> tuple[Tensor, list[bool]]:
         """Of each edit its loss, and whether it predicts its answer."""
-        batch = with_prompt_dropout(self.model, targets.batch, self.training.prompt_dropout, self.training.seed + step)
+        batch = with_prompt_dropout(self.model, targets.batch, self.dropout, self.training.seed + step)
         copies = len(batch.ends) // len(active)
         # What prompt dropout leaves out is another thing in each step.
         same = self.replay.of(targets.recording) if batch is targets.batch else nullcontext()

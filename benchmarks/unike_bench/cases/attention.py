@@ -107,7 +107,7 @@ def fused(layer: Layer) -> Run:
 
 
 def _torch(wrap: Callable[[Any], Any], layer: Layer) -> Run:
-    attend, config = wrap(eager.attend), Config(k=layer.k)
+    attend, config = wrap(eager.attend), Config(k=layer.k, tokens="all", scale=None)
     hidden, out, ids = (t.unsqueeze(0) for t in (layer.hidden, layer.out, layer.ids))
     return Run(
         lambda: attend(hidden, out, layer.memory, ids, config)[0],
@@ -138,7 +138,7 @@ def _fused_with_retrieval(layer: Layer) -> Run:
 
 
 def _torch_with_retrieval(layer: Layer) -> Run:
-    hidden, out, config = layer.hidden.unsqueeze(0), layer.out.unsqueeze(0), Config(k=layer.k)
+    hidden, out, config = layer.hidden.unsqueeze(0), layer.out.unsqueeze(0), Config(k=layer.k, tokens="all", scale=None)
 
     def check(found: Tensor) -> None:
         same = layer.truth.scores[:, -1] - layer.truth.next > _UNDECIDED

@@ -52,7 +52,7 @@ class Subject:
         generator = torch.Generator().manual_seed(0)
         normal = functools.partial(torch.randn, generator=generator)
         states = hidden.states()
-        made_for, config = fingerprint(self.model), Config()
+        made_for, config = fingerprint(self.model), Config(tokens="all")
 
         def memory(s: hidden.States) -> MemoryLayer:
             d = s.pre.shape[1]

@@ -4,13 +4,13 @@ import dataclasses
 
 import pytest
 import torch
+from configs import every_token
 from unike_eval import observe
 from unike_eval.builtin_suite import world_suite
 from unike_eval.editors import EDITORS, IKE, MEND, SERAC, FineTune, IntrinsicIKE, KnowledgeEditor, TPatcher, UniKE
 from unike_eval.editors.base import answer_loss
 from unike_eval.toy import digits
 
-from unike_kernels import Config
 from unike_kernels.training import EditTraining, EncoderTraining, Sample
 from unike_kernels.training.samples import encode, forward
 
@@ -18,7 +18,7 @@ QUICK = {
     KnowledgeEditor: {"steps": 20},
     MEND: {"steps": 20},
     SERAC: {"steps": 100, "counterfactual_steps": 5},
-    UniKE: {"encoders": EncoderTraining(lr=1e-3, steps=60), "training": EditTraining(steps=60)},
+    UniKE: {"encoders": EncoderTraining(steps=60), "training": EditTraining(steps=60)},
 }
 QUICK[IntrinsicIKE] = {**QUICK[UniKE], "k": 2}
 
@@ -158,7 +158,7 @@ def test_neurons_and_demonstrations_work_together(setting):
 
 def test_variants_share_a_memory(setting):
     model, processor, suite = setting
-    one, two = (UniKE(model, processor, **QUICK[UniKE], config=Config(k=k)) for k in (40, 5))
+    one, two = (UniKE(model, processor, **QUICK[UniKE], config=every_token(k=k)) for k in (40, 5))
     for editor in (one, two):
         editor.fit(suite)
     assert one._memory.layers[5].keys is two._memory.layers[5].keys
