@@ -46,7 +46,7 @@ class Operands(NamedTuple):
 
 
 def run_of(op="op"):
-    return _backend.dispatch(op, Operands(X))
+    return _backend.dispatch(op, Operands(X)).run
 
 
 def test_the_native_backend_is_the_default_on_the_cpu(native_calls):

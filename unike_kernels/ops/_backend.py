@@ -44,6 +44,7 @@ class Implementation(NamedTuple):
     run: Callable[..., Any]  # takes the operands, in their order
     refuse: Callable[[Any], str | None]  # why it does not take these operands, or None
     missing: Callable[[], str | None]  # why it cannot run on this machine, or None
+    launch_of: Callable[..., Any] | None = None  # operands -> what it launches for others of their form
 
 
 _table: dict[str, dict[str, Implementation]] = {}
@@ -56,6 +57,7 @@ def register(
     *,
     refuse: Callable[[Any], str | None] = lambda _: None,
     missing: Callable[[], str | None] = lambda: None,
+    launch_of: Callable[..., Any] | None = None,
 ) -> None:
     """Offer an implementation of an operator.
 
@@ -65,8 +67,9 @@ def register(
         run: takes the operands, in their order.
         refuse: operands -> why it does not take them, or None.
         missing: why it cannot run on this machine, or None.
+        launch_of: see `Implementation`.
     """
-    _table.setdefault(op, {})[backend] = Implementation(run, refuse, missing)
+    _table.setdefault(op, {})[backend] = Implementation(run, refuse, missing, launch_of)
 
 
 def native_refuse(t: torch.Tensor) -> str | None:
@@ -130,7 +133,7 @@ def register_triton(op: str, module: str, refuse: Callable[[Any], str | None] = 
 
     Args:
         op: name of the operator, and of the function.
-        module: its full name; it may import triton.
+        module: its full name; it may import triton. It may have a function `launch_of`, see `launch_of`.
         refuse: see `register`; asked after the reasons that hold for every Triton kernel.
     """
 
@@ -140,7 +143,10 @@ def register_triton(op: str, module: str, refuse: Callable[[Any], str | None] = 
     def refused(operands: Any) -> str | None:
         return triton_refuse(operands.like) or refuse(operands)
 
-    register(op, "triton", run, refuse=refused, missing=triton_missing)
+    def launch_of(*operands: Any) -> Any:
+        return importlib.import_module(module).launch_of(*operands)
+
+    register(op, "triton", run, refuse=refused, missing=triton_missing, launch_of=launch_of)
 
 
 def _check_name(name: str, source: str) -> str:
@@ -194,10 +200,17 @@ def takes(op: str, name: str, operands: Operands) -> bool:
 
 def call(op: str, operands: Operands) -> Any:
     """The operator by the forced backend, or by the first that takes the operands."""
-    return dispatch(op, operands)(*operands)
+    return dispatch(op, operands).run(*operands)
 
 
-def dispatch(op: str, operands: Operands) -> Callable[..., Any]:
+def launch_of(op: str, operands: Operands) -> Any | None:
+    """What the backend that `call` chooses launches, to be called again and again with activations of the same form;
+    None where it has no such thing."""
+    chosen = dispatch(op, operands).launch_of
+    return None if chosen is None else chosen(*operands)
+
+
+def dispatch(op: str, operands: Operands) -> Implementation:
     """The implementation that `call` calls."""
     choices = _table[op]
     name = forced_backend()
@@ -207,8 +220,8 @@ def dispatch(op: str, operands: Operands) -> Callable[..., Any]:
         reason = choices[name].missing() or choices[name].refuse(operands)
         if reason:
             raise BackendUnavailableError(f"{op}: backend {name!r} cannot run here: {reason}")
-        return choices[name].run
+        return choices[name]
     for name in _PREFERENCE:
         if takes(op, name, operands):
-            return choices[name].run
+            return choices[name]
     raise BackendUnavailableError(f"{op}: no backend runs on device {operands.like.device}")

@@ -21,6 +21,7 @@ Tiles = TypeVar("Tiles", bound=tuple)  # a NamedTuple of integers
 Candidates = Mapping[str, Sequence[int]]  # size -> what it may be
 
 _forced: dict[str, Any] = {}
+_changes = 0
 
 
 def path() -> Path:
@@ -73,12 +74,25 @@ def tile_sizes(op: str, default: Tiles, candidates: Candidates) -> Tiles:
 def forced(op: str, sizes: tuple[int, ...]) -> Iterator[None]:
     """Launches of `op` take these sizes inside the block."""
     _forced[op] = sizes
+    _changed()
     try:
         yield
     finally:
         del _forced[op]
+        _changed()
 
 
 def forget() -> None:
     """Read the cache anew when next asked."""
     _tuned.cache_clear()
+    _changed()
+
+
+def changes() -> int:
+    """How often sizes have changed: what was made of them before is made of others now."""
+    return _changes
+
+
+def _changed() -> None:
+    global _changes
+    _changes += 1

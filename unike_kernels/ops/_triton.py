@@ -5,8 +5,11 @@ Only the kernels import this, and they are imported when first called: `unike_ke
 
 from __future__ import annotations
 
+import enum
 import functools
 import itertools
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -100,11 +103,11 @@ class Workspace:
 
     def floats(self, *counts: int) -> list[Tensor]:
         """Scratch of so many float32 each, aligned as the kernels want it."""
-        ends = list(itertools.accumulate(-(-count // ALIGNED) * ALIGNED for count in counts))
+        ends = [*itertools.accumulate((-(-count // ALIGNED) * ALIGNED for count in counts), initial=0)]
         if self._scratch[-1].numel() < ends[-1]:
             # The earlier ones stay: a captured graph may use them.
             self._scratch.append(torch.empty(ends[-1], dtype=torch.float32, device=self.counters.device))
-        return [self._scratch[-1][start : start + n] for start, n in zip([0, *ends], counts, strict=False)]
+        return [self._scratch[-1][start : start + n] for start, n in zip(ends, counts, strict=False)]
 
 
 _workspaces: dict[tuple[torch.device, int], Workspace] = {}
@@ -133,6 +136,86 @@ def options(*, cooperative: bool) -> dict[str, object]:
     """Of a launch. A limit on registers that is none keeps ptxas from spilling for the sake of occupancy."""
     target = triton.runtime.driver.active.get_current_target()
     return {"launch_cooperative_grid": cooperative, **({"maxnreg": 255} if target.backend == "cuda" else {})}
+
+
+class Place(enum.Enum):
+    """In the arguments of a launch: a tensor of each call, and scratch and counters of the workspace."""
+
+    GIVEN = enum.auto()
+    SCRATCH = enum.auto()
+    COUNTERS = enum.auto()
+
+
+GIVEN, SCRATCH, COUNTERS = Place
+_UNALIGNED = 15  # of an address: Triton compiles other code for it
+
+
+class _Ready:
+    """The arguments of a launch on one stream, and the code that was compiled for them."""
+
+    def __init__(self, arguments: list[Any]) -> None:
+        self.arguments, self.compiled = arguments, None
+
+
+class Launch:
+    """A kernel and its arguments, all but the tensors that change from call to call.
+
+    What Triton's own launch does in each call is done in the first one: finding the compiled code by dtypes, alignments
+    and values of all arguments, which takes as long as the kernel may.
+    """
+
+    def __init__(
+        self, kernel: Any, blocks: int, arguments: Sequence[Any], scratch: Sequence[int] = (), **options: Any
+    ) -> None:
+        """
+        Args:
+            kernel: a jitted function.
+            blocks: of its grid.
+            arguments: in the kernel's order.
+            scratch: float32 of each SCRATCH.
+            **options: of the launch.
+        """
+        self._kernel, self._blocks, self._options = kernel, blocks, options
+        self._arguments, self._scratch = list(arguments), scratch
+        self._given = [i for i, each in enumerate(arguments) if each is GIVEN]
+        self._ready: dict[tuple[int, int], _Ready] = {}
+
+    def __call__(self, *given: Tensor, workspace: Workspace | None = None) -> None:
+        """Launch on the current stream.
+
+        Args:
+            given: of the shapes, strides and dtypes of the first call's.
+            workspace: None: that of the stream.
+        """
+        driver = triton.runtime.driver.active
+        device = driver.get_current_device()
+        stream = driver.get_current_stream(device)
+        ready = self._ready.get((device, stream)) if workspace is None else None
+        if ready is None:
+            ready = _Ready(self._filled(workspace or workspace_of(given[0].device)))
+            if workspace is None:
+                self._ready[device, stream] = ready
+        arguments, addresses = ready.arguments.copy(), 0
+        for i, t in zip(self._given, given, strict=True):
+            arguments[i] = t
+            addresses |= t.data_ptr()
+        compiled, grid = ready.compiled, (self._blocks, 1, 1)
+        if addresses & _UNALIGNED:
+            self._kernel[grid](*arguments, **self._options)
+        elif compiled is None:
+            ready.compiled = self._kernel[grid](*arguments, **self._options)
+        else:
+            hooks = triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook
+            told = compiled.launch_metadata(grid, stream, *arguments)
+            compiled.run(*grid, stream, compiled.function, compiled.packed_metadata, told, *hooks, *arguments)
+
+    def _filled(self, workspace: Workspace) -> list[Any]:
+        scratch, filled = iter(workspace.floats(*self._scratch)), []
+        for each in self._arguments:
+            if each is SCRATCH:
+                each = next(scratch)
+            filled.append(workspace.counters if each is COUNTERS else each)
+        return filled
 
 
 def last_contiguous(t: Tensor) -> Tensor:

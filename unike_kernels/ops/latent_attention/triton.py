@@ -32,6 +32,10 @@ from torch import Tensor
 
 from .._tiles import tile_sizes
 from .._triton import (
+    COUNTERS,
+    GIVEN,
+    SCRATCH,
+    Launch,
     Workspace,
     activate,
     dot,
@@ -39,7 +43,6 @@ from .._triton import (
     meet,
     multiprocessors,
     options,
-    workspace_of,
 )
 from .reference import Blend, SemanticEncoder
 
@@ -580,13 +583,16 @@ def latent_attention(
     queries, inputs, keys, values, encoder, anchor, projected = operands(
         queries, inputs, keys, values, encoder, anchor, projected
     )
-    workspace = workspace or workspace_of(inputs.device)
-    # Not fused: a product that is added to its neighbour's in one rounding makes the sums of a warp's lanes differ.
-    latent_attention_kernel[(t.blocks,)](
-        t.blocks, queries, inputs, keys, values, projected, ids, *encoder, alpha, anchor, *out,
-        *workspace.floats(*t.scratch), workspace.counters,
+    arguments = (
+        t.blocks, GIVEN, GIVEN, keys, values, projected, GIVEN, *encoder, alpha, anchor, GIVEN, GIVEN,
+        *(SCRATCH for _ in t.scratch), COUNTERS,
         *strides(queries, inputs, keys, values, projected, anchor, alpha),
         heads, c, d, r, blend.scale, *t.sizes, *switches(blend), *t.shapes,
+    )  # fmt: skip
+    # Not fused: a product that is added to its neighbour's in one rounding makes the sums of a warp's lanes differ.
+    launch = Launch(
+        latent_attention_kernel, t.blocks, arguments, t.scratch,
         num_warps=t.warps, **options(cooperative=True), enable_fp_fusion=False,
     )  # fmt: skip
+    launch(queries, inputs, ids, *out, workspace=workspace)
     return out

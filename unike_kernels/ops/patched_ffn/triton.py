@@ -26,7 +26,11 @@ from torch import Tensor
 
 from .._tiles import tile_sizes
 from .._triton import (
+    COUNTERS,
+    GIVEN,
     MOST_TEAMS,
+    SCRATCH,
+    Launch,
     Workspace,
     activate,
     dot,
@@ -35,7 +39,6 @@ from .._triton import (
     multiprocessors,
     options,
     sum_of_parts,
-    workspace_of,
 )
 from .reference import EditPool
 
@@ -186,21 +189,27 @@ def add_extra_neurons(
         out: [M, d] contiguous, of base_out's dtype, may be base_out; None: a new tensor.
         workspace: None: that of the current stream.
     """
-    m, d = x.shape
     out = torch.empty_like(base_out, memory_format=torch.contiguous_format) if out is None else out
-    if m == 0:
+    if len(x) == 0:
         return out
     x, base_out = last_contiguous(x), last_contiguous(base_out)
+    launch_of(x, base_out, pool, activation)(x, base_out, out, workspace=workspace)
+    return out
+
+
+def launch_of(x: Tensor, base_out: Tensor, pool: EditPool, activation: str) -> Launch:
+    """What `add_extra_neurons` launches for activations [M, d] like these, M >= 1, whose rows are contiguous; it is
+    given x, base_out and out."""
+    m, d = x.shape
     pool = EditPool(*(None if t is None else t.contiguous() for t in pool))  # type: ignore[arg-type]
     sizes = tile_sizes("add_extra_neurons", Tiles(), CANDIDATES)
     width = sizes.width // max(t.element_size() for t in (x, pool.keys, pool.values))
     t = tiling(m, d, pool, width, sizes.slices)
     teams, neurons = min(t.tiles, t.teams), pool.keys.shape[0]
-    workspace = workspace or workspace_of(x.device)
-    (parts,) = workspace.floats(teams * t.slices * 2 * (1 if pool.up is None else 2) * t.tokens * neurons)
-    add_extra_neurons_kernel[(teams * t.slices,)](
-        x, base_out, out, *pool, parts, workspace.counters, d, x.stride(0), base_out.stride(0),
+    arguments = (
+        GIVEN, GIVEN, GIVEN, *pool, SCRATCH, COUNTERS, d, x.stride(0), base_out.stride(0),
         neurons, t.per_row, t.tiles_per_row, t.tiles, t.slices, t.slice_width,
-        activation, t.tokens, NEURONS, width, **options(cooperative=True),
+        activation, t.tokens, NEURONS, width,
     )  # fmt: skip
-    return out
+    parts = teams * t.slices * 2 * (1 if pool.up is None else 2) * t.tokens * neurons
+    return Launch(add_extra_neurons_kernel, teams * t.slices, arguments, (parts,), **options(cooperative=True))

@@ -1,0 +1,141 @@
+"""Launches that are looked up once: of what form they are, and that a second one computes what the first would have."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from ops.test_patched_ffn import as_csr, make_pool
+
+from unike_kernels import ops
+from unike_kernels.ops import _tiles, _triton
+from unike_kernels.ops.patched_ffn import PreparedNeurons
+from unike_kernels.ops.patched_ffn import triton as forward
+
+D = 24
+
+
+@pytest.fixture
+def looked_up(monkeypatch):
+    """How often Triton has looked for a kernel's code."""
+    kernel, times = forward.add_extra_neurons_kernel, []
+    usual = type(kernel).run
+    monkeypatch.setattr(type(kernel), "run", lambda self, *a, **k: times.append(1) or usual(self, *a, **k))
+    return times
+
+
+def states(*shape, dtype=torch.bfloat16):
+    return torch.randn(*shape, D).to(dtype), torch.randn(*shape, D).to(dtype)
+
+
+@pytest.fixture
+def pool():
+    return make_pool(D, sizes=(3, 18), rows=([1], [0, 1]), kind="plain", dtype=torch.bfloat16)
+
+
+@pytest.fixture(autouse=True)
+def triton(on_gpu):
+    _triton._workspaces.clear()
+    with on_gpu() as session, torch.no_grad(), ops.backend("triton"):
+        yield session
+
+
+def test_a_second_call_computes_for_its_own_tensors(pool, looked_up, triton):
+    prepared, wanted = PreparedNeurons(pool, "relu"), []
+    given = [states(2, 3) for _ in range(3)]
+    for x, base in given:
+        wanted.append(ops.patched_ffn(x, base, pool, activation="relu"))
+    looked_up.clear()
+    found = [prepared(x, base) for x, base in given]
+    assert len(looked_up) == 1 and len(triton.launches) == 6
+    assert len({t.data_ptr() for t in found}) == 3
+    assert all(map(torch.equal, found, wanted)) and not torch.equal(found[0], found[1])
+    x, base = given[0]
+    out = torch.empty_like(base)
+    assert prepared(x, base, out) is out and torch.equal(out, wanted[0])
+    assert prepared(x, base, base) is base and torch.equal(base, wanted[0])
+    assert len(looked_up) == 1
+
+
+def test_each_form_is_looked_up(pool, looked_up):
+    prepared, forms = PreparedNeurons(pool, "relu"), [((2,), torch.bfloat16), ((4,), torch.bfloat16)]
+    forms += [((2, 2), torch.bfloat16), ((2,), torch.float16), ((2,), torch.float32)]
+    for shape, dtype in forms * 2:
+        x, base = states(*shape, dtype=dtype)
+        looked_up.clear()
+        found = prepared(x, base)
+        assert torch.equal(found, ops.patched_ffn(x, base, pool, activation="relu"))
+    assert len(looked_up) == 1  # the operator's own
+    looked_up.clear()
+    with _tiles.forced("add_extra_neurons", forward.Tiles()._replace(slices=1)):
+        prepared(x, base)
+    prepared(x, base)
+    assert len(looked_up) == 2
+
+
+def test_addresses_that_ask_for_other_code(pool, looked_up):
+    """Triton reads 16 bytes at once where an address allows it."""
+    prepared, (x, base) = PreparedNeurons(pool, "relu"), states(2)
+    room = torch.empty(2 * D + 1, dtype=torch.bfloat16)
+    apart = room[1:].view(2, D).copy_(x)
+    assert apart.data_ptr() % 16 == 2
+    wanted = prepared(x, base)
+    looked_up.clear()
+    for _ in range(2):
+        assert torch.equal(prepared(apart, base), wanted)
+    assert len(looked_up) == 2
+    assert torch.equal(prepared(x, base), wanted) and len(looked_up) == 2
+
+
+def test_other_rows_of_the_same_neurons(pool):
+    prepared, (x, base) = PreparedNeurons(pool, "relu"), states(2)
+    other = prepared.of_rows(*as_csr([[0], []]), None)
+    first, second = prepared(x, base), other(x, base)
+    assert torch.equal(second[1], base[1]) and not torch.equal(first[1], base[1])
+    assert torch.equal(prepared(x, base), first)
+
+
+def test_a_change_of_the_neurons_is_seen(pool, looked_up):
+    prepared, (x, base) = PreparedNeurons(pool, "relu"), states(2)
+    before = prepared(x, base)
+    pool.values.mul_(2)
+    assert not torch.equal(prepared(x, base), before) and len(looked_up) == 1
+
+
+def test_each_stream_has_its_own_scratch(pool, monkeypatch):
+    prepared, (x, base), seen = PreparedNeurons(pool, "relu"), states(2), []
+    kernel = forward.add_extra_neurons_kernel
+    usual = type(kernel).run
+
+    def run(self, *args, **options):
+        seen.append(args[kernel.arg_names.index("counters")].data_ptr())
+        return usual(self, *args, **options)
+
+    monkeypatch.setattr(type(kernel), "run", run)
+    driver = type(_triton.triton.runtime.driver.active)
+    wanted = prepared(x, base)
+    monkeypatch.setattr(driver, "get_current_stream", lambda self, device: 1)
+    assert torch.equal(prepared(x, base), wanted) and len(set(seen)) == len(seen) == 2
+
+
+def test_what_goes_another_way(pool, looked_up):
+    """Gradients, and tensors whose values are not in their memory side by side."""
+    prepared, (x, base) = PreparedNeurons(pool, "relu"), states(4)
+    wanted = prepared(x, base)
+    wide = torch.empty(4, 2 * D, dtype=torch.bfloat16)[:, :D].copy_(x)
+    assert torch.equal(prepared(wide, base), wanted)
+    assert torch.equal(prepared(torch._neg_view(-x), base), wanted)
+    with torch.enable_grad():
+        asking = base.clone().requires_grad_()
+        prepared(x, asking).sum().backward()
+    assert torch.equal(asking.grad, torch.ones_like(base))
+    assert prepared(x[:0], base[:0]).shape == (0, D)
+
+
+def test_a_launch_hook_is_told(pool, monkeypatch):
+    """Of a profiler, by every launch."""
+    prepared, (x, base), told = PreparedNeurons(pool, "relu"), states(2), []
+    monkeypatch.setattr(_triton.triton.knobs.runtime, "launch_exit_hook", told.append)
+    monkeypatch.setattr(_triton.triton.knobs.runtime, "launch_enter_hook", told.append)
+    for _ in range(2):
+        prepared(x, base)
+    assert len(told) == 4
