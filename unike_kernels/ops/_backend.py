@@ -12,7 +12,7 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from importlib import metadata, util
 from typing import Any, NamedTuple, Protocol
@@ -138,15 +138,24 @@ def register_triton(op: str, module: str, refuse: Callable[[Any], str | None] = 
     """
 
     def run(*operands: Any) -> Any:
-        return getattr(importlib.import_module(module), op)(*operands)
+        with _on_device_of(operands):
+            return getattr(importlib.import_module(module), op)(*operands)
 
     def refused(operands: Any) -> str | None:
         return triton_refuse(operands.like) or refuse(operands)
 
     def launch_of(*operands: Any) -> Any:
-        return importlib.import_module(module).launch_of(*operands)
+        with _on_device_of(operands):
+            return importlib.import_module(module).launch_of(*operands)
 
     register(op, "triton", run, refuse=refused, missing=triton_missing, launch_of=launch_of)
+
+
+def _on_device_of(operands: tuple[Any, ...]) -> AbstractContextManager[None]:
+    """For launches; the operands of an operator are on one device."""
+    shared: Any = importlib.import_module(f"{__package__}._triton")
+    guard: AbstractContextManager[None] = shared.on_device_of(operands[0])
+    return guard
 
 
 def _check_name(name: str, source: str) -> str:

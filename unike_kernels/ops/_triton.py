@@ -8,7 +8,8 @@ from __future__ import annotations
 import enum
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -122,6 +123,26 @@ def workspace_of(device: torch.device) -> Workspace:
     return _workspaces[key]
 
 
+def device_of(t: Tensor) -> int | None:
+    """The number of the GPU that it is on; None where one only stands for it."""
+    return t.get_device() if t.is_cuda else None
+
+
+@contextmanager
+def on_device_of(t: Tensor) -> Iterator[None]:
+    """Within the block the GPU that the tensor is on is the current one, on which Triton launches."""
+    driver, device = triton.runtime.driver.active, device_of(t)
+    before = driver.get_current_device()
+    if device is None or device == before:
+        yield
+        return
+    driver.set_current_device(device)
+    try:
+        yield
+    finally:
+        driver.set_current_device(before)
+
+
 @functools.cache
 def _multiprocessors(device: int) -> int:
     return int(triton.runtime.driver.active.utils.get_device_properties(device)["multiprocessor_count"])
@@ -189,6 +210,9 @@ class Launch:
         """
         driver = triton.runtime.driver.active
         device = driver.get_current_device()
+        if device_of(given[0]) not in (None, device):
+            with on_device_of(given[0]):
+                return self(*given, workspace=workspace)
         stream = driver.get_current_stream(device)
         ready = self._ready.get((device, stream)) if workspace is None else None
         if ready is None:

@@ -8,7 +8,7 @@ from ops.test_patched_ffn import as_csr, make_pool
 
 from unike_kernels import ops
 from unike_kernels.ops import _tiles, _triton
-from unike_kernels.ops.patched_ffn import PreparedNeurons
+from unike_kernels.ops.patched_ffn import FFNWeights, PreparedNeurons
 from unike_kernels.ops.patched_ffn import triton as forward
 
 D = 24
@@ -139,3 +139,80 @@ def test_a_launch_hook_is_told(pool, monkeypatch):
     for _ in range(2):
         prepared(x, base)
     assert len(told) == 4
+
+
+# --- several devices ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def second_device(triton, monkeypatch):
+    """All tensors are on GPU 1 and GPU 0 is the current one; -> the device of each launch, and of each look at one."""
+    driver, state, launches = type(_triton.triton.runtime.driver.active), {"device": 0}, []
+    monkeypatch.setattr(_triton, "device_of", lambda t: 1)
+    monkeypatch.setattr(driver, "get_current_device", lambda self: state["device"])
+    monkeypatch.setattr(driver, "set_current_device", lambda self, device: state.update(device=device))
+    monkeypatch.setattr(driver, "get_current_stream", lambda self, device: 70 + device)
+    usual = triton.launch
+
+    def launch(*args, **options):
+        launches.append(state["device"])
+        return usual(*args, **options)
+
+    monkeypatch.setattr(triton, "launch", launch)
+    monkeypatch.setattr(_triton, "_multiprocessors", lambda device: launches.append(device) or 8)
+    yield launches
+    assert state["device"] == 0
+
+
+def _search(x):
+    return ops.cosine_topk(x, torch.randn(20, D), 3)[1]
+
+
+def _latent(x):
+    encoder = ops.SemanticEncoder(torch.randn(8, D), torch.randn(8), torch.randn(D, 8), torch.randn(D))
+    table, ids = torch.randn(20, D), torch.tensor([[0, 3]] * len(x))
+    return ops.latent_attention(x, x, table, table, ids, encoder)[0]
+
+
+def _memory(x):
+    encoder = ops.SemanticEncoder(torch.randn(8, D), torch.randn(8), torch.randn(D, 8), torch.randn(D))
+    table = ops.normalize_rows(torch.randn(20, D))
+    return ops.memory_attention(x, x, table, table, table, encoder, k=3)[0]
+
+
+def _fused(x):
+    base = FFNWeights(torch.randn(32, D), None, None, None, torch.randn(D, 32), None)
+    return ops.patched_ffn(x, base, make_pool(D, sizes=(3,), rows=([0],)), activation="relu")
+
+
+def _beside(x):
+    return ops.patched_ffn(x, x, make_pool(D, sizes=(3,), rows=([0],)), activation="relu")
+
+
+@pytest.mark.parametrize("operator", [_search, _latent, _memory, _fused, _beside])
+@pytest.mark.parametrize("gradient", [False, True])
+def test_every_launch_is_on_its_tensors_device(operator, gradient, second_device):
+    x = torch.randn(2, D)
+    if gradient and operator is not _search:
+        with torch.enable_grad():
+            x.requires_grad_()
+            operator(x).sum().backward()
+    else:
+        operator(x)
+    assert set(second_device) == {1}
+    assert {stream for _, stream in _triton._workspaces} <= {71}
+
+
+def test_a_prepared_launch_is_on_its_tensors_device(pool, second_device):
+    prepared = PreparedNeurons(pool, "relu")
+    found = [prepared(*states(2)) for _ in range(3)]
+    assert len(found) == 3 and second_device == [1, 1, 1, 1]
+
+
+def test_the_device_is_given_back_after_a_failure(pool, second_device, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(forward, "tiling", fail)
+    with pytest.raises(RuntimeError, match="no memory"):
+        PreparedNeurons(pool, "relu")(*states(2))
