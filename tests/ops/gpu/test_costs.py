@@ -59,7 +59,7 @@ BUDGETS = {
     "latent_attention, T=1, ids of their own, k=40, d=4096, r=512": Budget(18, 11.2, 1.18, 0.281, 14.5),
     "latent_attention, T=8, ids of their own, k=40, d=4096, r=512": Budget(19, 18.0, 1.15, 0.242, 17.0),
     "latent_attention, T=64, ids of their own, k=40, d=4096, r=512": Budget(28, 13.1, 1.14, 0.285, 28.4),
-    "latent_attention, T=512, ids of their own, k=40, d=4096, r=512": Budget(131, 18.8, 1.21, 0.426, 117.0),
+    "latent_attention, T=512, ids of their own, k=40, d=4096, r=512": Budget(123, 18.9, 1.2, 0.16, 112.0),
     "latent_attention, T=128, shared ids, k=40, d=4096, r=512": Budget(30, 4.96, 2.56, 6.25, 29.4),
     "memory_attention, T=1, N=15000 of float32, k=40, d=4096": Budget(227, 6.04, 1.15, 0.178, 208.0),
     "cosine_topk, Triton, B=1, N=15000 of float32, d=4096": Budget(208, 6.04, 1.13, 0.163, 197.0),

@@ -131,6 +131,11 @@ MATRIX = [
     pytest.param(
         dict(tokens=6, heads=1, c=20, d=40, r=20, k=3, dtype=torch.float32, rows=2, alpha=6, norm="none"), id="few"
     ),
+    pytest.param(
+        dict(tokens=520, heads=1, c=8, d=140, r=12, k=2, dtype=torch.bfloat16, rows=65),
+        id="many",
+        marks=pytest.mark.slow(minutes=3),
+    ),
 ]
 MORE = [
     pytest.param(

@@ -471,7 +471,9 @@ def _cut(
     else:
         together = 16 if slots <= 16 else 32 if slots < 128 else 64
         depth = 4096 // (together * bytes_of[3])
-        first, second = (16, depth), (32 if together == 16 else chosen.columns, depth)
+        # Each tile of columns reads the hidden layer again; from 512 tokens on wide ones are enough for all blocks.
+        columns = 32 if together == 16 else chosen.columns if slots < 512 or training else max(chosen.columns, 128)
+        first, second = (16, depth), (columns, depth)
     column_tiles = -(-d // second[0])
     scratch = (
         slots * key_slices * heads * _up(k), slots * (slices if alone else 1) * heads * _up(k), slots * d, slots * r,
