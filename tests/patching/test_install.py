@@ -181,8 +181,9 @@ def test_a_fresh_edit_is_the_identity(make_model, make_edit, make_inputs):
             assert torch.equal(logits(model, inputs), before)
 
 
-def test_compiles_in_one_graph(setup):
-    s = setup("llama", gated=True)
+@pytest.mark.parametrize("scale", [None, "cosine"])
+def test_compiles_in_one_graph(setup, scale):
+    s = setup("llama", every_token(**BASE, scale=scale), gated=True)
     with uk.patched(s.model, s.edits, s.memory), uk.rows(s.model, [["a"], [], ["b"]]):
         wanted = logits(s.model, s.inputs)
         torch._dynamo.reset()

@@ -15,7 +15,7 @@ from typing_extensions import override
 from ..config import Config
 from ..errors import PatchError
 from ..ops import PackedKeys, SemanticEncoder, cosine_topk, latent_attention, normalize_rows, pack_keys, project_values
-from ..ops._library import looped
+from ..ops._library import differentiated, looped
 from ..ops.latent_attention import blend_of
 from ..ops.memory_attention import MemoryOperands, PreparedMemory, attend
 from ..retrieval import Retriever
@@ -435,9 +435,13 @@ def _effective(memory: MemoryTables, config: Config, queries: Tensor, ids: Tenso
 
 def _asking(config: Config, queries: Tensor) -> tuple[Tensor, float | None]:
     """Queries [M, H, c] as they are multiplied with the keys of `MemoryTables`, and the scale of their products."""
-    if isinstance(config.scale, str):  # "cosine"
+    if not isinstance(config.scale, str):
+        return queries, config.scale
+    if torch.compiler.is_compiling() or differentiated(queries):  # by the norm, whose derivative at 0 is finite
         return _unit(queries), 1 / config.tau
-    return queries, config.scale
+    # Of length sqrt(c): one kernel of torch's where a division by the norm takes five. 0 stays 0.
+    c, wide = queries.shape[-1], torch.promote_types(queries.dtype, torch.float32)
+    return torch.nn.functional.rms_norm(queries, (c,), eps=torch.finfo(wide).tiny), c**-0.5 / config.tau
 
 
 def _unit(vectors: Tensor) -> Tensor:
