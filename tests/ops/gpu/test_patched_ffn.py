@@ -113,7 +113,7 @@ def test_nothing_is_allocated_where_memory_is_given(allocates_nothing):
     allocates_nothing(kernel, lambda **given: kernel.patched_ffn(x, base, pool, "silu", **given))
 
 
-@pytest.mark.parametrize(("tokens", "instructions"), [(1, 101_000), (64, 327_000)])
+@pytest.mark.parametrize(("tokens", "instructions"), [(1, 101_000), (64, 443_000)])
 def test_every_weight_is_read_once_by_blocks_that_share_them(tokens, instructions, launched, monkeypatch):
     monkeypatch.setattr(kernel, "multiprocessors", lambda: 4)
     x = torch.randn(tokens, 256).bfloat16()
