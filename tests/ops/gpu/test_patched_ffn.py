@@ -10,6 +10,7 @@ from ops.test_patched_ffn import as_csr, make_base, make_pool
 
 from unike_kernels import ops
 from unike_kernels.ops import _triton
+from unike_kernels.ops.patched_ffn import fuses
 from unike_kernels.ops.patched_ffn import triton as side
 from unike_kernels.ops.patched_ffn import triton_fused as kernel
 from unike_kernels.ops.patched_ffn.reference import activate, add_extra_neurons, base_ffn
@@ -95,6 +96,17 @@ def test_a_prompt_leaves_the_base_to_the_vendor(launched):
     assert [launch.kernel for launch in session.launches] == ["add_extra_neurons_kernel"]
     torch.testing.assert_close(out, add_extra_neurons(x, base_ffn(x, base, "relu"), pool, "relu"), rtol=1e-5, atol=1e-5)
     assert kernel.patched_ffn(x[:0], base, pool, "relu").shape == (0, 24)
+
+
+def test_weights_that_would_be_copied_are_left_to_the_vendor(launched):
+    x, base, pool = case(24, 40, 2, "plain", torch.float32)
+    turned = base._replace(w_in=base.w_in.T.contiguous().T, w_out=base.w_out.T.contiguous().T)
+    with ops.backend("triton"):
+        out, session = launched(lambda: ops.patched_ffn(x, turned, pool, activation="relu"))
+        taken, _ = launched(lambda: [fuses(x, w, pool, "relu") for w in (base, turned)])
+    assert [launch.kernel for launch in session.launches] == ["add_extra_neurons_kernel"]
+    assert taken == [True, False]
+    torch.testing.assert_close(out, add_extra_neurons(x, base_ffn(x, base, "relu"), pool, "relu"), rtol=1e-5, atol=1e-5)
 
 
 def test_the_operator_chooses_it(on_gpu):

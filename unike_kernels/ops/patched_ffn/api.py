@@ -220,7 +220,12 @@ def fused_ffn(x: Tensor, base: FFNWeights, pool: EditPool, activation: str) -> T
 
 
 def fuses(x: Tensor, base: FFNWeights, pool: EditPool, activation: str) -> bool:
-    """Whether a kernel on this machine computes `fused_ffn` of the same arguments in one launch."""
+    """Whether a kernel on this machine computes `fused_ffn` of the same arguments in one launch.
+
+    It does not where weights would have to be copied, such as those that GPT-2 keeps transposed.
+    """
+    if not all(t is None or t.is_contiguous() for t in base):
+        return False
     operands = FusedOperands(x, base, pool, activation)
     return _backend.forced_backend() in (None, "triton") and _backend.takes("patched_ffn", "triton", operands)
 
@@ -297,8 +302,8 @@ class PreparedNeurons:
 def patched_ffn(x: Tensor, base: Tensor | FFNWeights, pool: EditPool, *, activation: str) -> Tensor:
     """FFN_edit(x) = FFN(x) + o_extra (W_V^extra + beta * zeta')  (paper, Eq. 3 and 6).
 
-    A token whose row selects no edit keeps the bits of the base FFN. Base and sum are each computed in float32 at least
-    and rounded once.
+    A token whose row selects no edit keeps the bits of the base FFN; of a base given as weights, those of the same
+    kernel without edits. Base and sum are each computed in float32 at least and rounded once.
     Differentiable in x, the base and the neurons, zeta' and beta.
 
     Args:

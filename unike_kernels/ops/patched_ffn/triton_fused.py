@@ -277,7 +277,8 @@ def patched_ffn(
     out: Tensor | None = None,
     workspace: Workspace | None = None,
 ) -> Tensor:
-    """FFN(x) + the extra neurons of each token, [M, d], in one launch for up to 64 tokens (32 in float32).
+    """FFN(x) + the extra neurons of each token, [M, d], in one launch for up to 64 tokens (32 in float32) where no
+    weights would have to be copied.
 
     Args:
         x: [M, d], of any float dtype but float64.
@@ -292,10 +293,10 @@ def patched_ffn(
     if m == 0:
         return out
     narrow = x.dtype == base.w_in.dtype == base.w_out.dtype != torch.float32
-    if m > (MOST_TOKENS if narrow else MOST_WIDE_TOKENS):
+    in_place = all(t is None or t.is_contiguous() for t in base)
+    if m > (MOST_TOKENS if narrow else MOST_WIDE_TOKENS) or not in_place:
         return _vendor(x, base, pool, activation, out, workspace)
     x = last_contiguous(x)
-    base = FFNWeights(*(None if t is None else t.contiguous() for t in base))  # type: ignore[arg-type]
     pool = EditPool(*(None if t is None else t.contiguous() for t in pool))  # type: ignore[arg-type]
     blocks = multiprocessors()
     per_row = 1 if pool.token_rows is not None else m // (len(pool.row_indptr) - 1)
