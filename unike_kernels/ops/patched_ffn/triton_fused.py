@@ -16,12 +16,12 @@ Tiles. A block takes its share in one pass wherever the sums fit its registers, 
 once in the first phase, and the activations once in the second. Weights flow through shared memory, as many steps ahead
 as fit there. One block to a multiprocessor: two would each read x and the activations.
 
-Bound. A gated FFN of d = 4096, f = 11008 in bfloat16 is 271 MB: 81 us of an H100's memory, whatever M is. Of L2, the
-blocks ask for the weights and for M (d + f) elements each: at M = 64 twice the weights, which takes 102 us. The launch
-and the meeting, about 3 us, are what fusion costs; the two launches that it saves, about 3 us each, and the side
-product's own 2 us, are what it gains. From about 300 tokens on an H100's tensor cores are the limit and a vendor's GEMM
-is at its best; beyond 64 tokens (32 of float32) the base is torch's, and the extra neurons are one launch behind it.
-The default tile sizes are untuned: see `unike tune`.
+Bound. A gated FFN of d = 4096, f = 11008 in bfloat16 is 271 MB: 81 us of an H100's memory, whatever M is. Each block
+asks L2 for its weights and for M (d + f) elements: at M = 64 that is as much again, and 100 us. The launch and the
+meeting, about 3 us, are what fusion costs; the two launches that it saves, about 3 us each, and the side product's own
+2 us, are what it gains. From about 300 tokens on an H100's tensor cores are the limit and a vendor's GEMM is at its
+best; beyond 64 tokens (32 of float32) the base is torch's, and the extra neurons are one launch behind it. The default
+tile sizes are untuned: see `unike tune`.
 """
 
 from __future__ import annotations
@@ -211,7 +211,7 @@ def patched_ffn_kernel(
         total = tl.max(upto)
         for first in range(turn, total, EXTRA * blocks):
             item = first + blocks * tl.arange(0, EXTRA)
-            token = tl.sum((upto[None, :] <= item[:, None]).to(tl.int32), 1)
+            token = tl.sum((upto[None, :] <= item[:, None]).to(tl.int32), 1).to(tl.int64)
             own = (rows[None, :] == token[:, None]).to(tl.int64)
             mine = item + tl.sum(own * (low - upto + count)[None, :], 1)
             used = item < total
@@ -221,7 +221,7 @@ def patched_ffn_kernel(
                 bias = tl.load(up_bias + mine, mask=used, other=0.0).to(tl.float32)
                 o *= neuron_products(x, x_stride, token, up, mine, used, d, EXTRA_WIDTH) + bias
             # An edit that a list names twice may come from two blocks, with the same bits.
-            tl.store(extra + token.to(tl.int64) * neurons + mine, o, mask=used)
+            tl.store(extra + token * neurons + mine, o, mask=used)
         turn = (turn - total % blocks + blocks) % blocks
     meet(everybody, blocks, block == 0)
 
