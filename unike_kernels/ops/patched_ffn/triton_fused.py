@@ -59,6 +59,7 @@ MOST_SUMS = 2048  # of tokens and columns, for which a block adds up extra neuro
 EXTRA = 8  # extra neurons that a block multiplies together
 EXTRA_WIDTH = 512  # columns of a step over them
 EXTRA_STAGES = tl.constexpr(4)
+APART = tl.constexpr(16)  # blocks between the first ones of two edits of a list: most edits have no more neurons
 
 
 class Tiles(NamedTuple):
@@ -202,10 +203,11 @@ def patched_ffn_kernel(
             write_hidden(n, tl.minimum(n + f_pass * UNIT, last), *base, ACTIVATION, BM, NEURONS, WIDTH, STAGES)
 
     start, end = lists_of(rows, valid, row_indptr, token_rows, per_row)
-    turn = blocks - 1 - block
     for slot in range(tl.max(end - start)):
         _, low, behind = neurons_of(start + slot, end, row_edits, indptr)
-        # The tokens' neurons in one row, of which turn, turn + blocks, ... are this block's.
+        # The tokens' neurons in one row, of which turn, turn + blocks, ... are this block's. Every edit of a list
+        # begins with other blocks; by its number, as Triton 3.7 forgets a number that one turn leaves to the next.
+        turn = (blocks - 1 - block + APART * slot.to(tl.int32)) % blocks
         count = (behind - low).to(tl.int32)
         upto = tl.cumsum(count, 0)
         total = tl.max(upto)
@@ -222,7 +224,6 @@ def patched_ffn_kernel(
                 o *= neuron_products(x, x_stride, token, up, mine, used, d, EXTRA_WIDTH) + bias
             # An edit that a list names twice may come from two blocks, with the same bits.
             tl.store(extra + token * neurons + mine, o, mask=used)
-        turn = (turn - total % blocks + blocks) % blocks
     meet(everybody, blocks, block == 0)
 
     first, last = block * d_share * UNIT, tl.minimum((block + 1) * d_share * UNIT, d)
