@@ -103,9 +103,10 @@ def test_weights_that_would_be_copied_are_left_to_the_vendor(launched):
     turned = base._replace(w_in=base.w_in.T.contiguous().T, w_out=base.w_out.T.contiguous().T)
     with ops.backend("triton"):
         out, session = launched(lambda: ops.patched_ffn(x, turned, pool, activation="relu"))
-        taken, _ = launched(lambda: [fuses(x, w, pool, "relu") for w in (base, turned)])
+        given = [(x, base), (x, turned), (torch.randn(32, 24), base), (torch.randn(33, 24), base)]
+        taken, _ = launched(lambda: [fuses(*each, pool, "relu") for each in given])
     assert [launch.kernel for launch in session.launches] == ["add_extra_neurons_kernel"]
-    assert taken == [True, False]
+    assert taken == [True, False, True, False]
     torch.testing.assert_close(out, add_extra_neurons(x, base_ffn(x, base, "relu"), pool, "relu"), rtol=1e-5, atol=1e-5)
 
 

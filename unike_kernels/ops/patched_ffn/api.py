@@ -30,6 +30,7 @@ _POOL = (
 _BASE = "Tensor w_in, Tensor? b_in, Tensor? w_up, Tensor? b_up, Tensor w_out, Tensor? b_out"
 _BASE_SIZE = len(FFNWeights._fields)
 FUSED_TOKENS = 64  # up to which reading the weights, and no arithmetic, bounds base and neurons on a GPU
+FUSED_WIDE_TOKENS = 32  # of float32: its dots split their operands in registers, which suffice for so many
 
 for _op in ("add_extra_neurons", "add_extra_neurons_backward"):
     _backend.register(_op, "reference", getattr(reference, _op))
@@ -219,15 +220,24 @@ def fused_ffn(x: Tensor, base: FFNWeights, pool: EditPool, activation: str) -> T
     return out.reshape(x.shape)
 
 
+def one_launch(x: Tensor, base: FFNWeights) -> bool:
+    """Whether the kernel of base and neurons is for these [..., d]: few tokens, and weights that need no copy."""
+    narrow = x.dtype == base.w_in.dtype == base.w_out.dtype != torch.float32
+    few = x.shape[:-1].numel() <= (FUSED_TOKENS if narrow else FUSED_WIDE_TOKENS)
+    return few and all(t is None or t.is_contiguous() for t in base)
+
+
 def fuses(x: Tensor, base: FFNWeights, pool: EditPool, activation: str) -> bool:
     """Whether a kernel on this machine computes `fused_ffn` of the same arguments in one launch.
 
     It does not where weights would have to be copied, such as those that GPT-2 keeps transposed.
     """
-    if not all(t is None or t.is_contiguous() for t in base):
-        return False
     operands = FusedOperands(x, base, pool, activation)
-    return _backend.forced_backend() in (None, "triton") and _backend.takes("patched_ffn", "triton", operands)
+    return (
+        one_launch(x, base)
+        and _backend.forced_backend() in (None, "triton")
+        and _backend.takes("patched_ffn", "triton", operands)
+    )
 
 
 class PreparedNeurons:

@@ -1,11 +1,10 @@
 """The patched FFN on a GPU in one launch, for batches of decode size: base weights and extra neurons (Eq. 1, 3 and 6).
 
 Work. In a first phase each block owns a share of the f base neurons, and writes their activations of all tokens to
-scratch; then the blocks compute the tokens' extra neurons, one after the other from the last block backwards. All
-blocks meet. In a second phase each block owns a share of the d columns of the output, sums over the base neurons, then
-over the extra ones of each token in the order of its list, adds the rank-one term, and rounds once. So every weight is
-read once, a token's sum has an order that does not depend on the others, and no partial sum of the output leaves a
-block.
+scratch; then the tokens' extra neurons are dealt out to the blocks, the last one first. All blocks meet. In a second
+phase each block owns a share of the d columns of the output, sums over the base neurons, then over the extra ones of
+each token, whose values have the rank-one term in them, and rounds once. So every weight is read once, a token's sum
+has an order that does not depend on the others' edits, and no partial sum of the output leaves a block.
 
 The alternative, a slice of f for each block and partial outputs in scratch, needs no meeting, but moves blocks M d
 float32 twice: 276 MB at M = 64, d = 4096 and 132 blocks, as much as the weights. Activations take M f of the weights'
@@ -46,14 +45,13 @@ from .._triton import (
     shared_memory,
     workspace_of,
 )
+from .api import one_launch
 from .reference import EditPool, FFNWeights, ffn
 from .triton import add_extra_neurons
 
-MOST_TOKENS = 64
-MOST_WIDE_TOKENS = 32  # of float32: its dots split their operands in registers, which suffice for so many
 FEWEST_TOKENS = 16  # rows of an mma
 FEWEST_COLUMNS = 16  # of an mma that are multiplied
-UNIT = tl.constexpr(4)  # rows of a matrix: what a block begins with is aligned to so many elements
+UNIT = tl.constexpr(4)  # rows: shares are whole units, so that what a block loads and stores of a row is aligned
 MOST_STAGES = 8
 MOST_SUMS = 2048  # of tokens and columns, for which a block adds up extra neurons together
 EXTRA = 8  # extra neurons that a block multiplies together
@@ -293,9 +291,7 @@ def patched_ffn(
     out = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
     if m == 0:
         return out
-    narrow = x.dtype == base.w_in.dtype == base.w_out.dtype != torch.float32
-    in_place = all(t is None or t.is_contiguous() for t in base)
-    if m > (MOST_TOKENS if narrow else MOST_WIDE_TOKENS) or not in_place:
+    if not one_launch(x, base):
         return _vendor(x, base, pool, activation, out, workspace)
     x = last_contiguous(x)
     pool = EditPool(*(None if t is None else t.contiguous() for t in pool))  # type: ignore[arg-type]
