@@ -276,7 +276,8 @@ def test_few_tokens_on_a_gpu_are_one_launch(kind, on_gpu, monkeypatch):
     x = torch.randn(1, 2, 64)
     wanted = ffn(x)  # by the CPU's kernels, as there is no GPU
     with torch.no_grad():
-        assert launches(x)[0] == ["patched_ffn_kernel"]
+        transposed = kind == "gpt2"  # its weights would have to be copied
+        assert launches(x)[0] == ["add_extra_neurons_kernel" if transposed else "patched_ffn_kernel"]
         torch.testing.assert_close(launches(x)[1], wanted, rtol=1e-4, atol=1e-4)
         assert launches(torch.randn(65, 64))[0] == ["add_extra_neurons_kernel"]
         handle = next(site.module.children()).register_forward_hook(lambda *_: None)

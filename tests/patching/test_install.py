@@ -807,3 +807,8 @@ def test_prompt_lengths_of_other_libraries(make_model, make_memory):
             with pytest.raises(ValueError, match="prompt_lengths: expected integers of at least 1, got"):
                 uk.rows(model, prompt_lengths=wrong).__enter__()
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+def test_an_unknown_base(make_model):
+    with pytest.raises(ValueError, match="base: expected 'vendor' or 'fused', got 'mine'"):
+        uk.patch(make_model("llama"), base="mine")

@@ -109,7 +109,7 @@ def test_a_shared_activation(make_model, make_edit):
 def test_an_ffn_of_other_parts_is_not_one_launch(make_model, make_edit):
     peft = pytest.importorskip("peft")
     model = make_model("opt")
-    uk.patch(model, [make_edit(model)])
+    uk.patch(model, [make_edit(model)], base="fused")
     layers = model.model.decoder.layers
     logits(model)
     assert all(ffn.dense is not None for ffn in patched_ffns(model).values())

@@ -21,6 +21,7 @@ from unike_kernels.training import (
     extract,
     train_edit,
 )
+from unike_kernels.training.build_memory import _stored
 from unike_kernels.training.samples import encode, forward
 
 TRIPLETS = [Triplet(f"w{i} w{i + 9}", f"w{i + 18}", f"w{i + 1} w{i + 5}") for i in range(12)]
@@ -61,6 +62,49 @@ def test_tables(make_model, processor, kind, values, tmp_path):
     result.memory.save(tmp_path / "m")
     assert uk.MemoryBank.load(tmp_path / "m").id == result.memory.id
     uk.patch(model, memory=result.memory)
+
+
+@pytest.mark.parametrize("values", ["pre", "projected"])
+def test_a_memory_is_stored_in_the_dtype_of_its_model(make_model, processor, values, tmp_path):
+    """Nothing of the states is lost, so a memory that holds the same numbers in float32 retrieves the same entries."""
+    model = make_model("llama", dtype=torch.bfloat16)
+    memory = build(model, processor, config=uk.Config(k=5, values=values), layers=[1, 4]).memory
+    assert memory.notes["dtype"] == "bfloat16"
+    hidden = extract(model, processor, TRIPLETS, layers=[1, 4], progress=False)
+    for i, m in memory.layers.items():
+        assert torch.equal(m.index.float(), hidden[i].sem_pre)
+        kinds = {name: t.dtype for name, t in m.tensors().items()}
+        assert {kinds.pop("zeta"), kinds.pop("zeta_prime")} == {torch.float32}
+        assert set(kinds.values()) == {torch.bfloat16}
+    memory.save(tmp_path / "m")
+    loaded = uk.MemoryBank.load(tmp_path / "m")
+    assert loaded.id == memory.id
+    assert all(t.dtype == memory.layers[4].tensors()[name].dtype for name, t in loaded.layers[4].tensors().items())
+
+    wide = {
+        i: uk.MemoryLayer(
+            m.index.float(), m.keys.float(), None if m.values is None else m.values.float(),
+            type(m.encoder)(*(t.float() for t in m.encoder)), m.zeta, m.zeta_prime,
+        )
+        for i, m in memory.layers.items()
+    }  # fmt: skip
+    older = dataclasses.replace(memory, layers=wide)
+    batch = encode(processor, [Sample(t.prompt, t.positive) for t in TRIPLETS], torch.device("cpu"))
+    traces, logits = [], []
+    for bank in (loaded, older):
+        with uk.patched(model, memory=bank), uk.explain(model) as trace, torch.no_grad():
+            logits.append(model(**batch.inputs).logits.float())
+        traces.append(trace.passes[0][1])  # of the first layer: behind it, states differ
+    assert torch.equal(traces[0].entries, traces[1].entries) and torch.equal(traces[0].scores, traces[1].scores)
+    with torch.no_grad():
+        shift = (logits[0] - model(**batch.inputs).logits.float()).abs().max()
+    assert (logits[0] - logits[1]).abs().max() < 0.1 * shift
+
+
+def test_a_table_that_its_models_dtype_does_not_hold_stays_as_it_is():
+    exact, more = torch.tensor([[0.5, -3.0]]), torch.tensor([[1 / 3, 1e20]])
+    assert _stored(exact, torch.float16).dtype == torch.float16
+    assert _stored(more, torch.float16) is more and _stored(more, torch.float32) is more
 
 
 PHRASES = [Triplet(t.prompt, f"{t.positive} w{i}", t.negative) for i, t in enumerate(TRIPLETS)]

@@ -29,7 +29,8 @@ class ExtraNeurons(Record):
         modules: the FFN: one module, or the parts of one that stands inline in its layer.
         activation: of the extra neurons.
         dense: how the base's matrices are read, where it computes just what they say: then base and neurons of a batch
-            of decode size are one launch on a GPU. None: it does not, or not any more.
+            of decode size are one launch on a GPU, and rows without edits lose the base's own bits. None: it does not,
+            not any more, or nobody asked for that.
         context, layer: of the model, whose versions have the edits.
     """
 

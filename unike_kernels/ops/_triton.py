@@ -144,13 +144,22 @@ def on_device_of(t: Tensor) -> Iterator[None]:
 
 
 @functools.cache
-def _multiprocessors(device: int) -> int:
-    return int(triton.runtime.driver.active.utils.get_device_properties(device)["multiprocessor_count"])
+def _properties(device: int) -> dict[str, int]:
+    return dict(triton.runtime.driver.active.utils.get_device_properties(device))
 
 
 def multiprocessors() -> int:
     """Of the current device."""
     return _multiprocessors(triton.runtime.driver.active.get_current_device())
+
+
+def _multiprocessors(device: int) -> int:
+    return _properties(device)["multiprocessor_count"]
+
+
+def shared_memory() -> int:
+    """Bytes that a block of the current device may have."""
+    return _properties(triton.runtime.driver.active.get_current_device())["max_shared_mem"]
 
 
 def options(*, cooperative: bool) -> dict[str, object]:

@@ -120,6 +120,7 @@ def patch(
     config: Config | None = None,
     scope: Literal["all", "memory"] | None = None,
     default: Literal["all", "none"] = "all",
+    base: Literal["vendor", "fused"] = "vendor",
     retriever: Callable[[Tensor], Retriever] | None = None,
     replace: bool = False,
     override: bool = False,
@@ -149,6 +150,9 @@ def patch(
         scope: where an edit acts, instead of what the config says (see `Config.scope`).
         default: what a pass outside of every `rows` block uses: "all" edits and the memory, or "none". With "all", such
             a pass is an error while another logical call has a block open that gives some row less.
+        base: who computes the FFNs themselves. "vendor": their own modules, so that rows without edits keep their bits
+            on every device. "fused": on a GPU, for up to 64 tokens and plain weights that lie row by row, the launch
+            that computes the extra neurons; such rows are then rounded as that kernel rounds, edits or not.
         retriever: makes the index of a layer's retrieval keys [N, d], which the memory is then searched with, such as
             `lambda keys: uk.ShardedIndex(uk.CosineIndex(my_part_of(keys)))`; None: an exact one, or what the memory's
             `search` says.
@@ -163,10 +167,12 @@ def patch(
             several places.
         MismatchError: an edit, the memory, the config and the model do not belong together.
         UnsupportedModelError: the structure of the model is not known.
-        ValueError: an unknown layer or default.
+        ValueError: an unknown layer, default or base.
     """
     if default not in ("all", "none"):
         raise ValueError(f"default: expected 'all' or 'none', got {default!r}")
+    if base not in ("vendor", "fused"):
+        raise ValueError(f"base: expected 'vendor' or 'fused', got {base!r}")
     model = backbones.unwrap(model)
     if state_of(model) is not None and not replace:
         raise PatchError(f"{type(model).__name__} is patched already: unpatch it first, or pass replace=True")
@@ -213,7 +219,7 @@ def patch(
     by_text = memory is not None and chosen.tokens == "text"
     placeholders = backbones.required_placeholder_ids(model) if by_text else None
     state = PatchedState(context, decoder, chosen, places, places.ffns, {}, retriever)
-    dense = {i: decoder.layers[i].dense for i in stores}
+    dense = {i: decoder.layers[i].dense if base == "fused" else None for i in stores}
     with AllOrNothing(model):
         if state_of(model) is not None:
             _remove(model)

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from ..artifacts.fingerprint import fingerprint
 from ..artifacts.memory import MemoryBank, MemoryLayer
 from ..artifacts.scope import Scope
-from ..backbones import Decoder, find_decoder, project_memory, score_scale
+from ..backbones import Decoder, find_decoder, project_memory, score_scale, unwrap
 from ..config import Config
+from ..ops import SemanticEncoder
 from ..patching import check_artifacts
 from .encoders import Disentangled, EncoderTraining, disentangle
 from .extract import Hidden, entries_of, extract
@@ -77,6 +78,9 @@ def build_memory(
 ) -> MemoryResult:
     """Make the memory of `triplets` for a model (paper, section 3.3 and Appendix C).
 
+    Of a model in bfloat16 or float16, tables and Enc_sem are stored in that dtype, which the notes name: the states are
+    its own numbers, so nothing of them is lost, and the attention reads half as much.
+
     Args:
         model: a Hugging Face model, not patched.
         processor: its processor or tokenizer.
@@ -106,15 +110,19 @@ def build_memory(
     )  # fmt: skip
     if scope is not None and _acts(config):
         scope = _with_own(model, processor, scope, triplets, 0, batch_size)
-    tables, spaces = {}, {}
+    tables, spaces, dtype = {}, {}, _dtype_of(model)
     for i, h in hidden.items():
         keys, values, pos, neg = _tables(decoder, i, h, config.values)
         # zeta' steers the FFN, whose input is of the kind of "pre": truthfulness is told there, whatever the values.
         truth = h.pos_pre, h.neg_pre
         space = disentangle(h.sem_out, pos, neg, training, truth_states=truth, progress=progress)
         spaces[i] = space
-        tables[i] = MemoryLayer(h.sem_pre, keys, values, space.semantic_weights(), space.zeta, space.zeta_prime)
-    notes = {"triplets": str(len(triplets)), "training": str(training or EncoderTraining())}
+        index, keys = _stored(h.sem_pre, dtype), _stored(keys, dtype)
+        encoder = SemanticEncoder(*(t.to(dtype) for t in space.semantic_weights()))
+        values = None if values is None else _stored(values, dtype)
+        tables[i] = MemoryLayer(index, keys, values, encoder, space.zeta, space.zeta_prime)
+    told = {"training": str(training or EncoderTraining()), "dtype": str(dtype).removeprefix("torch.")}
+    notes = {"triplets": str(len(triplets)), **told}
     return MemoryResult(MemoryBank(tables, config, fingerprint(model), notes, scope=scope), hidden, spaces)
 
 
@@ -195,6 +203,18 @@ def _with_own(
     counts = torch.tensor(entries_of(model, processor, triplets, batch_size), dtype=torch.int64, device="cpu")
     ends = start + counts.cumsum(0)
     return scope.with_own(keys, torch.stack([ends - counts, ends], 1), tuple(triplet.prompt for triplet in triplets))
+
+
+def _dtype_of(model: nn.Module) -> torch.dtype:
+    """What a memory of the model is stored in."""
+    found = getattr(unwrap(model), "dtype", None)
+    return found if found in (torch.bfloat16, torch.float16) else torch.float32
+
+
+def _stored(table: Tensor, dtype: torch.dtype) -> Tensor:
+    """In this dtype, unless that would lose something, as of a layer that computes in float32 in a narrower model."""
+    narrow = table.to(dtype)
+    return narrow if torch.equal(narrow.to(table.dtype), table) else table
 
 
 def _behind(table: Tensor, rows: Tensor) -> Tensor:

@@ -11,11 +11,12 @@ from ops.gpu.test_latent_attention import Case
 from ops.gpu.test_latent_attention_backward import Gradients
 from ops.gpu.test_memory_attention import Memory
 from ops.test_patched_ffn import make_base, make_pool
-from ptxsim import Session, static
-from ptxsim.triton_driver import interpreting
+from ptxsim import static
+from ptxsim.triton_driver import compiling
 from triton.backends.compiler import GPUTarget
 
 from unike_kernels.ops import _triton
+from unike_kernels.ops.cosine_topk import triton as retrieval
 from unike_kernels.ops.latent_attention import triton as latent
 from unike_kernels.ops.latent_attention import triton_backward as latent_backward
 from unike_kernels.ops.memory_attention import triton as memory
@@ -35,6 +36,8 @@ class Budget(NamedTuple):
         occupancy: at least, of sm_80 and sm_90.
         wide: at least so many loads of 16 bytes, or copies: one for each stream of weights or memory entries.
         tensor_cores: whether it has their instructions.
+        ahead: at least so many groups of copies to shared memory, of sm_90, are on their way while one is awaited; a
+            step of the FFN has one for x and one for each matrix.
     """
 
     module: Any
@@ -43,6 +46,7 @@ class Budget(NamedTuple):
     occupancy: float
     wide: int
     tensor_cores: bool
+    ahead: int = 0
 
 
 def extra(tokens: int, gated: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, Any]:
@@ -51,9 +55,9 @@ def extra(tokens: int, gated: str, dtype: torch.dtype) -> tuple[torch.Tensor, to
     )  # fmt: skip
 
 
-def whole(tokens: int, gated: bool, dtype: torch.dtype) -> tuple[torch.Tensor, Any, Any]:
+def whole(tokens: int, gated: bool, dtype: torch.dtype, f: int = 11008) -> tuple[torch.Tensor, Any, Any]:
     x, _, pool = extra(tokens, "gated" if gated else "plain", dtype)
-    return x, make_base(D, gated, dtype, 11008), pool
+    return x, make_base(D, gated, dtype, f), pool
 
 
 def attention(tokens: int, rows: int | None, projected: bool, dtype: torch.dtype) -> Case:
@@ -82,16 +86,38 @@ BUDGETS = {
         lambda: backward.add_extra_neurons_backward(*extra(128, "gated", torch.bfloat16), "silu"), 0.12, 4, True,
     ),
     "patched FFN, one token, bfloat16": Budget(
-        fused, "patched_ffn_kernel", lambda: fused.patched_ffn(*whole(1, True, torch.bfloat16), "silu"), 0.12, 6, True
+        fused, "patched_ffn_kernel",
+        lambda: fused.patched_ffn(*whole(1, True, torch.bfloat16), "silu"), 0.12, 6, True, ahead=12,
     ),
     "patched FFN, 64 tokens, bfloat16": Budget(
-        fused, "patched_ffn_kernel", lambda: fused.patched_ffn(*whole(64, True, torch.bfloat16), "silu"), 0.12, 6, True
+        fused, "patched_ffn_kernel",
+        lambda: fused.patched_ffn(*whole(64, True, torch.bfloat16), "silu"), 0.12, 6, True, ahead=9,
     ),
     "patched FFN, 32 tokens, bfloat16": Budget(
-        fused, "patched_ffn_kernel", lambda: fused.patched_ffn(*whole(32, True, torch.bfloat16), "silu"), 0.12, 6, True
+        fused, "patched_ffn_kernel",
+        lambda: fused.patched_ffn(*whole(32, True, torch.bfloat16), "silu"), 0.12, 6, True, ahead=12,
     ),
     "patched FFN, 32 tokens, float32": Budget(
         fused, "patched_ffn_kernel", lambda: fused.patched_ffn(*whole(32, False, torch.float32), "relu"), 0.12, 4, True
+    ),
+    "patched FFN, 64 tokens, wide, bfloat16": Budget(
+        fused, "patched_ffn_kernel",
+        lambda: fused.patched_ffn(*whole(64, True, torch.bfloat16, 28672), "gelu"), 0.12, 6, True,
+    ),
+    "patched FFN, 16 tokens, not gated, float16": Budget(
+        fused, "patched_ffn_kernel",
+        lambda: fused.patched_ffn(*whole(16, False, torch.float16, 16384), "gelu_tanh"), 0.12, 4, True,
+    ),
+    "patched FFN, one token, float32": Budget(
+        fused, "patched_ffn_kernel", lambda: fused.patched_ffn(*whole(1, True, torch.float32), "silu"), 0.12, 6, True
+    ),
+    "cosine top-k, one query": Budget(
+        retrieval, "cosine_topk_kernel",
+        lambda: retrieval.cosine_topk(torch.zeros(1, D), torch.zeros(2000, D), 40, True), 0.12, 2, False,
+    ),
+    "cosine top-k, 8 queries, not normalised": Budget(
+        retrieval, "cosine_topk_kernel",
+        lambda: retrieval.cosine_topk(torch.zeros(8, D), torch.zeros(2000, D), 40), 0.12, 2, False,
     ),
     "latent attention, one token, bfloat16": Budget(
         latent, "latent_attention_kernel", lambda: attention(1, None, True, torch.bfloat16).run(), 0.12, 4, False
@@ -147,23 +173,22 @@ def resources(monkeypatch):
     def find(budget: Budget, target: GPUTarget) -> static.Resources:
         kernel, captured = getattr(budget.module, budget.kernel), Captured()
         monkeypatch.setattr(budget.module, budget.kernel, captured)
-        monkeypatch.setattr(_triton, "_multiprocessors", lambda device: 132)
+        monkeypatch.setattr(_triton, "_multiprocessors", lambda device: MULTIPROCESSORS[target.arch])
         _triton._workspaces.clear()
-        with interpreting(Session()):
+        with compiling(target):
             budget.launch()
         monkeypatch.undo()
-        options = dict(captured.options)
-        if target.backend != "cuda":
-            options.pop("maxnreg", None)
-        return static.resources(static.compile_for(kernel, target, captured.arguments, **options))
+        return static.resources(static.compile_for(kernel, target, captured.arguments, **captured.options))
 
     return find
 
 
-TARGETS = [*(GPUTarget("cuda", arch, 32) for arch in static.CUDA_ARCHITECTURES), GPUTarget("hip", "gfx942", 64)]
+# Of an A100, H100, B200, RTX PRO 6000, MI300X and MI355X.
+MULTIPROCESSORS = {80: 108, 90: 132, 100: 148, 120: 188, "gfx942": 304, "gfx950": 256}
 # The rest are slow tests: the default ones look at each forward kernel once.
 USUAL = {
     "extra neurons, a prompt, bfloat16", "patched FFN, one token, bfloat16", "memory attention, one token, bfloat16",
+    "cosine top-k, one query",
 }  # fmt: skip
 
 
@@ -176,7 +201,7 @@ USUAL = {
             marks=[] if t.arch == 90 and name in USUAL else [pytest.mark.slow],
             id=f"{name}-{t.backend}-{t.arch}",
         )
-        for t in TARGETS
+        for t in static.TARGETS
         for name in BUDGETS
     ],
 )
@@ -190,3 +215,5 @@ def test_budget(name, target, resources):
         assert found.occupancy >= budget.occupancy, found
         assert found.wide_loads >= budget.wide, found
         assert bool(found.tensor_core) == budget.tensor_cores, found
+    if target.arch == 90:
+        assert found.ahead >= budget.ahead, found

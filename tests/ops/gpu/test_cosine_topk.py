@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from ptxsim import static
 
 from unike_kernels import ops
 from unike_kernels.ops import _backend
@@ -98,28 +97,3 @@ def test_what_the_kernel_does_not_take(launched):
     same(result, reference.cosine_topk(queries, keys, kernel.MOST_RESULTS + 1))
     with pytest.raises(ValueError, match="ranges: expected 0 <= start <= stop"):
         kernel.cosine_topk(queries, keys, 3, ranges=torch.tensor([[0, 301], [0, 1]]))
-
-
-@pytest.mark.parametrize(
-    ("together", "arch"),
-    [
-        pytest.param(together, arch, marks=[] if (together, arch) == (1, 90) else [pytest.mark.slow])
-        for together in (1, 4)
-        for arch in static.CUDA_ARCHITECTURES
-    ],
-)
-def test_budgets(together, arch):
-    d, tile = 4096, 64
-    q, keys, ids = torch.empty(8, d), torch.empty(128, d), torch.empty(8, 40, dtype=torch.int64)
-    floats, counters = torch.empty(128, d), torch.zeros(8, dtype=torch.int32)
-    arguments = (
-        q, keys, None, torch.empty(8, 40), ids, floats, torch.empty(99, dtype=torch.int64), counters, 8, 128, d, d, d,
-        40, 2, 64, True, together, tile, kernel.LISTS,
-    )  # fmt: skip
-    target = static.GPUTarget("cuda", arch, 32)
-    compiled = static.compile_for(kernel.cosine_topk_kernel, target, arguments, num_warps=kernel.WARPS, maxnreg=255)
-    found = static.resources(compiled)
-    assert not found.spills, found
-    assert found.shared <= found.shared_limit, found
-    assert found.occupancy >= 0.125, found  # one block of 8 warps: what its registers allow
-    assert found.wide_loads >= 1, found

@@ -73,7 +73,7 @@ def latent_attention_backward() -> None:
 
 
 def patched_ffn() -> None:
-    x, base, pool = whole.case(300, 200, 2, "gated", torch.float16)
+    x, base, pool = whole.case(300, 1100, 2, "gated", torch.float16)
     whole.check(fused.patched_ffn(x, base, pool, "silu"), x, base, pool, "silu")
 
 

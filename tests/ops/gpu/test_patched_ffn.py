@@ -10,6 +10,7 @@ from ops.test_patched_ffn import as_csr, make_base, make_pool
 
 from unike_kernels import ops
 from unike_kernels.ops import _triton
+from unike_kernels.ops.patched_ffn import fuses
 from unike_kernels.ops.patched_ffn import triton as side
 from unike_kernels.ops.patched_ffn import triton_fused as kernel
 from unike_kernels.ops.patched_ffn.reference import activate, add_extra_neurons, base_ffn
@@ -97,6 +98,18 @@ def test_a_prompt_leaves_the_base_to_the_vendor(launched):
     assert kernel.patched_ffn(x[:0], base, pool, "relu").shape == (0, 24)
 
 
+def test_weights_that_would_be_copied_are_left_to_the_vendor(launched):
+    x, base, pool = case(24, 40, 2, "plain", torch.float32)
+    turned = base._replace(w_in=base.w_in.T.contiguous().T, w_out=base.w_out.T.contiguous().T)
+    with ops.backend("triton"):
+        out, session = launched(lambda: ops.patched_ffn(x, turned, pool, activation="relu"))
+        given = [(x, base), (x, turned), (torch.randn(32, 24), base), (torch.randn(33, 24), base)]
+        taken, _ = launched(lambda: [fuses(*each, pool, "relu") for each in given])
+    assert [launch.kernel for launch in session.launches] == ["add_extra_neurons_kernel"]
+    assert taken == [True, False, True, False]
+    torch.testing.assert_close(out, add_extra_neurons(x, base_ffn(x, base, "relu"), pool, "relu"), rtol=1e-5, atol=1e-5)
+
+
 def test_the_operator_chooses_it(on_gpu):
     x, base, pool = case(24, 40, 2, "gated", torch.float32)
     results = {}
@@ -113,12 +126,30 @@ def test_nothing_is_allocated_where_memory_is_given(allocates_nothing):
     allocates_nothing(kernel, lambda **given: kernel.patched_ffn(x, base, pool, "silu", **given))
 
 
-@pytest.mark.parametrize(("tokens", "instructions"), [(1, 101_000), (64, 327_000)])
-def test_every_weight_is_read_once_by_blocks_that_share_them(tokens, instructions, launched, monkeypatch):
+def test_blocks_take_turns_over_the_edits_of_a_list(launched):
+    """Its second edit is the pool's first: a block that began before it would leave the pool."""
+    x, base, pool = case(24, 40, 1, "plain", torch.float32, rows=([1, 0], [0]))
+    out, session = launched(lambda: kernel.patched_ffn(x, base, pool, "silu"))
+    check(out, x, base, pool, "silu")
+    assert session.launches[0].stores["extra"].bytes == 4 * (SIZES[1] + 2 * SIZES[0])  # each neuron of a token once
+
+
+def test_an_edit_that_is_not_finite_does_not_touch_rows_without_it(launched):
+    x, base, pool = case(24, 40, 1, "plain", torch.float32, rows=([3, 0], [3], []))
+    pool.zeta[0] = torch.inf
+    out, _ = launched(lambda: kernel.patched_ffn(x, base, pool, "silu"))
+    assert not out[0].isfinite().any() and out[1:].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("tokens", "d", "f", "instructions"),
+    [(1, 256, 512, 101_000), (64, 256, 512, 443_000), pytest.param(64, 320, 640, 557_000, id="several passes")],
+)
+def test_every_weight_is_read_once_by_blocks_that_share_them(tokens, d, f, instructions, launched, monkeypatch):
     monkeypatch.setattr(kernel, "multiprocessors", lambda: 4)
-    x = torch.randn(tokens, 256).bfloat16()
-    base = make_base(256, True, torch.bfloat16, 512)
-    pool = make_pool(256, (10,), ([0],), "plain", torch.bfloat16)
+    x = torch.randn(tokens, d).bfloat16()
+    base = make_base(d, True, torch.bfloat16, f)
+    pool = make_pool(d, (10,), ([0],), "plain", torch.bfloat16)
     out, session = launched(lambda: kernel.patched_ffn(x, base, pool, "silu"))
     check(out, x, base, pool, "silu")
     (launch,) = session.launches

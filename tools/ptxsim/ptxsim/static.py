@@ -15,8 +15,10 @@ from triton.backends.compiler import GPUTarget
 from .sass import tool
 from .triton_driver import SHARED_LIMIT, compiling
 
-CUDA_ARCHITECTURES = (80, 90, 100, 120)
-GFX942_SHARED_LIMIT = 65_536
+TARGETS = (
+    *(GPUTarget("cuda", arch, 32) for arch in (80, 90, 100, 120)),
+    *(GPUTarget("hip", arch, 64) for arch in ("gfx942", "gfx950")),
+)
 
 
 class Multiprocessor(NamedTuple):
@@ -52,6 +54,7 @@ class Resources:
     occupancy: float  # of the threads that a multiprocessor holds; 0 where a block does not fit
     wide_loads: int  # of 16 bytes from global memory, copies to shared memory included
     global_loads: int
+    ahead: int  # groups of copies to shared memory that some wait leaves on their way
     tensor_core: Counter[str]
 
     @property
@@ -69,13 +72,12 @@ def compile_for(kernel: Any, target: GPUTarget, arguments: tuple, **options: Any
 def resources(compiled: Any) -> Resources:
     """Read the binary of a compiled kernel."""
     target = compiled.metadata.target
-    return _amd(compiled) if target.backend == "hip" else _cuda(compiled, target.arch)
+    return _amd(compiled, target.arch) if target.backend == "hip" else _cuda(compiled, target.arch)
 
 
 def everywhere(kernel: Any, arguments: tuple, **options: Any) -> list[Resources]:
-    """The resources on every architecture of interest, gfx942 included."""
-    targets = [GPUTarget("cuda", arch, 32) for arch in CUDA_ARCHITECTURES] + [GPUTarget("hip", "gfx942", 64)]
-    return [resources(compile_for(kernel, target, arguments, **options)) for target in targets]
+    """The resources on every architecture of interest."""
+    return [resources(compile_for(kernel, target, arguments, **options)) for target in TARGETS]
 
 
 def occupancy(arch: int, threads: int, registers: int, shared: int) -> float:
@@ -111,12 +113,13 @@ def _cuda(compiled: Any, arch: int) -> Resources:
         occupancy=occupancy(arch, metadata.num_warps * 32, registers, metadata.shared),
         wide_loads=sum(".128" in name for name in loads),
         global_loads=len(loads),
+        ahead=max((int(n, 16) for n in re.findall(r"DEPBAR\.LE SB0, (0x[0-9a-f]+)", sass)), default=0),
         tensor_core=Counter(name for name in operations if re.match(r"([HIQDOU][TG]?[CM]*MMA|UTC\w*MMA)", name)),
     )
 
 
-def _amd(compiled: Any) -> Resources:
-    text = compiled.asm["amdgcn"]
+def _amd(compiled: Any, arch: str) -> Resources:
+    text, shared, limit = compiled.asm["amdgcn"], compiled.metadata.shared, SHARED_LIMIT[arch]
 
     def field(name: str) -> int:
         return int(re.search(rf"\.{name}:\s+(\d+)", text)[1])
@@ -124,15 +127,16 @@ def _amd(compiled: Any) -> Resources:
     loads = re.findall(r"^\s+((?:global|buffer|flat)_load_\w+)", text, re.MULTILINE)
     vectors = field("vgpr_count")
     return Resources(
-        architecture="gfx942",
+        architecture=arch,
         registers=vectors,
         stack=field("private_segment_fixed_size"),
         local_accesses=field("vgpr_spill_count"),  # scalar registers go to lanes of vector registers, not to memory
-        shared=compiled.metadata.shared,
-        shared_limit=GFX942_SHARED_LIMIT,
+        shared=shared,
+        shared_limit=limit,
         # Eight waves for each SIMD unit, which has 512 registers a lane in units of 8.
-        occupancy=min(8, 512 // max(-(-vectors // 8) * 8, 1)) / 8 * (compiled.metadata.shared <= GFX942_SHARED_LIMIT),
+        occupancy=min(8, 512 // max(-(-vectors // 8) * 8, 1)) / 8 * (shared <= limit),
         wide_loads=sum(name.endswith("dwordx4") for name in loads),
         global_loads=len(loads),
+        ahead=0,
         tensor_core=Counter(re.findall(r"^\s+(v_mfma_\w+)", text, re.MULTILINE)),
     )

@@ -15,8 +15,10 @@ from triton.compiler import CompiledKernel
 
 from .session import LoadedKernel, Session, load
 
-# Shared memory that a block may have, in bytes, by compute capability.
-SHARED_LIMIT = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
+# Shared memory that a block may have, in bytes, by architecture.
+SHARED_LIMIT: dict[int | str, int] = {
+    80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376, "gfx942": 65_536, "gfx950": 163_840,
+}  # fmt: skip
 MULTIPROCESSORS = 8
 _SCALARS = {"fp16": "f2", "fp32": "f4", "f32": "f4", "fp64": "f8", "u1": "?"}
 
@@ -30,7 +32,7 @@ class InterpreterDriver(DriverBase):
         self.session, self.target = session, target
         self._device = self._devices.setdefault(target, len(self._devices) + 1)
         properties = {
-            "max_shared_mem": SHARED_LIMIT.get(target.arch, 65_536),
+            "max_shared_mem": SHARED_LIMIT[target.arch],
             "multiprocessor_count": MULTIPROCESSORS,
             "warpSize": target.warp_size,
             "max_num_regs": 65_536,

@@ -31,6 +31,7 @@ _BASE = "Tensor w_in, Tensor? b_in, Tensor? w_up, Tensor? b_up, Tensor w_out, Te
 _BASE_SIZE = len(FFNWeights._fields)
 _FORMS = 256  # of activations whose launches are kept
 FUSED_TOKENS = 64  # up to which reading the weights, and no arithmetic, bounds base and neurons on a GPU
+FUSED_WIDE_TOKENS = 32  # of float32: its dots split their operands in registers, which suffice for so many
 
 for _op in ("add_extra_neurons", "add_extra_neurons_backward"):
     _backend.register(_op, "reference", getattr(reference, _op))
@@ -220,10 +221,24 @@ def fused_ffn(x: Tensor, base: FFNWeights, pool: EditPool, activation: str) -> T
     return out.reshape(x.shape)
 
 
+def one_launch(x: Tensor, base: FFNWeights) -> bool:
+    """Whether the kernel of base and neurons is for these [..., d]: few tokens, and weights that need no copy."""
+    narrow = x.dtype == base.w_in.dtype == base.w_out.dtype != torch.float32
+    few = x.shape[:-1].numel() <= (FUSED_TOKENS if narrow else FUSED_WIDE_TOKENS)
+    return few and all(t is None or t.is_contiguous() for t in base)
+
+
 def fuses(x: Tensor, base: FFNWeights, pool: EditPool, activation: str) -> bool:
-    """Whether a kernel on this machine computes `fused_ffn` of the same arguments in one launch."""
+    """Whether a kernel on this machine computes `fused_ffn` of the same arguments in one launch.
+
+    It does not where weights would have to be copied, such as those that GPT-2 keeps transposed.
+    """
     operands = FusedOperands(x, base, pool, activation)
-    return _backend.forced_backend() in (None, "triton") and _backend.takes("patched_ffn", "triton", operands)
+    return (
+        one_launch(x, base)
+        and _backend.forced_backend() in (None, "triton")
+        and _backend.takes("patched_ffn", "triton", operands)
+    )
 
 
 class PreparedNeurons:
@@ -324,8 +339,8 @@ def _read_in_place(t: Tensor) -> bool:
 def patched_ffn(x: Tensor, base: Tensor | FFNWeights, pool: EditPool, *, activation: str) -> Tensor:
     """FFN_edit(x) = FFN(x) + o_extra (W_V^extra + beta * zeta')  (paper, Eq. 3 and 6).
 
-    A token whose row selects no edit keeps the bits of the base FFN. Base and sum are each computed in float32 at least
-    and rounded once.
+    A token whose row selects no edit keeps the bits of the base FFN; of a base given as weights, those of the same
+    kernel without edits. Base and sum are each computed in float32 at least and rounded once.
     Differentiable in x, the base and the neurons, zeta' and beta.
 
     Args:
