@@ -201,11 +201,11 @@ def patched_ffn_kernel(
             write_hidden(n, tl.minimum(n + f_pass * UNIT, last), *base, ACTIVATION, BM, NEURONS, WIDTH, STAGES)
 
     start, end = lists_of(rows, valid, row_indptr, token_rows, per_row)
-    for slot in range(tl.max(end - start)):
+    for slot in range(tl.max(end - start).to(tl.int32)):
         _, low, behind = neurons_of(start + slot, end, row_edits, indptr)
         # The tokens' neurons in one row, of which turn, turn + blocks, ... are this block's. Every edit of a list
         # begins with other blocks; by its number, as Triton 3.7 forgets a number that one turn leaves to the next.
-        turn = (blocks - 1 - block + APART * slot.to(tl.int32)) % blocks
+        turn = (blocks - 1 - block + APART * slot) % blocks
         count = (behind - low).to(tl.int32)
         upto = tl.cumsum(count, 0)
         total = tl.max(upto)
