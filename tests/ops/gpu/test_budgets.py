@@ -16,6 +16,7 @@ from ptxsim.triton_driver import interpreting
 from triton.backends.compiler import GPUTarget
 
 from unike_kernels.ops import _triton
+from unike_kernels.ops.cosine_topk import triton as search
 from unike_kernels.ops.latent_attention import triton as latent
 from unike_kernels.ops.latent_attention import triton_backward as latent_backward
 from unike_kernels.ops.memory_attention import triton as memory
@@ -68,6 +69,10 @@ def retrieving(tokens: int, projected: bool, dtype: torch.dtype) -> Memory:
     return Memory(tokens, 1, D, D, 512, 40, dtype, n=200, projected=projected, bounded=False)
 
 
+def searching(queries: int) -> object:
+    return search.cosine_topk(torch.zeros(queries, D), torch.zeros(200, D), 40, True)
+
+
 BUDGETS = {
     "extra neurons, one token, float32": Budget(
         forward, "add_extra_neurons_kernel",
@@ -114,8 +119,10 @@ BUDGETS = {
         latent_backward, "latent_attention_backward_kernel",
         lambda: gradients(128, 1, True, torch.bfloat16).run(), 0.12, 4, True,
     ),
+    "search, one query, float32": Budget(search, "cosine_topk_kernel", lambda: searching(1), 0.12, 5, True),
+    "search, 64 queries, float32": Budget(search, "cosine_topk_kernel", lambda: searching(64), 0.12, 5, True),
     "memory attention, one token, bfloat16": Budget(
-        memory, "memory_attention_kernel", lambda: retrieving(1, True, torch.bfloat16).run(), 0.12, 5, False
+        memory, "memory_attention_kernel", lambda: retrieving(1, True, torch.bfloat16).run(), 0.12, 5, True
     ),
     "memory attention, 64 tokens, float32": Budget(
         memory, "memory_attention_kernel", lambda: retrieving(64, False, torch.float32).run(), 0.12, 5, True
@@ -164,6 +171,7 @@ TARGETS = [*(GPUTarget("cuda", arch, 32) for arch in static.CUDA_ARCHITECTURES),
 # The rest are slow tests: the default ones look at each forward kernel once.
 USUAL = {
     "extra neurons, a prompt, bfloat16", "patched FFN, one token, bfloat16", "memory attention, one token, bfloat16",
+    "search, one query, float32",
 }  # fmt: skip
 
 

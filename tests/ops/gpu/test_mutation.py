@@ -57,8 +57,10 @@ def latent_attention_shared() -> None:
 
 
 def cosine_topk() -> None:
-    queries, keys = search.case(3, 400, 40, torch.float32)
-    search.same(retrieval.cosine_topk(queries, keys, 5), retrieval.reference.cosine_topk(queries, keys, 5))
+    queries, keys = search.case(2, 280, 132, torch.float32)  # two tiles of keys a block, five steps of columns
+    keys[30:50] = queries[1] + 1e-4 * torch.randn(20, 132)  # more than a block scores at a time
+    keys = retrieval.reference.normalize_rows(keys)
+    search.same(retrieval.cosine_topk(queries, keys, 5, True), retrieval.reference.cosine_topk(queries, keys, 5, True))
 
 
 def memory_attention() -> None:
