@@ -52,37 +52,46 @@ enum class Met {
   kAfterAll,  // every block has arrived, this one last, and some have given up
 };
 
-// About 0.1 ms, longer than blocks that run side by side are ever apart.
-constexpr int kPolls = 128;
+// How long a block waits: as long again as it has worked itself, and 0.1 ms. Blocks that run side by side, with equal shares of
+// the work, are never that far apart.
+constexpr uint64_t kPatience = 100'000;
+
+__device__ inline uint64_t nanoseconds() {
+  uint64_t now;
+  asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
+  return now;
+}
 
 // A generation is even; its lowest bit says that a block has given up on it. Giving up and completing are one atomic
 // operation each, so that either the block learns that all have come, or the last one learns that a block has left.
 __device__ inline unsigned generation_of(const Barrier* barrier) { return strong_load(&barrier->generation) & ~1u; }
 
-__device__ inline Met wait(Barrier* barrier, unsigned generation) {
+__device__ inline Met wait(Barrier* barrier, unsigned generation, uint64_t start) {
   const auto passed = [=](unsigned now) { return (now & ~1u) != generation; };
+  const uint64_t arrival = nanoseconds();
 #pragma unroll 1
-  for (int poll = 0; poll < kPolls; ++poll) {
+  do {
     if (passed(strong_load(&barrier->generation))) return Met::kAll;
     __nanosleep(32);
-  }
+  } while (nanoseconds() - arrival < arrival - start + kPatience);
   return passed(atomicCAS(&barrier->generation, generation, generation | 1)) ? Met::kAll : Met::kGaveUp;
 }
 
-// Waits for all blocks of the grid, up to a limit. generation: as it was when the launch began. in_between() runs in the last
+// Waits for all blocks of the grid, up to a limit. generation, start: as it was, and when, as the block began. in_between() runs in the last
 // block, before the others go on. What a block wrote before is visible to those that met it.
 template <class InBetween>
-__device__ Met meet(Barrier* barrier, unsigned generation, const InBetween& in_between) {
+__device__ Met meet(Barrier* barrier, unsigned generation, uint64_t start, const InBetween& in_between) {
   __shared__ Met met;
   __syncthreads();
   if (thread() == 0) {
     fence();
-    if (atomicInc(&barrier->arrived, gridDim.x - 1) == gridDim.x - 1) {
+    const unsigned last = blocks() - 1;
+    if (atomicInc(&barrier->arrived, last) == last) {
       fence();
       in_between();
       met = atomicExch(&barrier->generation, generation + 2) & 1 ? Met::kAfterAll : Met::kAll;
     } else {
-      met = wait(barrier, generation);
+      met = wait(barrier, generation, start);
     }
     fence();
   }

@@ -15,41 +15,45 @@ __device__ inline int thread() {
   asm volatile("mov.u32 %0, %tid.x;" : "=r"(x));
   return x;
 }
+__device__ inline unsigned blocks() {
+  unsigned x;
+  asm volatile("mov.u32 %0, %nctaid.x;" : "=r"(x));
+  return x;
+}
 __device__ inline int lane() { return thread() & 31; }
 __device__ inline int warp() { return thread() >> 5; }
 
-// A row of float32 or bfloat16 values.
-class Row {
- public:
-  __device__ Row(const unike_rows& rows, int64_t row) : row_(rows.data), at_(row * rows.stride), dtype_(rows.dtype) {}
-  __device__ double operator[](int i) const {
-    if (dtype_ == UNIKE_F32) return static_cast<const float*>(row_)[at_ + i];
-    return __uint_as_float(uint32_t{static_cast<const uint16_t*>(row_)[at_ + i]} << 16);
+// Calls use() with the values of a row of float32 or bfloat16, as a function of the column.
+template <class Use>
+__device__ void with_row(const unike_rows& rows, int64_t row, const Use& use) {
+  const int64_t at = row * rows.stride;
+  if (rows.dtype == UNIKE_F32) {
+    use([values = static_cast<const float*>(rows.data) + at](int i) { return values[i]; });
+  } else {
+    use([values = static_cast<const uint16_t*>(rows.data) + at](int i) {
+      return __uint_as_float(uint32_t{values[i]} << 16);
+    });
   }
+}
 
- private:
-  const void* row_;
-  int64_t at_;
-  unike_dtype dtype_;
-};
+// Goes on with the 16 sums, one in each lane of a half-warp; the other half does the same. The products begin with a multiple
+// of 16 columns; those of two float32 are exact in float64.
+__device__ inline double canonical_sum(double sum, const double* products, int n) {
+#pragma unroll 16
+  for (int i = thread() & 15; i < n; i += 16) sum += products[i];
+  return sum;
+}
 
-// The sum of a_i b_i, in all lanes of the half-warp; the other half does the same with arguments of its own. The products
-// are exact in float64, so that a fused multiply-add gives the same bits.
-template <typename A, typename B>
-__device__ double canonical_dot(const A& a, const B& b, int d) {
-  double sum = 0.0;
-#pragma unroll 8
-  for (int i = thread() & 15; i < d; i += 16) sum += static_cast<double>(a[i]) * static_cast<double>(b[i]);
-  // Both partners of a pair add the same two numbers.
+// Their sum, in all lanes: both partners of a pair add the same two numbers.
+__device__ inline double folded(double sum) {
 #pragma unroll
   for (int width = 8; width > 0; width /= 2) sum += __shfl_xor_sync(kAllLanes, sum, width);
   return sum;
 }
 
-// The norm of a row: 0 for zeros, NaN where a value is not finite. The squares of float32 values cannot overflow a float64
-// sum, nor underflow to zero.
-__device__ inline double canonical_norm(const Row& row, int d) {
-  const double squares = canonical_dot(row, row, d);
+// The norm of a row from its squares: 0 for zeros, NaN where a value is not finite. The squares of float32 values cannot
+// overflow a float64 sum, nor underflow to zero.
+__device__ inline double norm_of(double squares) {
   return squares - squares == 0.0 ? sqrt(squares) : __longlong_as_double(-1);
 }
 

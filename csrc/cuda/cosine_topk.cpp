@@ -45,17 +45,17 @@ constexpr int kShared[] = {Shape<false>::kSharedBytes, Shape<true>::kSharedBytes
 
 // Asks the current device how many blocks it holds, and lets the kernels have their shared memory.
 Device look_at(int device) {
-  Device found{0, kResident};
+  Device found{0, Shape<false>::kResident};
   check(cudaDeviceGetAttribute(&found.multiprocessors, cudaDevAttrMultiProcessorCount, device));
   for (const auto kernel : kKernels) {
     for (const bool many : {false, true}) {
       int blocks = 0;
       check(cudaFuncSetAttribute(kernel(many), cudaFuncAttributeMaxDynamicSharedMemorySize, kShared[many]));
       check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel(many), kThreads, kShared[many]));
-      found.blocks = std::min(found.blocks, blocks);
+      require(blocks > 0, "the kernels do not fit on this device");
+      if (!many) found.blocks = std::min(found.blocks, blocks);
     }
   }
-  require(found.blocks > 0, "the kernels do not fit on this device");
   return found;
 }
 
@@ -105,7 +105,7 @@ extern "C" int64_t unike_cuda_cosine_topk_workspace(const unike_keys* keys, int6
     const cuda::Current current(device);
     const cuda::Device& found = cuda::device_of(device);
     Workspace workspace;
-    cuda::plan(*keys, cuda::queries_of_launch(*keys, m, k, found), k, found, workspace);
+    cuda::plan(cuda::scanned_by(*keys, m), cuda::queries_of_launch(*keys, m, k, found), k, found, workspace);
     return workspace.bytes();
   });
 }
@@ -131,10 +131,11 @@ extern "C" unike_status unike_cuda_cosine_topk(const unike_keys* keys, unike_row
     require(reinterpret_cast<uintptr_t>(workspace) % 64 == 0, "the workspace must be aligned to 64 bytes");
     const cuda::Current current(device);
     const cuda::Device& found = cuda::device_of(device);
-    const int64_t most = cuda::queries_of_launch(*keys, m, k, found), size = size_of(queries.dtype);
+    const unike_keys scanned = cuda::scanned_by(*keys, m);
+    const int64_t most = cuda::queries_of_launch(scanned, m, k, found), size = size_of(queries.dtype);
     for (int64_t first = 0; first < m; first += most) {
       Workspace pieces(workspace, workspace_bytes);
-      cuda::Launch launch = cuda::plan(*keys, std::min(most, m - first), k, found, pieces);
+      cuda::Launch launch = cuda::plan(scanned, std::min(most, m - first), k, found, pieces);
       cuda::Search& search = launch.search;
       search.queries = queries;
       search.queries.data = static_cast<const char*>(queries.data) + first * queries.stride * size;
@@ -145,7 +146,7 @@ extern "C" unike_status unike_cuda_cosine_topk(const unike_keys* keys, unike_row
       search.value_bytes = value_bytes;
       search.gathered = static_cast<char*>(gathered) + (values == nullptr ? 0 : first * k * value_bytes);
       void* arguments[] = {&search};
-      cuda::check(cudaLaunchKernel(cuda::kKernels[keys->scan](launch.many), dim3(launch.blocks), dim3(cuda::kThreads),
+      cuda::check(cudaLaunchKernel(cuda::kKernels[scanned.scan](launch.many), dim3(launch.blocks), dim3(cuda::kThreads),
                                    arguments, launch.shared_bytes, static_cast<cudaStream_t>(stream)));
     }
   });

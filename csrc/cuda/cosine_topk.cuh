@@ -12,6 +12,7 @@
 //   3. tells the others lower bounds, meets them once, and so knows a threshold that is close to the final one;
 //   4. keeps its candidates in a list of its own; if the list is full, scores them, keeps the best k and goes on;
 //   5. scores its candidates, meets the others again, and writes each of its candidates to its place among all of them.
+//      The order of a canonical sum allows 16 additions at a time: many threads load and multiply, and a few add.
 // Blocks need not be resident together: one that has waited too long goes on without what it waited for, and the block
 // that arrives last finishes for all (blocks.cuh). The result does not depend on who waited: order and arithmetic are
 // canonical.
@@ -19,9 +20,9 @@
 // Why this is bound by memory: for one query the scan reads n d bytes of int8 codes; it executes 0.08 warp instructions
 // for each of them (0.014 for float16, 0.023 for float32; counted by executing the PTX). An H100 issues 132 x 4 a
 // clock, about 900 G a second, and reads 3.35 TB: 0.08 x 3350 G = 270 G, three tenths of what it could issue. With 8
-// queries it is 0.19, seven tenths. With 64 it is 1.3: tensor cores and their operands are the limit, not memory. 64
-// registers a thread let two blocks of 512 threads live on a multiprocessor; each lane has 64 bytes on their way (few
-// queries), which is 64 KB a multiprocessor, four times what the latency of an H100's memory asks for at its full rate.
+// queries it is 0.19, seven tenths. Each lane has 64 bytes on their way. Few queries take 64 registers a thread, so that
+// two blocks of 512 threads live on a multiprocessor: 64 KB, four times what the latency of an H100's memory asks for at
+// its full rate. Many take twice as many registers, and one block.
 #pragma once
 
 #include "cuda/blocks.cuh"
@@ -44,17 +45,20 @@ struct Shared {
   int64_t starts[Shape<kMany>::kQueries], stops[Shape<kMany>::kQueries];
   float thresholds[Shape<kMany>::kQueries];  // no key with a lower score is among the k best
   int counts[Shape<kMany>::kQueries];        // of candidates
-  double sums[kWarps];
+  int ends[Shape<kMany>::kQueries];          // of the queries' candidates, one after the other
+  double2 sums[kWarps];
   int bins[kWarps][32];
   Counters* counters;             // here, so that no phase keeps it in registers for the next
   int64_t from, to;               // keys of the block
   int64_t first;                  // key of the tile
   int rows;                       // keys of the tile
   int tile, tiles;                // of the block's keys
+  int chunks;                     // of the queries
   int group, query, query_count;  // of the block
   int others_known;               // their lower bounds may be read
   int full;                       // a list of candidates has no room for another tile
   unsigned generations[2];        // of the barriers when the launch began
+  uint64_t start;                 // time then
 };
 
 // A block, with its part of the keys and of the queries. Each query has a warp that decides about its keys.
@@ -75,7 +79,9 @@ class Block {
       shared.from = p.n * shared.group / p.groups;
       shared.to = p.n * (shared.group + 1) / p.groups;
       shared.counters = p.counters;
+      shared.chunks = (p.slabs + kChunkSlabs - 1) / kChunkSlabs;
       shared.others_known = shared.full = 0;
+      shared.start = nanoseconds();
       for (int i = 0; i < 2; ++i) shared.generations[i] = generation_of(p.counters->barriers + i);
       shared.tiles = max(static_cast<int>((shared.to - shared.from + Tile::kRows - 1) / Tile::kRows), 1);
     }
@@ -88,12 +94,12 @@ class Block {
     share(shared.counters, kMany ? (p.m + 15) / 16 * 16 : p.m, [&](int query) { prepare(query); });
     for (int q = thread(); q < shared.query_count; q += kThreads) begin(q);
     for (;;) {
+      if (p.capacity < shared.to - shared.from) make_room();
       load_bounds();
       multiply();
       for_my_queries([&](int q) { raise_lower_bounds(q); });
       if (shared.tile == 0) meet_first();
       if (shared.others_known && threshold_is_due()) for_my_queries([&](int q) { raise_threshold(q); });
-      if (p.capacity < shared.to - shared.from) make_room();
       for_my_queries([&](int q) { collect(q); });
       const int next = shared.tile + 1;
       __syncthreads();
@@ -108,13 +114,23 @@ class Block {
     __syncthreads();
     for (int q = thread(); q < shared.query_count; q += kThreads)
       p.counts[(shared.query + q) * p.groups + shared.group] = shared.counts[q];
-    switch (meet(shared.counters->barriers + 1, shared.generations[1], [] {})) {
+    switch (meet(shared.counters->barriers + 1, shared.generations[1], shared.start, [] {})) {
       case Met::kAll:
-        for (int q = 0; q < shared.query_count; ++q) rank(shared.query + q, shared.group, shared.thresholds[q]);
+        for (int i = warp(), n = number_candidates(); i < n; i += kWarps) {
+          const Spot spot = spot_of(i);
+          rank(shared.query + spot.query, shared.group, spot.place, shared.thresholds[spot.query]);
+        }
+        for_my_queries([&](int q) {
+          if ((shared.query + q) % p.groups == shared.group) fill(shared.query + q);
+        });
         break;
       case Met::kAfterAll:
         for (int q = 0; q < p.m; ++q) {
-          for (int group = 0; group < p.groups; ++group) rank(q, group, -INFINITY);
+          for (int group = 0; group < p.groups; ++group) {
+            const int n = __ldcg(p.counts + static_cast<int64_t>(q) * p.groups + group);
+            for (int e = warp(); e < n; e += kWarps) rank(q, group, e, -INFINITY);
+          }
+          if (q % kWarps == warp()) fill(q);
         }
         break;
       case Met::kGaveUp:
@@ -137,9 +153,37 @@ class Block {
     for (int q = warp(); q < shared.query_count; q += kWarps) body(q);
   }
 
+  // Numbers the candidates of the block, query after query, and returns how many they are.
+  __device__ int number_candidates() {
+    if (warp() == 0) {
+      int before = 0;
+#pragma unroll
+      for (int first = 0; first < Tile::kQueries; first += 32) {
+        const int q = first + lane();
+        const int end = before + sum_up_to(q < shared.query_count ? shared.counts[q] : 0);
+        if (q < Tile::kQueries) shared.ends[q] = end;
+        before = __shfl_sync(kAllLanes, end, 31);
+      }
+    }
+    __syncthreads();
+    return shared.ends[Tile::kQueries - 1];
+  }
+
+  // The query of candidate i, and its place in the query's list. For all lanes together.
+  struct Spot {
+    int query, place;
+  };
+  __device__ Spot spot_of(int i) const {
+    int q = 0;
+#pragma unroll
+    for (int other = lane(); other < Tile::kQueries; other += 32) q += shared.ends[other] <= i;
+    q = __reduce_add_sync(kAllLanes, q);
+    return {q, q == 0 ? i : i - shared.ends[q - 1]};
+  }
+
   // After the first tile every block knows lower bounds from all the others.
   __device__ void meet_first() {
-    const Met met = meet(shared.counters->barriers, shared.generations[0],
+    const Met met = meet(shared.counters->barriers, shared.generations[0], shared.start,
                          [&] { shared.counters->claimed = shared.counters->prepared = 0; });
     if (thread() == 0) shared.others_known = met != Met::kGaveUp;
     __syncthreads();
@@ -158,15 +202,23 @@ class Block {
     }
   }
 
-  // The sum of a number of each thread, in all of them.
-  __device__ double block_sum(double x) {
-    for (int width = 16; width > 0; width /= 2) x += __shfl_xor_sync(kAllLanes, x, width);
+  // The sums of two numbers of each thread, in all of them.
+  __device__ double2 block_sums(double x, double y) {
+#pragma unroll
+    for (int width = 16; width > 0; width /= 2) {
+      x += __shfl_xor_sync(kAllLanes, x, width);
+      y += __shfl_xor_sync(kAllLanes, y, width);
+    }
     __syncthreads();
-    if (lane() == 0) shared.sums[warp()] = x;
+    if (lane() == 0) shared.sums[warp()] = {x, y};
     __syncthreads();
-    double sum = 0.0;
-    for (int warp = 0; warp < kWarps; ++warp) sum += shared.sums[warp];
-    return sum;
+    double2 sums = {0.0, 0.0};
+#pragma unroll
+    for (int warp = 0; warp < kWarps; ++warp) {
+      sums.x += shared.sums[warp].x;
+      sums.y += shared.sums[warp].y;
+    }
+    return sums;
   }
 
   // The unit row of a query, its codes and bounds. Queries that only fill the last sixteen have no row.
@@ -177,26 +229,30 @@ class Block {
       for (int i = thread(); i < columns; i += kThreads) codes[Slab::place_of_code(query, i)] = 0;
       return;
     }
-    const Row row(p.queries, query);
+    with_row(p.queries, query, [&](const auto& row) { prepare(query, row, codes, columns); });
+  }
+
+  __device__ void prepare(int query, const auto& row, uint16_t* codes, int columns) {
     float* unit_row = p.units + static_cast<int64_t>(query) * p.d;
-    const double norm = block_norm(row);
-    double projection = 0.0;
-    for (int i = thread(); i < p.d; i += kThreads) {
-      unit_row[i] = unit(row[i], norm);
-      if (p.direction) projection += static_cast<double>(unit_row[i]) * p.direction[i];
-    }
-    const auto g = static_cast<float>(block_sum(projection));
+    const auto [norm, projection] = measure(row);
+    const float g = norm == 0.0 ? 0.0f : static_cast<float>(projection / norm);
     double rest = 0.0, left = 0.0;
+#pragma unroll 8
     for (int i = thread(); i < columns; i += kThreads) {
-      const float w = i < p.d ? unit_row[i] - (p.direction ? g * p.direction[i] : 0.0f) : 0.0f;
+      float w = 0.0f;
+      if (i < p.d) {
+        unit_row[i] = w = unit(row(i), norm);
+        if (p.direction) w -= g * p.direction[i];
+      }
       const uint16_t code = Slab::encode(w);
       codes[Slab::place_of_code(query, i)] = code;
       const float z = w - Slab::decode(code);
       rest += static_cast<double>(w) * w;
       left += static_cast<double>(z) * z;
     }
-    rest = sqrt(block_sum(rest));
-    left = sqrt(block_sum(left));
+    const double2 sums = block_sums(rest, left);
+    rest = sqrt(sums.x);
+    left = sqrt(sums.y);
     constexpr double kRaise = 1 + 0x1p-20;
     if (thread() == 0) {
       p.query_bounds[query] = {g, static_cast<float>(rest * kRaise),
@@ -204,13 +260,31 @@ class Block {
     }
   }
 
-  __device__ double block_norm(const Row& row) {
-    if (warp() == 0) {
-      const double norm = canonical_norm(row, p.d);
-      if (lane() == 0) shared.sums[0] = norm;
+  // The canonical norm of a row, and its product with the direction. All threads square what one warp then adds up.
+  struct Measures {
+    double norm, projection;
+  };
+  __device__ Measures measure(const auto& row) {
+    constexpr int kChunk = kRing / sizeof(double);
+    auto* const squares = reinterpret_cast<double*>(ring_);
+    double sum = 0.0, projection = 0.0;
+    for (int first = 0; first < p.d; first += kChunk) {
+      const int n = min(kChunk, p.d - first);
+#pragma unroll 8
+      for (int i = thread(); i < n; i += kThreads) {
+        const double x = row(first + i);
+        squares[i] = x * x;
+        if (p.direction) projection += x * p.direction[first + i];
+      }
+      __syncthreads();
+      if (warp() == 0) sum = canonical_sum(sum, squares, n);
+      __syncthreads();
     }
-    __syncthreads();
-    return shared.sums[0];
+    // A warp has the norm, and lets the others have it as a sum with nothing.
+    const bool has = thread() == 0;
+    if (warp() == 0) sum = norm_of(folded(sum));
+    const double2 sums = block_sums(has ? sum : 0.0, projection);
+    return {sums.x, sums.y};
   }
 
   // Invalid ranges cannot be an error here: such a query sees no keys, and its scores are NaN.
@@ -268,8 +342,8 @@ class Block {
   __device__ void multiply() {
     constexpr int kSplits = Tile::kSplits, kAhead = Tile::kAhead, kGroups = kChunkSlabs / (kAhead * kSplits);
     static_assert(kChunkSlabs % (kAhead * kSplits) == 0);
-    const int chunks = (p.slabs + kChunkSlabs - 1) / kChunkSlabs;
-    const bool copying = shared.tile == 0 || kMany || chunks > 2;
+    const int chunks = shared.chunks;
+    const bool copying = shared.tile == 0 || kMany || chunks > 2 || shared.full;
     const int row = warp() / kSplits * 16 + lane() / 4;
     const char* at = p.scanned + (shared.first + row) * p.scanned_bytes + split() * kSlabBytes + lane() % 4 * 16;
     const bool exists[] = {row < shared.rows, row + 8 < shared.rows};
@@ -442,41 +516,77 @@ class Block {
     __syncwarp();
   }
 
-  // Gives all candidates of the block their canonical scores. A warp takes two of a query at a time.
+  // Gives all candidates of the block their canonical scores, some at a time. The threads of a team multiply, and its first
+  // warp adds up; the products take the place of the ring, of which nothing is needed any more.
   __device__ void resolve() {
     if (p.rows == nullptr) return;
-    for (int q = 0; q < shared.query_count; ++q) {
-      Candidate* list = candidates(shared.query + q, shared.group);
-      const int n = shared.counts[q];
-      for (int e = 2 * (warp() - q & kWarps - 1); e < n; e += 2 * kWarps) {
-        Candidate& candidate = list[min(e + lane() / 16, n - 1)];
-        const Candidate known = candidate;
-        if (__all_sync(kAllLanes, known.error == 0.0f)) continue;
-        const double score =
-            canonical_dot(p.units + static_cast<int64_t>(shared.query + q) * p.d, p.rows + known.id * p.stride, p.d);
-        if (lane() % 16 == 0) candidate = {static_cast<float>(score) + 0.0f, 0.0f, known.id};
+    constexpr int kTeams = kMany ? 16 : 4, kTeam = kThreads / kTeams, kChunk = kRing / sizeof(double) / kTeams;
+    // Found anew wherever they are needed, for want of registers.
+    const auto adds = [] { return thread() % kTeam < 32; };
+    const auto products = [&] { return reinterpret_cast<double*>(ring_) + thread() / kTeam * kChunk; };
+    number_candidates();
+#pragma unroll 1
+    for (int first = 0; first < shared.ends[Tile::kQueries - 1]; first += kTeams) {
+      const int i = first + thread() / kTeam;
+      const bool exists = i < shared.ends[Tile::kQueries - 1];
+      const Spot spot = spot_of(exists ? i : first);
+      Candidate* const candidate = candidates(shared.query + spot.query, shared.group) + spot.place;
+      const bool wanted = exists && candidate->error != 0.0f;
+      const float* const unit = p.units + static_cast<int64_t>(shared.query + spot.query) * p.d;
+      const float* const row = p.rows + candidate->id * p.stride;
+      double sum = 0.0;
+#pragma unroll 1
+      for (int column = 0; column < p.d; column += kChunk) {
+        const int n = min(kChunk, p.d - column);
+        if (wanted) multiply_rows<kTeam>(products(), unit + column, row + column, n);
+        __syncthreads();
+        if (wanted && adds()) sum = canonical_sum(sum, products(), n);
+        __syncthreads();
+      }
+      if (!wanted || !adds()) continue;
+      const double score = folded(sum);
+      if (lane() == 0) {
+        candidate->score = static_cast<float>(score) + 0.0f;
+        candidate->error = 0.0f;
       }
     }
   }
 
-  // Finds the places of a group's candidates of a query among those of all groups, and writes them there. Candidates
-  // below the threshold have none.
-  __device__ void rank(int query, int group, float threshold) const {
-    const int* counts = p.counts + static_cast<int64_t>(query) * p.groups;
-    const int n = __ldcg(counts + group), first = warp() - query & kWarps - 1;
-    for (int e = first; e < n; e += kWarps) {
-      const Candidate mine = load(candidates(query, group) + e);
-      if (mine.score < threshold) continue;
-      int place = 0;
-      for (int other = lane(); other < p.groups; other += 32) {
-        const Candidate* list = candidates(query, other);
-        const int count = __ldcg(counts + other);
-        for (int i = 0; i < count; ++i) place += better(load(list + i), mine);
+  // n products of two rows, by the threads of a team.
+  template <int kTeam>
+  __device__ void multiply_rows(double* products, const float* a, const float* b, int n) const {
+    const int member = thread() % kTeam;
+    if ((p.d | p.stride) % 4 == 0 && reinterpret_cast<uintptr_t>(p.rows) % 16 == 0) {
+#pragma unroll kMany ? 4 : 2
+      for (int i = member * 4; i < n; i += kTeam * 4) {
+        const float4 x = *reinterpret_cast<const float4*>(a + i), y = *reinterpret_cast<const float4*>(b + i);
+        auto* const to = reinterpret_cast<double2*>(products + i);
+        to[0] = {static_cast<double>(x.x) * y.x, static_cast<double>(x.y) * y.y};
+        to[1] = {static_cast<double>(x.z) * y.z, static_cast<double>(x.w) * y.w};
       }
-      place = __reduce_add_sync(kAllLanes, place);
-      if (place < p.k) write(query, place, mine.score, mine.id);
+    } else {
+      for (int i = member; i < n; i += kTeam) products[i] = static_cast<double>(a[i]) * b[i];
     }
-    if (group != query % p.groups || first != 0) return;
+  }
+
+  // Finds the place of a candidate among those of all groups, and writes it there. Below the threshold it has none.
+  __device__ void rank(int query, int group, int e, float threshold) const {
+    const int* counts = p.counts + static_cast<int64_t>(query) * p.groups;
+    const Candidate mine = load(candidates(query, group) + e);
+    if (mine.score < threshold) return;
+    int place = 0;
+    for (int other = lane(); other < p.groups; other += 32) {
+      const Candidate* list = candidates(query, other);
+      const int count = __ldcg(counts + other);
+      for (int i = 0; i < count; ++i) place += better(load(list + i), mine);
+    }
+    place = __reduce_add_sync(kAllLanes, place);
+    if (place < p.k) write(query, place, mine.score, mine.id);
+  }
+
+  // Writes what a query has no keys for.
+  __device__ void fill(int query) const {
+    const int* counts = p.counts + static_cast<int64_t>(query) * p.groups;
     int found = 0;
     for (int other = lane(); other < p.groups; other += 32) found += __ldcg(counts + other);
     const float nothing = p.ranges == nullptr || valid_range(query) ? -INFINITY : NAN;
@@ -519,7 +629,7 @@ class Block {
 };
 
 template <unike_scan kScan, bool kMany>
-__global__ void __launch_bounds__(kThreads, kResident) cosine_topk_kernel(const Search search) {
+__global__ void __launch_bounds__(kThreads, Shape<kMany>::kResident) cosine_topk_kernel(const Search search) {
   extern __shared__ __align__(128) char ring[];
   __shared__ Shared<kMany> shared;
   Block<kScan, kMany>(search, shared, ring).run();

@@ -19,7 +19,8 @@ int64_t groups_of(int64_t n, int64_t m, const Device& device) {
   const int64_t rows = is_many(m) ? Shape<true>::kRows : Shape<false>::kRows;
   const int64_t tiles = ceil_div(m, queries);
   const int64_t even = std::max<int64_t>(device.multiprocessors / tiles, 1);
-  const int64_t most = std::max<int64_t>(device.multiprocessors * device.blocks / tiles, 1);
+  const int64_t resident = is_many(m) ? Shape<true>::kResident : device.blocks;
+  const int64_t most = std::max<int64_t>(device.multiprocessors * resident / tiles, 1);
   return std::max<int64_t>(std::min({ceil_div(ceil_div(n, rows), even) * even, most, ceil_div(n, 16)}), 1);
 }
 
@@ -30,6 +31,13 @@ int64_t capacity_of(int64_t n, int64_t m, int64_t k, int64_t groups) {
 }
 
 }  // namespace
+
+unike_keys scanned_by(const unike_keys& keys, int64_t m) {
+  unike_keys scanned = keys;
+  const bool aligned = reinterpret_cast<uintptr_t>(keys.rows) % 16 == 0 && (keys.stride | keys.d) % 4 == 0;
+  if (keys.scan == UNIKE_SCAN_I8 && is_many(m) && keys.rows != nullptr && aligned) scanned.scan = UNIKE_SCAN_F32;
+  return scanned;
+}
 
 int64_t queries_of_launch(const unike_keys& keys, int64_t m, int64_t k, const Device& device) {
   int64_t queries = std::min(m, kMostQueries);

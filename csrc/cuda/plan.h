@@ -8,7 +8,7 @@ namespace unike::cuda {
 
 struct Device {
   int multiprocessors;
-  int blocks;  // that are resident on each, of either shape
+  int blocks;  // that are resident on each, of the shape for few queries
 };
 
 struct Launch {
@@ -18,6 +18,10 @@ struct Launch {
 };
 
 constexpr bool is_many(int64_t queries) { return queries > Shape<false>::kQueries; }
+
+// What m queries scan. int8 codes leave ten times as many candidates as the rows do: of 15,000 keys about 1,000 of d float32 each,
+// which for many queries are more bytes than those of all rows.
+unike_keys scanned_by(const unike_keys& keys, int64_t m);
 
 // How many of m queries share a launch.
 int64_t queries_of_launch(const unike_keys& keys, int64_t m, int64_t k, const Device& device);

@@ -9,7 +9,6 @@
 namespace unike::cuda {
 
 constexpr int kThreads = 512, kWarps = kThreads / 32;
-constexpr int kResident = 2;  // blocks that a multiprocessor has registers for
 
 // Shared memory for two chunks of the queries, each as many columns as fit.
 constexpr int kRing = 64 << 10;
@@ -21,7 +20,8 @@ struct Shape {
   static constexpr int kQueries = kMany ? 64 : 8;
   static constexpr int kRows = kMany ? 128 : 64;
   static constexpr int kSplits = kWarps / (kRows / 16);
-  static constexpr int kAhead = kMany ? 1 : 2;           // slabs that a warp has asked for
+  static constexpr int kAhead = 2;                       // slabs that a warp has asked for
+  static constexpr int kResident = kMany ? 1 : 2;        // blocks that a multiprocessor has registers for
   static constexpr int kColumns = kRing / 4 / kQueries;  // of a chunk, 2 bytes each
   static constexpr int kProductStride = kRows + 8;       // what a warp writes at once then falls into 32 banks
   static constexpr int kProductBytes = kQueries * kProductStride * 4;

@@ -85,6 +85,16 @@ __device__ inline Place place_of(bool flag) {
   return {__popc(flags & lower), __popc(flags)};
 }
 
+// The sum of the numbers of this lane and those before it.
+__device__ inline int sum_up_to(int x) {
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) {
+    const int other = __shfl_up_sync(kAllLanes, x, step);
+    if (lane() >= step) x += other;
+  }
+  return x;
+}
+
 // Moves those to the front whose upper bound is above the threshold, and the first `ties` that are just there; the order
 // stays. Returns how many are kept.
 __device__ inline int keep(Candidate* list, int n, float threshold, int ties) {

@@ -183,6 +183,12 @@ def shape_of(n: int, d: int, m: int, k: int, scan: str, device: tuple[int, int])
     return _laid_out(request, (ctypes.c_void_p * len(PARTS))(), (ctypes.c_char * planner().search_bytes())())
 
 
+def scan_of(m: int, *, scan: str = "int8", rows: int = 64, stride: int = 64) -> int:
+    """What m queries scan, of keys with rows at this address and distance."""
+    request = Request(keys=Keys(100, 64, rows, stride, SCANS[scan], 64, 64, 64), m=m, k=5)
+    return int(planner().scan_of(ctypes.byref(request)))
+
+
 def _laid_out(request: Request, pointers: ctypes.Array, argument: ctypes.Array) -> dict[str, int]:
     """Writes the kernel's argument, and tells the shape of the launch."""
     launch = (ctypes.c_int64 * 7)()

@@ -37,6 +37,9 @@ void workspace_parts(const Request* r, int64_t* bytes) {
   std::memcpy(bytes, parts, sizeof parts);
 }
 
+// What its queries scan.
+int scan_of(const Request* r) { return scanned_by(r->keys, r->m).scan; }
+
 int64_t search_bytes() { return sizeof(Search); }
 
 // launch: blocks, threads, bytes of shared memory, whether for many queries, groups, capacity, slots.

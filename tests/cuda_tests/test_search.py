@@ -189,8 +189,7 @@ def test_keys_are_read_once(scan, size, m, most):
     n, d = 512, 256
     found = check(torch.randn(m, d), unit(torch.randn(n, d)), 5, scan, device=(4, 1))
     loads, counts = found.launch.loads, found.parts["counts"].view(np.int32)
-    # Two candidates of a list are scored at a time, from the rows: an odd one twice.
-    rescored = int((counts + counts % 2).sum()) * d * 4 / 32
+    rescored = int(counts.sum()) * d * 4 / 32
     scanned = loads["rows"].sectors - rescored if scan == "float32" else loads["codes"].sectors
     assert scanned <= most * n * d * size / 32
     if scan != "float32":
@@ -201,6 +200,19 @@ def test_as_many_blocks_as_multiprocessors():
     """At the size of the paper's memory on an H100."""
     shape = harness.shape_of(n=15_000, d=4096, m=1, k=40, scan="int8", device=(132, 2))
     assert shape["blocks"] >= 132
+
+
+@pytest.mark.parametrize(("m", "d"), [(1, 8196), (2, 2101), (10, 1028), slow(10, 601)])
+def test_rows_longer_than_what_is_multiplied_at_a_time(m, d):
+    check(torch.randn(m, d), unit(torch.randn(30, d)), 4, "int8", device=(2, 1))
+
+
+def test_many_queries_scan_rows_instead_of_int8_codes():
+    float32, float16, int8 = (harness.SCANS[scan] for scan in ("float32", "float16", "int8"))
+    assert harness.scan_of(8) == int8
+    assert harness.scan_of(9) == float32
+    assert harness.scan_of(9, scan="float16") == float16
+    assert {harness.scan_of(9, rows=0), harness.scan_of(9, rows=72), harness.scan_of(9, stride=66)} == {int8}
 
 
 @each_scan

@@ -20,6 +20,8 @@ UNIKE_API unike_status unike_cuda_devices(int* count);
  *
  * keys: as for the CPU, packed there; rows, codes, bounds and direction on the device, rows and codes aligned to 16 bytes.
  * For UNIKE_SCAN_F32 the stride of the rows is a multiple of 4, and the columns that fill up the last four are finite.
+ * UNIKE_SCAN_I8 scans the codes for up to 8 queries; more scan the rows, where those are there and d and their stride are
+ * multiples of 4.
  * queries, ranges, scores, ids: as there. A range that is not one of the keys cannot be an error: that query gets ids -1
  * and scores NaN.
  * values: null, or [n, value_bytes] bytes; gathered: [m, k, value_bytes], row i of a query that of its i-th key, zeros

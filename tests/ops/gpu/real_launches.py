@@ -30,7 +30,8 @@ from unike_kernels.ops.patched_ffn.reference import FFNWeights
 D, F, R, K, N, NEURONS = 4096, 11008, 512, 40, 15_000, 10
 # What kernels have to themselves: scratch and counters, not the operands.
 SCRATCH = {
-    "hidden", "extra", "everybody", "counters", "scratch", "scores", "know", "squares", "cosines", "units", "lists",
+    "hidden", "extra", "everybody", "counters", "scratch", "scores", "know", "squares", "cosines", "units", "halves",
+    "estimates", "maxima", "thresholds", "found", "known",
     *(f"workspace.{part}" for part in harness.PARTS),
 }  # fmt: skip
 
@@ -224,6 +225,13 @@ def _latent(tokens: int, own: bool = True) -> Real:
     )  # fmt: skip
 
 
+def _triton_search(queries: int) -> Real:
+    return Real(
+        "cosine_topk, Triton", f"B={queries}, N={N} of float32, d={D}", 4.0 * N * D, 2.0 * queries * N * D,
+        lambda *_: _search(queries), lambda m: search_peer(m, queries, N, D), blocks=3,
+    )  # fmt: skip
+
+
 def _cuda(queries: int, scan: str) -> Real:
     size = {"float32": 4, "int8": 1}.get(scan, 2)
     return Real(
@@ -243,11 +251,9 @@ REAL = {
             4.0 * N * D + attention_bytes(1, D, R, K, own=True), 0.0, lambda *_: _memory(1),
             lambda m: search_peer(m, 1, N, D) + attention_peer(m, 1, D, R, K, own=True), blocks=3,
         ),
-        Real(
-            "cosine_topk, Triton", f"B=1, N={N} of float32, d={D}", 4.0 * N * D, 0.0, lambda *_: _search(1),
-            lambda m: search_peer(m, 1, N, D),
-        ),
+        _triton_search(1), _triton_search(64),
         _cuda(1, "int8"), _cuda(1, "float16"), _cuda(1, "bfloat16"), _cuda(1, "float32"),
+        _cuda(64, "float32"),
         Real(
             "patched_ffn, gradients of extra neurons", f"T=128, d={D}", extra_bytes(128, D) + 2.0 * 128 * D, 0.0,
             lambda *_: _beside_backward(128), lambda m: 3 * side_peer(m, 128, D), blocks=5,

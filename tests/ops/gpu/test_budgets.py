@@ -16,7 +16,7 @@ from ptxsim.triton_driver import compiling
 from triton.backends.compiler import GPUTarget
 
 from unike_kernels.ops import _triton
-from unike_kernels.ops.cosine_topk import triton as retrieval
+from unike_kernels.ops.cosine_topk import triton as search
 from unike_kernels.ops.latent_attention import triton as latent
 from unike_kernels.ops.latent_attention import triton_backward as latent_backward
 from unike_kernels.ops.memory_attention import triton as memory
@@ -72,6 +72,10 @@ def retrieving(tokens: int, projected: bool, dtype: torch.dtype) -> Memory:
     return Memory(tokens, 1, D, D, 512, 40, dtype, n=200, projected=projected, bounded=False)
 
 
+def searching(queries: int) -> object:
+    return search.cosine_topk(torch.zeros(queries, D), torch.zeros(200, D), 40, True)
+
+
 BUDGETS = {
     "extra neurons, one token, float32": Budget(
         forward, "add_extra_neurons_kernel",
@@ -111,14 +115,6 @@ BUDGETS = {
     "patched FFN, one token, float32": Budget(
         fused, "patched_ffn_kernel", lambda: fused.patched_ffn(*whole(1, True, torch.float32), "silu"), 0.12, 6, True
     ),
-    "cosine top-k, one query": Budget(
-        retrieval, "cosine_topk_kernel",
-        lambda: retrieval.cosine_topk(torch.zeros(1, D), torch.zeros(2000, D), 40, True), 0.12, 2, False,
-    ),
-    "cosine top-k, 8 queries, not normalised": Budget(
-        retrieval, "cosine_topk_kernel",
-        lambda: retrieval.cosine_topk(torch.zeros(8, D), torch.zeros(2000, D), 40), 0.12, 2, False,
-    ),
     "latent attention, one token, bfloat16": Budget(
         latent, "latent_attention_kernel", lambda: attention(1, None, True, torch.bfloat16).run(), 0.12, 4, False
     ),
@@ -127,6 +123,9 @@ BUDGETS = {
     ),
     "latent attention, ids of each token, bfloat16": Budget(
         latent, "latent_attention_kernel", lambda: attention(128, None, True, torch.bfloat16).run(), 0.12, 4, True
+    ),
+    "latent attention, 512 tokens, bfloat16": Budget(
+        latent, "latent_attention_kernel", lambda: attention(512, None, True, torch.bfloat16).run(), 0.12, 4, True
     ),
     "gradients of latent attention, ids of each token, bfloat16": Budget(
         latent_backward, "latent_attention_backward_kernel",
@@ -140,8 +139,14 @@ BUDGETS = {
         latent_backward, "latent_attention_backward_kernel",
         lambda: gradients(128, 1, True, torch.bfloat16).run(), 0.12, 4, True,
     ),
+    "search, one query, float32": Budget(search, "cosine_topk_kernel", lambda: searching(1), 0.12, 5, True),
+    "search, 8 queries, not normalised": Budget(
+        search, "cosine_topk_kernel",
+        lambda: search.cosine_topk(torch.zeros(8, D), torch.zeros(200, D), 40), 0.12, 5, True,
+    ),
+    "search, 64 queries, float32": Budget(search, "cosine_topk_kernel", lambda: searching(64), 0.12, 5, True),
     "memory attention, one token, bfloat16": Budget(
-        memory, "memory_attention_kernel", lambda: retrieving(1, True, torch.bfloat16).run(), 0.12, 5, False
+        memory, "memory_attention_kernel", lambda: retrieving(1, True, torch.bfloat16).run(), 0.12, 5, True
     ),
     "memory attention, 64 tokens, float32": Budget(
         memory, "memory_attention_kernel", lambda: retrieving(64, False, torch.float32).run(), 0.12, 5, True
@@ -188,7 +193,7 @@ MULTIPROCESSORS = {80: 108, 90: 132, 100: 148, 120: 188, "gfx942": 304, "gfx950"
 # The rest are slow tests: the default ones look at each forward kernel once.
 USUAL = {
     "extra neurons, a prompt, bfloat16", "patched FFN, one token, bfloat16", "memory attention, one token, bfloat16",
-    "cosine top-k, one query",
+    "search, one query, float32",
 }  # fmt: skip
 
 

@@ -72,16 +72,21 @@ def test_one_launch(shape, everywhere):
 
 
 @pytest.mark.parametrize(
-    "change", ["tokens", *(pytest.param(name, marks=pytest.mark.slow) for name in ("results", "multiprocessors"))]
+    ("tokens", "k", "launches"),
+    [
+        pytest.param(65, 3, 2, id="tokens"),
+        pytest.param(9, 257, 1, marks=pytest.mark.slow, id="results"),  # the definition finds more than 256
+        pytest.param(11, 3, 3, marks=pytest.mark.slow, id="estimates"),  # of which there is room for ten tokens'
+    ],
 )
-def test_what_does_not_fit_into_one_launch_takes_two(change, launched, monkeypatch):
-    tokens, k = (65 if change == "tokens" else 9), (257 if change == "results" else 3)
-    if change == "multiprocessors":
-        monkeypatch.setattr(kernel, "multiprocessors", lambda: 1)
+def test_what_does_not_fit_into_one_launch_takes_several(tokens, k, launches, launched, monkeypatch):
+    monkeypatch.setattr(retrieval, "multiprocessors", lambda: 16)
+    if launches == 3:
+        monkeypatch.setattr(retrieval, "MOST_ESTIMATES", 200)
     case = Memory(tokens, 1, 16, 16, 4, k, torch.float32, n=20)
     result, session = launched(case.run)
     case.check(*result)
-    assert len(session.launches) == (1 if change == "results" else 2)  # the definition finds more than 256
+    assert len(session.launches) == launches
 
 
 def test_no_tokens_and_no_entries(launched):
@@ -141,7 +146,7 @@ def test_the_operator_chooses_it(on_gpu):
 @pytest.mark.slow
 def test_the_keys_of_the_retrieval_are_read_once(launched):
     """By blocks that share them evenly, one a multiprocessor."""
-    case = Memory(1, 1, 64, 64, 12, 4, torch.float32, n=384, bounded=False)
+    case = Memory(1, 1, 64, 64, 12, 4, torch.float32, n=1536, bounded=False)
     result, session = launched(case.run)
     case.check(*result)
     (launch,) = session.launches

@@ -21,6 +21,7 @@ WARP = 32
 PARKED = 1 << 20  # added to the place of lanes that wait at a barrier or have to let others run
 DONE = 1 << 30
 IDLE_ROUNDS = 2000  # rounds in which everybody spins and nothing in memory changes
+SPIN = 10_000  # nanoseconds that such a round takes, so that a wait with a limit ends long before
 
 
 @dataclass
@@ -170,8 +171,10 @@ class Block:
         values = {"ctaid": self.position, "nctaid": self.run.launch.grid, "ntid": self.run.threads}
         if stem in values and axis in ("x", "y", "z"):
             return values[stem]["xyz".index(axis)]
-        if stem in ("clock", "clock64", "globaltimer"):
+        if stem in ("clock", "clock64"):
             return int(self.executed.sum())
+        if stem == "globaltimer":  # nanoseconds
+            return int(self.executed.sum()) + SPIN * self.run.spins
         alone = {
             "smid": self.index % 108,
             "nsmid": 108,
@@ -251,6 +254,7 @@ class LaunchRun:
         self.dynamic_shared = dynamic_shared
         self.shared_size = program.static_shared + dynamic_shared
         self.resident = resident
+        self.spins = 0  # rounds in which everybody spins
 
     def run(self) -> None:
         """Run all blocks to their end.
@@ -271,6 +275,7 @@ class LaunchRun:
                     live.append(Block(self, waiting.pop()))
                     continue
                 if not eager:
+                    self.spins += 1
                     idle = idle + 1 if self.memory.changes == changes else 0
                     changes = self.memory.changes
                     if not groups or idle > IDLE_ROUNDS:

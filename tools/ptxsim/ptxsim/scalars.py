@@ -294,15 +294,23 @@ def _table(bits: int, x: Value, y: Value, z: Value, ones: int) -> Value:
     return total
 
 
+def _is_all_but_one_bit(operand: str) -> bool:
+    return operand.startswith("0x") and (~int(operand, 16) & WORD).bit_count() == 1
+
+
 def _logic(i: SassInstruction) -> Effect:
     parts = Parts(i)
     *sources, bits = parts.sources
     value = _known(lambda x, y, z: _table(int(bits, 16), x, y, z, WORD), *map(word, sources))
     last = i.operands[-1]
+    # So ptxas clears one of the predicates that it keeps in a register, whose other bits are of no interest.
+    first, *rest = i.operands
+    packs = rest[0] == first and rest[2] == "RZ" and bits == "0xc0" and _is_all_but_one_bit(rest[1])
     or_else = predicate(last) if last.lstrip("!U").startswith("P") else lambda warp: False
 
     def run(warp: Any) -> list[tuple[str, Value]]:
         result, other = value(warp), or_else(warp)
+        result = 0 if result is None and packs else result
         there = None if result is None else _bool(result != 0)
         # A predicate is whether any bit is set, or the last operand, which is !PT where it says nothing.
         flag = True if other is True else there if other is False else None if None in (there, other) else there | other

@@ -184,6 +184,15 @@ def test_a_predicate_of_lop3(last, wanted):
     assert found["P4"] is wanted
 
 
+@pytest.mark.parametrize(("mask", "wanted"), [("0xfffffffd", 0), ("0xfffffff9", None)])
+def test_predicates_in_a_register_of_unknown_bits(mask, wanted):
+    """ptxas clears a bit of a register, sets it where a condition holds, and looks at this bit alone."""
+    instruction = SassInstruction(
+        "LOP3", ("LUT",), ("R1", "R1", mask, "RZ", "0xc0", "!PT"), None, False, None, 1, 7, 7, (), ""
+    )
+    assert dict(effect(instruction)(SimpleNamespace(get={}.get, registers={}))) == {"R1": wanted}
+
+
 @pytest.mark.parametrize(("opcode", "kind"), [("P2R", "PR"), ("UP2UR", "UPR")])
 @pytest.mark.parametrize(("flags", "wanted"), [((True, False), 0x11), ((False, True), 0x12), ((None, True), None)])
 def test_predicates_in_a_register(opcode, kind, flags, wanted):

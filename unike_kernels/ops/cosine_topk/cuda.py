@@ -62,7 +62,8 @@ def search(
         queries: float32 or bfloat16 [m, d] on the device of everything else.
         rows: float32 [n, d], unit rows; without `packed` they are scanned, and copied if they are not aligned.
             None: `packed` alone decides.
-        packed: codes, bounds and direction of `pack_keys`, scanned instead of the rows; None: the rows are scanned.
+        packed: codes, bounds and direction of `pack_keys`, scanned instead of the rows, int8 codes by up to 8 queries;
+            None: the rows are scanned.
         k: keys to return for each query; may exceed n.
         ranges: int64 [m, 2], the keys start, ..., stop - 1 that each query sees; a range outside the keys gives ids -1
             and scores NaN. None: all keys.

@@ -1,19 +1,27 @@
-"""Exact cosine top-k on a GPU in one launch: score, selection and the merge of the blocks' selections.
+"""Exact cosine top-k on a GPU in one launch: estimate, threshold, canonical scores of what is left, and their order.
 
-Work. A block owns a slice of the keys and up to 8 queries, 4 where k is 33 to 64. It normalises its queries into
-scratch, scores one tile of keys after another and keeps its best, packed as (score, id) in one integer, so that their
-order is one comparison. The last block of a group of queries to finish merges the lists of all. Every score is the
-canonical one: 16 interleaved float64 sums, folded in halves. The products of two float32 are exact in float64, so a
-fused multiply-add rounds as the definition does. No score leaves its block but those of its list.
+Work. Blocks meet between the phases.
+  1. A block normalises a query: its unit row, and that in float16.
+  2. A block estimates its slice of the keys for its group of up to 64 queries: products of float16 on tensor cores. It
+     keeps the estimates, and the best of each of some disjoint sets of keys.
+  3. A block finds the threshold of a query: close to the k-th best of those.
+  4. A block scores the keys of its own that reach the threshold canonically: 16 interleaved float64 sums, folded in
+     halves. The products of two float32 are exact in float64, so that a fused multiply-add rounds as the definition
+     does.
+  5. A block counts for each of them how many are better, in all slices: that is its place in the result.
 
-Bound. The keys are read once for a block's queries: 4 N d bytes, 15,000 keys of d = 4096 are 246 MB, 73 us of an
-H100's memory at 3.35 TB/s. A query costs N d float64 multiply-adds, 61 million or 4 us of its 34 Tflop/s, and 64
-queries 230 us: from 20 queries on arithmetic is the limit. A GPU with 1/64 of its speed in float64 (sm_86, sm_89,
-sm_120) is bound by it from the second query on: correct there, not fast. Tiles are untuned.
+Exactness. An estimate is off by at most `error_bound`. Where k keys have estimates of at least t, they have scores of
+at least t - error. A key whose estimate is below t - 2 error has a lower score than all of them, and is not among the k
+best: t - 2 error is the threshold. Of 15,000 random keys of d = 4096 about 80 are left for k = 40.
+
+Bound. The keys are read once for a group of queries: 4 N d bytes, 15,000 keys of d = 4096 are 246 MB, 73 us of an
+H100's memory at 3.35 TB/s. 64 queries are 7.9 Gflop of float16 products, 8 us. Four meetings of about 1 us, some 10 us
+of normalising, choosing and scoring come on top. Tiles are untuned.
 """
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -21,48 +29,55 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import Workspace, last_contiguous, multiprocessors, options, workspace_of
+from .._triton import EVERYBODY, Workspace, last_contiguous, meet, multiprocessors, options, workspace_of
 from . import reference
 
 LANES = tl.constexpr(reference.LANES)
 NOTHING = tl.constexpr(-(2**63))  # below every (score, id)
-QUERIES = 8  # of a block
-PAIRS = 256  # of a query and a key in a tile: 16 float64 sums a thread
-SMALLEST_TILE = 32  # keys
-MOST_RESULTS = 256  # of a query
+QUERIES = 64  # of a group, at most
+KEYS, COLUMNS = tl.constexpr(128), tl.constexpr(32)  # of a tile: 16 KB of float32
+STAGES = tl.constexpr(4)  # tiles on their way, and the one in use
+PAIRS = tl.constexpr(16)  # of a query and a key, scored at a time
+LOOKED_AT = tl.constexpr(2048)  # estimates at a time
+LEVELS = tl.constexpr(32)
+SPLITS = 8  # of the keys, at least, where a launch has several groups
+MOST_RESULTS = tl.constexpr(256)  # of a query
+MOST_COLUMNS = 2**20
+MOST_ESTIMATES = 2**24  # of a launch: 12 bytes of scratch each
 WARPS = 8
-LISTS = 8  # merged at a time
 
 
 @triton.jit
 def halved(sums):
-    """[A, B, L] -> [A, B, L / 2], the first half plus the second."""
-    a: tl.constexpr = sums.shape[0]
-    b: tl.constexpr = sums.shape[1]
-    width: tl.constexpr = sums.shape[2] // 2
-    low, high = tl.split(tl.permute(tl.reshape(sums, (a, b, 2, width)), (0, 1, 3, 2)))
+    """[S, L] -> [S, L / 2], the first half plus the second."""
+    s: tl.constexpr = sums.shape[0]
+    width: tl.constexpr = sums.shape[1] // 2
+    low, high = tl.split(tl.permute(tl.reshape(sums, (s, 2, width)), (0, 2, 1)))
     return low + high
 
 
 @triton.jit
-def folded(sums):
-    """[A, B, 16] float64 -> [A, B]."""
-    a: tl.constexpr = sums.shape[0]
-    b: tl.constexpr = sums.shape[1]
-    return tl.reshape(halved(halved(halved(halved(sums)))), (a, b))
+def canonical_dot(a, b, norms, there, d):
+    """The float64 products of the rows at pointers [S, 1], those of b divided by their norms if there are any: [S]."""
+    STEPS: tl.constexpr = max(4, min(32, 512 // b.shape[0]))  # whose loads are on their way together
+    sums = tl.zeros((b.shape[0], LANES), tl.float64)
+    for first in range(0, d, STEPS * LANES):
+        for step in tl.static_range(STEPS):
+            at = first + step * LANES + tl.arange(0, LANES)[None, :]
+            wanted = there & (at < d)
+            x = tl.load(a + at, mask=wanted, other=0.0)
+            y = tl.load(b + at, mask=wanted, other=0.0)
+            y = y if norms is None else unit(y, norms)
+            sums = tl.fma(x.to(tl.float64), y.to(tl.float64), sums)
+    return tl.reshape(halved(halved(halved(halved(sums)))), (b.shape[0],))
 
 
 @triton.jit
-def norms(rows, valid, d):
-    """Canonical float64 norms of the rows at pointers [A, B, 1]: 1 for a zero row, NaN for one that is not finite."""
-    lane = tl.arange(0, LANES)[None, None, :]
-    squares = tl.zeros((rows.shape[0], rows.shape[1], LANES), tl.float64)
-    for c in range(0, d, LANES):
-        x = tl.load(rows + (c + lane), mask=valid & (c + lane < d), other=0.0).to(tl.float64)
-        squares = tl.fma(x, x, squares)
-    total = folded(squares)
-    norm = tl.where(total == 0, 1.0, tl.sqrt(total))
-    return tl.where(total < float("inf"), norm, float("nan"))[:, :, None]
+def norms_of(rows, there, d):
+    """Canonical norms of the rows at pointers [S, 1]: 1 for a zero row, NaN for one that is not finite. [S, 1]."""
+    squares = canonical_dot(rows, rows, None, there, d)
+    norm = tl.where(squares == 0, 1.0, tl.sqrt(squares))
+    return tl.where(squares < float("inf"), norm, float("nan"))[:, None]
 
 
 @triton.jit
@@ -80,124 +95,270 @@ def packed(score, position):
 
 
 @triton.jit
-def better(best, others):
-    """The best of two lists of one length."""
-    size: tl.constexpr = best.shape[1]
-    return tl.topk(tl.reshape(tl.join(best, others), (best.shape[0], 2 * size)), size)
+def prepare(query, queries, units, halves, d, query_stride, width):
+    """To scratch: the unit row of a query, and the same in float16, with zeros up to the width."""
+    W: tl.constexpr = 2048
+    row = queries + query.to(tl.int64) * query_stride
+    norm = norms_of(row + tl.zeros((1, 1), tl.int32), True, d)
+    for first in range(0, width, W):
+        at = first + tl.arange(0, W)[None, :]
+        x = unit(tl.load(row + at, mask=at < d, other=0.0), norm)
+        tl.store(units + query.to(tl.int64) * d + at, x, mask=at < d)
+        tl.store(halves + query.to(tl.int64) * width + at, x.to(tl.float16), mask=at < width)
+
+
+@triton.jit
+def scan(
+    query, keys, ranges, halves, estimates, maxima, first, last, split, splits, m, n, d, key_stride, width,
+    NORMALIZED: tl.constexpr, SLOTS: tl.constexpr,
+):  # fmt: skip
+    """To scratch: the estimates of the keys first, ..., last - 1, -inf where a query does not see the key or is not
+    finite, and the best of each of SLOTS sets of them."""
+    BM: tl.constexpr = query.shape[0]
+    valid = query < m
+    low = tl.zeros((BM,), tl.int64)
+    high = low + n
+    if ranges is not None:
+        low = tl.load(ranges + 2 * query, mask=valid, other=0)
+        high = tl.load(ranges + 2 * query + 1, mask=valid, other=0)
+    best = tl.full((SLOTS, BM), float("-inf"), tl.float32)
+    for start in tl.range(first, last, KEYS, num_stages=1):
+        key = start + tl.arange(0, KEYS)
+        there = (key < last)[:, None]
+        rows = keys + key.to(tl.int64)[:, None] * key_stride
+        if not NORMALIZED:
+            norms = norms_of(rows, there, d)
+        total = tl.zeros((KEYS, BM), tl.float32)
+        for begin in tl.range(0, width, COLUMNS, num_stages=STAGES):
+            column = begin + tl.arange(0, COLUMNS)[None, :]
+            x = tl.load(rows + column, mask=there & (column < d), other=0.0)
+            x = x if NORMALIZED else unit(x, norms)
+            q = tl.load(halves + query[:, None] * width + column, mask=valid[:, None], other=0.0)
+            total = tl.dot(x.to(tl.float16), q.T, total)
+        seen = there & (key[:, None] >= low[None, :]) & (key[:, None] < high[None, :]) & (total == total)
+        total = tl.where(seen, total, float("-inf"))
+        tl.store(estimates + query[None, :] * n + key[:, None], total, mask=there & valid[None, :])
+        best = tl.maximum(best, tl.max(tl.reshape(total, (KEYS // SLOTS, SLOTS, BM)), 0))
+    place = query[None, :] * (splits * SLOTS) + split * SLOTS + tl.arange(0, SLOTS)[:, None]
+    tl.store(maxima + place, best, mask=valid[None, :])
+
+
+@triton.jit
+def kth_largest(values, k):
+    """The k-th largest of these numbers, or less by up to 2^-20 of their range; -inf where fewer are above that."""
+    there = values > float("-inf")
+    low, high = tl.min(tl.where(there, values, float("inf")), 0), tl.max(values, 0)
+    for _ in range(4):
+        step = (high - low) / LEVELS
+        levels = low + step * tl.arange(0, LEVELS)
+        reached = tl.sum((values[:, None] >= levels[None, :]).to(tl.int32), 0) >= k
+        low = tl.max(tl.where(reached, levels, low), 0)
+        high = low + step
+    return tl.where(tl.sum(there.to(tl.int32), 0) >= k, low, float("-inf"))
+
+
+@triton.jit
+def suspects(query, estimates, thresholds, found, first, last, m, n):
+    """To scratch, in ascending order: the keys of each query that reach its threshold. How many they are: [BM]."""
+    BM: tl.constexpr = query.shape[0]
+    valid = query < m
+    threshold = tl.load(thresholds + query, mask=valid, other=0.0, cache_modifier=".cg")[:, None]
+    counts = tl.zeros((BM,), tl.int32)
+    for start in range(first, last, LOOKED_AT // BM):
+        key = start + tl.arange(0, LOOKED_AT // BM)[None, :]
+        there = valid[:, None] & (key < last)
+        estimate = tl.load(estimates + query[:, None] * n + key, mask=there, other=float("-inf"))
+        chosen = ((estimate >= threshold) & (estimate > float("-inf"))).to(tl.int32)
+        place = query[:, None] * n + first + counts[:, None] + tl.cumsum(chosen, 1) - chosen
+        tl.store(found + place, tl.broadcast_to(key.to(tl.int64), place.shape), mask=chosen > 0)
+        counts += tl.sum(chosen, 1)
+    tl.debug_barrier()
+    return counts
+
+
+@triton.jit
+def pairs_of(begin, counts):
+    """The rows of PAIRS entries from `begin` on, where each row has so many, and their places in them."""
+    pair = begin + tl.arange(0, PAIRS)
+    ends = tl.cumsum(counts, 0)
+    behind = ends[None, :] <= pair[:, None]
+    return tl.sum(behind.to(tl.int32), 1), pair - tl.max(tl.where(behind, ends[None, :], 0), 1)
+
+
+@triton.jit
+def score(query, counts, keys, units, found, first, n, d, key_stride, NORMALIZED: tl.constexpr):
+    """Replaces each key that was found by its canonical score and itself, packed."""
+    total = tl.sum(counts, 0)
+    group = tl.min(query, 0)
+    for begin in range(0, total, PAIRS):
+        row, at = pairs_of(begin, counts)
+        there = row < counts.shape[0]
+        place = found + (group + row) * n + first + at
+        key = tl.load(place, mask=there, other=0)
+        rows = (keys + key * key_stride)[:, None]
+        norms = None if NORMALIZED else norms_of(rows, there[:, None], d)
+        product = canonical_dot((units + (group + row) * d)[:, None], rows, norms, there[:, None], d)
+        tl.store(place, packed(product.to(tl.float32) + 0.0, key), mask=there)
+
+
+@triton.jit
+def rank(query, counts, found, known, scores, ids, first, n, k, splits, per_split, SPLITS: tl.constexpr):
+    """Writes the block's pairs to their places among those of all splits."""
+    total = tl.sum(counts, 0)
+    group = tl.min(query, 0)
+    split = tl.arange(0, SPLITS)[None, :]
+    for begin in range(0, total, PAIRS):
+        row, at = pairs_of(begin, counts)
+        there = row < counts.shape[0]
+        mine = tl.load(found + (group + row) * n + first + at, mask=there, other=NOTHING)
+        others = tl.load(
+            known + (group + row)[:, None] * splits + split,
+            mask=there[:, None] & (split < splits), other=0, cache_modifier=".cg",
+        )  # fmt: skip
+        place = tl.zeros((PAIRS,), tl.int32)
+        for e in range(tl.max(tl.max(others, 1), 0)):
+            other = found + (group + row)[:, None] * n + split * per_split + e
+            value = tl.load(other, mask=e < others, other=NOTHING, cache_modifier=".cg")
+            place += tl.sum((value > mine[:, None]).to(tl.int32), 1)
+        result = (group + row) * k + place
+        wanted = there & (place < k)
+        if scores is not None:
+            ordered = (mine >> 32).to(tl.int32)
+            bits = ordered ^ ((ordered >> 31) & 0x7FFFFFFF)
+            tl.store(scores + result, bits.to(tl.float32, bitcast=True), mask=wanted)
+        tl.store(ids + result, 0x7FFFFFFF - (mine & 0x7FFFFFFF), mask=wanted)
 
 
 @triton.jit
 def search(
-    block, queries, keys, ranges, scores, ids, units, lists, counters, m, n, d, query_stride, key_stride, k, splits,
-    per_split, NORMALIZED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, LISTS: tl.constexpr,
+    queries, keys, ranges, scores, ids, units, halves, estimates, maxima, thresholds, found, known, everybody,
+    m, n, d, query_stride, key_stride, k, splits, per_split, error,
+    NORMALIZED: tl.constexpr, BM: tl.constexpr, SLOTS: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """What a block does of the search. Without scores only the ids are stored."""
-    group, split = block // splits, block % splits
-    lane = tl.arange(0, LANES)[None, None, :]
-    query = group.to(tl.int64) * BM + tl.arange(0, BM)
-    valid = (query < m)[:, None, None]
+    """What all blocks of a launch do. Without scores only the ids are stored."""
+    block, blocks = tl.program_id(0), tl.num_programs(0)
+    width = tl.cdiv(d, COLUMNS) * COLUMNS
+    for each in range(block, m, blocks):
+        prepare(each, queries, units, halves, d, query_stride, width)
+    meet(everybody, blocks, block == 0)
 
-    # The unit queries, for this block alone.
-    given = queries + query[:, None, None] * query_stride
-    mine = units + (block.to(tl.int64) * BM + tl.arange(0, BM))[:, None, None] * d
-    length = norms(given, valid, d)
-    for c in range(0, d, LANES):
-        inside = valid & (c + lane < d)
-        x = tl.load(given + (c + lane), mask=inside, other=0.0)
-        tl.store(mine + (c + lane), unit(x, length), mask=inside)
-    finite = tl.reshape(length == length, (BM, 1)) & (query < m)[:, None]
-    tl.debug_barrier()
+    split = block % splits
+    query = (block // splits).to(tl.int64) * BM + tl.arange(0, BM)
+    first = split * per_split
+    last = tl.minimum(first + per_split, n)
+    last = tl.where(tl.min(query, 0) < m, last, first)  # blocks that are left over have nothing
+    if first < last:
+        scan(
+            query, keys, ranges, halves, estimates, maxima, first, last, split, splits, m, n, d, key_stride, width,
+            NORMALIZED, SLOTS,
+        )  # fmt: skip
+    meet(everybody, blocks, block == 0)
 
-    low = tl.zeros((BM, 1), tl.int64)
-    high = low + n
-    if ranges is not None:
-        low = tl.load(ranges + 2 * query, mask=query < m, other=0).to(tl.int64)[:, None]
-        high = tl.load(ranges + 2 * query + 1, mask=query < m, other=0).to(tl.int64)[:, None]
-    best = tl.full((BM, BN), NOTHING, tl.int64)
-    for first in range(split * per_split, tl.minimum((split + 1) * per_split, n), BN):
-        key_ids = first + tl.arange(0, BN)
-        there = (key_ids < n)[None, :, None]
-        rows = keys + key_ids.to(tl.int64)[None, :, None] * key_stride
-        if not NORMALIZED:
-            norm = norms(rows, there, d)
-        sums = tl.zeros((BM, BN, LANES), tl.float64)
-        for c in range(0, d, LANES):
-            column = c + lane < d
-            key = tl.load(rows + (c + lane), mask=there & column, other=0.0)
-            key = key.to(tl.float32) if NORMALIZED else unit(key, norm)
-            q = tl.load(mine + (c + lane), mask=valid & column, other=0.0)
-            sums = tl.fma(q.to(tl.float64), key.to(tl.float64), sums)
-        position = key_ids[None, :]
-        allowed = finite & (position >= low) & (position < high) & (position < n)
-        tile = tl.where(allowed, packed(folded(sums).to(tl.float32) + 0.0, position), NOTHING)
-        if tl.max(tl.where(tl.max(tile, 1) > tl.min(best, 1), 1, 0), 0) > 0:
-            best = better(best, tile)
+    COUNT: tl.constexpr = SPLITS * SLOTS
+    at = tl.arange(0, COUNT)
+    for each in range(block, m, blocks):
+        values = tl.load(
+            maxima + each * splits * SLOTS + at, mask=at < splits * SLOTS, other=float("-inf"), cache_modifier=".cg"
+        )
+        tl.store(thresholds + each, kth_largest(values, k) - 2 * error)
+    meet(everybody, blocks, block == 0)
 
-    place = tl.arange(0, BN)[None, :]
-    last = splits == 1
-    if splits > 1:
-        slot = lists + (group.to(tl.int64) * splits * BM + tl.arange(0, BM)[:, None]) * BN
-        tl.store(slot + split * BM * BN + place, best)
-        tl.debug_barrier()
-        before = tl.atomic_add(counters + group, 1, sem="acq_rel")
-        last = (before & 0x7FFFFFFF) == splits - 1  # the top bit is that of meetings
-        if last:
-            best = tl.full((BM, BN), NOTHING, tl.int64)
-            at = tl.arange(0, LISTS * BN)[None, :]
-            for start in range(0, splits, LISTS):
-                list_id = start + at // BN
-                several = tl.load(  # past L1
-                    slot + list_id * (BM * BN) + at % BN, mask=list_id < splits, other=NOTHING, cache_modifier=".cg"
-                )
-                best = better(best, tl.topk(several, BN))
-            tl.store(counters + group, before - (splits - 1))
-    if last:
-        best = tl.sort(best, descending=True)
-        ordered = (best >> 32).to(tl.int32)
-        score = (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
-        nothing = best == NOTHING
-        wanted = (query < m)[:, None] & (place < k)
-        results = query[:, None] * k + place
+    counts = suspects(query, estimates, thresholds, found, first, last, m, n)
+    score(query, counts, keys, units, found, first, n, d, key_stride, NORMALIZED)
+    tl.store(known + query * splits + split, counts, mask=query < m)
+    meet(everybody, blocks, block == 0)
+
+    rank(query, counts, found, known, scores, ids, first, n, k, splits, per_split, SPLITS)
+    at, place = tl.arange(0, SPLITS), tl.arange(0, MOST_RESULTS)
+    for each in range(block, m, blocks):
+        count = tl.load(known + each * splits + at, mask=at < splits, other=0, cache_modifier=".cg")
+        empty = (place >= tl.sum(count, 0)) & (place < k)
         if scores is not None:
-            tl.store(scores + results, tl.where(nothing, float("-inf"), score), mask=wanted)
-        tl.store(ids + results, tl.where(nothing, -1, 0x7FFFFFFF - (best & 0x7FFFFFFF)), mask=wanted)
+            tl.store(scores + each * k + place, float("-inf"), mask=empty)
+        tl.store(ids + each * k + place, -1, mask=empty)
 
 
 @triton.jit(do_not_specialize=["m", "n", "k", "splits", "per_split"])
 def cosine_topk_kernel(
-    queries, keys, ranges, scores, ids, units, lists, counters, m, n, d, query_stride, key_stride, k, splits, per_split,
-    NORMALIZED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, LISTS: tl.constexpr,
+    queries, keys, ranges, scores, ids, units, halves, estimates, maxima, thresholds, found, known, everybody,
+    m, n, d, query_stride, key_stride, k, splits, per_split, error,
+    NORMALIZED: tl.constexpr, BM: tl.constexpr, SLOTS: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """See above."""
     search(
-        tl.program_id(0), queries, keys, ranges, scores, ids, units, lists, counters, m, n, d, query_stride, key_stride,
-        k, splits, per_split, NORMALIZED, BM, BN, LISTS,
+        queries, keys, ranges, scores, ids, units, halves, estimates, maxima, thresholds, found, known, everybody,
+        m, n, d, query_stride, key_stride, k, splits, per_split, error, NORMALIZED, BM, SLOTS, SPLITS,
     )  # fmt: skip
 
 
+def error_bound(d: int) -> float:
+    """How far an estimate can be from the canonical score of its key.
+
+    A unit row x in float16 is off by at most 2^-11 |x| + 2^-25 sqrt(d), of both. A tensor core adds n products with
+    an error of at most n 2^-22 / (1 - n 2^-22) of the norms' product. The rest covers the norms, which may be a little
+    above 1, and the rounding of scores and thresholds.
+    """
+    n = -(-d // COLUMNS.value) * COLUMNS.value
+    return 1.01 * (2 * (2**-11 + 2**-25 * math.sqrt(d)) + n / (2**22 - n)) + 2**-21
+
+
 class Tiling(NamedTuple):
-    """How queries and keys are cut."""
+    """How queries and keys are cut: a block has a group of queries and a slice of the keys."""
 
     together: int  # queries of a group
-    tile: int  # keys that are scored at a time, and entries of a list
     groups: int
     splits: int  # of the keys
     per_split: int
+    slots: int  # sets of a slice's keys whose best estimates are known
 
-    def scratch(self, d: int) -> tuple[int, int]:
-        """float32 for the unit queries of each block, and for its list."""
-        rows = self.groups * self.splits * self.together
-        return rows * d, 2 * rows * self.tile
+    @property
+    def blocks(self) -> int:
+        """Of the launch."""
+        return self.groups * self.splits
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Arguments of the kernel."""
+        return self.splits, self.per_split
+
+    @property
+    def shapes(self) -> tuple[int, int, int]:
+        """And the last ones."""
+        return self.together, self.slots, triton.next_power_of_2(self.splits)
+
+
+def queries_of_launch(n: int) -> int:
+    """How many queries at most share a launch."""
+    return max(1, min(QUERIES * max(1, multiprocessors() // SPLITS), MOST_ESTIMATES // n))
 
 
 def tiling(m: int, n: int, k: int) -> Tiling:
-    """One block a multiprocessor in all, at most, as long as there are no more groups."""
-    tile = max(SMALLEST_TILE, triton.next_power_of_2(k))
-    together = min(QUERIES, triton.next_power_of_2(m), PAIRS // tile)
-    groups = triton.cdiv(m, together)
-    wanted = max(1, multiprocessors() // groups)
-    per_split = triton.cdiv(triton.cdiv(n, tile), wanted) * tile
-    return Tiling(together, tile, groups, triton.cdiv(n, per_split), per_split)
+    """One block a multiprocessor at most, so that all are resident. Four times as many sets as results: the k-th best
+    of their best keys is not far from the k-th best of all."""
+    together = min(QUERIES, max(16, triton.next_power_of_2(m)))
+    groups = -(-m // together)
+    per_split = max(16, -(-n // (multiprocessors() // groups)))
+    splits = -(-n // per_split)
+    slots = min(KEYS.value, triton.next_power_of_2(-(-4 * min(k, n) // splits)))
+    return Tiling(together, groups, splits, per_split, slots)
+
+
+def scratch_of(t: Tiling, m: int, n: int, d: int) -> tuple[int, ...]:
+    """float32 of units, halves, estimates, maxima, thresholds, found and known."""
+    width = -(-d // COLUMNS.value) * COLUMNS.value
+    return m * d, m * width // 2, m * n, m * t.splits * t.slots, m, 2 * m * n, m * t.splits
+
+
+def typed(scratch: list[Tensor]) -> tuple[Tensor, ...]:
+    """The same as the kernel takes it."""
+    units, halves, estimates, maxima, thresholds, found, known = scratch
+    found = found.view(torch.int64)
+    return units, halves.view(torch.float16), estimates, maxima, thresholds, found, known.view(torch.int32)
+
+
+def takes(n: int, d: int, k: int) -> bool:
+    """Whether the kernel searches for so many results."""
+    return 0 < k <= MOST_RESULTS.value and 0 < n <= MOST_ESTIMATES and d <= MOST_COLUMNS
 
 
 def cosine_topk(
@@ -211,10 +372,11 @@ def cosine_topk(
     out: tuple[Tensor, Tensor] | None = None,
     workspace: Workspace | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The canonical top-k of `reference.cosine_topk` in one launch.
+    """The canonical top-k of `reference.cosine_topk`.
 
-    For more than 256 results a query the definition runs instead. Ranges are read back to be checked; without them
-    nothing waits for the device.
+    One launch for up to 2^24 pairs of query and key, and 64 queries for every 8 multiprocessors. For more
+    than 256 results a query the definition runs instead. Ranges are read back to be checked; without them nothing waits
+    for the device.
 
     Args:
         queries: [M, d], any float dtype but float64.
@@ -227,7 +389,7 @@ def cosine_topk(
         workspace: None: that of the current stream.
     """
     (m, d), n = queries.shape, len(keys)
-    if k > MOST_RESULTS or keys.dtype == torch.float64 or n >= 2**31 or n == 0:
+    if keys.dtype == torch.float64 or not takes(n, d, k):
         results = reference.cosine_topk(queries, keys, k, normalized, ranges)
         return results if out is None else (out[0].copy_(results[0]), out[1].copy_(results[1]))
     if ranges is not None:
@@ -235,15 +397,17 @@ def cosine_topk(
         ranges = ranges.contiguous()
     if out is None:
         out = queries.new_empty((m, k), dtype=torch.float32), queries.new_empty((m, k), dtype=torch.int64)
-    if m == 0:
-        return out
     queries, keys = last_contiguous(queries), last_contiguous(keys)
-    t = tiling(m, n, k)
-    workspace = workspace or workspace_of(queries.device)
-    units, lists = workspace.floats(*t.scratch(d))
-    cosine_topk_kernel[(t.groups * t.splits,)](
-        queries, keys, ranges, *out, units, lists.view(torch.int64), workspace.counters, m, n, d,
-        queries.stride(0), keys.stride(0), k, t.splits, t.per_split,
-        normalized, t.together, t.tile, LISTS, num_warps=WARPS, **options(cooperative=False),
-    )  # fmt: skip
+    most = queries_of_launch(n)
+    for first in range(0, m, most):
+        some = slice(first, first + most)
+        few = queries[some]
+        t = tiling(len(few), n, k)
+        workspace = workspace or workspace_of(queries.device)
+        scratch = typed(workspace.floats(*scratch_of(t, len(few), n, d)))
+        cosine_topk_kernel[(t.blocks,)](
+            few, keys, None if ranges is None else ranges[some], *(o[some] for o in out), *scratch,
+            workspace.counters[EVERYBODY:], len(few), n, d, queries.stride(0), keys.stride(0), k, *t.sizes,
+            error_bound(d), normalized, *t.shapes, num_warps=WARPS, **options(cooperative=True),
+        )  # fmt: skip
     return out

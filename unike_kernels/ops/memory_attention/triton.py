@@ -1,11 +1,11 @@
 """Retrieval, latent attention, gate and blend on a GPU in one launch, for batches of decode size (paper, 3.2 and 3.3).
 
 Work. All blocks search, as in ops/cosine_topk/triton.py; they meet; they attend to what was found, as in
-ops/latent_attention/triton.py. Nothing goes through memory in between but the ids, k for each token.
+ops/latent_attention/triton.py. Nothing goes from one to the other but the ids, k for each token.
 
 Bound. The keys of the retrieval, 4 N d bytes, are all but 1 or 2% of what moves: 246 MB and 73 us of an H100 at
-N = 15,000 and d = 4096. What one launch saves is the second one, about 3 us. The search needs eight warps a block for
-its float64 sums, so there is one block a multiprocessor.
+N = 15,000 and d = 4096. What one launch saves is the second one, about 3 us. The search keeps some 50 KB of keys in
+flight with one block of eight warps a multiprocessor.
 """
 
 from __future__ import annotations
@@ -20,37 +20,36 @@ from ..cosine_topk import triton as retrieval
 from ..latent_attention import triton as latent
 from ..latent_attention.reference import Blend, SemanticEncoder
 
-MOST_TOKENS = 64  # beyond, the search is bound by arithmetic, and a second launch costs nothing beside it
+MOST_TOKENS = 64  # beyond, a second launch costs nothing beside the rest
 
 search, attend = retrieval.search, latent.latent_attention_kernel
 
 
 @triton.jit(
     do_not_specialize=[
-        "n", "splits", "per_split", "searching", "attending",
+        "n", "splits", "per_split", "attending",
         "tokens", "heads", "per_row", "per_anchor", "tiles_per_row", "tiles", "pass_tiles", "teams",
     ]
 )  # fmt: skip
 def memory_attention_kernel(
-    searched, index, ranges, units, lists, searched_stride, index_stride, n, splits, per_split, searching, attending,
+    searched, index, ranges, units, halves, estimates, maxima, thresholds, found, known, everybody, searched_stride,
+    index_stride, n, splits, per_split, error, attending,
     queries, inputs, keys, values, projected, ids, w1, b1, w2, b2, given, anchor, out, alpha,
-    scores, weights, know, hidden, squares, cosines, counters, everybody,
+    scores, weights, know, hidden, squares, cosines, counters,
     query_stride, input_stride, key_stride, value_stride, projected_stride, anchor_stride, given_stride,
     tokens, heads, c, d, r, scale, per_row, per_anchor, tiles_per_row, tiles, pass_tiles, teams,
-    TOGETHER: tl.constexpr, TILE: tl.constexpr, LISTS: tl.constexpr,
+    TOGETHER: tl.constexpr, SLOTS: tl.constexpr, SPLITS: tl.constexpr,
     EQ7: tl.constexpr, MATCH: tl.constexpr, k: tl.constexpr, BM: tl.constexpr, SLICES: tl.constexpr,
     GROUPS: tl.constexpr, CUTS: tl.constexpr, WIDTHS: tl.constexpr, ENTRIES: tl.constexpr, GM: tl.constexpr,
     FIRST: tl.constexpr, SECOND: tl.constexpr, COLUMN_TILES: tl.constexpr,
 ):  # fmt: skip
     """See above."""
-    block = tl.program_id(0)
-    if block < searching:
-        search(
-            block, searched, index, ranges, None, ids, units, lists, counters, tokens, n, d, searched_stride,
-            index_stride, k, splits, per_split, True, TOGETHER, TILE, LISTS,
-        )  # fmt: skip
-    meet(everybody, tl.num_programs(0), block == 0)
-    if block < attending:
+    search(
+        searched, index, ranges, None, ids, units, halves, estimates, maxima, thresholds, found, known, everybody,
+        tokens, n, d, searched_stride, index_stride, k, splits, per_split, error, True, TOGETHER, SLOTS, SPLITS,
+    )  # fmt: skip
+    meet(everybody, tl.num_programs(0), tl.program_id(0) == 0)
+    if tl.program_id(0) < attending:
         attend(
             attending, queries, inputs, keys, values, projected, ids, w1, b1, w2, b2, given, anchor, out, alpha,
             scores, weights, know, hidden, squares, cosines, counters,
@@ -109,14 +108,13 @@ def memory_attention(
         out = shifted, inputs.new_empty(m, dtype=torch.float32), inputs.new_empty((m, k), dtype=torch.int64)
     if m == 0:
         return out
-    s = retrieval.tiling(m, n, k) if m <= MOST_TOKENS and 0 < k <= retrieval.MOST_RESULTS and 0 < n < 2**31 else None
-    # All blocks have to be resident; those of the search fill a multiprocessor each.
-    if s is None or s.groups * s.splits > multiprocessors():
+    if m > MOST_TOKENS or not retrieval.takes(n, d, k) or m > retrieval.queries_of_launch(n):
         gate = encoder, alpha, anchor, blend, projected
         found = torch.empty((m, k), dtype=torch.float32, device=index.device), out[2]
         retrieval.cosine_topk(hidden, index, k, True, ranges, out=found, workspace=workspace)
         latent.latent_attention(queries, inputs, keys, values, out[2], *gate, out=out[:2], workspace=workspace)
         return out
+    s = retrieval.tiling(m, n, k)
     t = latent.tiling(
         queries, inputs, keys, values, projected, encoder, anchor, m, k, multiprocessors(), retrieval.WARPS
     )
@@ -126,15 +124,15 @@ def memory_attention(
         queries, inputs, keys, values, encoder, anchor, projected
     )
     workspace = workspace or workspace_of(inputs.device)
-    units, lists, *scratch = workspace.floats(*s.scratch(d), *t.scratch)
-    searching = s.groups * s.splits
-    memory_attention_kernel[(max(searching, t.blocks),)](
-        hidden, index, ranges, units, lists.view(torch.int64), hidden.stride(0), index.stride(0), n, s.splits,
-        s.per_split, searching, t.blocks,
-        queries, inputs, keys, values, projected, out[2], *encoder, alpha, anchor, *out[:2], *scratch,
-        workspace.counters, workspace.counters[EVERYBODY:],
+    first = retrieval.scratch_of(s, m, n, d)
+    scratch = workspace.floats(*first, *t.scratch)
+    memory_attention_kernel[(max(s.blocks, t.blocks),)](
+        hidden, index, ranges, *retrieval.typed(scratch[: len(first)]), workspace.counters[EVERYBODY:],
+        hidden.stride(0), index.stride(0), n, *s.sizes, retrieval.error_bound(d), t.blocks,
+        queries, inputs, keys, values, projected, out[2], *encoder, alpha, anchor, *out[:2], *scratch[len(first) :],
+        workspace.counters,
         *latent.strides(queries, inputs, keys, values, projected, anchor, alpha),
-        m, heads, c, d, r, blend.scale, *t.sizes, s.together, s.tile, retrieval.LISTS, *latent.switches(blend),
+        m, heads, c, d, r, blend.scale, *t.sizes, *s.shapes, *latent.switches(blend),
         *t.shapes, num_warps=retrieval.WARPS, **options(cooperative=True), enable_fp_fusion=False,
     )  # fmt: skip
     return out
