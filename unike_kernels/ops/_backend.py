@@ -21,6 +21,7 @@ import torch
 
 from .. import _native
 from ..errors import BackendUnavailableError
+from . import _tiles
 
 BACKENDS = ("native", "cuda", "triton", "reference")  # in the order of preference
 COMPOSED = "composed"  # of the fastest of other operators, where no kernel of its own does; it cannot be forced
@@ -217,6 +218,30 @@ def launch_of(op: str, operands: Operands) -> Any | None:
     None where it has no such thing."""
     chosen = dispatch(op, operands).launch_of
     return None if chosen is None else chosen(*operands)
+
+
+class Launches:
+    """What a backend launches for activations of each form; kept, as looking it up takes longer than some kernels."""
+
+    _MOST = 256
+
+    def __init__(self, op: str) -> None:
+        """op: name of the operator."""
+        self._op, self._known = op, dict[Any, Any]()
+
+    def of(self, form: tuple[Any, ...], operands: Callable[[], Operands]) -> Any | None:
+        """See `launch_of`.
+
+        Args:
+            form: what the launch depends on: shapes, dtypes and switches.
+            operands: makes an example of them.
+        """
+        key = form, forced_backend(), _tiles.changes()
+        if key not in self._known:
+            if len(self._known) >= self._MOST:
+                self._known.clear()
+            self._known[key] = launch_of(self._op, operands())
+        return self._known[key]
 
 
 def dispatch(op: str, operands: Operands) -> Implementation:

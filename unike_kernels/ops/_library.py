@@ -209,6 +209,11 @@ def direct(like: Tensor) -> bool:
     )
 
 
+def in_place(*tensors: Tensor | None) -> bool:
+    """Whether the values of each are in its memory, one behind the other."""
+    return all(t is None or (t.is_contiguous() and not t.is_neg()) for t in tensors)
+
+
 def call(name: str, like: Tensor, *args: Any) -> Any:
     """`torch.ops.unike.<name>(*args)`, past the dispatcher where nothing needs it.
 

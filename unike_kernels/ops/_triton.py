@@ -8,7 +8,7 @@ from __future__ import annotations
 import enum
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -169,15 +169,21 @@ def options(*, cooperative: bool) -> dict[str, object]:
 
 
 class Place(enum.Enum):
-    """In the arguments of a launch: a tensor of each call, and scratch and counters of the workspace."""
+    """In the arguments of a launch: a tensor of each call, and of the workspace scratch, counters, and that of all."""
 
     GIVEN = enum.auto()
     SCRATCH = enum.auto()
     COUNTERS = enum.auto()
+    EVERYBODYS = enum.auto()
 
 
-GIVEN, SCRATCH, COUNTERS = Place
+GIVEN, SCRATCH, COUNTERS, EVERYBODYS = Place
 _UNALIGNED = 15  # of an address: Triton compiles other code for it
+
+
+def given(t: Tensor | None) -> Place | None:
+    """The place of an argument that may be missing."""
+    return None if t is None else GIVEN
 
 
 class _Ready:
@@ -195,7 +201,13 @@ class Launch:
     """
 
     def __init__(
-        self, kernel: Any, blocks: int, arguments: Sequence[Any], scratch: Sequence[int] = (), **options: Any
+        self,
+        kernel: Any,
+        blocks: int,
+        arguments: Sequence[Any],
+        scratch: Sequence[int] = (),
+        typed: Callable[[list[Tensor]], Sequence[Tensor]] = list,
+        **options: Any,
     ) -> None:
         """
         Args:
@@ -203,10 +215,11 @@ class Launch:
             blocks: of its grid.
             arguments: in the kernel's order.
             scratch: float32 of each SCRATCH.
+            typed: these as the kernel takes them.
             **options: of the launch.
         """
         self._kernel, self._blocks, self._options = kernel, blocks, options
-        self._arguments, self._scratch = list(arguments), scratch
+        self._arguments, self._scratch, self._typed = list(arguments), scratch, typed
         self._given = [i for i, each in enumerate(arguments) if each is GIVEN]
         self._ready: dict[tuple[int, int], _Ready] = {}
 
@@ -243,11 +256,13 @@ class Launch:
             compiled.run(*grid, stream, compiled.function, compiled.packed_metadata, told, *hooks, *arguments)
 
     def _filled(self, workspace: Workspace) -> list[Any]:
-        scratch, filled = iter(workspace.floats(*self._scratch)), []
+        scratch = iter(self._typed(workspace.floats(*self._scratch)))
+        places = {COUNTERS: workspace.counters, EVERYBODYS: workspace.counters[EVERYBODY:]}
+        filled = []
         for each in self._arguments:
-            if each is SCRATCH:
-                each = next(scratch)
-            filled.append(workspace.counters if each is COUNTERS else each)
+            if isinstance(each, Place) and each is not GIVEN:
+                each = next(scratch) if each is SCRATCH else places[each]
+            filled.append(each)
         return filled
 
 

@@ -8,6 +8,9 @@ from ops.test_patched_ffn import as_csr, make_pool
 
 from unike_kernels import ops
 from unike_kernels.ops import _tiles, _triton
+from unike_kernels.ops.latent_attention import blend_of
+from unike_kernels.ops.memory_attention import PreparedMemory
+from unike_kernels.ops.memory_attention import triton as memory_kernel
 from unike_kernels.ops.patched_ffn import FFNWeights, PreparedNeurons
 from unike_kernels.ops.patched_ffn import triton as forward
 
@@ -17,9 +20,9 @@ D = 24
 @pytest.fixture
 def looked_up(monkeypatch):
     """How often Triton has looked for a kernel's code."""
-    kernel, times = forward.add_extra_neurons_kernel, []
-    usual = type(kernel).run
-    monkeypatch.setattr(type(kernel), "run", lambda self, *a, **k: times.append(1) or usual(self, *a, **k))
+    jitted, times = type(forward.add_extra_neurons_kernel), []
+    usual = jitted.run
+    monkeypatch.setattr(jitted, "run", lambda self, *a, **k: times.append(1) or usual(self, *a, **k))
     return times
 
 
@@ -139,6 +142,88 @@ def test_a_launch_hook_is_told(pool, monkeypatch):
     for _ in range(2):
         prepared(x, base)
     assert len(told) == 4
+
+
+# --- a memory -------------------------------------------------------------------------------------------------------
+
+
+class Remembering:
+    """A memory of 20 entries with two heads, prepared and as an operator."""
+
+    def __init__(self) -> None:
+        index, keys, values = ops.normalize_rows(torch.randn(20, D)), torch.randn(20, 2, 8), torch.randn(20, 2, D)
+        encoder = ops.SemanticEncoder(torch.randn(8, D), torch.randn(8), torch.randn(D, 8), torch.randn(D))
+        self.index, self.tables = index, (keys, values, encoder)
+        self.prepared = PreparedMemory(index, None, keys, values, None, encoder)
+
+    def given(self, tokens, dtype=torch.float32):
+        return tuple(torch.randn(tokens, *shape).to(dtype) for shape in ((D,), (2, 8), (D,)))
+
+    def by_operator(self, hidden, queries, inputs, k, ranges=None, alpha=None, anchor=None, **switches):
+        return ops.memory_attention(
+            hidden, inputs, self.index, *self.tables, k=k, queries=queries, ranges=ranges, alpha=alpha, anchor=anchor,
+            **switches,
+        )[0]  # fmt: skip
+
+    def by_launch(self, hidden, queries, inputs, k, ranges=None, alpha=None, anchor=None, out=None, **switches):
+        blend = blend_of(queries, switches.get("scale"), *(switches.get(n, d) for n, d in USUAL.items()))
+        return self.prepared(hidden, queries, inputs, k, ranges, alpha, anchor, blend, out)
+
+
+USUAL = {"convention": "inclusion", "norm": "match"}
+
+
+def test_a_memory_is_looked_up_once(looked_up):
+    memory = Remembering()
+    calls = [memory.given(2) for _ in range(3)]
+    wanted = [memory.by_operator(*given, k=3) for given in calls]
+    looked_up.clear()
+    found = [memory.by_launch(*given, k=3) for given in calls]
+    assert len(looked_up) == 1 and all(map(torch.equal, found, wanted)) and not torch.equal(found[0], found[1])
+    hidden, queries, inputs = calls[0]
+    out = torch.empty_like(inputs)
+    assert memory.by_launch(*calls[0], k=3, out=out) is out and torch.equal(out, wanted[0])
+    assert memory.by_launch(hidden, queries, inputs, k=3, out=inputs) is inputs and torch.equal(inputs, wanted[0])
+    assert len(looked_up) == 1
+
+
+ONE = torch.tensor([0.25])
+FORMS = [
+    {"k": 3}, {"k": 4}, {"k": 3, "norm": "none"}, {"k": 3, "convention": "eq7"}, {"k": 3, "scale": 0.7},
+    {"k": 3, "alpha": ONE}, {"k": 3, "alpha": torch.rand(2)}, {"k": 3, "ranges": torch.tensor([[0, 9], [4, 20]])},
+    {"k": 3, "anchor": torch.randn(1, D)}, {"k": 3, "anchor": torch.randn(2, D)},
+]  # fmt: skip
+
+
+def test_each_form_of_a_memory_is_looked_up(looked_up):
+    memory, given = Remembering(), []
+    for each in FORMS * 2:
+        given = memory.given(2)
+        wanted = memory.by_operator(*given, **each)
+        looked_up.clear()
+        assert torch.equal(memory.by_launch(*given, **each), wanted)
+    assert not looked_up
+    half = tuple(t.bfloat16() for t in given)
+    assert memory.by_launch(*half, k=3).dtype == torch.bfloat16 and looked_up
+    more = memory.given(5)
+    assert torch.equal(memory.by_launch(*more, k=3), memory.by_operator(*more, k=3))
+
+
+def test_what_of_a_memory_goes_another_way(looked_up, monkeypatch, triton):
+    memory = Remembering()
+    hidden, queries, inputs = memory.given(2)
+    wanted = memory.by_launch(hidden, queries, inputs, k=3)
+    wide = torch.empty(2, 2 * D)[:, :D].copy_(inputs)
+    assert torch.equal(memory.by_launch(hidden, queries, wide, k=3), wanted)
+    with torch.enable_grad():
+        asking = inputs.clone().requires_grad_()
+        memory.by_launch(hidden, queries, asking, k=3).sum().backward()
+    assert asking.grad.isfinite().all() and asking.grad.any()
+    monkeypatch.setattr(memory_kernel, "MOST_TOKENS", 3)
+    before, more = len(triton.launches), memory.given(4)
+    found = memory.by_launch(*more, k=3)
+    assert len(triton.launches) == before + 2 and torch.equal(found, memory.by_operator(*more, k=3))
+    assert memory.by_launch(*memory.given(0), k=3).shape == (0, D)
 
 
 # --- several devices ------------------------------------------------------------------------------------------------

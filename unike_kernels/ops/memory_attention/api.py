@@ -161,6 +161,7 @@ class PreparedMemory:
         """
         self._tables = index, packed, keys, values, projected, encoder
         self._native = self._laid_out()
+        self._launches = _backend.Launches("memory_attention")
 
     def _laid_out(self) -> tuple[Keys, Memory] | None:
         index, packed, keys, values, projected, encoder = self._tables
@@ -211,8 +212,25 @@ class PreparedMemory:
         operands = MemoryOperands(
             hidden, index, k, ranges, queries, inputs, keys, values, encoder, alpha, anchor, blend, packed, projected
         )
-        result = attend(operands)[0]
+        result = self._launched(operands)
+        if result is None:
+            result = attend(operands)[0]
         return result if out is None else out.copy_(result)
+
+    def _launched(self, o: MemoryOperands) -> Tensor | None:
+        """The shifted output by a Triton kernel, where one computes it in one launch."""
+        given = o.hidden, o.ranges, o.queries, o.inputs, o.alpha, o.anchor
+        if not (_library.direct(o.inputs) and len(o.inputs) and _library.in_place(*given)):
+            return None
+        form = o.k, o.blend, *(None if t is None else (t.shape, t.dtype) for t in given)
+        launch = self._launches.of(form, lambda: o)
+        if launch is None:
+            return None
+        out, opened = torch.empty_like(o.inputs), o.inputs.new_empty(len(o.inputs), dtype=torch.float32)
+        ids = o.inputs.new_empty((len(o.inputs), o.k), dtype=torch.int64)
+        in_turn = o.hidden, o.ranges, o.queries, o.inputs, ids, o.alpha, o.anchor, out, opened
+        launch(*(t for t in in_turn if t is not None))
+        return out
 
 
 def memory_attention(

@@ -15,7 +15,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import EVERYBODY, Workspace, last_contiguous, meet, multiprocessors, options, workspace_of
+from .._triton import (
+    COUNTERS,
+    EVERYBODYS,
+    GIVEN,
+    SCRATCH,
+    Launch,
+    Workspace,
+    given,
+    last_contiguous,
+    meet,
+    multiprocessors,
+    options,
+)
 from ..cosine_topk import triton as retrieval
 from ..latent_attention import triton as latent
 from ..latent_attention.reference import Blend, SemanticEncoder
@@ -101,38 +113,79 @@ def memory_attention(
         out: [M, d], float32 [M] and int64 [M, k], contiguous; None: new ones.
         workspace: None: that of the current stream.
     """
-    m, d = inputs.shape
-    n, heads, c, r = len(index), *queries.shape[1:], encoder.w1.shape[0]
+    m, n, d = len(inputs), *index.shape
     if out is None:
         shifted = torch.empty_like(inputs, memory_format=torch.contiguous_format)
         out = shifted, inputs.new_empty(m, dtype=torch.float32), inputs.new_empty((m, k), dtype=torch.int64)
     if m == 0:
         return out
-    if m > MOST_TOKENS or not retrieval.takes(n, d, k) or m > retrieval.queries_of_launch(n):
+    if not _one_launch(m, n, d, k):
         gate = encoder, alpha, anchor, blend, projected
         found = torch.empty((m, k), dtype=torch.float32, device=index.device), out[2]
         retrieval.cosine_topk(hidden, index, k, True, ranges, out=found, workspace=workspace)
         latent.latent_attention(queries, inputs, keys, values, out[2], *gate, out=out[:2], workspace=workspace)
         return out
+    hidden, inputs, queries = last_contiguous(hidden), last_contiguous(inputs), queries.contiguous()
+    ranges = None if ranges is None else ranges.contiguous()
+    anchor = None if anchor is None else last_contiguous(anchor)
+    launch = launch_of(
+        hidden, index, k, ranges, queries, inputs, keys, values, encoder, alpha, anchor, blend, packed, projected
+    )
+    assert launch is not None
+    in_turn = hidden, ranges, queries, inputs, out[2], alpha, anchor, *out[:2]
+    launch(*(t for t in in_turn if t is not None), workspace=workspace)
+    return out
+
+
+def _one_launch(m: int, n: int, d: int, k: int) -> bool:
+    return m <= MOST_TOKENS and retrieval.takes(n, d, k) and m <= retrieval.queries_of_launch(n)
+
+
+def launch_of(
+    hidden: Tensor,
+    index: Tensor,
+    k: int,
+    ranges: Tensor | None,
+    queries: Tensor,
+    inputs: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    encoder: SemanticEncoder,
+    alpha: Tensor | None,
+    anchor: Tensor | None,
+    blend: Blend,
+    packed: tuple[Tensor, Tensor, Tensor] | None = None,
+    projected: Tensor | None = None,
+) -> Launch | None:
+    """What `memory_attention` launches for such operands, M >= 1, whose rows are contiguous; None: more than one.
+
+    It is given hidden, ranges, queries, inputs, the ids that it shall find, alpha, anchor, out and its alpha, without
+    those that are None.
+    """
+    m, n, d = len(inputs), *index.shape
+    heads, c, r = *queries.shape[1:], encoder.w1.shape[0]
+    if not _one_launch(m, n, d, k):
+        return None
     s = retrieval.tiling(m, n, k)
     t = latent.tiling(
         queries, inputs, keys, values, projected, encoder, anchor, m, k, multiprocessors(), retrieval.WARPS
     )
-    hidden, index = last_contiguous(hidden), last_contiguous(index)
-    ranges = None if ranges is None else ranges.contiguous()
+    index = last_contiguous(index)
     queries, inputs, keys, values, encoder, anchor, projected = latent.operands(
         queries, inputs, keys, values, encoder, anchor, projected
     )
-    workspace = workspace or workspace_of(inputs.device)
-    first = retrieval.scratch_of(s, m, n, d)
-    scratch = workspace.floats(*first, *t.scratch)
-    memory_attention_kernel[(max(s.blocks, t.blocks),)](
-        hidden, index, ranges, *retrieval.typed(scratch[: len(first)]), workspace.counters[EVERYBODY:],
+    found = retrieval.scratch_of(s, m, n, d)
+    arguments = (
+        GIVEN, index, given(ranges), *(SCRATCH for _ in found), EVERYBODYS,
         hidden.stride(0), index.stride(0), n, *s.sizes, retrieval.error_bound(d), t.blocks,
-        queries, inputs, keys, values, projected, out[2], *encoder, alpha, anchor, *out[:2], *scratch[len(first) :],
-        workspace.counters,
+        GIVEN, GIVEN, keys, values, projected, GIVEN, *encoder, given(alpha), given(anchor), GIVEN, GIVEN,
+        *(SCRATCH for _ in t.scratch), COUNTERS,
         *latent.strides(queries, inputs, keys, values, projected, anchor, alpha),
         m, heads, c, d, r, blend.scale, *t.sizes, *s.shapes, *latent.switches(blend),
-        *t.shapes, num_warps=retrieval.WARPS, **options(cooperative=True), enable_fp_fusion=False,
+        *t.shapes,
     )  # fmt: skip
-    return out
+    return Launch(
+        memory_attention_kernel, max(s.blocks, t.blocks), arguments, (*found, *t.scratch),
+        lambda scratch: (*retrieval.typed(scratch[: len(found)]), *scratch[len(found) :]),
+        num_warps=retrieval.WARPS, **options(cooperative=True), enable_fp_fusion=False,
+    )  # fmt: skip

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ... import _native
-from .. import _backend, _check, _library, _tiles
+from .. import _backend, _check, _library
 from . import composed, cpu, reference
 from .reference import (
     ACTIVATIONS,
@@ -29,7 +29,6 @@ _POOL = (
 )
 _BASE = "Tensor w_in, Tensor? b_in, Tensor? w_up, Tensor? b_up, Tensor w_out, Tensor? b_out"
 _BASE_SIZE = len(FFNWeights._fields)
-_FORMS = 256  # of activations whose launches are kept
 FUSED_TOKENS = 64  # up to which reading the weights, and no arithmetic, bounds base and neurons on a GPU
 FUSED_WIDE_TOKENS = 32  # of float32: its dots split their operands in registers, which suffice for so many
 
@@ -258,7 +257,7 @@ class PreparedNeurons:
         """
         self.pool, self.activation = pool, activation
         self._native = self._laid_out()
-        self._launches: dict[Any, Any] = {}
+        self._launches = _backend.Launches("add_extra_neurons")
 
     def _laid_out(self) -> cpu.Pool | None:
         given = [t for t in self.pool if t is not None]
@@ -283,7 +282,7 @@ class PreparedNeurons:
         new = object.__new__(type(self))
         new.__dict__.update(self.__dict__)  # a copy would be laid out anew
         new.pool = self.pool._replace(row_indptr=row_indptr, row_edits=row_edits, token_rows=token_rows)
-        new._launches = {}
+        new._launches = _backend.Launches("add_extra_neurons")
         if self._native is not None:
             new._native = self._native.of_rows(row_indptr, row_edits, token_rows)
         return new
@@ -308,7 +307,7 @@ class PreparedNeurons:
                 return native.add(x.reshape(-1, d), base.reshape(-1, d)).view(x.shape)
             native.add(x.reshape(-1, d), base.reshape(-1, d), out.view(-1, d))
             return out
-        launch = None if native is not None else self._launch_of(x, base, out)
+        launch = self._launch_of(x, base, out)
         if launch is not None:
             out = torch.empty_like(base) if out is None else out
             launch(x, base, out)
@@ -317,23 +316,11 @@ class PreparedNeurons:
         return result if out is None else out.copy_(result)
 
     def _launch_of(self, x: Tensor, base: Tensor, out: Tensor | None) -> Any | None:
-        """Of a Triton kernel, where one computes activations of this form; kept, as looking it up takes longer."""
-        if not (_library.direct(x) and _read_in_place(x) and _read_in_place(base) and x.shape == base.shape):
+        """Of a Triton kernel, where one computes activations of this form."""
+        if not (_library.direct(x) and x.numel() and x.shape == base.shape and _library.in_place(x, base, out)):
             return None
-        if out is not None and not out.is_contiguous():
-            return None
-        form = x.numel(), x.dtype, base.dtype, _backend.forced_backend(), _tiles.changes()
-        if form not in self._launches:
-            if len(self._launches) >= _FORMS:
-                self._launches.clear()
-            operands = ExtraOperands(_tokens(x), _tokens(base), self.pool, self.activation)
-            self._launches[form] = _backend.launch_of("add_extra_neurons", operands) if x.numel() else None
-        return self._launches[form]
-
-
-def _read_in_place(t: Tensor) -> bool:
-    """Whether its values are in its memory, side by side."""
-    return t.is_contiguous() and not t.is_neg()
+        form = x.numel(), x.dtype, base.dtype
+        return self._launches.of(form, lambda: ExtraOperands(_tokens(x), _tokens(base), self.pool, self.activation))
 
 
 def patched_ffn(x: Tensor, base: Tensor | FFNWeights, pool: EditPool, *, activation: str) -> Tensor:
