@@ -223,26 +223,26 @@ class Launch:
         self._given = [i for i, each in enumerate(arguments) if each is GIVEN]
         self._ready: dict[tuple[int, int], _Ready] = {}
 
-    def __call__(self, *given: Tensor, workspace: Workspace | None = None) -> None:
+    def __call__(self, *given: Tensor | None, workspace: Workspace | None = None) -> None:
         """Launch on the current stream.
 
         Args:
-            given: of the shapes, strides and dtypes of the first call's.
+            given: of the shapes, strides and dtypes of the first call's; None: an argument that this kernel is without.
             workspace: None: that of the stream.
         """
         driver = triton.runtime.driver.active
-        device = driver.get_current_device()
-        if device_of(given[0]) not in (None, device):
-            with on_device_of(given[0]):
-                return self(*given, workspace=workspace)
+        device, tensors = driver.get_current_device(), [t for t in given if t is not None]
+        if device_of(tensors[0]) not in (None, device):
+            with on_device_of(tensors[0]):
+                return self(*tensors, workspace=workspace)
         stream = driver.get_current_stream(device)
         ready = self._ready.get((device, stream)) if workspace is None else None
         if ready is None:
-            ready = _Ready(self._filled(workspace or workspace_of(given[0].device)))
+            ready = _Ready(self._filled(workspace or workspace_of(tensors[0].device)))
             if workspace is None:
                 self._ready[device, stream] = ready
         arguments, addresses = ready.arguments.copy(), 0
-        for i, t in zip(self._given, given, strict=True):
+        for i, t in zip(self._given, tensors, strict=True):
             arguments[i] = t
             addresses |= t.data_ptr()
         compiled, grid = ready.compiled, (self._blocks, 1, 1)

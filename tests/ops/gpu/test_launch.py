@@ -7,7 +7,8 @@ import torch
 from ops.test_patched_ffn import as_csr, make_pool
 
 from unike_kernels import ops
-from unike_kernels.ops import _tiles, _triton
+from unike_kernels.ops import _backend, _tiles, _triton
+from unike_kernels.ops.cosine_topk import reference as reference_search
 from unike_kernels.ops.latent_attention import blend_of
 from unike_kernels.ops.memory_attention import PreparedMemory
 from unike_kernels.ops.memory_attention import triton as memory_kernel
@@ -224,6 +225,27 @@ def test_what_of_a_memory_goes_another_way(looked_up, monkeypatch, triton):
     found = memory.by_launch(*more, k=3)
     assert len(triton.launches) == before + 2 and torch.equal(found, memory.by_operator(*more, k=3))
     assert memory.by_launch(*memory.given(0), k=3).shape == (0, D)
+
+
+def test_a_search_of_another_kind_before_the_attention(looked_up, monkeypatch):
+    """As of CUDA's search, whose attention is a second launch."""
+    memory, kinds = Remembering(), ("triton", _backend.COMPOSED, "reference")
+    monkeypatch.setattr(_backend, "_PREFERENCE", kinds)
+    monkeypatch.setattr(_backend, "forced_backend", lambda: None)
+    table = {**_backend._table["memory_attention"]}
+    table["triton"] = table["triton"]._replace(refuse=lambda o: "a search in fewer bits is faster")
+    monkeypatch.setitem(_backend._table, "memory_attention", table)
+    searched = []
+    search = _backend._table["cosine_topk"]["triton"]
+    run = lambda *o: searched.append(o[4]) or reference_search.cosine_topk(*o[:5])  # noqa: E731
+    monkeypatch.setitem(_backend._table["cosine_topk"], "triton", search._replace(run=run))
+    for each in ({"k": 3}, {"k": 3, "ranges": torch.tensor([[0, 9], [4, 20]]), "alpha": ONE}):
+        calls = [memory.given(2) for _ in range(2)]
+        wanted = [memory.by_operator(*given, **each) for given in calls]
+        looked_up.clear(), searched.clear()
+        found = [memory.by_launch(*given, **each) for given in calls]
+        assert all(map(torch.equal, found, wanted)) and len(looked_up) == 1
+        assert len(searched) == 2 and all(ranges is each.get("ranges") for ranges in searched)
 
 
 # --- several devices ------------------------------------------------------------------------------------------------

@@ -223,9 +223,15 @@ def latent_attention(
     _check.integer("ids", ids, (None, None))
     _check.same_device("inputs", inputs, ids=ids)
     divides("ids", ids.shape[0], inputs.shape[0])
+    blend = blend_of(queries, scale, convention, norm)
+    return attend(LatentOperands(queries, inputs, keys, values, ids, encoder, alpha, anchor, blend, projected))
+
+
+def attend(o: LatentOperands) -> tuple[Tensor, Tensor]:
+    """`latent_attention` unchecked and with heads: for callers that made the tables themselves."""
     out, gate = _library.call(
-        "latent_attention", inputs, queries, inputs, keys, values, projected, ids, *encoder, alpha, anchor,
-        *blend_of(queries, scale, convention, norm),
+        "latent_attention", o.inputs, o.queries, o.inputs, o.keys, o.values, o.projected, o.ids, *o.encoder, o.alpha,
+        o.anchor, *o.blend,
     )  # fmt: skip
     return out, gate
 

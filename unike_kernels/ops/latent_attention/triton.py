@@ -39,6 +39,7 @@ from .._triton import (
     Workspace,
     activate,
     dot,
+    given,
     last_contiguous,
     meet,
     multiprocessors,
@@ -573,28 +574,48 @@ def latent_attention(
         out: [M, d] and float32 [M], contiguous; None: new ones.
         workspace: None: that of the current stream.
     """
-    m, d = inputs.shape
-    heads, c = queries.shape[1:]
-    ids = columns_of(ids)
-    r, k = encoder.w1.shape[0], ids.shape[1]
+    m = len(inputs)
     if out is None:
         out = torch.empty_like(inputs, memory_format=torch.contiguous_format), inputs.new_empty(m, dtype=torch.float32)
     if m == 0:
         return out
+    ids, inputs, queries = columns_of(ids), last_contiguous(inputs), queries.contiguous()
+    alpha, anchor = (None if t is None else last_contiguous(t) for t in (alpha, anchor))
+    launch = launch_of(queries, inputs, keys, values, ids, encoder, alpha, anchor, blend, projected)
+    launch(queries, inputs, ids, alpha, anchor, *out, workspace=workspace)
+    return out
+
+
+def launch_of(
+    queries: Tensor,
+    inputs: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    ids: Tensor,
+    encoder: SemanticEncoder,
+    alpha: Tensor | None,
+    anchor: Tensor | None,
+    blend: Blend,
+    projected: Tensor | None = None,
+) -> Launch:
+    """What `latent_attention` launches for such operands, M and k >= 1, whose rows are contiguous.
+
+    It is given queries, inputs, ids, alpha, anchor, out and its alpha.
+    """
+    heads, c = queries.shape[1:]
+    d, r, k = inputs.shape[1], encoder.w1.shape[0], ids.shape[1]
     t = tiling(queries, inputs, keys, values, projected, encoder, anchor, len(ids), k, multiprocessors())
     queries, inputs, keys, values, encoder, anchor, projected = operands(
         queries, inputs, keys, values, encoder, anchor, projected
     )
     arguments = (
-        t.blocks, GIVEN, GIVEN, keys, values, projected, GIVEN, *encoder, alpha, anchor, GIVEN, GIVEN,
+        t.blocks, GIVEN, GIVEN, keys, values, projected, GIVEN, *encoder, given(alpha), given(anchor), GIVEN, GIVEN,
         *(SCRATCH for _ in t.scratch), COUNTERS,
         *strides(queries, inputs, keys, values, projected, anchor, alpha),
         heads, c, d, r, blend.scale, *t.sizes, *switches(blend), *t.shapes,
     )  # fmt: skip
     # Not fused: a product that is added to its neighbour's in one rounding makes the sums of a warp's lanes differ.
-    launch = Launch(
+    return Launch(
         latent_attention_kernel, t.blocks, arguments, t.scratch,
         num_warps=t.warps, **options(cooperative=True), enable_fp_fusion=False,
     )  # fmt: skip
-    launch(queries, inputs, ids, *out, workspace=workspace)
-    return out

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -34,6 +35,23 @@ def _apart(
     return out, opened, ids
 
 
+def _launch_apart(*operands: Any) -> Callable[..., None] | None:
+    """`_apart` for such operands with the second launch looked up; called as what `launch_of` of triton.py returns."""
+    o = MemoryOperands(*operands)
+    ids = o.inputs.new_empty((len(o.inputs), o.k), dtype=torch.int64)
+    latent_operands = o.queries, o.inputs, o.keys, o.values, ids, o.encoder, o.alpha, o.anchor, o.blend, o.projected
+    launch = _backend.launch_of("latent_attention", LatentOperands(*latent_operands))
+    search = _backend.dispatch("cosine_topk", SearchOperands(o.hidden, o.retrieval_keys, o.k, True, o.ranges, o.packed))
+
+    def call(
+        hidden: Tensor, ranges: Tensor | None, queries: Tensor, inputs: Tensor, ids: Tensor, *rest: Tensor | None
+    ) -> None:
+        _, found = search.run(hidden, o.retrieval_keys, o.k, True, ranges, o.packed)
+        launch(queries, inputs, found, *rest)
+
+    return None if launch is None else call
+
+
 def _better_apart(o: MemoryOperands) -> str | None:
     """Why not one launch, where nobody insists: a search in fewer bits can save more than the second launch costs.
 
@@ -48,7 +66,7 @@ def _better_apart(o: MemoryOperands) -> str | None:
 _backend.register("memory_attention", "reference", reference.memory_attention)
 _backend.register_native("memory_attention", cpu.memory_attention)
 _backend.register_triton("memory_attention", f"{__package__}.triton", refuse=_better_apart)
-_backend.register("memory_attention", _backend.COMPOSED, _apart)
+_backend.register("memory_attention", _backend.COMPOSED, _apart, launch_of=_launch_apart)
 
 
 def _run(
@@ -228,8 +246,7 @@ class PreparedMemory:
             return None
         out, opened = torch.empty_like(o.inputs), o.inputs.new_empty(len(o.inputs), dtype=torch.float32)
         ids = o.inputs.new_empty((len(o.inputs), o.k), dtype=torch.int64)
-        in_turn = o.hidden, o.ranges, o.queries, o.inputs, ids, o.alpha, o.anchor, out, opened
-        launch(*(t for t in in_turn if t is not None))
+        launch(o.hidden, o.ranges, o.queries, o.inputs, ids, o.alpha, o.anchor, out, opened)
         return out
 
 

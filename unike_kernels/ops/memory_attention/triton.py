@@ -132,8 +132,7 @@ def memory_attention(
         hidden, index, k, ranges, queries, inputs, keys, values, encoder, alpha, anchor, blend, packed, projected
     )
     assert launch is not None
-    in_turn = hidden, ranges, queries, inputs, out[2], alpha, anchor, *out[:2]
-    launch(*(t for t in in_turn if t is not None), workspace=workspace)
+    launch(hidden, ranges, queries, inputs, out[2], alpha, anchor, *out[:2], workspace=workspace)
     return out
 
 
@@ -159,8 +158,7 @@ def launch_of(
 ) -> Launch | None:
     """What `memory_attention` launches for such operands, M >= 1, whose rows are contiguous; None: more than one.
 
-    It is given hidden, ranges, queries, inputs, the ids that it shall find, alpha, anchor, out and its alpha, without
-    those that are None.
+    It is given hidden, ranges, queries, inputs, the ids that it shall find, alpha, anchor, out and its alpha.
     """
     m, n, d = len(inputs), *index.shape
     heads, c, r = *queries.shape[1:], encoder.w1.shape[0]
