@@ -162,7 +162,7 @@ def shared_memory() -> int:
     return _properties(triton.runtime.driver.active.get_current_device())["max_shared_mem"]
 
 
-def options(*, cooperative: bool) -> dict[str, object]:
+def options(*, cooperative: bool) -> dict[str, Any]:
     """Of a launch. A limit on registers that is none keeps ptxas from spilling for the sake of occupancy."""
     target = triton.runtime.driver.active.get_current_target()
     return {"launch_cooperative_grid": cooperative, **({"maxnreg": 255} if target.backend == "cuda" else {})}

@@ -41,15 +41,18 @@ def _launch_apart(*operands: Any) -> Callable[..., None] | None:
     ids = o.inputs.new_empty((len(o.inputs), o.k), dtype=torch.int64)
     latent_operands = o.queries, o.inputs, o.keys, o.values, ids, o.encoder, o.alpha, o.anchor, o.blend, o.projected
     launch = _backend.launch_of("latent_attention", LatentOperands(*latent_operands))
-    search = _backend.dispatch("cosine_topk", SearchOperands(o.hidden, o.retrieval_keys, o.k, True, o.ranges, o.packed))
+    if launch is None:
+        return None
+    index, k, packed = o.retrieval_keys, o.k, o.packed  # and nothing of the example
+    search = _backend.dispatch("cosine_topk", SearchOperands(o.hidden, index, k, True, o.ranges, packed)).run
 
     def call(
         hidden: Tensor, ranges: Tensor | None, queries: Tensor, inputs: Tensor, ids: Tensor, *rest: Tensor | None
     ) -> None:
-        _, found = search.run(hidden, o.retrieval_keys, o.k, True, ranges, o.packed)
+        _, found = search(hidden, index, k, True, ranges, packed)
         launch(queries, inputs, found, *rest)
 
-    return None if launch is None else call
+    return call
 
 
 def _better_apart(o: MemoryOperands) -> str | None:
