@@ -114,27 +114,23 @@ class Block {
     __syncthreads();
     for (int q = thread(); q < shared.query_count; q += kThreads)
       p.counts[(shared.query + q) * p.groups + shared.group] = shared.counts[q];
-    switch (meet(shared.counters->barriers + 1, shared.generations[1], shared.start, [] {})) {
-      case Met::kAll:
-        for (int i = warp(), n = number_candidates(); i < n; i += kWarps) {
-          const Spot spot = spot_of(i);
-          rank(shared.query + spot.query, shared.group, spot.place, shared.thresholds[spot.query]);
+    const Met met = meet(shared.counters->barriers + 1, shared.generations[1], shared.start, [] {});
+    if (__builtin_expect(met == Met::kAll, true)) {
+      for (int i = warp(), n = number_candidates(); i < n; i += kWarps) {
+        const Spot spot = spot_of(i);
+        rank(shared.query + spot.query, shared.group, spot.place, shared.thresholds[spot.query]);
+      }
+      for_my_queries([&](int q) {
+        if ((shared.query + q) % p.groups == shared.group) fill(shared.query + q);
+      });
+    } else if (met == Met::kAfterAll) {
+      for (int q = 0; q < p.m; ++q) {
+        for (int group = 0; group < p.groups; ++group) {
+          const int n = __ldcg(p.counts + static_cast<int64_t>(q) * p.groups + group);
+          for (int e = warp(); e < n; e += kWarps) rank(q, group, e, -INFINITY);
         }
-        for_my_queries([&](int q) {
-          if ((shared.query + q) % p.groups == shared.group) fill(shared.query + q);
-        });
-        break;
-      case Met::kAfterAll:
-        for (int q = 0; q < p.m; ++q) {
-          for (int group = 0; group < p.groups; ++group) {
-            const int n = __ldcg(p.counts + static_cast<int64_t>(q) * p.groups + group);
-            for (int e = warp(); e < n; e += kWarps) rank(q, group, e, -INFINITY);
-          }
-          if (q % kWarps == warp()) fill(q);
-        }
-        break;
-      case Met::kGaveUp:
-        break;
+        if (q % kWarps == warp()) fill(q);
+      }
     }
   }
 

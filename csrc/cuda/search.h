@@ -20,8 +20,9 @@ struct Shape {
   static constexpr int kQueries = kMany ? 64 : 8;
   static constexpr int kRows = kMany ? 128 : 64;
   static constexpr int kSplits = kWarps / (kRows / 16);
-  static constexpr int kAhead = 2;                       // slabs that a warp has asked for
-  static constexpr int kResident = kMany ? 1 : 2;        // blocks that a multiprocessor has registers for
+  static constexpr int kAhead = 2;  // slabs that a warp has asked for
+  // Blocks that a multiprocessor has registers for; with one, each thread has twice the bytes on their way.
+  static constexpr int kResident = kMany ? 1 : 2;
   static constexpr int kColumns = kRing / 4 / kQueries;  // of a chunk, 2 bytes each
   static constexpr int kProductStride = kRows + 8;       // what a warp writes at once then falls into 32 banks
   static constexpr int kProductBytes = kQueries * kProductStride * 4;

@@ -58,10 +58,11 @@ DEFAULTS: dict[str, Settings] = {
 
 # UniKE with a scope, chosen on validation requests (docs/evaluation.md). Edits are in the layers from the one on whose
 # input decides. A fact keeps all its wordings, as the threshold is found with them. Half of the usual steps, as more of
-# them fit the few training wordings. With prompt dropout of 0.5 what is routed in other words is answered, too; what
-# that does elsewhere the scope keeps away. The memory has the scope alone.
+# them fit the few training wordings. What is routed in other words is answered, too, with prompt dropout of 0.5, twice
+# the neurons and an answer that is all but certain; what that does elsewhere the scope keeps away. The memory has the
+# scope alone.
 SCOPED: Settings = {
-    "training": replace(DEFAULTS["UniKE"]["training"], prompt_dropout=0.5),
+    "training": replace(DEFAULTS["UniKE"]["training"], prompt_dropout=0.5, neurons=20, stop_loss=0.01),
     "scope": ScopeTraining(steps=150, entries=24, false_alarms=0.03),
     "scope_layers": (3,),
     "layers": (3, 4, 5),

@@ -242,11 +242,11 @@ def search(
         prepare(each, queries, units, halves, d, query_stride, width)
     meet(everybody, blocks, block == 0)
 
-    split = block % splits
-    query = (block // splits).to(tl.int64) * BM + tl.arange(0, BM)
+    split, group = block % splits, block // splits
+    query = group.to(tl.int64) * BM + tl.arange(0, BM)
     first = split * per_split
     last = tl.minimum(first + per_split, n)
-    last = tl.where(tl.min(query, 0) < m, last, first)  # blocks that are left over have nothing
+    last = tl.where(group * BM < m, last, first)  # blocks that are left over have nothing
     if first < last:
         scan(
             query, keys, ranges, halves, estimates, maxima, first, last, split, splits, m, n, d, key_stride, width,
