@@ -63,7 +63,7 @@ class Cuda:
     """The CUDA toolkit: nvcc of CUDA_HOME, or else of the PATH.
 
     UNIKE_CUDA=0 does without it, UNIKE_CUDA=1 makes it an error not to find it. UNIKE_CUDA_ARCHS="80;90" compiles for
-    these architectures instead of all; the PTX of the last one serves those that come later.
+    these architectures instead of all; the PTX of the first one serves those between them, of the last one later ones.
     """
 
     def __init__(self, nvcc: str) -> None:
@@ -93,7 +93,7 @@ class Cuda:
     def compile_flags(self) -> list[str]:
         """The flags of a .cu file."""
         codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in self.archs]
-        codes.append(f"-gencode=arch=compute_{self.archs[-1]},code=compute_{self.archs[-1]}")
+        codes += [f"-gencode=arch=compute_{a},code=compute_{a}" for a in sorted({self.archs[0], self.archs[-1]})]
         warnings = shlex.split("-Xptxas --warn-on-spills")
         if WERROR:
             warnings += shlex.split("-Xptxas -Werror --Werror all-warnings")

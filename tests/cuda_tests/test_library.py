@@ -65,6 +65,13 @@ def test_kernels_of_the_built_library():
         check_budget(arch, kernel, taken)
 
 
+def test_other_gpus_can_compile_the_built_library():
+    """From the PTX of its first architecture, those that come before its last one, too."""
+    text = subprocess.run([CUOBJDUMP, "-lptx", built()], check=True, capture_output=True, text=True).stdout
+    archs = sorted({arch for arch, _ in usage(built())})
+    assert {int(a) for a in re.findall(r"sm_(\d+)\.ptx", text)} == {archs[0], archs[-1]}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("source", SOURCES.values())
