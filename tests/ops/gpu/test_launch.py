@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 from ops.test_patched_ffn import as_csr, make_pool
@@ -103,6 +106,15 @@ def test_a_change_of_the_neurons_is_seen(pool, looked_up):
     before = prepared(x, base)
     pool.values.mul_(2)
     assert not torch.equal(prepared(x, base), before) and len(looked_up) == 1
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda t: pickle.loads(pickle.dumps(t))])
+def test_a_copy_looks_its_launch_up(pool, looked_up, how):
+    prepared, (x, base) = PreparedNeurons(pool, "relu"), states(2)
+    wanted = prepared(x, base)
+    again = how(prepared)
+    looked_up.clear()
+    assert torch.equal(again(x, base), wanted) and len(looked_up) == 1
 
 
 def test_each_stream_has_its_own_scratch(pool, monkeypatch):
