@@ -45,7 +45,7 @@ class Implementation(NamedTuple):
     run: Callable[..., Any]  # takes the operands, in their order
     refuse: Callable[[Any], str | None]  # why it does not take these operands, or None
     missing: Callable[[], str | None]  # why it cannot run on this machine, or None
-    launch_of: Callable[..., Any] | None = None  # operands -> what it launches for others of their form
+    launch_of: Callable[[Any], Any] | None = None  # operands -> what it launches for others of their form
 
 
 _table: dict[str, dict[str, Implementation]] = {}
@@ -58,7 +58,7 @@ def register(
     *,
     refuse: Callable[[Any], str | None] = lambda _: None,
     missing: Callable[[], str | None] = lambda: None,
-    launch_of: Callable[..., Any] | None = None,
+    launch_of: Callable[[Any], Any] | None = None,
 ) -> None:
     """Offer an implementation of an operator.
 
@@ -145,9 +145,9 @@ def register_triton(op: str, module: str, refuse: Callable[[Any], str | None] = 
     def refused(operands: Any) -> str | None:
         return triton_refuse(operands.like) or refuse(operands)
 
-    def launch_of(*operands: Any) -> Any:
+    def launch_of(operands: Any) -> Any:
         with _on_device_of(operands):
-            return importlib.import_module(module).launch_of(*operands)
+            return importlib.import_module(module).launch_of(operands)
 
     register(op, "triton", run, refuse=refused, missing=triton_missing, launch_of=launch_of)
 
@@ -217,7 +217,7 @@ def launch_of(op: str, operands: Operands) -> Any | None:
     """What the backend that `call` chooses launches, to be called again and again with activations of the same form;
     None where it has no such thing."""
     chosen = dispatch(op, operands).launch_of
-    return None if chosen is None else chosen(*operands)
+    return None if chosen is None else chosen(operands)
 
 
 class Launches:

@@ -153,6 +153,15 @@ MORE = [
 ]
 
 
+def test_queries_are_read_where_they_are():
+    wide = torch.randn(3, 2, 40)
+    heads = wide[:, 0].unflatten(1, (5, 8))
+    found = kernel.heads_in_rows(heads)
+    assert torch.equal(found, heads) and found.data_ptr() == heads.data_ptr()
+    apart = wide.transpose(1, 2)
+    assert torch.equal(kernel.heads_in_rows(apart), apart)
+
+
 @pytest.mark.parametrize("shape", MATRIX + MORE)
 def test_forward(shape, everywhere):
     case = Case(**shape)

@@ -45,7 +45,7 @@ from .._triton import (
     multiprocessors,
     options,
 )
-from .reference import Blend, SemanticEncoder
+from .reference import Blend, LatentOperands, SemanticEncoder
 
 WARPS = 8  # of a multiprocessor, in one block or two
 PASS = 1024  # tokens, about: bounds the scratch
@@ -579,29 +579,24 @@ def latent_attention(
         out = torch.empty_like(inputs, memory_format=torch.contiguous_format), inputs.new_empty(m, dtype=torch.float32)
     if m == 0:
         return out
-    ids, inputs, queries = columns_of(ids), last_contiguous(inputs), queries.contiguous()
-    alpha, anchor = (None if t is None else last_contiguous(t) for t in (alpha, anchor))
-    launch = launch_of(queries, inputs, keys, values, ids, encoder, alpha, anchor, blend, projected)
-    launch(queries, inputs, ids, alpha, anchor, *out, workspace=workspace)
+    ids, inputs, queries = columns_of(ids), last_contiguous(inputs), heads_in_rows(queries)
+    anchor = None if anchor is None else last_contiguous(anchor)
+    o = LatentOperands(queries, inputs, keys, values, ids, encoder, alpha, anchor, blend, projected)
+    launch_of(o)(queries, inputs, ids, alpha, anchor, *out, workspace=workspace)
     return out
 
 
-def launch_of(
-    queries: Tensor,
-    inputs: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    ids: Tensor,
-    encoder: SemanticEncoder,
-    alpha: Tensor | None,
-    anchor: Tensor | None,
-    blend: Blend,
-    projected: Tensor | None = None,
-) -> Launch:
+def heads_in_rows(queries: Tensor) -> Tensor:
+    """[M, H, c] with the heads of a token side by side, in place where they are."""
+    return last_contiguous(queries.flatten(1)).unflatten(1, queries.shape[1:])
+
+
+def launch_of(o: LatentOperands) -> Launch:
     """What `latent_attention` launches for such operands, M and k >= 1, whose rows are contiguous.
 
     It is given queries, inputs, ids, alpha, anchor, out and its alpha.
     """
+    queries, inputs, keys, values, ids, encoder, alpha, anchor, blend, projected = o
     heads, c = queries.shape[1:]
     d, r, k = inputs.shape[1], encoder.w1.shape[0], ids.shape[1]
     t = tiling(queries, inputs, keys, values, projected, encoder, anchor, len(ids), k, multiprocessors())

@@ -35,9 +35,8 @@ def _apart(
     return out, opened, ids
 
 
-def _launch_apart(*operands: Any) -> Callable[..., None] | None:
+def _launch_apart(o: MemoryOperands) -> Callable[..., None] | None:
     """`_apart` for such operands with the second launch looked up; called as what `launch_of` of triton.py returns."""
-    o = MemoryOperands(*operands)
     ids = o.inputs.new_empty((len(o.inputs), o.k), dtype=torch.int64)
     latent_operands = o.queries, o.inputs, o.keys, o.values, ids, o.encoder, o.alpha, o.anchor, o.blend, o.projected
     launch = _backend.launch_of("latent_attention", LatentOperands(*latent_operands))

@@ -31,6 +31,7 @@ from .._triton import (
 from ..cosine_topk import triton as retrieval
 from ..latent_attention import triton as latent
 from ..latent_attention.reference import Blend, SemanticEncoder
+from .reference import MemoryOperands
 
 MOST_TOKENS = 64  # beyond, a second launch costs nothing beside the rest
 
@@ -125,12 +126,13 @@ def memory_attention(
         retrieval.cosine_topk(hidden, index, k, True, ranges, out=found, workspace=workspace)
         latent.latent_attention(queries, inputs, keys, values, out[2], *gate, out=out[:2], workspace=workspace)
         return out
-    hidden, inputs, queries = last_contiguous(hidden), last_contiguous(inputs), queries.contiguous()
+    hidden, inputs, queries = last_contiguous(hidden), last_contiguous(inputs), latent.heads_in_rows(queries)
     ranges = None if ranges is None else ranges.contiguous()
     anchor = None if anchor is None else last_contiguous(anchor)
-    launch = launch_of(
+    o = MemoryOperands(
         hidden, index, k, ranges, queries, inputs, keys, values, encoder, alpha, anchor, blend, packed, projected
     )
+    launch = launch_of(o)
     assert launch is not None
     launch(hidden, ranges, queries, inputs, out[2], alpha, anchor, *out[:2], workspace=workspace)
     return out
@@ -140,26 +142,12 @@ def _one_launch(m: int, n: int, d: int, k: int) -> bool:
     return m <= MOST_TOKENS and retrieval.takes(n, d, k) and m <= retrieval.queries_of_launch(n)
 
 
-def launch_of(
-    hidden: Tensor,
-    index: Tensor,
-    k: int,
-    ranges: Tensor | None,
-    queries: Tensor,
-    inputs: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    encoder: SemanticEncoder,
-    alpha: Tensor | None,
-    anchor: Tensor | None,
-    blend: Blend,
-    packed: tuple[Tensor, Tensor, Tensor] | None = None,
-    projected: Tensor | None = None,
-) -> Launch | None:
+def launch_of(o: MemoryOperands) -> Launch | None:
     """What `memory_attention` launches for such operands, M >= 1, whose rows are contiguous; None: more than one.
 
     It is given hidden, ranges, queries, inputs, the ids that it shall find, alpha, anchor, out and its alpha.
     """
+    hidden, index, k, ranges, queries, inputs, keys, values, encoder, alpha, anchor, blend, _, projected = o
     m, n, d = len(inputs), *index.shape
     heads, c, r = *queries.shape[1:], encoder.w1.shape[0]
     if not _one_launch(m, n, d, k):

@@ -40,7 +40,7 @@ from .._triton import (
     options,
     sum_of_parts,
 )
-from .reference import EditPool
+from .reference import EditPool, ExtraOperands
 
 TOKENS = 16  # of a tile: the rows of an mma
 NEURONS = 16  # of a step; most edits have no more
@@ -193,13 +193,14 @@ def add_extra_neurons(
     if len(x) == 0:
         return out
     x, base_out = last_contiguous(x), last_contiguous(base_out)
-    launch_of(x, base_out, pool, activation)(x, base_out, out, workspace=workspace)
+    launch_of(ExtraOperands(x, base_out, pool, activation))(x, base_out, out, workspace=workspace)
     return out
 
 
-def launch_of(x: Tensor, base_out: Tensor, pool: EditPool, activation: str) -> Launch:
-    """What `add_extra_neurons` launches for activations [M, d] like these, M >= 1, whose rows are contiguous; it is
-    given x, base_out and out."""
+def launch_of(o: ExtraOperands) -> Launch:
+    """What `add_extra_neurons` launches for activations like these, M >= 1, whose rows are contiguous; it is given x,
+    base_out and out."""
+    x, base_out, pool, activation = o
     m, d = x.shape
     pool = EditPool(*(None if t is None else t.contiguous() for t in pool))  # type: ignore[arg-type]
     sizes = tile_sizes("add_extra_neurons", Tiles(), CANDIDATES)
