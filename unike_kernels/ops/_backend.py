@@ -11,7 +11,7 @@ import functools
 import importlib
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from importlib import metadata, util
@@ -21,7 +21,7 @@ import torch
 
 from .. import _native
 from ..errors import BackendUnavailableError
-from . import _tiles
+from . import _library, _tiles
 
 BACKENDS = ("native", "cuda", "triton", "reference")  # in the order of preference
 COMPOSED = "composed"  # of the fastest of other operators, where no kernel of its own does; it cannot be forced
@@ -225,9 +225,14 @@ class Launches:
 
     _MOST = 256
 
-    def __init__(self, op: str) -> None:
-        """op: name of the operator."""
-        self._op, self._known = op, dict[Any, Any]()
+    def __init__(self, op: str, tables: Iterable[torch.Tensor | None]) -> None:
+        """
+        Args:
+            op: name of the operator.
+            tables: that stay from call to call. Where one has to be copied to be read, nothing is kept: later changes
+                of it would not reach the copy.
+        """
+        self._op, self._known, self._keeps = op, dict[Any, Any](), _library.in_place(*tables)
 
     def of(self, form: tuple[Any, ...], operands: Callable[[], Operands]) -> Any | None:
         """See `launch_of`.
@@ -236,6 +241,8 @@ class Launches:
             form: what the launch depends on: shapes, dtypes and switches.
             operands: makes an example of them.
         """
+        if not self._keeps:
+            return None
         key = form, forced_backend(), _tiles.changes()
         if key not in self._known:
             if len(self._known) >= self._MOST:

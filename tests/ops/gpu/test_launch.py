@@ -108,6 +108,15 @@ def test_a_change_of_the_neurons_is_seen(pool, looked_up):
     assert not torch.equal(prepared(x, base), before) and len(looked_up) == 1
 
 
+def test_a_change_of_neurons_that_are_copied_to_be_read_is_seen(pool):
+    pool = pool._replace(values=pool.values.T.contiguous().T)
+    prepared, (x, base) = PreparedNeurons(pool, "relu"), states(2)
+    before = prepared(x, base)
+    pool.values.mul_(2)
+    assert not torch.equal(prepared(x, base), before)
+    assert torch.equal(prepared(x, base), ops.patched_ffn(x, base, pool, activation="relu"))
+
+
 @pytest.mark.parametrize("how", [copy.deepcopy, lambda t: pickle.loads(pickle.dumps(t))])
 def test_a_copy_looks_its_launch_up(pool, looked_up, how):
     prepared, (x, base) = PreparedNeurons(pool, "relu"), states(2)
@@ -198,6 +207,18 @@ def test_a_memory_is_looked_up_once(looked_up):
     assert memory.by_launch(*calls[0], k=3, out=out) is out and torch.equal(out, wanted[0])
     assert memory.by_launch(hidden, queries, inputs, k=3, out=inputs) is inputs and torch.equal(inputs, wanted[0])
     assert len(looked_up) == 1
+
+
+def test_a_change_of_a_memory_that_is_copied_to_be_read_is_seen():
+    memory = Remembering()
+    keys, values, encoder = memory.tables
+    memory.tables = keys, values.permute(2, 1, 0).contiguous().permute(2, 1, 0), encoder
+    memory.prepared = PreparedMemory(memory.index, None, keys, memory.tables[1], None, encoder)
+    given = memory.given(2)
+    before = memory.by_launch(*given, k=3)
+    memory.tables[1].mul_(2)
+    assert not torch.equal(memory.by_launch(*given, k=3), before)
+    assert torch.equal(memory.by_launch(*given, k=3), memory.by_operator(*given, k=3))
 
 
 ONE = torch.tensor([0.25])

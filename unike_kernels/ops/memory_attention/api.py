@@ -181,7 +181,7 @@ class PreparedMemory:
         """
         self._tables = index, packed, keys, values, projected, encoder
         self._native = self._laid_out()
-        self._launches = _backend.Launches("memory_attention")
+        self._launches = _backend.Launches("memory_attention", (index, keys, values, projected, *encoder))
 
     def _laid_out(self) -> tuple[Keys, Memory] | None:
         index, packed, keys, values, projected, encoder = self._tables

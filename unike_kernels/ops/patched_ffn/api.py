@@ -257,7 +257,7 @@ class PreparedNeurons:
         """
         self.pool, self.activation = pool, activation
         self._native = self._laid_out()
-        self._launches = _backend.Launches("add_extra_neurons")
+        self._launches = _backend.Launches("add_extra_neurons", pool)
 
     def _laid_out(self) -> cpu.Pool | None:
         given = [t for t in self.pool if t is not None]
@@ -282,7 +282,7 @@ class PreparedNeurons:
         new = object.__new__(type(self))
         new.__dict__.update(self.__dict__)  # a copy would be laid out anew
         new.pool = self.pool._replace(row_indptr=row_indptr, row_edits=row_edits, token_rows=token_rows)
-        new._launches = _backend.Launches("add_extra_neurons")
+        new._launches = _backend.Launches("add_extra_neurons", new.pool)
         if self._native is not None:
             new._native = self._native.of_rows(row_indptr, row_edits, token_rows)
         return new
