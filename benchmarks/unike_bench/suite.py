@@ -10,7 +10,7 @@ SELECTIONS = ("quick", "full")
 
 
 DEVICES = ("cpu", "cuda")
-_ON_CUDA = {"retrieval": retrieval_gpu, "attention": attention, "ffn": ffn}
+_ON_CUDA = {"retrieval": retrieval_gpu, "attention": attention, "ffn": ffn, "decode": decode}
 
 
 def cases(select: str = "quick", *, only: str | None = None, growth: bool = False, device: str = "cpu") -> list[Case]:
@@ -20,7 +20,7 @@ def cases(select: str = "quick", *, only: str | None = None, growth: bool = Fals
         select: "quick", the rows that matter, some minutes; or "full", all that is reasonable, most of an hour.
         only: one of `OPERATORS`; None: all.
         growth: add retrieval from 15,000 to a million keys; on the CPU.
-        device: "cpu" or "cuda", where decode is not measured.
+        device: "cpu" or "cuda".
 
     Raises:
         ValueError: another selection or operator.

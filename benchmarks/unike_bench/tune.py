@@ -63,13 +63,8 @@ TUNABLES = (
 
 def seconds(run: Run) -> float:
     """Of a call on the GPU: the median of some rounds."""
-    call, repeats = device.repeated(run.call, "cuda")
-    clock, times = device.clock("cuda"), []
-    for _ in range(_ROUNDS):
-        start = clock()
-        call()
-        times.append((clock() - start) / repeats)
-    return statistics.median(times)
+    timer, call = device.timer("cuda"), device.replay(run.call) or run.call
+    return statistics.median(timer(call, 1) for _ in range(_ROUNDS))
 
 
 def tune(tunables: Sequence[Tunable], timed: Callable[[Run], float] = seconds) -> Iterator[Tuned]:

@@ -6,12 +6,18 @@ import pytest
 import torch
 
 import unike_kernels as uk
+from unike_kernels.ops import _backend
 from unike_kernels.ops.cosine_topk import cpu, cuda
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(cuda.missing() is not None, reason=str(cuda.missing())),
-]
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(autouse=True)
+def cuda_kernels():
+    if reason := _backend.gpu_missing():
+        pytest.fail(reason)  # it was asked for
+    if reason := cuda.missing():
+        pytest.skip(reason)  # a build without nvcc
 
 
 def same(found, wanted):

@@ -108,16 +108,30 @@ def _triton_problem() -> str | None:
     return None
 
 
+def gpu_missing() -> str | None:
+    """Why torch has no GPU to run on, and what to do; None: it has one."""
+    if torch.cuda.is_available():
+        return None
+    built = f"there is no GPU: torch {torch.__version__}"
+    if torch.version.cuda is None and torch.version.hip is None:
+        return f"{built} is built for CPUs alone; install a build of it for CUDA or ROCm"
+    try:
+        torch.cuda.init()
+    except RuntimeError as error:  # no driver, or one that is too old: torch says which it would take
+        return f"{built} finds none: {error}"
+    return f"{built} finds none"
+
+
 def triton_missing() -> str | None:
     """Why Triton kernels cannot run on this machine, or None. Triton is imported only where there is a GPU."""
     if reason := _triton_problem():
         return reason
-    if not torch.cuda.is_available() and "triton" not in sys.modules:
-        return "there is no GPU"
+    if (reason := gpu_missing()) and "triton" not in sys.modules:
+        return reason
     try:
         importlib.import_module("triton").runtime.driver.active.get_current_device()
     except RuntimeError:
-        return "there is no GPU"
+        return reason or "Triton finds no GPU"
     return None
 
 

@@ -159,13 +159,15 @@ class CosineIndex:
         Searches on a CUDA device give the same bits. Keys are added and removed on the CPU.
 
         Raises:
-            BackendUnavailableError: there is no CUDA device, or this build has no CUDA kernels.
+            BackendUnavailableError: there is no CUDA device; or this build has no CUDA kernels, and there are no
+                rows, which those of Triton read.
             ValueError: another kind of device.
         """
         wanted = torch.device(device)
         if wanted.type not in ("cpu", "cuda"):
             raise ValueError(f"device: expected a CUDA device or the CPU, got {device}")
-        if wanted.type == "cuda" and (reason := cuda.missing()):
+        by_triton = self._keys is not None and not _backend.triton_missing()
+        if wanted.type == "cuda" and (reason := cuda.missing()) and not by_triton:
             raise BackendUnavailableError(f"CosineIndex.to({str(device)!r}): {reason}")
         if wanted.type == self.device.type and wanted.index in (None, self.device.index):
             return self

@@ -1,4 +1,7 @@
-"""SmolLM2-135M with an edit and a memory in its last four layers: a token at a time, and a prompt at once."""
+"""SmolLM2-135M with an edit and a memory in its last four layers: a token at a time, and a prompt at once.
+
+On a GPU with what Python and transformers take between the launches.
+"""
 
 from __future__ import annotations
 
@@ -45,10 +48,11 @@ class Subject:
         ids: int64 [1, 128], a prompt that is not in the memory.
     """
 
-    def __init__(self, entries: int, phase: Phase) -> None:
+    def __init__(self, entries: int, phase: Phase, device: str = "cpu") -> None:
         self.model, tokenizer = smollm2.load()
+        self.model.to(device)
         self.phase = phase
-        self.ids = tokenizer(hidden.text(), return_tensors="pt").input_ids[:, -PROMPT:]
+        self.ids = tokenizer(hidden.text(), return_tensors="pt").input_ids[:, -PROMPT:].to(device)
         generator = torch.Generator().manual_seed(0)
         normal = functools.partial(torch.randn, generator=generator)
         states = hidden.states()
@@ -140,7 +144,8 @@ class Subject:
                 d, r = tables.index.shape[1], tables.projected.shape[-1]
                 # The entries of one token: how many those of a prompt have in common is not known.
                 gathered = (tables.keys[:k], tables.values[:k], tables.projected[:k])
-                reads += [tables.codes, tables.code_bounds, *gathered, tables.w2]
+                packed = (tables.index,) if tables.codes is None else (tables.codes, tables.code_bounds)
+                reads += [*packed, *gathered, tables.w2]
                 counts[torch.int8] += tokens * tables.codes.numel()
                 counts[torch.float32] += tokens * (2 * k * d + k * r + r * d)
             for edit in self.edits:
@@ -172,7 +177,7 @@ def _eager(cached: bool, subject: Subject) -> Run:
     return Run(subject.step(subject.eager(cached)), subject.check)
 
 
-def case(entries: int, phase: Phase) -> Case:
+def case(entries: int, phase: Phase, device: str = "cpu") -> Case:
     """One token after a prompt of 128, or that prompt."""
     systems = {
         "unike patched": System("ours", _patched),
@@ -183,14 +188,20 @@ def case(entries: int, phase: Phase) -> Case:
     tokens = PROMPT if phase == "prefill" else 1
     title = f"{phase} of SmolLM2-135M, edit and memory of {entries} entries in {LAYERS} layers, T={tokens}"
     shape = {"phase": phase, "N": entries, "T": tokens, "layers": LAYERS}
-    return Case("decode", title, shape, functools.partial(Subject, entries, phase), systems)
+    data = functools.partial(Subject, entries, phase, device)
+    return Case("decode", title, shape, data, systems, device, captured=False)  # a cache grows
 
 
-def quick() -> list[Case]:
+def quick(device: str = "cpu") -> list[Case]:
     """Both phases; none where SmolLM2 is not installed."""
-    return [case(N, "decode"), case(N, "prefill")] if optional.smollm2() else []
+    return _both(N, device)
 
 
-def full() -> list[Case]:
+def full(device: str = "cpu") -> list[Case]:
     """Another size of the memory too."""
-    return [*quick(), *([case(1000, "decode"), case(1000, "prefill")] if optional.smollm2() else [])]
+    return [*quick(device), *_both(1000, device)]
+
+
+def _both(entries: int, device: str) -> list[Case]:
+    phases: tuple[Phase, Phase] = "decode", "prefill"
+    return [case(entries, phase, device) for phase in phases] if optional.smollm2() else []

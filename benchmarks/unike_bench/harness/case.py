@@ -50,6 +50,7 @@ class Case:
         data: makes what the systems work on; freed after the case.
         systems: name -> system; the first is ours.
         device: where they run, "cpu" or "cuda".
+        captured: whether on a GPU a CUDA graph of each is timed.
     """
 
     op: str
@@ -58,6 +59,7 @@ class Case:
     data: Callable[[], Any]
     systems: Mapping[str, System]
     device: str = "cpu"
+    captured: bool = True
 
     @property
     def name(self) -> str:

@@ -1,57 +1,85 @@
-"""What differs between devices when something is timed: the clock, how calls are repeated, and the probes of bounds."""
+"""What differs between devices when something is timed: the clock, CUDA graphs, the host's share, probes of bounds."""
 
 from __future__ import annotations
 
 import functools
+import statistics
 import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves
+
+from . import timing
 
 _COPIED = 2**28  # bytes of the copy that measures a GPU's memory
 _SIDE = 4096  # of the matrices whose product measures its arithmetic
-_REPEATS = 20  # of a call in a CUDA graph: what lies between two replays is shared by so many
+_CACHE = 4  # times what L2 holds: what is written between two calls
+_HOST_CALLS = 25
 
 
-def clock(device: str) -> Callable[[], float]:
-    """Seconds since some moment, of what the device has finished: by its own events where it works on its own."""
-    if device == "cpu":
-        return time.perf_counter
-    start = _event()
-
-    def now() -> float:
-        event = _event()
-        event.synchronize()
-        return float(start.elapsed_time(event)) / 1e3
-
-    return now
+def timer(device: str) -> timing.Timer:
+    """How calls are timed: on the CPU by a clock, on a GPU by its own events, each call with an L2 that knows nothing
+    of it, as the other layers of a model leave it."""
+    return timing.mean_time if device == "cpu" else _timed_on_gpu
 
 
-def _event() -> Any:
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
+def _timed_on_gpu(run: Callable[[], object], repeats: int) -> float:
+    spans = []
+    for _ in range(repeats):
+        _fill_l2()  # it takes longer than the host needs to launch a graph, so that no gap is timed
+        spans.append([torch.cuda.Event(enable_timing=True) for _ in range(2)])
+        spans[-1][0].record()
+        run()
+        spans[-1][1].record()
+    torch.cuda.synchronize()
+    return statistics.fmean(start.elapsed_time(end) for start, end in spans) / 1e3
 
 
-def repeated(call: Callable[[], Any], device: str) -> tuple[Callable[[], Any], int]:
-    """What is timed instead of the call, and how many of it that is: a CUDA graph of several, or the call itself.
+def _fill_l2() -> None:
+    _written(torch.cuda.current_device()).zero_()
 
-    What cannot be captured, because it allocates, waits or has streams of its own, is timed as it is.
-    """
-    if device == "cpu":
-        return call, 1
+
+@functools.cache
+def _written(device: int) -> torch.Tensor:
+    size = _CACHE * torch.cuda.get_device_properties(device).L2_cache_size
+    return torch.empty(max(size, 2**26), dtype=torch.uint8, device=f"cuda:{device}")
+
+
+def replay(call: Callable[[], Any]) -> Callable[[], Any] | None:
+    """The call as a CUDA graph, which returns what was captured; None: it cannot be captured, because it waits or has
+    streams of its own. What the capture left behind is spoiled, so that a replay which computes nothing is seen."""
     try:
         call()
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            for _ in range(_REPEATS):
-                call()
-    except RuntimeError:
+            output = call()
+    except Exception:  # of whatever kind the errors of others are
         torch.cuda.synchronize()
-        return call, 1
-    return graph.replay, _REPEATS
+        return None
+    for t in tree_leaves(output):
+        if isinstance(t, torch.Tensor):
+            t.fill_(float("nan") if t.is_floating_point() else -1)
+
+    def run() -> Any:
+        graph.replay()
+        return output
+
+    return run
+
+
+def host_seconds(call: Callable[[], Any]) -> float:
+    """Until a call returns, whatever the GPU still does: the median of some."""
+    times = []
+    for _ in range(_HOST_CALLS):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    torch.cuda.synchronize()
+    return statistics.median(times)
 
 
 def finished(call: Callable[[], Any], device: str) -> Callable[[], Any]:
@@ -88,7 +116,13 @@ def _factors(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
 
 
 def multiply(dtype: torch.dtype, device: torch.device) -> float:
-    """A product by the vendor's library on a GPU; returns its multiply-adds."""
+    """A product by the vendor's library on a GPU, by tensor cores for every dtype; returns its multiply-adds."""
     a = _factors(dtype, device)
-    torch.mm(a, a)
+    if dtype == torch.int8:
+        torch._int_mm(a, a.T)
+    else:
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("high")
+        torch.mm(a, a)
+        torch.set_float32_matmul_precision(before)
     return float(_SIDE) ** 3

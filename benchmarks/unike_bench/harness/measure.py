@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -13,6 +14,8 @@ from . import device
 from .case import Case, Role, Run, Shape
 from .roofline import Bound
 from .timing import Spread, interleave, ratio
+
+_MOST_REACHED = 1.05  # of a GPU's bound: its memory is measured by a copy, and reads can be a little faster
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,8 @@ class Row:
         bound: the same, or what its multiply-adds take if that is longer.
         reached: the bound's share of the time, or of the time that is added to the base.
         recall: of a retrieval by others.
+        host: on a GPU, seconds until a call returns to Python.
+        graph: on a GPU, whether a CUDA graph of the call was timed, not the call itself.
         failure: why there are no times.
     """
 
@@ -48,6 +53,8 @@ class Row:
     bound: float | None = None
     reached: float | None = None
     recall: float | None = None
+    host: float | None = None
+    graph: bool | None = None
     failure: str | None = None
 
     @property
@@ -63,7 +70,7 @@ class Row:
 
 @torch.no_grad()
 def measure(
-    case: Case, *, rounds: int | None = None, seconds: float = 6.0, clock: Callable[[], float] | None = None
+    case: Case, *, rounds: int | None = None, seconds: float = 6.0, clock: Callable[[], float] = time.perf_counter
 ) -> list[Row]:
     """Measure a case: a row for each of its systems. Its data is freed afterwards.
 
@@ -71,12 +78,12 @@ def measure(
         case: what to measure.
         rounds: see `interleave`; None: as many as fit into `seconds`.
         seconds: for all rounds of all systems together.
-        clock: see `interleave`; None: that of the case's device.
+        clock: of the CPU; see `interleave`.
     """
-    clock = clock or device.clock(case.device)
     gc.collect()  # what the case before left in cycles
     rows = {name: Row(case.op, case.name, case.title, case.shape, name, s.role) for name, s in case.systems.items()}
     runs: dict[str, Run] = {}
+    calls: dict[str, Callable[[], object]] = {}
     first: dict[str, float] = {}
     try:
         data = case.data()
@@ -89,25 +96,48 @@ def measure(
             output = run.call()
             first[name] = clock() - start
             rows[name] = replace(rows[name], recall=run.check(output))
+            calls[name], rows[name] = _on_device(case, run, rows[name])
             runs[name] = run
         except Exception as error:
             rows[name] = replace(rows[name], failure=_message(error))
-    calls, repeats = {}, {}
-    for name, run in runs.items():
-        calls[name], repeats[name] = device.repeated(run.call, case.device)
     probes = {
         _probe(name, what): probe
         for name, run in runs.items()
         if run.bound
         for what, probe in run.bound.probes().items()
     }
-    times = interleave(calls | probes, first, rounds=rounds, seconds=seconds, clock=clock)
-    for name in runs:
-        times[name] = [t / repeats[name] for t in times[name]]
+    timer = None if case.device == "cpu" else device.timer(case.device)
+    times = interleave(calls | probes, first, rounds=rounds, seconds=seconds, clock=clock, timer=timer)
     for name, run in runs.items():
         row = replace(rows[name], seconds=tuple(times[name]))
         rows[name] = _bounded(_compared(row, case, times), run.bound, times)
+        if case.device != "cpu" and (rows[name].reached or 0.0) > _MOST_REACHED:
+            rows[name] = replace(row, seconds=(), failure=f"faster than its bound: {rows[name].reached:.0%} of it")
     return list(rows.values())
+
+
+def _on_device(case: Case, run: Run, row: Row) -> tuple[Callable[[], object], Row]:
+    """What is timed of a run whose output was right, and its row: on a GPU the replay of a CUDA graph, where that is
+    right too, beside what the call itself takes on the host.
+
+    Raises:
+        AssertionError: a replay of ours is wrong, or cannot be.
+    """
+    if case.device == "cpu":
+        return run.call, row
+    row, replay = replace(row, host=device.host_seconds(run.call), graph=False), None
+    if case.captured:
+        replay = device.replay(run.call)
+        if replay is None and row.role == "ours":
+            raise AssertionError("it cannot be captured into a CUDA graph")
+    if replay is not None:
+        try:
+            run.check(replay())
+        except Exception as error:
+            if row.role == "ours":
+                raise AssertionError(f"the replay of its CUDA graph is wrong: {error}") from error
+            replay = None  # of streams of its own, say: the call itself is timed
+    return replay or run.call, replace(row, graph=replay is not None)
 
 
 def _message(error: Exception) -> str:

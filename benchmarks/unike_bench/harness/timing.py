@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import random
 import statistics
@@ -13,6 +14,8 @@ FEWEST_ROUNDS = 3
 _USUAL_ROUNDS = 25
 _ROUND_SECONDS = 2e-3  # of one system at least: a shorter call is repeated
 _WARM_CALLS, _WARM_SECONDS = 3, 0.1
+
+Timer = Callable[[Callable[[], object], int], float]  # a call and how often -> seconds of one
 
 
 class Spread(NamedTuple):
@@ -45,6 +48,7 @@ def interleave(
     rounds: int | None = None,
     seconds: float = 6.0,
     clock: Callable[[], float] = time.perf_counter,
+    timer: Timer | None = None,
 ) -> dict[str, list[float]]:
     """Time the systems in turn, in an order that is drawn anew for each round, after a warm-up.
 
@@ -54,6 +58,7 @@ def interleave(
         rounds: how many, at least 3; None: up to 25, as many as fit into `seconds`, but 3 at least.
         seconds: for the rounds of all systems together.
         clock: seconds.
+        timer: of calls; None: `mean_time` by this clock.
 
     Returns:
         name -> seconds of a call, one for each round.
@@ -63,9 +68,9 @@ def interleave(
     """
     if rounds is not None and rounds < FEWEST_ROUNDS:
         raise ValueError(f"rounds: expected at least {FEWEST_ROUNDS}, got {rounds}")
-    before = first or {}
+    before, timer = first or {}, timer or functools.partial(mean_time, clock=clock)
     known = {name: before[name] for name in systems if before.get(name, 0.0) > _WARM_SECONDS}
-    warm = known | {name: _warm(run, clock) for name, run in systems.items() if name not in known}
+    warm = known | {name: _warm(run, clock, timer) for name, run in systems.items() if name not in known}
     repeats = {name: max(1, math.ceil(_ROUND_SECONDS / took)) for name, took in warm.items()}
     times: dict[str, list[float]] = {name: [] for name in systems}
     order, generator, start = list(systems), random.Random(0), clock()
@@ -74,21 +79,21 @@ def interleave(
             break
         generator.shuffle(order)  # nobody always finds the caches as the same neighbour left them
         for name in order:
-            times[name].append(_time(systems[name], repeats[name], clock))
+            times[name].append(timer(systems[name], repeats[name]))
     return times
 
 
-def _warm(run: Callable[[], object], clock: Callable[[], float]) -> float:
+def _warm(run: Callable[[], object], clock: Callable[[], float], timer: Timer) -> float:
     """Seconds of a call, when code and data have been seen before."""
     start, took = clock(), 0.0
     for _ in range(_WARM_CALLS):
-        took = _time(run, 1, clock)
+        took = timer(run, 1)
         if clock() - start > _WARM_SECONDS:
             break
     return max(took, 1e-9)
 
 
-def _time(run: Callable[[], object], repeats: int, clock: Callable[[], float]) -> float:
+def mean_time(run: Callable[[], object], repeats: int, clock: Callable[[], float] = time.perf_counter) -> float:
     """Seconds of a call, the mean of `repeats`; a short call is first made once, uncounted, for the caches' sake."""
     if repeats > 1:
         run()

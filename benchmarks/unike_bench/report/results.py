@@ -39,6 +39,8 @@ def extra_info(row: Row) -> dict[str, Any]:
         "bound": row.bound,
         "reached": row.reached,
         "recall": row.recall,
+        "host": row.host,
+        "graph": row.graph,
     }
     return {name: value for name, value in info.items() if value is not None} | {"checked": True}
 

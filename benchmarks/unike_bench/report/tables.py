@@ -60,6 +60,8 @@ def details(rows: Sequence[Row]) -> list[Table]:
         "bound per layer": lambda row: duration(row.bound / _layers(row)) if row.bound and _layers(row) > 1 else "",
         **_COMPARED,
         "recall": lambda row: "" if row.recall is None else f"{row.recall:.4f}",
+        "on the host": lambda row: duration(row.host),
+        "timed": lambda row: "" if row.graph is None else "a CUDA graph" if row.graph else "the call",
     }
     return [_table(group[0].title, "", group, columns) for group in cases(rows)]
 

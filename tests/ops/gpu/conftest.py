@@ -56,10 +56,23 @@ def launched(on_gpu) -> Callable[..., tuple[Any, Session]]:
 
 
 @pytest.fixture
+def with_multiprocessors(request, monkeypatch) -> Callable[..., None]:
+    """(how many, *modules) -> nothing: so few for their launches, as the interpreter's tensors are small; a GPU has its
+    own number."""
+
+    def set_them(count: int, *modules: Any) -> None:
+        if request.node.get_closest_marker("gpu") is None:
+            for module in modules:
+                monkeypatch.setattr(module, "multiprocessors", lambda: count)
+
+    return set_them
+
+
+@pytest.fixture
 def device() -> Iterator[None]:
     """All tensors that a test makes are on the GPU."""
     if reason := _backend.triton_missing():
-        pytest.skip(reason)
+        pytest.fail(reason)  # it was asked for
     _triton._workspaces.clear()
     torch.set_default_device("cuda")
     yield

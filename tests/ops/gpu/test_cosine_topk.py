@@ -29,8 +29,8 @@ def same(got: tuple[torch.Tensor, torch.Tensor], wanted: tuple[torch.Tensor, tor
 
 
 @pytest.fixture(autouse=True)
-def few_multiprocessors(monkeypatch):
-    monkeypatch.setattr(kernel, "multiprocessors", lambda: 3)
+def few_multiprocessors(with_multiprocessors):
+    with_multiprocessors(3, kernel)
 
 
 @pytest.mark.parametrize(

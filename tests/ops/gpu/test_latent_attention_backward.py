@@ -17,8 +17,8 @@ from unike_kernels.ops.patched_ffn.reference import activate_slope
 
 
 @pytest.fixture(autouse=True)
-def few_multiprocessors(monkeypatch):
-    monkeypatch.setattr(kernel, "multiprocessors", lambda: 2)
+def few_multiprocessors(with_multiprocessors):
+    with_multiprocessors(2, kernel)
 
 
 class Gradients(Case):

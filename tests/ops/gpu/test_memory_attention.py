@@ -41,9 +41,8 @@ class Memory(Case):
 
 
 @pytest.fixture(autouse=True)
-def few_multiprocessors(monkeypatch):
-    for module in (retrieval, latent, kernel):
-        monkeypatch.setattr(module, "multiprocessors", lambda: 6)
+def few_multiprocessors(with_multiprocessors):
+    with_multiprocessors(6, retrieval, latent, kernel)
 
 
 @pytest.mark.parametrize(

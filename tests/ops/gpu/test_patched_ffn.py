@@ -17,9 +17,8 @@ from unike_kernels.ops.patched_ffn.reference import activate, add_extra_neurons,
 
 
 @pytest.fixture(autouse=True)
-def few_multiprocessors(monkeypatch):
-    for module in (kernel, side):
-        monkeypatch.setattr(module, "multiprocessors", lambda: 3)
+def few_multiprocessors(with_multiprocessors):
+    with_multiprocessors(3, kernel, side)
 
 
 def unrounded(x, base, activation):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ... import _native
+from .. import _backend
 from .cpu import SCANS
 from .reference import normalize_rows
 
@@ -21,7 +22,7 @@ def missing() -> str | None:
         count = _native.core().cuda_devices()
     except RuntimeError as error:
         return str(error)
-    return None if count and torch.cuda.is_available() else "torch sees no CUDA device"
+    return _backend.gpu_missing() if count else "the CUDA kernels see no device"
 
 
 class SearchWorkspace:
