@@ -44,3 +44,25 @@ def test_a_row_without_edits_keeps_its_bits_unless_its_base_is_fused(base, launc
     assert not torch.equal(found[0], plain[0])
     assert torch.equal(found[1], plain[1]) == (base == "vendor")
     torch.testing.assert_close(found[1], plain[1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("base", ["vendor", "fused"])
+def test_on_a_gpu_it_compiles_in_one_graph(base, make_edit, make_memory, monkeypatch):
+    model = model_of(ZOO["llama"], torch.float32)
+    memory = make_memory(model, entries=20, layers=(1, 3))
+    uk.patch(model, [make_edit(model, "a", memory, layers=(1, 3))], memory, base=base)
+    seen = []
+
+    def backend(graph, _):
+        seen.append([str(node.target) for node in graph.graph.nodes if str(node.target).startswith("unike.")])
+        return graph
+
+    torch._dynamo.reset()
+    ids = torch.tensor([[7], [9]])
+    with torch.no_grad():
+        wanted = logits(model, ids)
+        monkeypatch.setattr(patched_ffn, "_on_gpu", lambda t: True)
+        found = logits(torch.compile(model, fullgraph=True, backend=backend), ids)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    ffn = "unike.patched_ffn" if base == "fused" else "unike.add_extra_neurons"
+    assert seen == [["unike.memory_attention", ffn] * 2]
