@@ -30,7 +30,7 @@ def encoder(layers=0, **changes):
     states = StateBlock(*wide, torch.randn(5), torch.randn(2, 5), torch.randn(2))
     first = block()._replace(**{name: t for name, t in changes.items() if name in TextBlock._fields})
     own = states._replace(**{name: t for name, t in changes.items() if name in StateBlock._fields}) if layers else None
-    return PromptEncoder(changes.get("mean", torch.randn(E)), torch.rand(E) + 0.5, (first, block(3, 6)), own)
+    return PromptEncoder(changes.get("mean", torch.randn(E)), torch.rand(E) + 0.5, (first, block()), own)
 
 
 def unit(*shape):
@@ -38,7 +38,7 @@ def unit(*shape):
 
 
 def scope(layers=(), **changes):
-    width = 10 + (2 if layers else 0)
+    width = 8 + (2 if layers else 0)
     made = {
         "encoder": encoder(len(layers)), "pieces": ("", " a", "é"), "layers": layers, "entries": unit(4, width),
         "facts": torch.tensor([0, 0, 1, 2]), "threshold": 0.25, "false_alarms": 0.01, "same_fact": 0.5,
@@ -77,9 +77,7 @@ def test_round_trip(tmp_path, layers, tables, names):
 
 
 def test_a_scope_without_facts_and_whole_numbers(tmp_path):
-    mine = scope(
-        entries=torch.zeros(0, 10), facts=torch.zeros(0, dtype=torch.int64), threshold=0, same_fact=1, names=()
-    )
+    mine = scope(entries=torch.zeros(0, 8), facts=torch.zeros(0, dtype=torch.int64), threshold=0, same_fact=1, names=())
     memory(mine).save(tmp_path / "m")
     found = uk.MemoryBank.load(tmp_path / "m").scope
     assert_same(mine, found)
@@ -122,6 +120,7 @@ WIDE = (1, 3)
         ((), {"encoder": encoder(bias=torch.full((H,), torch.nan))}, "blocks.0.bias: expected finite float32"),
         ((), {"encoder": encoder(bias=torch.randn(H).double())}, "blocks.0.bias: expected finite float32"),
         ((), {"encoder": encoder()._replace(blocks=())}, "expected blocks for the text"),
+        ((), {"encoder": encoder()._replace(blocks=(block(), block(4)))}, r"blocks.1.query: expected shape \[2, 3\]"),
         ((), {"encoder": encoder(2)}, r"one for the states of the layers \[\]"),
         (WIDE, {"encoder": encoder()}, r"one for the states of the layers \[1, 3\]"),
         (WIDE, {"encoder": encoder(2, w2=torch.randn(2, 6))}, r"states.w2: expected shape \[2, 5\]"),
@@ -129,10 +128,10 @@ WIDE = (1, 3)
         ((3, 1), {}, r"Scope.layers: expected ascending layer indices, got \[3, 1\]"),
         ((1, 1), {}, "Scope.layers: expected ascending"),
         ((-1, 1), {}, "Scope.layers: expected ascending"),
-        ((), {"entries": unit(4, 11)}, r"Scope.entries: expected shape \[4, 10\], got \[4, 11\]"),
-        ((), {"entries": 1.01 * unit(4, 10)}, "Scope.entries: expected unit rows"),
-        ((), {"entries": unit(4, 10).double()}, "Scope.entries: expected finite float32"),
-        ((), {"entries": torch.full((4, 10), torch.nan)}, "Scope.entries: expected finite float32"),
+        ((), {"entries": unit(4, 11)}, r"Scope.entries: expected shape \[4, 8\], got \[4, 11\]"),
+        ((), {"entries": 1.01 * unit(4, 8)}, "Scope.entries: expected unit rows"),
+        ((), {"entries": unit(4, 8).double()}, "Scope.entries: expected finite float32"),
+        ((), {"entries": torch.full((4, 8), torch.nan)}, "Scope.entries: expected finite float32"),
         ((), {"facts": torch.tensor([0, 0, 1])}, r"Scope.facts: expected int64 \[4\], got torch.int64 \[3\]"),
         ((), {"facts": torch.tensor([0.0, 0, 1, 2])}, r"Scope.facts: expected int64 \[4\], got torch.float32"),
         ((), {"facts": torch.tensor([0, -1, 1, 2])}, "Scope.facts: expected numbers from 0, got a negative one"),
@@ -210,7 +209,7 @@ def test_a_file_without_its_scope(tmp_path):
     [
         ("entries", lambda t: torch.full_like(t, torch.nan), "holds NaN or infinity"),
         ("entries", lambda t: 2 * t, "Scope.entries: expected unit rows"),
-        ("entries", lambda t: t[:, 1:], r"Scope.entries: expected shape \[4, 12\], got \[4, 11\]"),
+        ("entries", lambda t: t[:, 1:], r"Scope.entries: expected shape \[4, 10\], got \[4, 9\]"),
         ("entries", lambda t: t.flatten(), r"expected floating \['\*', '\*'\]"),
         ("mean", lambda t: t[None], r"expected floating \['\*'\]"),
         ("blocks.1.conv", lambda t: t[0], r"expected floating \['\*', '\*', '\*'\]"),
@@ -254,7 +253,7 @@ def test_a_memory_of_a_scope_alone_is_a_memory():
 
 def test_the_id_is_that_of_what_makes_keys():
     one = scope((1, 3))
-    same = replace(one, entries=unit(2, 12), facts=torch.tensor([0, 5]), threshold=0.1, same_fact=0.9, names=None)
+    same = replace(one, entries=unit(2, 10), facts=torch.tensor([0, 5]), threshold=0.1, same_fact=0.9, names=None)
     assert same.id == one.id
     assert replace(one, layers=(1, 2)).id != one.id
     assert replace(one, pieces=("", " a", "e")).id != one.id
@@ -267,13 +266,13 @@ def test_the_id_is_that_of_what_makes_keys():
 def test_the_id_of_a_memory_of_a_scope_alone_is_of_its_entries_too():
     one = scope()
     assert memory(one).id == memory(replace(one, threshold=0.1)).id
-    assert memory(one).id != memory(replace(one, entries=unit(4, 10))).id
+    assert memory(one).id != memory(replace(one, entries=unit(4, 8))).id
     tables = memory(one, tables=True)
-    assert replace(tables, scope=replace(one, entries=unit(4, 10))).id == tables.id
+    assert replace(tables, scope=replace(one, entries=unit(4, 8))).id == tables.id
 
 
 def test_further_facts():
-    one, new = scope(), unit(3, 10)
+    one, new = scope(), unit(3, 8)
     more = one.extended(new, torch.tensor([0, 1, 1]), ("vier", "fünf"))
     assert torch.equal(more.entries, torch.cat([one.entries, new])) and more.id == one.id
     assert more.facts.tolist() == [0, 0, 1, 2, 3, 4, 4] and more.count == 5
@@ -296,7 +295,7 @@ def test_a_joined_memory_knows_the_facts_of_all(tmp_path):
     """Each of them once: as two, a fact would be its own rival."""
     acme = memory(scope(), tables=True)
     rounded = torch.nn.functional.normalize(acme.scope.entries[2:] + 1e-7, dim=-1)
-    new = unit(2, 10)
+    new = unit(2, 8)
     entries = torch.cat([new[:1], rounded[:1], new[1:], rounded[1:]])
     theirs = replace(
         acme.scope, entries=entries, facts=torch.tensor([0, 1, 2, 2]), names=("new", "two", "drei in other words")
@@ -315,7 +314,7 @@ def test_a_joined_memory_knows_the_facts_of_all(tmp_path):
 
 def test_memories_of_scopes_alone_are_joined():
     one = scope()
-    other = replace(one, entries=unit(4, 10), names=None)
+    other = replace(one, entries=unit(4, 8), names=None)
     none = replace(one, entries=one.entries[:0], facts=one.facts[:0])
     for banks, facts in (((one, other), 6), ((one, none), 3), ((none, one), 3)):
         joined = uk.MemoryBank.joined({str(i): memory(bank) for i, bank in enumerate(banks)})
@@ -340,7 +339,7 @@ def test_memories_of_different_scopes_are_not_joined():
 def edit(**changes):
     d = {"keys": torch.randn(3, 8), "key_bias": torch.randn(3), "values": torch.randn(3, 8), "zeta": torch.randn(8)}
     layer = uk.EditLayer(**d, beta=torch.tensor(0.1))
-    return uk.Edit("e", {1: layer}, "relu", SCOPED, BASE, None, **{"entries": unit(2, 10), "scope_id": "s", **changes})
+    return uk.Edit("e", {1: layer}, "relu", SCOPED, BASE, None, **{"entries": unit(2, 8), "scope_id": "s", **changes})
 
 
 def test_an_edits_entries(tmp_path):
@@ -348,7 +347,7 @@ def test_an_edits_entries(tmp_path):
     one.save(tmp_path / "e")
     found = uk.Edit.load(tmp_path / "e")
     assert torch.equal(found.entries, one.entries) and found.scope_id == "s"
-    assert found.nbytes == one.nbytes == edit(entries=None, scope_id=None).nbytes + 2 * 10 * 4
+    assert found.nbytes == one.nbytes == edit(entries=None, scope_id=None).nbytes + 2 * 8 * 4
     for rank in (0, 1):
         shard = one.shard(rank, 2)
         assert torch.equal(shard.entries, one.entries) and shard.scope_id == "s"
@@ -365,11 +364,11 @@ def test_an_edits_entries(tmp_path):
         ({"entries": None}, "expected entries and scope_id together, got one of them"),
         ({"scope_id": None}, "expected entries and scope_id together, got one of them"),
         ({"scope_id": ""}, "Edit.scope_id: expected a non-empty string"),
-        ({"entries": unit(10)}, r"Edit.entries: expected float32 \[n, c\], got torch.float32 \[10\]"),
-        ({"entries": unit(0, 10)}, r"got torch.float32 \[0, 10\]"),
-        ({"entries": unit(2, 10).double()}, "got torch.float64"),
-        ({"entries": 1.1 * unit(2, 10)}, "Edit.entries: expected unit rows"),
-        ({"entries": torch.full((2, 10), torch.nan)}, "Edit.entries: expected unit rows"),
+        ({"entries": unit(8)}, r"Edit.entries: expected float32 \[n, c\], got torch.float32 \[8\]"),
+        ({"entries": unit(0, 8)}, r"got torch.float32 \[0, 8\]"),
+        ({"entries": unit(2, 8).double()}, "got torch.float64"),
+        ({"entries": 1.1 * unit(2, 8)}, "Edit.entries: expected unit rows"),
+        ({"entries": torch.full((2, 8), torch.nan)}, "Edit.entries: expected unit rows"),
     ],
 )
 def test_an_edit_whose_entries_do_not_fit(changes, message):
@@ -439,21 +438,21 @@ def test_facts_with_entries_in_the_tables(tmp_path):
     """A known fact gets those of a later triplet; joined, they are where their tables are."""
     one = scope(same_fact=0.9)
     own = torch.tensor([[0, 1], [1, 3], [3, 4], [4, 5]])
-    fresh = torch.cat([one.entries[1:2], unit(2, 10)])
+    fresh = torch.cat([one.entries[1:2], unit(2, 8)])
     found = one.with_own(torch.cat([fresh, fresh[1:2]]), own, ("a", "b", "c", "d"))
     assert found.facts.tolist() == [0, 0, 1, 2, 0, 3, 4, 3] and found.names == ("one", "two", "drei", "b", "c")
     assert found.own.tolist() == [[0, 1], [0, 0], [0, 0], [4, 5], [3, 4]] and one.own is None
     unnamed = replace(one, names=None).with_own(fresh, own[:3])
     assert unnamed.names is None and unnamed.own.tolist()[3:] == [[1, 3], [3, 4]]
-    assert found.extended(unit(1, 10), torch.tensor([0])).own.tolist() == [*found.own.tolist(), [0, 0]]
-    assert scope(entries=unit(0, 10), facts=torch.zeros(0, dtype=torch.int64), names=None).with_own(
-        unit(2, 10), own[:2]
+    assert found.extended(unit(1, 8), torch.tensor([0])).own.tolist() == [*found.own.tolist(), [0, 0]]
+    assert scope(entries=unit(0, 8), facts=torch.zeros(0, dtype=torch.int64), names=None).with_own(
+        unit(2, 8), own[:2]
     ).own.tolist() == [[0, 1], [1, 3]]
     bank = memory(found, tables=True)
     bank.save(tmp_path / "m")
     assert_same(uk.MemoryBank.load(tmp_path / "m").scope, found)
     assert torch.equal(uk.MemoryBank.load(tmp_path / "m").scope.own, found.own)
-    other = replace(one, entries=torch.cat([unit(1, 10), fresh[1:2], fresh[2:]]), facts=torch.arange(3), names=None)
+    other = replace(one, entries=torch.cat([unit(1, 8), fresh[1:2], fresh[2:]]), facts=torch.arange(3), names=None)
     other = replace(other, own=torch.tensor([[0, 2], [2, 5], [0, 0]]))
     layers = {3: replace(bank.layers[3])}
     joined = uk.MemoryBank.joined({"acme": bank, "globex": replace(bank, layers=layers, scope=other)}).scope

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from unike_kernels.ops import prompt_encoder
 from unike_kernels.ops.prompt_encoder import (
     SPELLING,
     PromptEncoder,
@@ -80,8 +81,11 @@ def spelling(word):
     return total / total.norm() * 16
 
 
+@pytest.mark.parametrize("on", ["the CPU", "a device"])
 @pytest.mark.parametrize(("ids", "words"), TEXTS)
-def test_the_spelling_of_a_text(ids, words):
+def test_the_spelling_of_a_text(ids, words, on, monkeypatch):
+    if on == "a device":  # where nobody waits to know how many characters there are
+        monkeypatch.setattr(prompt_encoder, "_room", lambda places: 26 * (len(places) - 1))
     found = Vocabulary(PIECES).spelled(torch.tensor([ids]))
     assert found.shape == (1, len(ids), SPELLING) and found.dtype == torch.float32
     torch.testing.assert_close(found[0], torch.stack([spelling(word) for word in words]))
@@ -129,7 +133,7 @@ E, STATES = 12, 20
 
 def make_encoder(layers=0):
     states = StateBlock(draw(layers, STATES), draw(7, layers * STATES), draw(7), draw(5, 7), draw(5))
-    blocks = (block(E, 6, 2, 8), block(E, 5, 3, 9))
+    blocks = (block(E, 6, 3, 9), block(E, 6, 3, 9))
     return PromptEncoder(draw(E), torch.rand(E) + 0.5, blocks, states if layers else None)
 
 
@@ -187,7 +191,7 @@ def test_keys_against_the_same_by_hand(layers, attends):
     states = torch.randn(3, layers, STATES) if layers else None
     attended = torch.tensor([[1, 0, 1, 0, 0], [1, 0, 0, 0, 0], [0, 1, 1, 1, 1]]).bool() if attends == "some" else None
     keys = encode_prompts(encoder, text, states, attended)
-    assert keys.shape == (3, encoder.width) == (3, 8 + 9 + (5 if layers else 0)) and keys.dtype == torch.float32
+    assert keys.shape == (3, encoder.width) == (3, 9 + 9 + (5 if layers else 0)) and keys.dtype == torch.float32
     torch.testing.assert_close(keys.norm(dim=-1), torch.ones(3))
     torch.testing.assert_close(keys.double(), by_hand(encoder, text, states, attended), rtol=1e-5, atol=1e-6)
     if attends == "some":
@@ -199,13 +203,13 @@ def test_each_part_counts():
     key = encode_prompts(encoder, text, states)
     for name in ("tokens", "words"):
         other = text._replace(**{name: torch.randn_like(getattr(text, name))})
-        assert (encode_prompts(encoder, other, states) - key)[0, :17].abs().max() > 1e-2
-        assert torch.equal(encode_prompts(encoder, other, states)[0, 17:], key[0, 17:])
+        assert (encode_prompts(encoder, other, states) - key)[0, :18].abs().max() > 1e-2
+        assert torch.equal(encode_prompts(encoder, other, states)[0, 18:], key[0, 18:])
     for layer in range(2):
         changed = states.clone()
         changed[0, layer] += torch.randn(STATES)
-        assert (encode_prompts(encoder, text, changed) - key)[0, 17:].abs().max() > 1e-2
-    torch.testing.assert_close(encode_prompts(encoder, text)[0] * (2 / 3) ** 0.5, key[0, :17])  # without states
+        assert (encode_prompts(encoder, text, changed) - key)[0, 18:].abs().max() > 1e-2
+    torch.testing.assert_close(encode_prompts(encoder, text)[0] * (2 / 3) ** 0.5, key[0, :18])  # without states
 
 
 @pytest.mark.parametrize("sides", [(0, 3), (2, 0), (1, 4)])

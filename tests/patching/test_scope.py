@@ -14,6 +14,7 @@ from transformers import DynamicCache
 
 import unike_kernels as uk
 from unike_kernels.nn.routing import Routed
+from unike_kernels.ops import prompt_encoder
 
 MORE = torch.tensor([[30, 31], [32, 33], [34, 35]])
 
@@ -58,10 +59,16 @@ def test_an_edit_acts_from_its_prompts_end_on(setup):
     assert not any(layer._forward_pre_hooks for layer in model.modules())
 
 
+def as_of_a_device(monkeypatch):
+    """What is known of tensors on the CPU alone is not known."""
+    monkeypatch.setattr(Routed, "idle", lambda self, among=None: False)
+    monkeypatch.setattr(prompt_encoder, "_room", lambda places: 26 * (len(places) - 1))
+
+
 def test_a_captured_pass_decides_anew(setup, monkeypatch):
     """As in a CUDA graph: nothing waits for the device, and other prompts in the same memory reach other edits."""
     model, memory, edits = setup
-    monkeypatch.setattr(Routed, "idle", lambda self, among=None: False)  # which is not known of a device
+    as_of_a_device(monkeypatch)
     uk.patch(model, edits, memory)
     others, ids = PROMPTS[[2, 1, 0]], PROMPTS.clone()
     wanted = [logits(model, given) for given in (PROMPTS, others)]

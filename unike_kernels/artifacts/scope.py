@@ -334,7 +334,8 @@ def _shapes(encoder: PromptEncoder, layers: int) -> dict[str, tuple[int, ...]]:
     """What the encoder's tensors must be, by the sizes that some of them say."""
     e = len(encoder.mean)
     found: dict[str, tuple[int, ...]] = {"mean": (e,), "spread": (e,)}
-    for i, block in enumerate(encoder.blocks):
+    for i in range(len(encoder.blocks)):
+        block = encoder.blocks[0]  # they are read together
         h, (heads, c) = len(block.token), (len(block.query), len(block.word_value))
         shapes = {
             "token": (h, e), "word": (h, SPELLING), "bias": (h,), "conv": (h, h, 3), "conv_bias": (h,),

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops.cosine_topk import cosine_topk
-from ..ops.prompt_encoder import PromptEncoder, Text, Vocabulary, encode_prompts, nearest, surely_about
+from ..ops.prompt_encoder import PromptEncoder, Text, TextBlock, Vocabulary, encode_prompts, nearest, surely_about
 from ._drop_in import Tables
 
 if TYPE_CHECKING:
@@ -221,9 +221,13 @@ class Router(Tables):
 
     @property
     def encoder(self) -> PromptEncoder:
-        """Enc_key, from its tensors."""
-        tensors = {name.replace("/", "."): t for name, t in self._buffers.items() if t is not None}
-        return PromptEncoder.of(tensors, self._blocks, bool(self.layers))
+        """Enc_key, from its tensors; its blocks as one."""
+        if self._plan is None:
+            tensors = {name.replace("/", "."): t for name, t in self._buffers.items() if t is not None}
+            found = PromptEncoder.of(tensors, self._blocks, bool(self.layers))
+            self._plan = found._replace(blocks=(TextBlock.together(found.blocks),))
+        encoder: PromptEncoder = self._plan
+        return encoder
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self._tables.clear()
@@ -345,9 +349,7 @@ class Router(Tables):
             rows = zip(ids.tolist(), within.tolist(), strict=True)
             prompts = [[i for i, there in zip(*row, strict=True) if there] for row in rows]
             return self._own(prompts).to(ids.device)
-        words = self.vocabulary.spelled(ids, within)
-        each = torch.arange(ids.numel(), dtype=torch.int64, device=ids.device).view(ids.shape)
-        text = Text(embeddings.flatten(0, 1), words.flatten(0, 1), each, each, within)
+        text = Text(embeddings, self.vocabulary.spelled(ids, within), None, None, within)
         return encode_prompts(self.encoder, text, states).nan_to_num()
 
     def routes(self, now: Pass, batch: int) -> tuple[Routes, Routed]:

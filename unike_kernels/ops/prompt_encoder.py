@@ -24,7 +24,7 @@ T = TypeVar("T")
 SPELLING = 256  # numbers that tell a spelling
 _GRAMS = 4  # characters of the longest run
 _LONGEST = 24  # characters of a token that count
-_BUCKETS = 8192  # of runs of characters, each with signs of its own
+_BUCKETS = 2**13  # of runs of characters, each with signs of its own
 _FIRST, _LAST = 0x110000, 0x110001  # mark a word's ends; no characters
 
 
@@ -58,69 +58,82 @@ class Vocabulary:
         # A token goes on with the word before it if that ends, and it begins, with a letter or digit.
         before = F.pad(tables.open_ends[ids][:, :-1], (1, 0))
         joins = (tables.open_starts[ids] & before).flatten()
-        word = (~joins).cumsum(0) - 1
+        begins, there = ~joins, lengths > 0
+        word = begins.cumsum(0)
         ends = ~F.pad(joins[1:], (0, 1))
-        sizes = torch.where(lengths > 0, lengths + (~joins).long() + ends.long(), 0)
-        at = sizes.cumsum(0) - sizes
+        sizes = (lengths + begins + ends) * there
+        places = F.pad(sizes.cumsum(0), (1, 0))
+        at = places[:-1]
 
-        # All characters, one token's behind the other's, with room for the longest ones.
-        stream = torch.zeros(2, len(lengths) * (_LONGEST + 2) + _GRAMS, dtype=torch.int64, device=ids.device)
-        end = stream.shape[1] - 1
+        # All characters, one token's behind the other's, and the word of each, counted from 1.
+        place = (at + begins).unsqueeze(1) + tables.column
+        place[:, 0], place[:, -1] = at, at + sizes - 1
+        exists = tables.column < lengths.unsqueeze(1)
+        exists[:, 0], exists[:, -1] = begins & there, ends & there
+        room = _room(places)
+        stream = torch.zeros(2, room + _GRAMS, dtype=torch.int64, device=ids.device)
+        place = torch.where(exists, place, room).flatten()
+        values = torch.stack([tables.codes[ids.flatten()], word.unsqueeze(1).expand_as(exists)]).flatten(1)
+        stream.scatter_(1, place.expand(2, -1), values)
+        stream[:, room] = 0
 
-        def put(there: Tensor, places: Tensor, codes: Tensor) -> None:
-            places = torch.where(there, places, end)
-            for row, values in ((0, codes), (1, word.view(-1, *[1] * (places.dim() - 1)) + 1)):
-                stream[row].scatter_(0, places.flatten(), values.expand(places.shape).flatten())
-
-        column = torch.arange(_LONGEST, dtype=torch.int64, device=ids.device)
-        first = at + (~joins).long()
-        put(column < lengths.unsqueeze(1), first.unsqueeze(1) + column, tables.codes[ids.flatten()].long())
-        put((lengths > 0) & ~joins, at, torch.full_like(at, _FIRST))
-        put((lengths > 0) & ends, at + sizes - 1, torch.full_like(at, _LAST))
-        stream[:, end] = 0
-
-        # The runs that begin with each character: the bucket of each, 0 for one that leaves its word.
-        codes, of = stream
-        length = stream.shape[1] - _GRAMS + 1
-        runs, found = torch.zeros_like(codes[:length]), []
-        for n in range(_GRAMS):
-            runs = runs * _PRIME + codes[n : n + length] + 1
-            there = (of[:length] > 0) & (of[:length] == of[n : n + length])
-            if n == 0:
-                there &= codes[:length] < _FIRST
-            found.append(torch.where(there, _mixed(runs + n) % _BUCKETS + 1, 0))
-        buckets = torch.stack(found, 1)
-        slots = torch.arange(_LONGEST + 2, dtype=torch.int64, device=ids.device)
-        own = torch.where(slots < sizes.unsqueeze(1), at.unsqueeze(1) + slots, length - 1)
-        sums = F.embedding_bag(buckets[own].flatten(1), _signs(ids.device), mode="sum")  # integers: exact in any order
-        sums = torch.zeros_like(sums).index_add_(0, word, sums)[word] * (lengths > 0).unsqueeze(1)
+        # The runs of 1 to 4 that begin with each character: the bucket of each, 0 for one that leaves its word. A run's
+        # hash is sum_j (c_j + 1) prime^(n - 1 - j) mod 2^64.
+        codes, of = stream.unfold(1, _GRAMS, 1)
+        hashes = ((codes + 1) * tables.inverses).cumsum(1) * tables.powers
+        within_word = (of > 0) & (of == of[:, :1])
+        within_word[:, 0] &= codes[:, 0] < _FIRST
+        buckets = torch.where(within_word, (_mixed(hashes + tables.sizes) & (_BUCKETS - 1)) + 1, 0).flatten()
+        sums = F.embedding_bag(  # of each token: integers, exact in any order
+            buckets, _signs(ids.device), places * _GRAMS, mode="sum", include_last_offset=True
+        )
+        sums = torch.zeros_like(sums).index_add_(0, word - 1, sums)[word - 1] * there.unsqueeze(1)
         return (F.normalize(sums, dim=-1) * SPELLING**0.5).view(*ids.shape, SPELLING)
+
+
+def _room(places: Tensor) -> int:
+    """How many characters there may be, of tokens that begin at these places, int64 [n + 1]: those that there are; on a
+    device, which is not waited for, as many as the longest tokens would have."""
+    return int(places[-1]) if places.device.type == "cpu" else (len(places) - 1) * (_LONGEST + 2)
 
 
 class _Tables(NamedTuple):
     """Of a vocabulary, with a token behind the others that is no text.
 
     Attributes:
-        codes: int32 [V + 1, 24], the characters of each token in lower case.
-        lengths: int64 [V + 1], how many of them.
+        codes: int64 [V + 1, 26], the characters of each token in lower case, between the marks of a word's ends.
+        lengths: int64 [V + 1], how many characters.
         open_starts: bool [V + 1], whether it may go on with a word.
         open_ends: bool [V + 1], whether the word may go on behind it.
+        column: int64 [26], from -1: the number of the character.
+        inverses, powers: int64 [4], of a prime mod 2^64, from the power 0 on.
+        sizes: int64 [4], from 0.
     """
 
     codes: Tensor
     lengths: Tensor
     open_starts: Tensor
     open_ends: Tensor
+    column: Tensor
+    inverses: Tensor
+    powers: Tensor
+    sizes: Tensor
 
 
 def _tables(pieces: Sequence[str], device: torch.device) -> _Tables:
     texts = [*(piece.lstrip(" ").lower()[:_LONGEST] for piece in pieces), ""]
-    codes = np.array(texts, dtype=f"<U{_LONGEST}").view(np.int32).reshape(len(texts), _LONGEST)
+    codes = np.array(texts, dtype=f"<U{_LONGEST}").view(np.int32).reshape(len(texts), _LONGEST).astype(np.int64)
+    codes = np.pad(codes, ((0, 0), (1, 1)), constant_values=((0, 0), (_FIRST, _LAST)))
+    powers = [pow(_PRIME, n, 2**64) for n in range(_GRAMS)]
+    inverses = [pow(power, -1, 2**64) for power in powers]
     starts = [not piece.startswith(" ") and text[:1].isalnum() for piece, text in zip(pieces, texts, strict=False)]
     lengths = torch.tensor(list(map(len, texts)), dtype=torch.int64, device="cpu")
     ends = [text[-1:].isalnum() for text in texts]
     open_starts, open_ends = (torch.tensor(t, dtype=torch.bool, device="cpu") for t in ([*starts, False], ends))
-    return _Tables(*(t.to(device) for t in (torch.from_numpy(codes), lengths, open_starts, open_ends)))
+    wrapped = [np.array(numbers, dtype=np.uint64).view(np.int64) for numbers in (inverses, powers)]
+    arrays = np.arange(-1, _LONGEST + 1), *wrapped, np.arange(_GRAMS)
+    found = (torch.from_numpy(codes), lengths, open_starts, open_ends, *map(torch.from_numpy, arrays))
+    return _Tables(*(t.to(device) for t in found))
 
 
 @functools.lru_cache(maxsize=16)
@@ -153,6 +166,8 @@ def _mixed(x: Tensor) -> Tensor:
 class TextBlock(NamedTuple):
     """One reading of a prompt's tokens: H queries that attend to them.
 
+    Or n of them, one behind the other in each tensor, which `conv` alone tells: [n h, h, 3].
+
     Attributes:
         token: [h, e], of the embeddings.
         word: [h, 256], of the spellings.
@@ -174,6 +189,11 @@ class TextBlock(NamedTuple):
     query_bias: Tensor
     token_value: Tensor
     word_value: Tensor
+
+    @classmethod
+    def together(cls, blocks: Sequence[TextBlock]) -> TextBlock:
+        """All of them as one."""
+        return blocks[0] if len(blocks) == 1 else cls(*map(torch.cat, zip(*blocks, strict=True)))
 
 
 class StateBlock(NamedTuple):
@@ -235,17 +255,17 @@ class Text(NamedTuple):
     """The text of B prompts of at most T tokens.
 
     Attributes:
-        tokens: [U, e], embeddings, any float dtype.
-        words: float32 [W, 256], spellings.
-        token: int64 [B, T], which of the embeddings each token has.
-        word: int64 [B, T], which of the spellings.
+        tokens: [U, e], embeddings, any float dtype; or [B, T, e], of each token.
+        words: float32 [W, 256], spellings; or [B, T, 256].
+        token: int64 [B, T], which of the embeddings each token has; None: they are in place.
+        word: int64 [B, T], which of the spellings; None: they are in place.
         within: bool [B, T], the tokens that there are.
     """
 
     tokens: Tensor
     words: Tensor
-    token: Tensor
-    word: Tensor
+    token: Tensor | None
+    word: Tensor | None
     within: Tensor
 
 
@@ -260,14 +280,15 @@ def encode_prompts(
         states: [B, L, d], the last token's in each layer; needed where the encoder reads them.
         attended: bool [B, T], the tokens that queries may attend to; None: all that there are.
     """
-    tokens = _sized((text.tokens.float() - encoder.mean) / encoder.spread)
+    text = text._replace(tokens=_sized((text.tokens.float() - encoder.mean) / encoder.spread))
     seen = text.within if attended is None else text.within & attended
-    parts = [_read(block, tokens, text, seen) for block in encoder.blocks]
+    parts = [_read(TextBlock.together(encoder.blocks), text, seen)] if encoder.blocks else []
     if encoder.states is not None and states is not None:
         last = encoder.states
         hidden = F.gelu(F.linear(_sized(states.float() - last.means).flatten(1), last.w1, last.b1))
-        parts.append(F.normalize(F.linear(hidden, last.w2, last.b2), dim=-1))
-    return torch.cat(parts, -1) / len(parts) ** 0.5
+        parts.append(F.linear(hidden, last.w2, last.b2).unsqueeze(1))
+    units = [F.normalize(part, dim=-1) for part in parts]
+    return torch.cat([unit.flatten(1) for unit in units], -1) / sum(unit.shape[1] for unit in units) ** 0.5
 
 
 def nearest(keys: Tensor, entries: Tensor, k: int, ranges: Tensor | None = None) -> list[list[tuple[float, int]]]:
@@ -296,19 +317,37 @@ def surely_about(near: Sequence[tuple[float, T]], same_fact: float, threshold: f
     return about if score > same_fact and score - rival > threshold else None
 
 
-def _read(block: TextBlock, tokens: Tensor, text: Text, seen: Tensor) -> Tensor:
-    """What a block's queries see, [B, H c], of unit length. Distinct tokens and words are projected once."""
-    of_token, of_word = F.linear(tokens, block.token, block.bias), F.linear(text.words, block.word)
-    h = (of_token[text.token] + of_word[text.word]) * text.within.unsqueeze(-1)
-    around = F.conv1d(h.transpose(1, 2), block.conv, block.conv_bias, padding=1).transpose(1, 2)
-    h = F.gelu(h + F.gelu(around))
-    logits = F.linear(h, block.query, block.query_bias).masked_fill(~seen.unsqueeze(-1), float("-inf"))
-    weights = logits.softmax(1).nan_to_num()  # of a prompt without tokens: nothing
-    values = F.linear(tokens, block.token_value)[text.token] + F.linear(text.words, block.word_value)[text.word]
-    heads = values.unflatten(-1, (len(block.query), -1))
-    return F.normalize(torch.einsum("bth,bthc->bhc", weights, heads).flatten(1), dim=-1)
+def _read(block: TextBlock, text: Text, seen: Tensor) -> Tensor:
+    """What the queries of each of n blocks see, [B, n, H c].
+
+    Distinct tokens and words are projected once. What a query sees is linear in them, so that they are averaged by its
+    weights first, and then multiplied.
+    """
+    width = block.conv.shape[1]
+    n = len(block.conv) // width
+    of_token = _in_place(F.linear(text.tokens, block.token, block.bias), text.token)
+    of_word = _in_place(F.linear(text.words, block.word), text.word)
+    h = ((of_token + of_word) * text.within.unsqueeze(-1)).unflatten(-1, (n, width)).transpose(1, 2)  # [B, n, T, h]
+    around = F.pad(h, (0, 0, 1, 1)).unfold(2, 3, 1).flatten(-2)  # the neighbours of each token, [B, n, T, 3 h]
+    conv, bias = block.conv.view(n, width, -1).transpose(1, 2), block.conv_bias.view(n, 1, width)
+    h = F.gelu(h + F.gelu(around @ conv + bias))
+    logits = h @ block.query.view(n, -1, width).transpose(1, 2) + block.query_bias.view(n, 1, -1)
+    logits = logits.transpose(2, 3).flatten(1, 2).masked_fill(~seen.unsqueeze(1), float("-inf"))  # [B, n H, T]
+    weights = logits.softmax(-1).nan_to_num()  # of a prompt without tokens: nothing
+
+    def averaged(of: Tensor, which: Tensor | None, value: Tensor) -> Tensor:  # [B, n H, c]
+        heads = value.unflatten(0, (len(block.query), -1))
+        return torch.einsum("bhe,hce->bhc", weights @ _in_place(of, which), heads)
+
+    found = averaged(text.tokens, text.token, block.token_value) + averaged(text.words, text.word, block.word_value)
+    return found.flatten(1).unflatten(1, (n, -1))
+
+
+def _in_place(distinct: Tensor, which: Tensor | None) -> Tensor:
+    """[U, c] -> [B, T, c]."""
+    return distinct if which is None else distinct[which]
 
 
 def _sized(x: Tensor) -> Tensor:
     """Each vector [..., d] scaled to the norm sqrt(d)."""
-    return F.normalize(x, dim=-1) * x.shape[-1] ** 0.5
+    return F.rms_norm(x, x.shape[-1:], eps=torch.finfo(x.dtype).tiny)  # 0 stays 0

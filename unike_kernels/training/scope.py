@@ -251,7 +251,7 @@ def _keys(encoder: PromptEncoder, seen: _Seen, token_dropout: float = 0.0) -> Te
 
 
 def _all_keys(encoder: PromptEncoder, seen: _Seen) -> Tensor:
-    rows = torch.arange(len(seen.text.token), dtype=torch.int64, device="cpu")
+    rows = torch.arange(len(seen.text.within), dtype=torch.int64, device="cpu")
     with torch.no_grad():
         return torch.cat([_keys(encoder, seen.rows(part)) for part in rows.split(512)])
 
@@ -367,6 +367,7 @@ def _held_out(subjects: Sequence[int], training: ScopeTraining) -> set[int]:
 
 def _initial(seen: _Seen, training: ScopeTraining) -> PromptEncoder:
     """Enc_key before training, for prompts like these."""
+    assert seen.text.token is not None
     used = seen.text.tokens[seen.text.token[seen.text.within]]
     e, h, c = used.shape[-1], training.hidden, training.heads * training.head_width
 
