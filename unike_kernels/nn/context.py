@@ -17,6 +17,7 @@ from torch import Tensor
 from ..config import Config
 from ..errors import PatchError
 from .ambient import Ambient
+from .captured import Captured, capturing
 from .routing import Routed, Router, Rows, Seen, behind_prompts, idle
 from .trace import PassTrace, Trace
 
@@ -307,6 +308,7 @@ class ModelContext:
         current: the version that a new pass gets; see `publish`.
         needs_prompt_ends: whether a pass must know where prompts end, for what is installed.
         selections, traces: the blocks of `rows` and of `explain` that are open.
+        captured: what CUDA graphs read.
     """
 
     def __init__(
@@ -323,6 +325,7 @@ class ModelContext:
         self._lock = threading.RLock()
         _contexts[self._key] = self
         self._running: WeakKeyDictionary[Any, Generation] = WeakKeyDictionary()
+        self.captured = Captured()
 
     def forget_running(self) -> None:
         """Let running generations go on with the current version."""
@@ -337,6 +340,7 @@ class ModelContext:
             traced, idle, ends = self._traced_now(version), Pass(version), self._needs_prompt_ends(version)
             # Together: there is no moment between them.
             self.current, self._idle, self.traced, self.needs_prompt_ends = version, idle, traced, ends
+            self.captured.follow(version)
 
     def _needs_prompt_ends(self, version: Version) -> bool:
         if self.config is None or not self.config.needs_prompt_ends:
@@ -364,6 +368,8 @@ class ModelContext:
     def _retrace(self) -> None:
         with self._lock:
             self.traced = self._traced_now(self.current)
+            if self.selections.blocks:
+                self.captured.select(self.selections.blocks[-1].value, self.current)
 
     def _traced_now(self, version: Version) -> Selection | None:
         """What compiled code selects: what the block selects that was entered last, and be it everything, in tables."""
@@ -459,6 +465,8 @@ class ModelContext:
         ends = self._ends(generation, batch, tokens, attention_mask, device) if tells else None
         generation.tokens += tokens
         local, chosen = self.local, selection or EVERYTHING
+        if not traced and capturing(device):
+            self.captured.keep(generation.version or self.current, chosen)
         if chosen.prompt is not None and self.config is not None and not self.needs_prompt_ends:
             chosen = replace(chosen, prompt=None)
         local.running = Pass.of(
@@ -604,7 +612,7 @@ class ModelContext:
     # --- copies ----------------------------------------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_thread", "_tracing", "_running", "_key", "_lock", "_idle", "traced")
+        own = ("_thread", "_tracing", "_running", "_key", "_lock", "_idle", "traced", "captured")
         return {name: value for name, value in vars(self).items() if name not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -20,6 +20,7 @@ from ..ops.latent_attention import blend_of
 from ..ops.memory_attention import MemoryOperands, PreparedMemory, attend
 from ..retrieval import Retriever
 from ._drop_in import DropIn, Record, Tables, adopt, first_argument, record_of, residual_of, residual_position
+from .captured import capturing
 from .context import ModelContext, Pass
 from .trace import LayerTrace, seconds_since
 
@@ -225,7 +226,7 @@ class MemoryShift(Record):
         start = 0.0 if now.trace is None else time.perf_counter()
         batch, tokens, d = hidden.shape
         flat, inputs = hidden.reshape(-1, d), out.reshape(-1, d)
-        rows = _row_ranges(now, memory)
+        rows = self._row_ranges(now, memory)
         bounds = self._bounds(now, memory, rows, batch, tokens)
         queries = flat.unsqueeze(1) if self.project is None else self.project(module, flat)
         anchor = None
@@ -275,6 +276,22 @@ class MemoryShift(Record):
         ids, scores = (torch.nn.functional.pad(t, rest, value=v) for t, v in ((ids, -1), (scores, float("-inf"))))
         record.entries, record.scores = ids.view(*shape, -1).cpu(), scores.view(*shape, -1).cpu()
         record.alpha = alpha.view(shape).cpu()
+
+    def _row_ranges(self, now: Pass, memory: MemoryTables) -> Tensor | None:
+        """int64 [R, 2]: the entries that each row of the batch may retrieve; None: all of them."""
+        selection = now.selection
+        if selection.ranges_memory_id is not None and selection.ranges_memory_id != memory.id:
+            raise RuntimeError("rows: the memory whose tenants these rows name was swapped; name them anew")
+        ranges = selection.memory_ranges
+        if ranges is None:
+            return None
+        if _on_gpu(ranges) and not now.traced:
+            captured = self.context.captured
+            if capturing(ranges.device):
+                ranges = captured.read_ranges(ranges)
+            else:
+                captured.lay_out_ranges(ranges)
+        return torch.where(ranges < 0, memory.all, ranges)
 
     @staticmethod
     def _rows(last: Tensor) -> Tensor:
@@ -360,13 +377,8 @@ def memory_shift(module: nn.Module) -> MemoryShift:
     raise PatchError(f"{type(module).__name__} is not a patched attention module")
 
 
-def _row_ranges(now: Pass, memory: MemoryTables) -> Tensor | None:
-    """int64 [R, 2]: the entries that each row of the batch may retrieve; None: all of them."""
-    selection = now.selection
-    if selection.ranges_memory_id is not None and selection.ranges_memory_id != memory.id:
-        raise RuntimeError("rows: the memory whose tenants these rows name was swapped; name them anew")
-    ranges = selection.memory_ranges
-    return None if ranges is None else torch.where(ranges < 0, memory.all, ranges)
+def _on_gpu(t: Tensor) -> bool:
+    return t.is_cuda
 
 
 def shift_tokens(

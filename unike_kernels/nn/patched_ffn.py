@@ -12,9 +12,10 @@ from typing_extensions import override
 
 from ..errors import PatchError
 from ..ops import ACTIVATIONS, EditPool
-from ..ops.patched_ffn import FUSED_TOKENS, add_extra_neurons, fused_ffn, fuses
+from ..ops.patched_ffn import FUSED_TOKENS, PreparedNeurons, add_extra_neurons, fused_ffn, fuses
 from ..ops.patched_ffn.reference import activate
 from ._drop_in import DropIn, Record, adopt, base_class, check_free, first_argument, record_of
+from .captured import capturing
 from .context import ModelContext, Pass
 from .dense import Dense
 from .layer_edits import LayerEdits
@@ -91,7 +92,18 @@ class ExtraNeurons(Record):
             return add_extra_neurons(hidden_states, out, pool, self.activation)
         if token_rows is not None:
             return edits.of_tokens(self.activation, rows, token_rows)(hidden_states, out)
-        return edits.view(self.activation, rows)(hidden_states, out)
+        return self._prepared(edits, rows, out)(hidden_states, out)
+
+    def _prepared(self, edits: LayerEdits, rows: Rows | Routed | None, like: Tensor) -> PreparedNeurons:
+        """The neurons and edits of these rows; for a pass that is captured into a CUDA graph what the one before it has
+        laid out for that."""
+        if not _on_gpu(like) or isinstance(rows, Routed):
+            return edits.view(self.activation, rows)
+        if capturing(like.device):
+            return self.context.captured.read(self.layer, edits, rows).prepared(self.activation)
+        view = edits.view(self.activation, rows)
+        self.context.captured.lay_out(self.layer, edits, rows, view.pool).prepared(self.activation)
+        return view
 
     def _pool(self, now: Pass, edits: LayerEdits, rows: Rows | Routed | None) -> EditPool:
         """The neurons, and the edits of each row of this pass."""
@@ -135,7 +147,8 @@ class ExtraNeurons(Record):
             or not self._may_fuse(hidden_states)
         ):
             return None
-        pool = self._pool(now, edits, now.selection.edits)
+        rows = now.selection.edits
+        pool = self._pool(now, edits, rows) if now.traced else self._prepared(edits, rows, hidden_states).pool
         operands = hidden_states, self.dense.weights(), pool, self.activation
         return fused_ffn(*operands) if fuses(*operands) else None
 

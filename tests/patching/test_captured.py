@@ -1,0 +1,202 @@
+"""CUDA graphs of a patched model, by a stand-in for them: what replays compute when edits, rows and betas change."""
+
+from __future__ import annotations
+
+import gc
+import warnings
+import weakref
+from dataclasses import replace
+
+import pytest
+import torch
+from capture import Capture
+from configs import every_token
+
+import unike_kernels as uk
+from unike_kernels.nn import context, memory_attention, patched_ffn
+
+IDS = torch.tensor([[5, 6, 7], [8, 9, 10]])
+
+
+@pytest.fixture
+def capture(monkeypatch):
+    """compute -> its `Capture`, as if all tensors were on a GPU."""
+    on = []
+    for module in (patched_ffn, memory_attention):
+        monkeypatch.setattr(module, "_on_gpu", lambda t: True)
+    for module in (patched_ffn, memory_attention, context):
+        monkeypatch.setattr(module, "capturing", lambda device: bool(on))
+
+    def run(compute):
+        on.append(True)
+        try:
+            return Capture(compute)
+        finally:
+            on.clear()
+
+    return run
+
+
+@pytest.fixture
+def setup(make_model, make_memory, make_edit):
+    model = make_model("llama")
+    memory = make_memory(model, every_token(k=7, values="pre"), layers=(2, 4))
+    edits = [make_edit(model, name, memory, seed=seed, layers=(2, 4)) for seed, name in enumerate("abcd", 2)]
+    return model, memory, edits
+
+
+def logits(model, ids=IDS):
+    with torch.no_grad():
+        return model(input_ids=ids).logits
+
+
+def agrees(graph, wanted):
+    graph.replay()
+    torch.testing.assert_close(graph.result, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_replays_see_rows_betas_and_edits(setup, capture):
+    model, memory, (a, b, c, d) = setup
+    uk.patch(model, [a, b, c], memory)
+    ids = IDS.clone()
+    with uk.rows(model, [["a"], ["b"]]):
+        logits(model, ids)
+        graph = capture(lambda: logits(model, ids))
+    seen = []
+    for rows, beta in (([["a"], ["b"]], 0.1), ([["b"], []], 0.1), ([["c", "a"], ["b"]], 0.1), ([["a"], ["b"]], 0.9)):
+        uk.set_beta(model, "a", beta)
+        with uk.rows(model, rows):
+            wanted = logits(model, ids)
+            agrees(graph, wanted)
+        agrees(graph, wanted)  # and behind the block
+        seen.append(wanted)
+    uk.add_edit(model, d)
+    with uk.rows(model, [["d"], ["a"]]):
+        agrees(graph, logits(model, ids))
+        uk.set_beta(model, "d", 0.7)  # inside of a block, too
+        agrees(graph, logits(model, ids))
+    uk.remove_edit(model, "c")
+    ids.copy_(IDS.flip(0))
+    with uk.rows(model, [["d"], ["b"]]):
+        agrees(graph, logits(model, ids))
+    assert all(not torch.allclose(x, y, atol=1e-3) for i, x in enumerate(seen) for y in seen[:i])
+
+
+def test_replays_of_all_edits_in_every_row(setup, capture):
+    model, memory, (a, b, *_) = setup
+    uk.patch(model, [a], memory)
+    logits(model)
+    graph = capture(lambda: logits(model))
+    one = graph.result.clone()
+    uk.add_edit(model, b)
+    agrees(graph, logits(model))
+    uk.remove_edit(model, "a")
+    agrees(graph, logits(model))
+    uk.remove_edit(model, "b")
+    agrees(graph, logits(model))
+    assert not torch.allclose(one, graph.result, atol=1e-3)
+
+
+def test_replays_see_tenants_and_two_graphs_their_own_rows(setup, capture, make_memory):
+    model, _, (a, b, *_) = setup
+    one, two = (make_memory(model, every_token(k=7, values="pre"), seed=seed, layers=(2, 4)) for seed in (1, 7))
+    shared = {
+        i: {name: getattr(layer, name) for name in ("encoder", "zeta", "zeta_prime")} for i, layer in one.layers.items()
+    }
+    two = replace(two, layers={i: replace(layer, **shared[i]) for i, layer in two.layers.items()})
+    uk.patch(model, [a, b], uk.MemoryBank.joined({"one": one, "two": two}), override=True)
+    with uk.rows(model, [["a"], ["b"]], memory=["one", "two"]):
+        logits(model)
+        two = capture(lambda: logits(model))
+    with uk.rows(model, [["b"]], memory=["two"]):
+        logits(model, IDS[:1])
+        one = capture(lambda: logits(model, IDS[:1]))
+    with uk.rows(model, [["b"], ["a"]], memory=["two", False]):
+        agrees(two, logits(model))
+    with uk.rows(model, [["a"]], memory=["one"]):
+        agrees(one, logits(model, IDS[:1]))
+        with uk.rows(model, [["b"], ["b"]], memory=["two", "one"]):
+            agrees(two, logits(model))
+        agrees(one, logits(model, IDS[:1]))
+
+
+def test_what_was_never_run_is_not_captured(setup, capture):
+    model, memory, (a, b, *_) = setup
+    uk.patch(model, [a, b], memory)
+    with pytest.raises(uk.PatchError, match="captured of a pass that was never run"):
+        capture(lambda: logits(model))
+    with uk.rows(model, [["a"], ["b"]]):
+        logits(model)
+    with uk.rows(model, [["a"]]), pytest.raises(uk.PatchError, match="captured of a pass that was never run"):
+        capture(lambda: logits(model))
+    with uk.rows(model, [["b"], ["b"]]):
+        with pytest.raises(uk.PatchError, match="captured of a pass that was never run"):
+            capture(lambda: logits(model))
+        logits(model)
+        graph = capture(lambda: logits(model))
+        agrees(graph, logits(model))
+
+
+def test_rows_that_a_graph_cannot_see_are_refused(setup, capture):
+    model, memory, (a, b, c, d) = setup
+    uk.patch(model, [a, b, c, d], memory)
+    with uk.rows(model, [["a"], ["b"]]):
+        logits(model)
+        graph = capture(lambda: logits(model))
+    wanted = graph.result.clone()
+    for what, rows in (("without memory", {"edits": [["a"], ["b"]]}), ("with edits", {})):
+        block = uk.rows(model, **rows, memory=[True, False])
+        with pytest.raises(uk.PatchError, match=f"graph of 2 rows was captured in a uk.rows.* {what}="):
+            block.__enter__()
+    agrees(graph, wanted)
+    with uk.rows(model, [["c"], ["a"], ["b"]], memory=[True, False, True]):  # of other rows, that the graph has not
+        logits(model, IDS[[0, 1, 1]])
+    agrees(graph, wanted)
+
+
+def test_more_edits_than_a_graph_has_room_for(make_model, make_edit, capture):
+    model = make_model("llama")
+    edits = [make_edit(model, f"e{i}", seed=i, layers=(2,), neurons=1) for i in range(20)]
+    uk.patch(model, edits)
+    with uk.rows(model, [["e0"], ["e1"]]):
+        logits(model)
+        graph = capture(lambda: logits(model))
+    wanted, many = graph.result.clone(), [f"e{i}" for i in range(20)]
+    with pytest.raises(uk.PatchError, match="room for 16 edits in 2 rows, not for 20: capture it anew"):
+        uk.rows(model, [many, []]).__enter__()
+    agrees(graph, wanted)
+    with uk.rows(model, [many[:16], []]):
+        agrees(graph, logits(model))
+
+
+@pytest.mark.parametrize("change", ["growth", "memory"])
+def test_what_a_graph_goes_on_reading_stays_and_is_told(setup, capture, make_edit, make_memory, change):
+    model, memory, (a, b, *_) = setup
+    uk.patch(model, [a], memory)
+    logits(model)
+    graph = capture(lambda: logits(model))
+    wanted = graph.result.clone()
+    made = {id(t) for _, _, _, out in graph._calls for t in (out if isinstance(out, tuple | list) else [out])}
+    read = [
+        weakref.ref(t)
+        for func, args, _, _ in graph._calls
+        for t in args
+        if func.namespace == "unike" and isinstance(t, torch.Tensor) and id(t) not in made
+    ]
+    assert len(read) > 20
+    changes = {
+        "growth": lambda: uk.add_edit(model, make_edit(model, "wide", memory, neurons=200, layers=(2, 4))),
+        "memory": lambda: uk.swap_memory(
+            model, make_memory(model, memory.config, seed=9, layers=(2, 4)), override=True
+        ),
+    }
+    with pytest.warns(UserWarning, match="CUDA graphs of this model go on with"):
+        changes[change]()
+    assert not torch.allclose(logits(model), wanted, atol=1e-3)
+    agrees(graph, wanted)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        uk.add_edit(model, b, override=True)  # it is told once
+    del graph
+    gc.collect()
+    assert all(ref() is not None for ref in read)
