@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import warnings
 import weakref
@@ -80,6 +81,23 @@ def test_replays_see_rows_betas_and_edits(setup, capture):
     with uk.rows(model, [["d"], ["b"]]):
         agrees(graph, logits(model, ids))
     assert all(not torch.allclose(x, y, atol=1e-3) for i, x in enumerate(seen) for y in seen[:i])
+
+
+def test_what_is_written_for_graphs_is_read_by_nobody_else(setup, capture, make_memory):
+    model, memory, (a, b, *_) = setup
+    uk.patch(model, [a, b], uk.MemoryBank.joined({"one": memory}), override=True)
+    # By the definition, which reads tables anew each time, as GPUs do.
+    with uk.backend("reference"), uk.rows(model, [["a"], ["b"]], memory=["one", False]), torch.no_grad():
+        wanted = logits(model)
+        graph = capture(lambda: logits(model))
+        running = model(input_ids=IDS).past_key_values
+        twin = copy.deepcopy(running)
+        following = model(input_ids=IDS[:, :1], past_key_values=twin).logits
+        with uk.rows(model, [["b"], []], memory=[False, "one"]):
+            agrees(graph, logits(model))
+        assert torch.equal(logits(model), wanted)
+        uk.set_beta(model, "a", 0.9)  # which a generation that runs does not see
+        assert torch.equal(model(input_ids=IDS[:, :1], past_key_values=running).logits, following)
 
 
 def test_replays_of_all_edits_in_every_row(setup, capture):

@@ -67,10 +67,7 @@ class CapturedRows:
 
     def follows(self, edits: LayerEdits) -> bool:
         """Whether this store still has its neurons where they were."""
-        if edits.empty:
-            return True
-        moved = any(edits._buffers[name] is not getattr(self.pool, name) for name in _SHARED)
-        return not moved and edits.beta.shape == self.pool.beta.shape
+        return edits.empty or all(edits._buffers[name] is getattr(self.pool, name) for name in _SHARED)
 
     def holds(self, edits: LayerEdits, rows: Rows | None) -> bool:
         """Whether these were written last."""
