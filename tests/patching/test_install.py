@@ -191,6 +191,29 @@ def test_compiles_in_one_graph(setup, scale):
         torch.testing.assert_close(logits(compiled, s.inputs), wanted)
 
 
+@pytest.mark.parametrize("kind", ["llama", pytest.param("opt", marks=pytest.mark.slow)])
+def test_generate_with_a_static_cache_compiles_in_one_graph(make_model, make_memory, make_edit, make_inputs, kind):
+    """As it does by itself on a GPU: each token behind the prompt."""
+    from transformers import CompileConfig
+
+    model = make_model(kind)
+    memory = make_memory(model, uk.Config(k=7, values="pre"))
+    inputs, config = make_inputs(kind, PROMPTS), CompileConfig(fullgraph=True, backend="aot_eager", mode=None)
+    config._compile_all_devices = True
+
+    def generated(**how):
+        return model.generate(**inputs, max_new_tokens=8, do_sample=False, **how)
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    base = generated()
+    with uk.patched(model, [make_edit(model, "a", memory), make_edit(model, "b", memory, seed=3)], memory):
+        wanted = generated()
+        found = generated(cache_implementation="static", compile_config=config)
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert torch.equal(found, wanted) and not torch.equal(wanted, base)
+
+
 # --- equality -------------------------------------------------------------------------------------------------------
 
 
