@@ -8,9 +8,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from capture import Capture
 from scopes import LAYERS, PROMPTS, scoped
-from transformers import DynamicCache
+from transformers import CompileConfig, DynamicCache, LogitsProcessorList, StaticCache
 
 import unike_kernels as uk
 from unike_kernels.nn.routing import Routed
@@ -375,6 +376,73 @@ def test_the_memory_shifts_where_an_edit_acts(make_model, make_edit, make_memory
     assert torch.equal(logits(model, PROMPTS), base)
 
 
+def close(found, wanted):
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_static_cache_is_compiled_behind_the_prompt(make_model, make_edit):
+    """In one graph for whatever was decided, as `generate` does by itself on a GPU."""
+    model = make_model("llama")
+    memory, edits = scoped(model, make_edit)
+    config = CompileConfig(fullgraph=True, backend="aot_eager", mode=None)
+    config._compile_all_devices = True
+
+    def generated(ids, **how):  # the logits of some tokens that are the same ones whatever is edited
+        chosen = [lambda ids, scores: F.one_hot(torch.full(scores.shape[:1], 10 + ids.shape[1]), 44) * 9.0]
+        how |= {"logits_processor": LogitsProcessorList(chosen), "output_logits": True}
+        out = model.generate(input_ids=ids, max_new_tokens=4, do_sample=False, return_dict_in_generate=True, **how)
+        return torch.stack(out.logits, 1)
+
+    def graphs():
+        return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    base, compiled = generated(PROMPTS), {"cache_implementation": "static", "compile_config": config}
+    uk.patch(model, edits[:1], memory)
+    first, second, again = (generated(ids, **compiled) for ids in (PROMPTS, PROMPTS[[2, 1, 0]], PROMPTS))
+    assert graphs() == 1
+    close(first, generated(PROMPTS))
+    close(first, again)
+    close(second, first[[2, 1, 0]])
+    assert ((first - base).abs().amax((1, 2)) > 1e-3).tolist() == [True, False, False]
+    uk.add_edit(model, edits[1])
+    both = generated(PROMPTS, **compiled)
+    close(both, generated(PROMPTS))
+    assert (both - first)[1].abs().max() > 1e-3
+    with uk.rows(model, [["a"], [], []]):
+        close(generated(PROMPTS, **compiled), first)
+
+
+def test_a_compiled_pass_without_what_a_prompt_decided_is_refused(make_model, make_edit):
+    model = make_model("llama")
+    memory, edits = scoped(model, make_edit)
+    uk.patch(model, edits[:1], memory)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+
+    def prompted():
+        cache = StaticCache(config=model.config, max_cache_len=16)
+        logits(model, PROMPTS, past_key_values=cache)
+        return cache
+
+    def refused(ids, cache):
+        with pytest.raises(Exception, match="expected a pass over a prompt that is not compiled"):
+            logits(compiled, ids, past_key_values=cache)
+
+    logits(compiled, MORE[:, :1], past_key_values=prompted())
+    refused(MORE, prompted())  # several tokens: another prompt, perhaps
+    refused(PROMPTS, StaticCache(config=model.config, max_cache_len=16))
+    refused(MORE[:, :1], DynamicCache(config=model.config))
+    cache = prompted()
+    uk.add_edit(model, edits[1])
+    refused(MORE[:, :1], cache)  # decided among other edits
+    wanted, found = prompted(), prompted()
+    torch.testing.assert_close(
+        logits(compiled, MORE[:, :1], past_key_values=found), logits(model, MORE[:, :1], past_key_values=wanted)
+    )
+
+
 @pytest.mark.parametrize("fullgraph", [False, True])
 def test_compiled_code_is_refused(make_model, make_edit, fullgraph):
     """A part of the model too, and not by going on without: it would edit all rows, as it knows no routes."""
@@ -385,7 +453,9 @@ def test_compiled_code_is_refused(make_model, make_edit, fullgraph):
     layer = model.model.layers[4]
     layer.compile(backend="eager", fullgraph=fullgraph)
     for _ in range(2):
-        with pytest.raises(Exception, match="scope='memory': expected a model that is not compiled") as raised:
+        with pytest.raises(
+            Exception, match="scope='memory': expected a pass over a prompt that is not compiled"
+        ) as raised:
             logits(model, PROMPTS)
         assert fullgraph or raised.type is ValueError
     uk.unpatch(model)
@@ -406,5 +476,5 @@ def test_a_compiled_model_is_refused(make_model, make_edit, fullgraph, part):
     module = model if part == "model" else model.model.decoder
     module.forward = torch.compile(module.forward, backend="eager", fullgraph=fullgraph)
     for _ in range(2):
-        with pytest.raises(Exception, match="scope='memory': expected a model that is not compiled"):
+        with pytest.raises(Exception, match="scope='memory': expected a pass over a prompt that is not compiled"):
             logits(model, PROMPTS)

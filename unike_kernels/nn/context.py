@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
@@ -38,6 +38,23 @@ class Version:
 
 
 NOTHING = Version({}, {})
+
+
+class Decided(NamedTuple):
+    """What a router has decided in the pass over a prompt, for compiled passes over the tokens behind it.
+
+    Attributes:
+        number: of what was installed then.
+        csr: layer -> the edits of each row, as `LayerEdits.csr` gives them.
+        entries: int64 [B, 2], see `Routed`.
+    """
+
+    number: int
+    csr: Mapping[int, tuple[Tensor, Tensor]]
+    entries: Tensor
+
+
+_DECIDED = "_unike_decided"  # of a cache
 
 
 @dataclass(eq=False)
@@ -124,6 +141,7 @@ class Pass:
         scoped: whether an edit acts from the last prompt token on alone, and where the router says so.
         trace: where layers record what they did; None: nobody asks.
         traced: whether torch.compile traces it.
+        decided: before it, where it is traced and a router decides.
         graph_task: the backward pass that it is a part of, as torch numbers them; -1: none.
         outer: the pass that this one interrupts.
         inputs: of a layer whose FFN stands inline: what its first part notes for the last one, until that takes it;
@@ -141,6 +159,7 @@ class Pass:
     scoped: bool = False
     trace: PassTrace | None = None
     traced: bool = False
+    decided: Decided | None = None
     graph_task: int = -1
     outer: Pass | None = None
     inputs: dict[int, Any] = field(default_factory=dict)
@@ -237,13 +256,15 @@ class Pass:
 
     def idle(self) -> bool:
         """Whether it is known, without waiting for a device, that no edit acts where one decides about the memory."""
-        return self.scoped and idle(self.acting()[0])
+        return self.scoped and not self.traced and idle(self.acting()[0])
 
     def entries(self, bounds: Tensor) -> Tensor:
         """int64 [B * T, 2]: of the entries [start, end) that each token may retrieve, those that shift it, where a
         router or a selection says so; [0, 0] for none. bounds: int64 [B * T, 2] or [1, 2]."""
-        rows, token_rows = self.acting()
-        if isinstance(rows, Routed):
+        rows, token_rows = (None, None) if self.traced else self.acting()
+        if self.decided is not None:
+            own = self.decided.entries
+        elif isinstance(rows, Routed):
             own = rows.entries
         else:
             acts = [[-1, -1] if row else [0, 0] for row in rows or ()]
@@ -306,6 +327,7 @@ class ModelContext:
     Attributes:
         orphaned: whether it was copied with a part of its model alone, so that nobody can select anything for it.
         current: the version that a new pass gets; see `publish`.
+        number: of it; of all models, no two have the same.
         needs_prompt_ends: whether a pass must know where prompts end, for what is installed.
         selections, traces: the blocks of `rows` and of `explain` that are open.
         captured: what CUDA graphs read.
@@ -340,6 +362,7 @@ class ModelContext:
             traced, idle, ends = self._traced_now(version), Pass(version), self._needs_prompt_ends(version)
             # Together: there is no moment between them.
             self.current, self._idle, self.traced, self.needs_prompt_ends = version, idle, traced, ends
+            self.number = next(_numbers)
             self.captured.follow(version)
 
     def _needs_prompt_ends(self, version: Version) -> bool:
@@ -455,7 +478,9 @@ class ModelContext:
         """
         if self.orphaned:
             raise _copied_alone()
-        traced = self._tracing_now()
+        traced, decided = torch.compiler.is_compiling(), None
+        if traced and self.config is not None and self.config.scope == "memory":
+            decided = self._decided_before(cache, tokens)
         tells = tells and selection is not None and selection.prompt is None
         tells = tells and self.needs_prompt_ends
         if traced and self.config is not None and self.config.needs_whole_prompts:
@@ -482,6 +507,7 @@ class ModelContext:
             generation=generation,
             trace=None if trace is None else trace.value.begin(batch, tokens),
             traced=traced,
+            decided=decided,
             graph_task=-1 if traced else torch._C._current_graph_task_id(),
             outer=local.running,
             **inputs,
@@ -496,6 +522,25 @@ class ModelContext:
             raise ValueError(_COMPILED)
         return traced
 
+    def _decided_before(self, cache: Any, tokens: int) -> Decided:
+        """What compiled code is to do behind a prompt. Raises ValueError for the prompt itself, or another version."""
+        found: Decided | None = getattr(cache, _DECIDED, None)
+        if found is None or tokens != 1 or found.number != self.number:
+            torch._dynamo.graph_break(msg=_COMPILED)
+            raise ValueError(_COMPILED)
+        return found
+
+    def _note_decided(self, done: Pass, cache: Any) -> None:
+        """Let compiled code know by the cache what a pass over a prompt has decided."""
+        if not done.scoped or done.last is None or not getattr(cache, "is_compileable", False):
+            return
+        vars(cache).pop(_DECIDED, None)
+        router = done.version.router
+        if router is not None and not done.selection.forced and done.version is self.current:
+            _, routed = router.routes(done, done.shape[0])
+            csr = {i: store.csr(routed) for i, store in done.version.edits.items() if not store.empty}
+            vars(cache)[_DECIDED] = Decided(self.number, csr, routed.entries)
+
     def end(self, cache: Any = None) -> None:
         """The pass that began last has ended, or failed; the cache that it has made is what its generation is known by
         from now on."""
@@ -504,6 +549,7 @@ class ModelContext:
             if cache is not None and not local.running.traced:
                 with contextlib.suppress(TypeError):
                     self._running.setdefault(cache, local.running.generation)
+                self._note_decided(local.running, cache)
             local.running = local.running.outer
 
     def _generation(self, cache: Any, selection: Selection | None, tokens: int, past: int, tells: bool) -> Generation:
@@ -638,11 +684,12 @@ def _lost() -> PatchError:
 # --- compiled code ---------------------------------------------------------------------------------------------------
 
 _COMPILED = (
-    "scope='memory': expected a model that is not compiled, as the text of a prompt decides where an edit acts; call "
-    "the model itself, and generate(..., disable_compile=True) with a static cache"
+    "scope='memory': expected a pass over a prompt that is not compiled, as its text decides where an edit acts. "
+    "Compiled code computes the tokens behind it, one at a time, with the same static cache, until an edit changes: "
+    "call the model itself for the prompt"
 )
 
-_keys = itertools.count()
+_keys, _numbers = itertools.count(), itertools.count()
 _contexts: WeakValueDictionary[int, ModelContext] = WeakValueDictionary()
 
 

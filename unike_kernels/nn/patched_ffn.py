@@ -84,8 +84,8 @@ class ExtraNeurons(Record):
         return result
 
     def _add(self, now: Pass, edits: LayerEdits, hidden_states: Tensor, out: Tensor) -> Tensor:
-        rows, token_rows = now.acting()
-        if now.scoped and idle(rows, edits.position):
+        rows, token_rows = (None, None) if now.traced else now.acting()
+        if now.scoped and not now.traced and idle(rows, edits.position):
             return out
         if now.traced or torch.is_grad_enabled():
             pool = self._pool(now, edits, rows)._replace(token_rows=token_rows)
@@ -108,7 +108,8 @@ class ExtraNeurons(Record):
     def _pool(self, now: Pass, edits: LayerEdits, rows: Rows | Routed | None) -> EditPool:
         """The neurons, and the edits of each row of this pass."""
         if now.traced:
-            return edits.pool(selected=None if now.selection.csr is None else now.selection.csr[self.layer])
+            csr = now.selection.csr if now.decided is None else now.decided.csr
+            return edits.pool(selected=None if csr is None else csr[self.layer])
         return edits.pool(rows)
 
     @torch.no_grad()

@@ -251,7 +251,7 @@ class PromptHook:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Show the router of this pass what comes to the layer."""
         now = self.context.now()
-        if now.version.router is not None and now.last is not None and not now.selection.forced:
+        if now.version.router is not None and now.last is not None and not (now.selection.forced or now.traced):
             now.version.router.see(now, self.layer, first_argument(args, kwargs), self.context.local.embedded)
 
 
