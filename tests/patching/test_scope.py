@@ -380,10 +380,16 @@ def close(found, wanted):
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
 
-def test_a_static_cache_is_compiled_behind_the_prompt(make_model, make_edit):
+@pytest.mark.slow
+@pytest.mark.parametrize("entries", [0, 20])
+def test_a_static_cache_is_compiled_behind_the_prompt(make_model, make_edit, make_memory, entries):
     """In one graph for whatever was decided, as `generate` does by itself on a GPU."""
     model = make_model("llama")
     memory, edits = scoped(model, make_edit)
+    if entries:  # which shift the rows in which an edit acts
+        config = memory.config
+        own = make_memory(model, replace(config, scope="all"), entries=entries)
+        memory = replace(own, config=config, scope=memory.scope)
     config = CompileConfig(fullgraph=True, backend="aot_eager", mode=None)
     config._compile_all_devices = True
 
@@ -399,14 +405,14 @@ def test_a_static_cache_is_compiled_behind_the_prompt(make_model, make_edit):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     base, compiled = generated(PROMPTS), {"cache_implementation": "static", "compile_config": config}
-    uk.patch(model, edits[:1], memory)
+    uk.patch(model, edits[:1], memory, override=True)
     first, second, again = (generated(ids, **compiled) for ids in (PROMPTS, PROMPTS[[2, 1, 0]], PROMPTS))
     assert graphs() == 1
     close(first, generated(PROMPTS))
     close(first, again)
     close(second, first[[2, 1, 0]])
     assert ((first - base).abs().amax((1, 2)) > 1e-3).tolist() == [True, False, False]
-    uk.add_edit(model, edits[1])
+    uk.add_edit(model, edits[1], override=True)
     both = generated(PROMPTS, **compiled)
     close(both, generated(PROMPTS))
     assert (both - first)[1].abs().max() > 1e-3
