@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import EVERYBODY, Workspace, last_contiguous, meet, multiprocessors, options, workspace_of
+from .._triton import EVERYBODY, Workspace, last_contiguous, launch, meet, multiprocessors, options, workspace_of
 from . import reference
 
 LANES = tl.constexpr(reference.LANES)
@@ -375,8 +375,7 @@ def cosine_topk(
     """The canonical top-k of `reference.cosine_topk`.
 
     One launch for up to 2^24 pairs of query and key, and 64 queries for every 8 multiprocessors. For more
-    than 256 results a query the definition runs instead. Ranges are read back to be checked; without them nothing waits
-    for the device.
+    than 256 results a query the definition runs instead. Nothing waits for the device: ranges are clipped to the keys.
 
     Args:
         queries: [M, d], any float dtype but float64.
@@ -392,9 +391,7 @@ def cosine_topk(
     if keys.dtype == torch.float64 or not takes(n, d, k):
         results = reference.cosine_topk(queries, keys, k, normalized, ranges)
         return results if out is None else (out[0].copy_(results[0]), out[1].copy_(results[1]))
-    if ranges is not None:
-        reference._check_ranges(ranges, n)
-        ranges = ranges.contiguous()
+    ranges = None if ranges is None else ranges.contiguous()
     if out is None:
         out = queries.new_empty((m, k), dtype=torch.float32), queries.new_empty((m, k), dtype=torch.int64)
     queries, keys = last_contiguous(queries), last_contiguous(keys)
@@ -405,7 +402,8 @@ def cosine_topk(
         t = tiling(len(few), n, k)
         workspace = workspace or workspace_of(queries.device)
         scratch = typed(workspace.floats(*scratch_of(t, len(few), n, d)))
-        cosine_topk_kernel[(t.blocks,)](
+        launch(
+            cosine_topk_kernel, t.blocks,
             few, keys, None if ranges is None else ranges[some], *(o[some] for o in out), *scratch,
             workspace.counters[EVERYBODY:], len(few), n, d, queries.stride(0), keys.stride(0), k, *t.sizes,
             error_bound(d), normalized, *t.shapes, num_warps=WARPS, **options(cooperative=True),
