@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any, Literal
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
@@ -242,15 +243,18 @@ class Pass:
         """int64 [B * T, 2]: of the entries [start, end) that each token may retrieve, those that shift it, where a
         router or a selection says so; [0, 0] for none. bounds: int64 [B * T, 2] or [1, 2]."""
         rows, token_rows = self.acting()
-        if isinstance(rows, Routed):
-            own = rows.entries
-        else:
-            acts = [[-1, -1] if row else [0, 0] for row in rows or ()]
-            own = torch.tensor(acts, dtype=torch.int64, device=bounds.device).view(-1, 2)
+        own = rows.entries if isinstance(rows, Routed) else _of_selected(tuple(map(bool, rows or ())), bounds.device)
         own = own.repeat_interleave(self.shape[1], 0) if token_rows is None else own[token_rows]
         start = torch.maximum(own[:, 0], bounds[:, 0])
         end = torch.where(own[:, 1] < 0, bounds[:, 1], torch.minimum(own[:, 1], bounds[:, 1]))
         return torch.where((start < end).unsqueeze(1), torch.stack([start, end], 1), 0)
+
+
+@lru_cache(maxsize=64)
+def _of_selected(rows: tuple[bool, ...], device: torch.device) -> Tensor:
+    """int64 [R, 2], see `Routed.entries`, of rows that select edits, or none. Kept, and not to be written to."""
+    entries = [[-1, -1] if selects else [0, 0] for selects in rows]
+    return torch.tensor(entries, dtype=torch.int64, device="cpu").view(-1, 2).to(device)
 
 
 def _prompt_ends(lengths: Tensor, config: Config, batch: int, mask: Tensor | None) -> Tensor:

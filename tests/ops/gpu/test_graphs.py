@@ -8,11 +8,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from backbones.zoo import ZOO, logits, model_of
 from ops.gpu.graphs import STREAM, Graph, on_stream, overlaps, tensors
 from ops.test_patched_ffn import make_pool
 from torch.multiprocessing.reductions import StorageWeakRef
+from transformers import masking_utils
 
+import unike_kernels as uk
 from unike_kernels import ops
+from unike_kernels.nn import LayerEdits, Pass, Selection, patched_ffn
+from unike_kernels.nn.context import NOTHING
 from unike_kernels.ops import _triton, _workspace
 from unike_kernels.ops.cosine_topk import cuda
 from unike_kernels.ops.cosine_topk import triton as search
@@ -215,6 +220,37 @@ def test_a_memory_whose_tokens_have_ranges_takes_two_launches_without_waiting(se
     for given, result in zip(contents, wanted, strict=True):
         ranges.copy_(given)
         torch.testing.assert_close(graph.replay()[0], result)
+
+
+@pytest.mark.parametrize("base", ["vendor", "fused"])
+def test_a_patched_model_is_captured_with_the_rows_of_a_pass_before(base, session, make_edit, monkeypatch):
+    """Nothing of them comes from the host again."""
+    model = model_of(ZOO["llama"], torch.float32)
+    uk.patch(model, [make_edit(model, name, seed=i, layers=(1, 3)) for i, name in enumerate("ab")], base=base)
+    monkeypatch.setattr(patched_ffn, "_on_gpu", lambda t: True)
+    monkeypatch.setattr(masking_utils, "is_tracing", lambda *_: True)  # as it says in a capture
+    ids = torch.tensor([[7], [9]])
+    with uk.rows(model, edits=[["a"], ["b"]]):
+        before = logits(model, ids)
+        graph = Graph(session, lambda: logits(model, ids))
+        assert len(graph.launches) == 2
+        ids.copy_(torch.tensor([[11], [12]]))
+        (found,) = graph.replay()
+        wanted = logits(model, ids)
+    torch.testing.assert_close(found, wanted)
+    assert not torch.allclose(found, before)
+
+
+def test_rows_of_a_scope_come_from_the_host_once(session, make_model, make_edit):
+    """Of a selection that acts whatever a router would decide."""
+    rows, row_of_each, bounds = (("a",), ()), torch.tensor([0, 1, 1]), torch.tensor([[0, 9]])
+    store = LayerEdits()
+    store.set({"a": make_edit(make_model("llama")).layers[2]})
+    selection = Selection(rows=2, edits=rows, forced=True)
+    made = Pass(NOTHING, selection, prompted=True, scoped=True, shape=(2, 1))
+    compute = lambda: (made.entries(bounds), store.of_tokens("relu", rows, row_of_each).pool.row_edits)  # noqa: E731
+    wanted = compute()
+    assert same(Graph(session, compute).replay(), wanted)
 
 
 def test_the_public_operators_look_at_no_values_of_another_device():

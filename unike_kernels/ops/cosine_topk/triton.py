@@ -310,6 +310,7 @@ class Tiling(NamedTuple):
     splits: int  # of the keys
     per_split: int
     slots: int  # sets of a slice's keys whose best estimates are known
+    room: int  # for numbers of slices
 
     @property
     def blocks(self) -> int:
@@ -324,7 +325,7 @@ class Tiling(NamedTuple):
     @property
     def shapes(self) -> tuple[int, int, int]:
         """And the last ones."""
-        return self.together, self.slots, triton.next_power_of_2(self.splits)
+        return self.together, self.slots, self.room
 
 
 def queries_of_launch(n: int) -> int:
@@ -334,13 +335,24 @@ def queries_of_launch(n: int) -> int:
 
 def tiling(m: int, n: int, k: int) -> Tiling:
     """One block a multiprocessor at most, so that all are resident. Four times as many sets as results: the k-th best
-    of their best keys is not far from the k-th best of all."""
+    of their best keys is not far from the k-th best of all. What code is compiled for is the same for nearly as many
+    groups."""
     together = min(QUERIES, max(16, triton.next_power_of_2(m)))
     groups = -(-m // together)
-    per_split = max(16, -(-n // (multiprocessors() // groups)))
-    splits = -(-n // per_split)
-    slots = min(KEYS.value, triton.next_power_of_2(-(-4 * min(k, n) // splits)))
-    return Tiling(together, groups, splits, per_split, slots)
+    most = triton.next_power_of_2(groups)
+    slots = triton.next_power_of_2(-(-4 * min(k, n) // _splits(most, n)))
+    splits = _splits(groups, n)
+    room = triton.next_power_of_2(_splits(most // 2 + 1, n))
+    return Tiling(together, groups, splits, _per_split(groups, n), min(KEYS.value, slots), room)
+
+
+def _per_split(groups: int, n: int) -> int:
+    """Keys of a slice where so many groups of queries share the device."""
+    return max(16, -(-n // max(1, multiprocessors() // groups)))
+
+
+def _splits(groups: int, n: int) -> int:
+    return -(-n // _per_split(groups, n))
 
 
 def scratch_of(t: Tiling, m: int, n: int, d: int) -> tuple[int, ...]:
