@@ -166,6 +166,21 @@ def test_two_groups(launched, monkeypatch):
     same(result, reference.cosine_topk(queries, keys, 5))
 
 
+def test_groups_that_share_their_code_with_fewer(launched, monkeypatch):
+    """It has room for more slices than they have."""
+    monkeypatch.setattr(kernel, "multiprocessors", lambda: 12)
+    monkeypatch.setattr(kernel, "QUERIES", 16)
+    monkeypatch.setattr(kernel, "SPLITS", 3)
+    m, n, k = 49, 80, 5
+    three, four = kernel.tiling(48, n, k), kernel.tiling(m, n, k)
+    assert (three.splits, four.splits, four.room) == (4, 3, 4)
+    assert three.shapes == four.shapes
+    queries, keys = case(m, n, 8, torch.float32)
+    result, session = launched(lambda: kernel.cosine_topk(queries, keys, k))
+    assert [launch.grid[0] for launch in session.launches] == [12]
+    same(result, reference.cosine_topk(queries, keys, k))
+
+
 def test_many_queries_take_several_launches(launched, monkeypatch):
     monkeypatch.setattr(kernel, "MOST_ESTIMATES", 1000)
     queries, keys = case(12, 200, 20, torch.float32)

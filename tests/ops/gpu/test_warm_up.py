@@ -70,14 +70,15 @@ CONFIGS = [
 
 @pytest.mark.parametrize("config", CONFIGS, ids=["edits alone", "token", "projected", "last", "sequence"])
 @pytest.mark.parametrize("base", ["vendor", "fused"])
-def test_nothing_is_left_to_be_compiled(config, base, compiled, make_edit, make_memory):
+@pytest.mark.parametrize("counts", [(1, 3), (8, 80)])
+def test_nothing_is_left_to_be_compiled(config, base, counts, compiled, make_edit, make_memory):
     """One row, and as many rows as tokens, some without edits and padded, of each number of tokens."""
     model = patched(make_edit, make_memory, config, base)
-    assert uk.warm_up(model, (1, 3, 8, 80)) >= 0
+    assert uk.warm_up(model, counts) >= 0
     assert ("patched_ffn_kernel" in compiled) == (base == "fused")
     compiled.clear()
-    uk.warm_up(model, (1, 3, 8, 80))
-    for tokens in (1, 3, 8, 80):
+    uk.warm_up(model, counts)
+    for tokens in counts:
         row = torch.full((1, tokens), 7)
         with uk.rows(model, prompt_lengths=[max(tokens // 2, 1)]):
             logits(model, row)
