@@ -32,6 +32,7 @@ from .patching import (
     set_beta,
     swap_memory,
     unpatch,
+    warm_up,
 )
 from .retrieval import ApproximateIndex, CosineIndex
 from .serving import EditBank
@@ -89,4 +90,5 @@ __all__ = [
     "show_config",
     "swap_memory",
     "unpatch",
+    "warm_up",
 ]

@@ -28,11 +28,6 @@ _ROOM = 8  # edits of a row that there is room for at least
 _SHARED = ("keys", "key_bias", "up", "up_bias", "values", "zeta")  # with the store, which appends to them in place
 
 
-def capturing(device: torch.device | None) -> bool:
-    """Whether what is launched now on a device becomes part of a CUDA graph."""
-    return device is not None and device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
 class CapturedRows:
     """The edits of some rows in one layer, as graphs read them.
 

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
@@ -16,8 +17,9 @@ from torch import Tensor
 
 from ..config import Config
 from ..errors import PatchError
+from ..ops._workspace import capturing
 from .ambient import Ambient
-from .captured import Captured, capturing
+from .captured import Captured
 from .routing import Routed, Router, Rows, Seen, behind_prompts, idle
 from .trace import PassTrace, Trace
 
@@ -267,12 +269,18 @@ class Pass:
         elif isinstance(rows, Routed):
             own = rows.entries
         else:
-            acts = [[-1, -1] if row else [0, 0] for row in rows or ()]
-            own = torch.tensor(acts, dtype=torch.int64, device=bounds.device).view(-1, 2)
+            own = _of_selected(tuple(map(bool, rows or ())), bounds.device)
         own = own.repeat_interleave(self.shape[1], 0) if token_rows is None else own[token_rows]
         start = torch.maximum(own[:, 0], bounds[:, 0])
         end = torch.where(own[:, 1] < 0, bounds[:, 1], torch.minimum(own[:, 1], bounds[:, 1]))
         return torch.where((start < end).unsqueeze(1), torch.stack([start, end], 1), 0)
+
+
+@lru_cache(maxsize=64)
+def _of_selected(rows: tuple[bool, ...], device: torch.device) -> Tensor:
+    """int64 [R, 2], see `Routed.entries`, of rows that select edits, or none. Kept, and not to be written to."""
+    entries = [[-1, -1] if selects else [0, 0] for selects in rows]
+    return torch.tensor(entries, dtype=torch.int64, device="cpu").view(-1, 2).to(device)
 
 
 def _prompt_ends(lengths: Tensor, config: Config, batch: int, mask: Tensor | None) -> Tensor:
@@ -490,7 +498,7 @@ class ModelContext:
         ends = self._ends(generation, batch, tokens, attention_mask, device) if tells else None
         generation.tokens += tokens
         local, chosen = self.local, selection or EVERYTHING
-        if not traced and capturing(device):
+        if not traced and device is not None and capturing(device):
             self.captured.keep(generation.version or self.current, chosen)
         if chosen.prompt is not None and self.config is not None and not self.needs_prompt_ends:
             chosen = replace(chosen, prompt=None)

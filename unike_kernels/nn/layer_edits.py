@@ -332,6 +332,9 @@ class LayerEdits(Tables):
             row_of_each: int64 [M], the row of each token.
         """
         plan = self._laid_out(activation)
+        if rows is not None and not isinstance(rows, Routed):  # copied to the device once, and not in each pass
+            plan = self.view(activation, rows)
+            return plan.of_rows(plan.pool.row_indptr, plan.pool.row_edits, row_of_each)
         with outside():
             return plan.of_rows(*self.csr(rows), row_of_each)
 
@@ -418,5 +421,7 @@ def check_distinct(rows: Sequence[Sequence[str]]) -> None:
 def csr(rows: Sequence[Sequence[int]], device: torch.device | str) -> tuple[Tensor, Tensor]:
     """(indptr int64 [R + 1], indices int64 [S]) of a list of lists."""
     indptr = [*itertools.accumulate(map(len, rows), initial=0)]
-    both = torch.tensor([*indptr, *itertools.chain(*rows)], dtype=torch.int64, device="cpu").to(device)
-    return both[: len(indptr)], both[len(indptr) :]
+    start = len(indptr) + len(indptr) % 2  # at 16 bytes, for which Triton has compiled its code
+    listed = [*indptr, *[0] * (start - len(indptr)), *itertools.chain(*rows)]
+    both = torch.tensor(listed, dtype=torch.int64, device="cpu").to(device)
+    return both[: len(indptr)], both[start:]

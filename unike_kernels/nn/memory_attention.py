@@ -15,12 +15,13 @@ from typing_extensions import override
 from ..config import Config
 from ..errors import PatchError
 from ..ops import PackedKeys, SemanticEncoder, cosine_topk, latent_attention, normalize_rows, pack_keys, project_values
+from ..ops._backend import compiles
 from ..ops._library import differentiated, looped
+from ..ops._workspace import capturing
 from ..ops.latent_attention import blend_of
 from ..ops.memory_attention import MemoryOperands, PreparedMemory, attend
 from ..retrieval import Retriever
 from ._drop_in import DropIn, Record, Tables, adopt, first_argument, record_of, residual_of, residual_position
-from .captured import capturing
 from .context import ModelContext, Pass
 from .trace import LayerTrace, seconds_since
 
@@ -246,6 +247,32 @@ class MemoryShift(Record):
             record.memory_seconds = seconds_since(start)
             self._record(record, memory, hidden, out, queries, bounds, per_token, anchor)
         return shifted.reshape(out.shape)
+
+    @torch.no_grad()
+    def warm_up(self, tokens: int, dtype: torch.dtype) -> torch.device | None:
+        """Compute once what passes of so many tokens do, with and without bounds of what they may retrieve.
+
+        Returns the device; None where nothing is compiled, and the memory is laid out alone.
+        """
+        memory, config = self.memory, self.config
+        if memory is None:
+            return None
+        hidden = torch.zeros(tokens, memory.retrieval_keys.shape[1], dtype=dtype, device=memory.all.device)
+        if not compiles(hidden):
+            if memory.retriever is None:
+                memory.prepared()
+            return None
+        projected = hidden.new_zeros(tokens, *memory.keys.shape[1:], dtype=dtype)
+        queries = hidden.unsqueeze(1) if self.project is None else projected
+        anchor = hidden[:1] if config.alpha == "last" else None
+        for bounds in (None, memory.all.repeat(tokens, 1)):
+            if config.retrieval == "token":
+                shift_tokens(memory, config, hidden, queries, hidden, bounds, anchor)
+                continue
+            for rows in (1, tokens):
+                _, ids = memory.retrieve(hidden[:rows], config.k, None if bounds is None else bounds[:rows])
+                _attended(memory, config, queries, hidden, ids.repeat_interleave(tokens // rows, 0), anchor)
+        return hidden.device
 
     def _record(
         self,

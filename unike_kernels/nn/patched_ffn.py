@@ -12,10 +12,11 @@ from typing_extensions import override
 
 from ..errors import PatchError
 from ..ops import ACTIVATIONS, EditPool
+from ..ops._backend import compiles
+from ..ops._workspace import capturing
 from ..ops.patched_ffn import FUSED_TOKENS, PreparedNeurons, add_extra_neurons, fused_ffn, fuses
 from ..ops.patched_ffn.reference import activate
 from ._drop_in import DropIn, Record, adopt, base_class, check_free, first_argument, record_of
-from .captured import capturing
 from .context import ModelContext, Pass
 from .dense import Dense
 from .layer_edits import LayerEdits
@@ -136,6 +137,27 @@ class ExtraNeurons(Record):
             found[name] = out.cpu()
         return found
 
+    @torch.no_grad()
+    def warm_up(self, tokens: int, dtype: torch.dtype) -> torch.device | None:
+        """Compute once what passes of so many tokens do: of one row, and of as many rows.
+
+        Returns the device; None where nothing is compiled, and the neurons are laid out alone.
+        """
+        edits = self.edits
+        if edits.empty:
+            return None
+        plan = edits.view(self.activation, None)
+        x = torch.zeros(tokens, edits.keys.shape[1], dtype=dtype, device=edits.keys.device)
+        if not compiles(x):
+            return None
+        for each in (plan, plan.of_rows(*edits.csr((tuple(edits.ids),) * tokens), None)):
+            each(x, x)
+            if self.dense is not None and self._may_fuse(x):
+                self._in_one_launch(x, each.pool)
+        if self.context.config is not None and self.context.config.scope == "memory":
+            edits.of_tokens(self.activation, None, torch.zeros(tokens, dtype=torch.int64, device=x.device))(x, x)
+        return x.device
+
     # --- base and neurons in one launch ------------------------------------------------------------------------------
 
     def _fused(self, now: Pass, edits: LayerEdits, hidden_states: Tensor) -> Tensor | None:
@@ -150,6 +172,10 @@ class ExtraNeurons(Record):
             return None
         rows = now.selection.edits
         pool = self._pool(now, edits, rows) if now.traced else self._prepared(edits, rows, hidden_states).pool
+        return self._in_one_launch(hidden_states, pool)
+
+    def _in_one_launch(self, hidden_states: Tensor, pool: EditPool) -> Tensor | None:
+        assert self.dense is not None
         operands = hidden_states, self.dense.weights(), pool, self.activation
         return fused_ffn(*operands) if fuses(*operands) else None
 

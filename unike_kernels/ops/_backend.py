@@ -143,6 +143,16 @@ def triton_refuse(t: torch.Tensor) -> str | None:
     return "it works in float32, the tensors are float64" if t.dtype == torch.float64 else None
 
 
+def compiles(t: torch.Tensor) -> bool:
+    """Whether operators on a tensor like `t` may have to be compiled first."""
+    return forced_backend() in (None, "triton") and triton_missing() is None and triton_refuse(t) is None
+
+
+def prepare_captures(device: torch.device) -> None:
+    """Set memory aside, so that launches in CUDA graphs have nothing to zero."""
+    importlib.import_module(f"{__package__}._triton").stock(device)
+
+
 def register_triton(op: str, module: str, refuse: Callable[[Any], str | None] = lambda _: None) -> None:
     """Offer a function of a module, which is imported when it is first called, as the Triton backend of `op`.
 

@@ -11,12 +11,15 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language import target_info
+
+from . import _workspace
 
 # Counters of a workspace, for meetings: one for each team of blocks, and one for all of them.
 MOST_TEAMS = EVERYBODY = 1023
@@ -93,34 +96,84 @@ def activate_slope(x, NAME: tl.constexpr):
 class Workspace:
     """Memory that kernels need beside their arguments: counters, which are zero between launches, and scratch.
 
-    Launches that may run at the same time need one each; those of one stream share one, by default `workspace_of`.
-    Scratch grows where a launch needs more, so that the second of two equal launches allocates nothing: warm up before
-    a capture into a CUDA graph, as one does anyway.
+    Launches that may run at the same time need one each; those of one stream share one, see `workspace_of`. Scratch
+    grows where a launch needs more, so that the second of two equal launches allocates nothing. What it was before goes
+    back to torch, which gives it to nobody but later work of the same stream.
+
+    Attributes:
+        counters: int32, zeros.
+        filled: the arguments of launches that were made before, until their scratch is another.
     """
 
     def __init__(self, device: torch.device | str) -> None:
-        self.counters = torch.zeros(EVERYBODY + 1, dtype=torch.int32, device=device)
-        self._scratch = [torch.empty(0, dtype=torch.float32, device=device)]
+        self.device = torch.device(device)
+        self.counters = self._zeros()
+        self.filled: WeakKeyDictionary[Launch, list[Any]] = WeakKeyDictionary()
+        self._scratch: Tensor | None = None
 
     def floats(self, *counts: int) -> list[Tensor]:
         """Scratch of so many float32 each, aligned as the kernels want it."""
         ends = [*itertools.accumulate((-(-count // ALIGNED) * ALIGNED for count in counts), initial=0)]
-        if self._scratch[-1].numel() < ends[-1]:
-            # The earlier ones stay: a captured graph may use them.
-            self._scratch.append(torch.empty(ends[-1], dtype=torch.float32, device=self.counters.device))
-        return [self._scratch[-1][start : start + n] for start, n in zip(ends, counts, strict=False)]
+        before = 0 if self._scratch is None else self._scratch.numel()
+        if self._scratch is None or before < ends[-1]:
+            self.filled.clear()
+            self._scratch = None  # first: the two of them need not fit
+            self._scratch = self._floats(_workspace.grown(ends[-1], before))
+        return [self._scratch[start : start + n] for start, n in zip(ends, counts, strict=False)]
+
+    def _zeros(self) -> Tensor:
+        return _workspace.kept(self.device, lambda: torch.zeros(EVERYBODY + 1, dtype=torch.int32, device=self.device))
+
+    def _floats(self, count: int) -> Tensor:
+        return _workspace.kept(self.device, lambda: torch.empty(count, dtype=torch.float32, device=self.device))
+
+
+class _Captured(Workspace):
+    """That of one launch in a CUDA graph. Its scratch is the graph's own, as that of torch's operators is, and what the
+    graph launches later uses it again. Its counters have to be zero whenever the graph is replayed: nobody else has
+    them, or a node of the graph zeroes them, which takes a microsecond or two."""
+
+    def _zeros(self) -> Tensor:
+        if spare := _spare.get(self.device):
+            _given_away.append(spare.pop())
+            return _given_away[-1]
+        return torch.zeros(EVERYBODY + 1, dtype=torch.int32, device=self.device)
+
+    def _floats(self, count: int) -> Tensor:
+        return torch.empty(count, dtype=torch.float32, device=self.device)
 
 
 _workspaces: dict[tuple[torch.device, int], Workspace] = {}
+# Counters for launches in graphs: those that nobody has yet, and all others, as nobody tells when a graph ends.
+_spare: dict[torch.device, list[Tensor]] = {}
+_given_away: list[Tensor] = []
+SPARE = 512  # 2 MB
+
+
+def stock(device: torch.device) -> None:
+    """Have spare counters for launches in CUDA graphs, so that these need not zero theirs; not within a capture."""
+    spare = _spare.setdefault(device, [])
+    if missing := SPARE - len(spare):
+        shape = missing, EVERYBODY + 1
+        spare += _workspace.kept(device, lambda: torch.zeros(shape, dtype=torch.int32, device=device)).unbind()
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()  # whatever stream a graph will be replayed on
 
 
 def workspace_of(device: torch.device) -> Workspace:
-    """The workspace of the current stream of `device`, the current one."""
+    """The workspace of the current stream of `device`, the current one; of the next launch alone in a capture."""
     driver = triton.runtime.driver.active
-    key = device, driver.get_current_stream(driver.get_current_device())
-    if key not in _workspaces:
-        _workspaces[key] = Workspace(device)
-    return _workspaces[key]
+    return _workspace_of(device, driver.get_current_stream(driver.get_current_device()))
+
+
+def _workspace_of(device: torch.device, stream: int) -> Workspace:
+    if _workspace.capturing(device):
+        return _Captured(device)
+    found = _workspaces.get((device, stream))
+    if found is None:
+        stock(device)
+        found = _workspaces[device, stream] = Workspace(device)
+    return found
 
 
 def device_of(t: Tensor) -> int | None:
@@ -186,11 +239,23 @@ def given(t: Tensor | None) -> Place | None:
     return None if t is None else GIVEN
 
 
-class _Ready:
-    """The arguments of a launch on one stream, and the code that was compiled for them."""
+def launch(kernel: Any, blocks: int, *arguments: Any, **options: Any) -> Any:
+    """`kernel[(blocks,)](*arguments, **options)`: the code that Triton has compiled for them, and launched.
 
-    def __init__(self, arguments: list[Any]) -> None:
-        self.arguments, self.compiled = arguments, None
+    Raises:
+        RuntimeError: a CUDA graph is captured and the code was not loaded before.
+    """
+    device = next(t.device for t in arguments if isinstance(t, Tensor))
+    if not _workspace.capturing(device):
+        return kernel[blocks, 1, 1](*arguments, **options)
+    try:
+        return kernel[blocks, 1, 1](*arguments, **options)
+    except Exception as error:
+        raise RuntimeError(
+            f"{kernel.__name__} failed while a CUDA graph is captured. CUDA loads no code meanwhile: have it compiled "
+            "and loaded before, by unike_kernels.warm_up(model, tokens=...) with the numbers of tokens that are "
+            "captured, or by one such pass outside of the capture"
+        ) from error
 
 
 class Launch:
@@ -221,14 +286,14 @@ class Launch:
         self._kernel, self._blocks, self._options = kernel, blocks, options
         self._arguments, self._scratch, self._typed = list(arguments), scratch, typed
         self._given = [i for i, each in enumerate(arguments) if each is GIVEN]
-        self._ready: dict[tuple[int, int], _Ready] = {}
+        self._compiled: dict[int, Any] = {}  # by device
 
     def __call__(self, *given: Tensor | None, workspace: Workspace | None = None) -> None:
         """Launch on the current stream.
 
         Args:
             given: of the shapes, strides and dtypes of the first call's; None: an argument that this kernel is without.
-            workspace: None: that of the stream.
+            workspace: None: see `workspace_of`.
         """
         driver = triton.runtime.driver.active
         device, tensors = driver.get_current_device(), [t for t in given if t is not None]
@@ -236,20 +301,20 @@ class Launch:
             with on_device_of(tensors[0]):
                 return self(*tensors, workspace=workspace)
         stream = driver.get_current_stream(device)
-        ready = self._ready.get((device, stream)) if workspace is None else None
-        if ready is None:
-            ready = _Ready(self._filled(workspace or workspace_of(tensors[0].device)))
-            if workspace is None:
-                self._ready[device, stream] = ready
-        arguments, addresses = ready.arguments.copy(), 0
+        workspace = workspace or _workspace_of(tensors[0].device, stream)
+        filled = workspace.filled.get(self)
+        if filled is None:
+            filled = self._filled(workspace)
+            workspace.filled[self] = filled
+        arguments, addresses = filled.copy(), 0
         for i, t in zip(self._given, tensors, strict=True):
             arguments[i] = t
             addresses |= t.data_ptr()
-        compiled, grid = ready.compiled, (self._blocks, 1, 1)
+        compiled, grid = self._compiled.get(device), (self._blocks, 1, 1)
         if addresses & _UNALIGNED:
-            self._kernel[grid](*arguments, **self._options)
+            launch(self._kernel, self._blocks, *arguments, **self._options)
         elif compiled is None:
-            ready.compiled = self._kernel[grid](*arguments, **self._options)
+            self._compiled[device] = launch(self._kernel, self._blocks, *arguments, **self._options)
         else:
             hooks = triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook
             told = compiled.launch_metadata(grid, stream, *arguments)

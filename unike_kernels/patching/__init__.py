@@ -7,6 +7,7 @@ from .fold import fold
 from .hot_swap import add_edit, remove_edit, set_beta, set_layers, swap_memory
 from .install import PatchReport, is_patched, patch, patched, patched_ffns, unpatch
 from .selection import explain, rows, selecting
+from .warm_up import warm_up
 
 __all__ = [
     "PatchReport",
@@ -25,4 +26,5 @@ __all__ = [
     "set_layers",
     "swap_memory",
     "unpatch",
+    "warm_up",
 ]

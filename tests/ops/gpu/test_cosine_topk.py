@@ -96,8 +96,15 @@ def test_what_the_kernel_does_not_take(launched):
     result, session = launched(lambda: kernel.cosine_topk(queries, keys, kernel.MOST_RESULTS.value + 1))
     assert not session.launches
     same(result, reference.cosine_topk(queries, keys, kernel.MOST_RESULTS.value + 1))
-    with pytest.raises(ValueError, match="ranges: expected 0 <= start <= stop"):
-        kernel.cosine_topk(queries, keys, 3, ranges=torch.tensor([[0, 301], [0, 1]]))
+
+
+def test_ranges_outside_of_the_keys_are_clipped(launched):
+    """As nothing waits for a device to find them."""
+    queries, keys = case(5, 40, 8, torch.float32)
+    ranges = torch.tensor([[0, 99], [-7, 2], [38, 41], [9, 3], [40, 50]])
+    clipped = torch.tensor([[0, 40], [0, 2], [38, 40], [0, 0], [0, 0]])
+    result, _ = launched(lambda: kernel.cosine_topk(queries, keys, 3, ranges=ranges))
+    same(result, reference.cosine_topk(queries, keys, 3, ranges=clipped))
 
 
 def estimates(m: int, n: int, d: int, workspace: _triton.Workspace) -> torch.Tensor:
@@ -157,6 +164,21 @@ def test_two_groups(launched, monkeypatch):
     result, session = launched(lambda: kernel.cosine_topk(queries, keys, 5))
     assert [launch.grid[0] for launch in session.launches] == [16]
     same(result, reference.cosine_topk(queries, keys, 5))
+
+
+def test_groups_that_share_their_code_with_fewer(launched, monkeypatch):
+    """It has room for more slices than they have."""
+    monkeypatch.setattr(kernel, "multiprocessors", lambda: 12)
+    monkeypatch.setattr(kernel, "QUERIES", 16)
+    monkeypatch.setattr(kernel, "SPLITS", 3)
+    m, n, k = 49, 80, 5
+    three, four = kernel.tiling(48, n, k), kernel.tiling(m, n, k)
+    assert (three.splits, four.splits, four.room) == (4, 3, 4)
+    assert three.shapes == four.shapes
+    queries, keys = case(m, n, 8, torch.float32)
+    result, session = launched(lambda: kernel.cosine_topk(queries, keys, k))
+    assert [launch.grid[0] for launch in session.launches] == [12]
+    same(result, reference.cosine_topk(queries, keys, k))
 
 
 def test_many_queries_take_several_launches(launched, monkeypatch):

@@ -126,20 +126,23 @@ def test_a_copy_looks_its_launch_up(pool, looked_up, how):
     assert torch.equal(again(x, base), wanted) and len(looked_up) == 1
 
 
-def test_each_stream_has_its_own_scratch(pool, monkeypatch):
+def test_each_stream_has_its_own_scratch(pool, looked_up, triton, monkeypatch):
+    """And the same code."""
     prepared, (x, base), seen = PreparedNeurons(pool, "relu"), states(2), []
-    kernel = forward.add_extra_neurons_kernel
-    usual = type(kernel).run
+    usual = triton.launch
 
-    def run(self, *args, **options):
-        seen.append(args[kernel.arg_names.index("counters")].data_ptr())
-        return usual(self, *args, **options)
+    def launch(kernel, grid, threads, arguments, names, **options):
+        seen.append(tuple(arguments[names.index(name)].data_ptr() for name in ("counters", "scratch")))
+        return usual(kernel, grid, threads, arguments, names, **options)
 
-    monkeypatch.setattr(type(kernel), "run", run)
+    monkeypatch.setattr(triton, "launch", launch)
     driver = type(_triton.triton.runtime.driver.active)
     wanted = prepared(x, base)
-    monkeypatch.setattr(driver, "get_current_stream", lambda self, device: 1)
-    assert torch.equal(prepared(x, base), wanted) and len(set(seen)) == len(seen) == 2
+    for stream in (1, 2, 0):
+        monkeypatch.setattr(driver, "get_current_stream", lambda self, device, stream=stream: stream)
+        assert torch.equal(prepared(x, base), wanted)
+    assert all(len({*each}) == 3 for each in zip(*seen, strict=True)) and seen[0] == seen[-1]
+    assert len(looked_up) == 1
 
 
 def test_what_goes_another_way(pool, looked_up):

@@ -127,6 +127,10 @@ class Session:
         if extent is not None and extent.memory_high > extent.memory_low:
             self._buffer(extent).poison()
 
+    def forget(self) -> None:
+        """Hold no memory any more; whatever is in it counts as written."""
+        self._buffers.clear()
+
     def expose(self, name: str, argument: Any) -> None:
         """Allow launches to reach memory whose address no argument holds."""
         self._exposed.append((name, argument))

@@ -198,6 +198,8 @@ def cosine_topk(
         k: how many, at least 1.
         normalized: `keys` are the output of `normalize_rows` already.
         ranges: int64 [M, 2], 0 <= start <= stop <= N; query m searches only keys[start : stop]. None: all keys.
+            Others are an error on a CPU alone, as nothing waits for another device: there they are clipped to the keys;
+            the CUDA kernel finds nothing, with scores NaN.
         packed: of the same keys, for a faster scan on the CPU; needs `normalized`.
 
     Returns:
@@ -205,7 +207,7 @@ def cosine_topk(
         ids: int64 [M, k].
 
     Raises:
-        TypeError, ValueError: a wrong dtype, shape, device or k; ranges outside the keys.
+        TypeError, ValueError: a wrong dtype, shape, device or k; on a CPU, ranges outside the keys.
     """
     _check.rows("queries", queries)
     _check.floating("keys", keys, (None, queries.shape[1]))

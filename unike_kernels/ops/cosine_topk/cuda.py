@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ... import _native
-from .. import _backend
+from .. import _backend, _workspace
 from .cpu import SCANS
 from .reference import normalize_rows
 
@@ -26,25 +26,38 @@ def missing() -> str | None:
 
 
 class SearchWorkspace:
-    """Memory of a device for searches that come one after another: those of one stream."""
+    """Memory of a device for searches that come one after another: those of one stream, or one alone in a graph."""
 
     _STATE = 64  # bytes, UNIKE_CUDA_STATE_BYTES: zero at first
 
     def __init__(self, device: torch.device) -> None:
-        self._memory = [torch.zeros(self._STATE, dtype=torch.uint8, device=device)]
+        self._device, self._memory = device, torch.empty(0, dtype=torch.uint8, device=device)
 
     def sized(self, size: int) -> Tensor:
-        """At least so many bytes."""
-        if self._memory[-1].numel() < size:
-            # The earlier ones stay: a captured graph may use them.
-            self._memory.append(torch.zeros(size, dtype=torch.uint8, device=self._memory[0].device))
-        return self._memory[-1]
+        """At least so many bytes. What it was before it grows goes back to torch, for later work of the stream."""
+        before = self._memory.numel()
+        if before < size:
+            self._memory = self._memory.new_empty(0, dtype=torch.uint8)  # first: the two of them need not fit
+            self._memory = self._allocated(_workspace.grown(size, before))
+            self._memory[: self._STATE].zero_()
+        return self._memory
+
+    def _allocated(self, size: int) -> Tensor:
+        def make() -> Tensor:
+            return torch.empty(size, dtype=torch.uint8, device=self._device)
+
+        return make() if _workspace.capturing(self._device) else _workspace.kept(self._device, make)
 
 
 @functools.lru_cache(maxsize=64)
-def workspace_of(device: torch.device, stream: int) -> SearchWorkspace:
-    """That of a stream."""
+def _of_stream(device: torch.device, stream: int) -> SearchWorkspace:
     return SearchWorkspace(device)
+
+
+def workspace_of(device: torch.device, stream: int) -> SearchWorkspace:
+    """That of a stream, the current one of the device; of the next search alone in a capture, where its state is
+    zeroed by a node of the graph."""
+    return SearchWorkspace(device) if _workspace.capturing(device) else _of_stream(device, stream)
 
 
 def search(
@@ -69,7 +82,7 @@ def search(
         ranges: int64 [m, 2], the keys start, ..., stop - 1 that each query sees; a range outside the keys gives ids -1
             and scores NaN. None: all keys.
         values: [n, ...] contiguous; the rows that belong to the keys found are gathered.
-        workspace: None: that of the current stream.
+        workspace: None: see `workspace_of`.
 
     Returns:
         scores, float32 [m, k]; ids, int64 [m, k]; None, or the values [m, k, ...], zeros where there is no key.

@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import EVERYBODY, Workspace, last_contiguous, meet, multiprocessors, options, workspace_of
+from .._triton import EVERYBODY, Workspace, last_contiguous, launch, meet, multiprocessors, options, workspace_of
 from . import reference
 
 LANES = tl.constexpr(reference.LANES)
@@ -310,6 +310,7 @@ class Tiling(NamedTuple):
     splits: int  # of the keys
     per_split: int
     slots: int  # sets of a slice's keys whose best estimates are known
+    room: int  # for numbers of slices
 
     @property
     def blocks(self) -> int:
@@ -324,7 +325,7 @@ class Tiling(NamedTuple):
     @property
     def shapes(self) -> tuple[int, int, int]:
         """And the last ones."""
-        return self.together, self.slots, triton.next_power_of_2(self.splits)
+        return self.together, self.slots, self.room
 
 
 def queries_of_launch(n: int) -> int:
@@ -334,13 +335,24 @@ def queries_of_launch(n: int) -> int:
 
 def tiling(m: int, n: int, k: int) -> Tiling:
     """One block a multiprocessor at most, so that all are resident. Four times as many sets as results: the k-th best
-    of their best keys is not far from the k-th best of all."""
+    of their best keys is not far from the k-th best of all. What code is compiled for is the same for nearly as many
+    groups."""
     together = min(QUERIES, max(16, triton.next_power_of_2(m)))
     groups = -(-m // together)
-    per_split = max(16, -(-n // (multiprocessors() // groups)))
-    splits = -(-n // per_split)
-    slots = min(KEYS.value, triton.next_power_of_2(-(-4 * min(k, n) // splits)))
-    return Tiling(together, groups, splits, per_split, slots)
+    most = triton.next_power_of_2(groups)
+    slots = triton.next_power_of_2(-(-4 * min(k, n) // _splits(most, n)))
+    splits = _splits(groups, n)
+    room = triton.next_power_of_2(_splits(most // 2 + 1, n))
+    return Tiling(together, groups, splits, _per_split(groups, n), min(KEYS.value, slots), room)
+
+
+def _per_split(groups: int, n: int) -> int:
+    """Keys of a slice where so many groups of queries share the device."""
+    return max(16, -(-n // max(1, multiprocessors() // groups)))
+
+
+def _splits(groups: int, n: int) -> int:
+    return -(-n // _per_split(groups, n))
 
 
 def scratch_of(t: Tiling, m: int, n: int, d: int) -> tuple[int, ...]:
@@ -375,8 +387,7 @@ def cosine_topk(
     """The canonical top-k of `reference.cosine_topk`.
 
     One launch for up to 2^24 pairs of query and key, and 64 queries for every 8 multiprocessors. For more
-    than 256 results a query the definition runs instead. Ranges are read back to be checked; without them nothing waits
-    for the device.
+    than 256 results a query the definition runs instead. Nothing waits for the device: ranges are clipped to the keys.
 
     Args:
         queries: [M, d], any float dtype but float64.
@@ -392,9 +403,7 @@ def cosine_topk(
     if keys.dtype == torch.float64 or not takes(n, d, k):
         results = reference.cosine_topk(queries, keys, k, normalized, ranges)
         return results if out is None else (out[0].copy_(results[0]), out[1].copy_(results[1]))
-    if ranges is not None:
-        reference._check_ranges(ranges, n)
-        ranges = ranges.contiguous()
+    ranges = None if ranges is None else ranges.contiguous()
     if out is None:
         out = queries.new_empty((m, k), dtype=torch.float32), queries.new_empty((m, k), dtype=torch.int64)
     queries, keys = last_contiguous(queries), last_contiguous(keys)
@@ -405,7 +414,8 @@ def cosine_topk(
         t = tiling(len(few), n, k)
         workspace = workspace or workspace_of(queries.device)
         scratch = typed(workspace.floats(*scratch_of(t, len(few), n, d)))
-        cosine_topk_kernel[(t.blocks,)](
+        launch(
+            cosine_topk_kernel, t.blocks,
             few, keys, None if ranges is None else ranges[some], *(o[some] for o in out), *scratch,
             workspace.counters[EVERYBODY:], len(few), n, d, queries.stride(0), keys.stride(0), k, *t.sizes,
             error_bound(d), normalized, *t.shapes, num_warps=WARPS, **options(cooperative=True),

@@ -441,9 +441,10 @@ def _cut(
     steps = -(-d // units[1])
     finely = alone and not training
     most = min(blocks, chosen.slices if finely else 32)
-    # A tile costs its columns and, in meetings and latencies, those of about 128 more.
+    # A tile costs its columns and, in meetings and latencies, those of about 128 more. Nearly as few share their code.
+    counted = _up(tiles) if tiles <= 64 else tiles
     costs = {
-        n: -(-tiles // (blocks // -(-steps // n))) * (128 + n * units[1])
+        n: -(-counted // (blocks // -(-steps // n))) * (128 + n * units[1])
         for n in (1 << i for i in range(steps.bit_length() + 1))
         if -(-steps // n) <= most
     }

@@ -22,7 +22,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import Workspace, activate, activate_slope, last_contiguous, meet, multiprocessors, options, workspace_of
+from .._triton import (
+    Workspace,
+    activate,
+    activate_slope,
+    last_contiguous,
+    launch,
+    meet,
+    multiprocessors,
+    options,
+    workspace_of,
+)
 from .reference import Blend, SemanticEncoder
 from .triton import (
     added,
@@ -336,7 +346,8 @@ def latent_attention_backward(
         scores, shares, know, hidden, squares, cosines = t.scratch
         scratch = scores, shares, know, hidden, squares // 3 * 5, cosines, hidden, know, scores
         grad = last_contiguous(grad)
-        latent_attention_backward_kernel[(t.blocks,)](
+        launch(
+            latent_attention_backward_kernel, t.blocks,
             grad, grad_alpha.float().contiguous(), flat, host, flat_keys, flat_values, table, ids,
             *weights, alpha, anchors, to_queries, to_inputs, to_given, to_anchor,
             *workspace.floats(*scratch), workspace.counters, grad.stride(0),

@@ -343,7 +343,8 @@ def patched_ffn(x: Tensor, base: Tensor | FFNWeights, pool: EditPool, *, activat
         [..., d] in the dtype of the base output.
 
     Raises:
-        TypeError, ValueError: a wrong dtype, shape, device or activation; a row that names an edit more than once.
+        TypeError, ValueError: a wrong dtype, shape, device or activation; a row that names an edit more than once, on a
+            CPU: nothing waits for another device to find out.
     """
     _check.instance("pool", pool, EditPool)
     for name in ("row_indptr", "row_edits"):
@@ -379,7 +380,5 @@ def patched_ffn(x: Tensor, base: Tensor | FFNWeights, pool: EditPool, *, activat
 
 
 def _readable(t: Tensor) -> bool:
-    """Whether Python may look at the values: not in a trace, of meta tensors, or while a CUDA graph is captured."""
-    if torch.compiler.is_compiling() or t.device.type == "meta" or _library.batched(t):
-        return False
-    return not (t.is_cuda and torch.cuda.is_current_stream_capturing())
+    """Whether Python can look at the values without waiting for a device, and may: not in a trace."""
+    return t.device.type == "cpu" and not torch.compiler.is_compiling() and not _library.batched(t)

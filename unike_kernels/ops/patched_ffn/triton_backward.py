@@ -24,6 +24,7 @@ from .._triton import (
     activate_slope,
     dot,
     last_contiguous,
+    launch,
     meet,
     options,
     sum_of_parts,
@@ -232,7 +233,8 @@ def add_extra_neurons_backward(
         parts, left_behind, shares = workspace.floats(
             t.teams * t.slices * 2 * kinds * t.tokens * neurons, kinds * m * neurons, edits * triton.cdiv(d, width)
         )
-        add_extra_neurons_backward_kernel[(t.teams * t.slices,)](
+        launch(
+            add_extra_neurons_backward_kernel, t.teams * t.slices,
             grad, x, *pool, *grads, parts, left_behind, shares, workspace.counters, EVERYBODY,
             d, grad.stride(0), x.stride(0), neurons, edits, m, t.per_row, t.tiles_per_row, t.tiles, t.slices,
             t.slice_width, activation, t.tokens, NEURONS, TOKENS, width, **options(cooperative=True),

@@ -39,6 +39,7 @@ from .._triton import (
     activate,
     dot,
     last_contiguous,
+    launch,
     meet,
     multiprocessors,
     options,
@@ -307,7 +308,8 @@ def patched_ffn(
     most = 2 * sizes.neurons // item
     into = passes(f, blocks, most, 1 if base.w_up is None else 2, rows, item, sizes)
     back = passes(d, blocks, min(most, MOST_SUMS // rows), 1, rows, item, sizes)
-    patched_ffn_kernel[(blocks,)](
+    launch(
+        patched_ffn_kernel, blocks,
         x, *base, out, *pool, hidden.view(dtype), extra, workspace.counters[EVERYBODY:],
         m, d, f, x.stride(0), neurons, per_row, into.share, into.part, back.share, back.part, activation, rows,
         into.part == into.share, into.tile, into.width, into.stages,

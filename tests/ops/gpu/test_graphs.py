@@ -1,0 +1,356 @@
+"""CUDA graphs: what is captured shares no memory with anything else, and computes the same in any order of replays."""
+
+from __future__ import annotations
+
+import gc
+import threading
+from types import SimpleNamespace
+
+import pytest
+import torch
+from backbones.zoo import ZOO, logits, model_of
+from ops.gpu.graphs import STREAM, Graph, on_stream, overlaps, tensors
+from ops.test_patched_ffn import make_pool
+from torch.multiprocessing.reductions import StorageWeakRef
+from transformers import masking_utils
+
+import unike_kernels as uk
+from unike_kernels import ops
+from unike_kernels.nn import LayerEdits, Pass, Selection, patched_ffn
+from unike_kernels.nn.context import NOTHING
+from unike_kernels.ops import _triton, _workspace
+from unike_kernels.ops.cosine_topk import cuda
+from unike_kernels.ops.cosine_topk import triton as search
+from unike_kernels.ops.latent_attention import blend_of
+from unike_kernels.ops.memory_attention import PreparedMemory
+from unike_kernels.ops.memory_attention import triton as memory_kernel
+from unike_kernels.ops.patched_ffn import FFNWeights, PreparedNeurons, fused_ffn
+
+D, N = 160, 40  # several blocks, which meet
+SHARED = {"counters", "everybody", "scratch", "extra", "units", "found", "know", "squares"}  # of the workspace
+
+
+@pytest.fixture(autouse=True)
+def session(on_gpu):
+    _triton._workspaces.clear()
+    _triton._spare.clear()
+    with on_gpu() as session, torch.no_grad(), ops.backend("triton"):
+        yield session
+
+
+class Tables:
+    """What all graphs read."""
+
+    def __init__(self) -> None:
+        self.pool = make_pool(D, sizes=(3, 2), rows=([1], [0, 1]))
+        self.base = FFNWeights(torch.randn(96, D), None, None, None, torch.randn(D, 96), None)
+        self.encoder = ops.SemanticEncoder(torch.randn(16, D), torch.randn(16), torch.randn(D, 16), torch.randn(D))
+        self.index = ops.normalize_rows(torch.randn(N, D))
+        self.keys, self.values = torch.randn(N, 1, D), torch.randn(N, 1, D)
+        self.ids = torch.tensor([[0, 3, 39], [7, -1, 5]])
+        self.neurons = PreparedNeurons(self.pool, "relu")
+        self.memory = PreparedMemory(self.index, None, self.keys, self.values, None, self.encoder)
+
+    def beside(self, x):
+        return self.neurons(x, x)
+
+    def fused(self, x):
+        return fused_ffn(x, self.base, self.pool, "relu")
+
+    def search(self, x):
+        return ops.cosine_topk(x, self.index, 3, normalized=True)
+
+    def attention(self, x):
+        return ops.latent_attention(x, x, self.keys, self.values, self.ids, self.encoder)
+
+    def remember(self, x):
+        return self.memory(
+            x, x.unsqueeze(1), x, 3, None, None, None, blend_of(x.unsqueeze(1), None, "inclusion", "match")
+        )
+
+
+OPERATORS = ("beside", "search", "attention", "fused")
+
+
+@pytest.fixture(params=OPERATORS)
+def compute(request):
+    return getattr(Tables(), request.param)
+
+
+def states():
+    return torch.randn(2, D)
+
+
+def captured(session, compute, x=None):
+    x = states() if x is None else x
+    return Graph(session, lambda: compute(x))
+
+
+def same(found, wanted):
+    return all(map(torch.equal, tensors(found), tensors(wanted)))
+
+
+@pytest.mark.parametrize(
+    ("compute", "warm"),
+    [("beside", True), ("beside", False), ("search", False), ("attention", False)]
+    + [pytest.param(*each, marks=pytest.mark.slow) for each in (("search", True), ("attention", True))]
+    + [pytest.param("fused", warm, marks=pytest.mark.slow) for warm in (True, False)],
+    indirect=["compute"],
+)
+def test_graphs_of_one_stream_are_replayed_in_any_order(compute, warm, session):
+    """Also where nothing ran before the capture; between them, passes outside of graphs on the same stream."""
+    contents = [states() for _ in range(3)]
+    wanted = [[t.clone() for t in tensors(compute(x))] for x in contents]
+    _triton._workspaces.clear()
+    _triton._spare.clear()
+    if warm:
+        compute(states())
+    inputs = states(), states()
+    graphs = [captured(session, compute, x) for x in inputs]
+    for which, what in ((1, 0), (1, 1), (0, 2), (0, 1), (1, 2)):
+        inputs[which].copy_(contents[what])
+        assert same(graphs[which].replay(), wanted[what])
+    with on_stream(STREAM):
+        assert same(compute(contents[0]), wanted[0])
+    assert same(graphs[0].replay(), wanted[1]) and same(graphs[1].replay(), wanted[2])
+
+
+@pytest.mark.parametrize("warm", [True, False], ids=["warm", "cold"])
+def test_graphs_share_no_memory_that_they_write_to(compute, warm, session):
+    """So that they can be replayed at the same time, and beside what runs on the stream of the capture."""
+    if warm:
+        compute(states())
+    graphs = [captured(session, compute) for _ in range(2)]
+    with on_stream(STREAM):
+        eager = _triton.workspace_of(torch.device("cpu"))
+        compute(states())
+    assert not session.launches or all(launch.stores for launch in session.launches)
+    first, second = (graph.memory(lambda name: name in SHARED) for graph in graphs)
+    assert first and second and not overlaps(first, second)
+    for t in (eager.counters, *eager.floats(1)):
+        own = {(t.data_ptr(), t.data_ptr() + 4)}
+        assert not overlaps(own, first | second)
+
+
+def test_what_a_graph_zeroes(compute, session):
+    """Its counters, where it has none that nobody else uses, and nothing else."""
+    cold = captured(session, compute)
+    assert cold.operators.count("zeros") == len(cold.launches) == 1
+    compute(states())
+    warm = captured(session, compute)
+    assert not {"zeros", "zero_"} & {*warm.operators}
+
+
+def test_what_a_graph_allocates_is_its_own(compute, session):
+    """Else the memory pool that it is captured in would never be given back; torch.compile refuses that."""
+    compute(states())
+    before = {*_triton._workspaces}
+    graph = captured(session, compute)
+    left = graph.forget()
+    assert left and all(storage.expired() for storage in left)
+    assert {*_triton._workspaces} == before
+
+
+def test_spare_counters_outlive_those_who_have_them(session, monkeypatch):
+    monkeypatch.setattr(_triton, "SPARE", 2)
+    compute = Tables().beside
+    compute(states())
+    (slab,) = {StorageWeakRef(t.untyped_storage()) for t in _triton._spare[torch.device("cpu")][:1]}
+    graphs = [captured(session, compute) for _ in range(3)]
+    zeroed = [graph.operators.count("zeros") for graph in graphs]
+    assert zeroed == [0, 0, 1]
+    for graph in graphs:
+        graph.forget()
+    del graphs, graph
+    gc.collect()
+    assert not slab.expired()
+
+
+def test_there_are_spare_counters_again_after_a_restock(session, monkeypatch):
+    monkeypatch.setattr(_triton, "SPARE", 1)
+    compute = Tables().beside
+    compute(states())
+    for _ in range(3):
+        graph = captured(session, compute)
+        assert "zeros" not in graph.operators
+        _triton.stock(torch.device("cpu"))
+
+
+def test_a_graph_of_several_launches(session):
+    """Each has counters of its own; the second reads what the first one has written."""
+    tables, x = Tables(), states()
+    both = lambda x: tables.remember(tables.beside(x))  # noqa: E731
+    wanted = both(x)
+    graph = captured(session, both, x)
+    assert len(graph.launches) == 2
+    assert same(graph.replay(), wanted) and same(graph.replay(), wanted)
+
+
+def test_code_that_is_not_there_is_asked_for_before_the_capture(session, monkeypatch):
+    def forbidden(*_, **__):
+        raise RuntimeError("Triton Error [CUDA]: operation not permitted when stream is capturing")
+
+    compute = Tables().beside
+    monkeypatch.setattr(type(search.cosine_topk_kernel), "run", forbidden)
+    with pytest.raises(RuntimeError, match=r"unike_kernels\.warm_up\(model") as raised:
+        Graph(session, lambda: compute(states()))
+    assert "not permitted" in str(raised.value.__cause__)
+    with pytest.raises(RuntimeError, match="not permitted"):
+        compute(states())
+
+
+# --- what waits for the device --------------------------------------------------------------------------------------
+
+
+def test_a_memory_whose_tokens_have_ranges_takes_two_launches_without_waiting(session, monkeypatch):
+    """And what lies outside of the memory is cut off, as in the one launch of fewer tokens."""
+    tables, x = Tables(), states()
+    ranges = torch.tensor([[2, 9], [0, 0]])
+    blend = blend_of(x.unsqueeze(1), None, "inclusion", "match")
+    compute = lambda: tables.memory(x, x.unsqueeze(1), x, 3, ranges, None, None, blend)  # noqa: E731
+    contents = [torch.tensor(c) for c in ([[2, 9], [0, 0]], [[0, N], [38, 99]], [[-7, 2], [N, N + 3]])]
+    wanted = []
+    for given in contents:
+        ranges.copy_(given)
+        wanted.append(compute())
+    tables.memory = PreparedMemory(tables.index, None, tables.keys, tables.values, None, tables.encoder)
+    monkeypatch.setattr(memory_kernel, "MOST_TOKENS", 1)
+    graph = Graph(session, compute)
+    assert len(graph.launches) == 2
+    for given, result in zip(contents, wanted, strict=True):
+        ranges.copy_(given)
+        torch.testing.assert_close(graph.replay()[0], result)
+
+
+@pytest.mark.parametrize("base", ["vendor", "fused"])
+def test_a_patched_model_is_captured_with_the_rows_of_a_pass_before(base, session, make_edit, monkeypatch):
+    """Nothing of them comes from the host again."""
+    model = model_of(ZOO["llama"], torch.float32)
+    uk.patch(model, [make_edit(model, name, seed=i, layers=(1, 3)) for i, name in enumerate("ab")], base=base)
+    monkeypatch.setattr(patched_ffn, "_on_gpu", lambda t: True)
+    monkeypatch.setattr(masking_utils, "is_tracing", lambda *_: True)  # as it says in a capture
+    ids = torch.tensor([[7], [9]])
+    with uk.rows(model, edits=[["a"], ["b"]]):
+        before = logits(model, ids)
+        graph = Graph(session, lambda: logits(model, ids))
+        assert len(graph.launches) == 2
+        ids.copy_(torch.tensor([[11], [12]]))
+        (found,) = graph.replay()
+        wanted = logits(model, ids)
+    torch.testing.assert_close(found, wanted)
+    assert not torch.allclose(found, before)
+
+
+def test_rows_of_a_scope_come_from_the_host_once(session, make_model, make_edit):
+    """Of a selection that acts whatever a router would decide."""
+    rows, row_of_each, bounds = (("a",), ()), torch.tensor([0, 1, 1]), torch.tensor([[0, 9]])
+    store = LayerEdits()
+    store.set({"a": make_edit(make_model("llama")).layers[2]})
+    selection = Selection(rows=2, edits=rows, forced=True)
+    made = Pass(NOTHING, selection, prompted=True, scoped=True, shape=(2, 1))
+    compute = lambda: (made.entries(bounds), store.of_tokens("relu", rows, row_of_each).pool.row_edits)  # noqa: E731
+    wanted = compute()
+    assert same(Graph(session, compute).replay(), wanted)
+
+
+def test_the_public_operators_look_at_no_values_of_another_device():
+    """Of the lists of edits and of ranges, which are refused on a CPU."""
+    away = SimpleNamespace(type="cuda")
+    assert not ops.patched_ffn.__globals__["_readable"](SimpleNamespace(device=away))
+    assert ops.patched_ffn.__globals__["_readable"](torch.zeros(1))
+
+
+# --- memory of streams ----------------------------------------------------------------------------------------------
+
+
+def test_scratch_that_grows_lets_the_former_one_go(session):
+    """Also what launches keep: prompts that come sorted by their length would hold all of it."""
+    known, former, x = [], [], torch.randn(1, D)
+    for neurons in (2, 20, 200):
+        known.append(PreparedNeurons(make_pool(D, sizes=(neurons,), rows=([0],)), "relu"))
+        wanted = known[0](x, x)
+        known[-1](x, x)
+        session.forget()
+        gc.collect()  # what the interpreter leaves
+        assert all(scratch.expired() for scratch in former)
+        (scratch,) = _triton.workspace_of(torch.device("cpu")).floats(1)
+        former.append(StorageWeakRef(scratch.untyped_storage()))
+        del scratch
+        assert torch.equal(known[0](x, x), wanted)  # in the new one
+    assert not former[-1].expired()
+
+
+def test_sizes_that_rise_are_few():
+    workspace, sizes = _triton.Workspace("cpu"), []
+    for count in range(1000, 200_000, 100):
+        (scratch,) = workspace.floats(count)
+        assert scratch.numel() == count
+        sizes.append(scratch.untyped_storage().nbytes())
+    assert len({*sizes}) <= 15 and sizes[-1] <= 1.5 * 4 * 200_000
+
+
+def test_the_former_scratch_is_let_go_before_the_next_is_asked_for(session):
+    """The two of them need not fit at once; and a failure leaves a workspace that can be used."""
+    workspace = _triton.Workspace("cpu")
+    former = StorageWeakRef(workspace.floats(100)[0].untyped_storage())
+    session.forget()
+    usual, seen = workspace._floats, []
+
+    def fail(count):
+        seen.append(former.expired())
+        raise torch.OutOfMemoryError("no memory")
+
+    workspace._floats = fail
+    with pytest.raises(torch.OutOfMemoryError):
+        workspace.floats(1000)
+    assert seen == [True]
+    workspace._floats = usual
+    assert workspace.floats(1000)[0].numel() == 1000
+
+
+def test_memory_of_the_cuda_search(session):
+    """Its state is zero in whatever memory it gets, which grows by half at least, one piece at a time."""
+    device, sizes = torch.device("cpu"), []
+    cuda._of_stream.cache_clear()
+    workspace = cuda.workspace_of(device, 3)
+    assert cuda.workspace_of(device, 3) is workspace is not cuda.workspace_of(device, 4)
+    for size in range(64, 20_000, 64):
+        former = StorageWeakRef(workspace._memory.untyped_storage())
+        before = workspace._memory.numel()
+        session.forget()
+        memory = workspace.sized(size)
+        assert memory.numel() >= size and not memory[:64].any()
+        if memory.numel() != before:
+            sizes.append(memory.numel())
+            assert former.expired()
+        memory[64:] = 1
+        del memory
+    assert len(sizes) <= 16 and sizes[-1] <= 30_000
+    assert workspace.sized(64) is workspace.sized(20_000)
+
+
+def test_memory_of_a_cuda_search_in_a_graph(session):
+    """Of it alone; a node of the graph zeroes its state."""
+    device = torch.device("cpu")
+    cuda._of_stream.cache_clear()
+    graphs = [Graph(session, lambda: cuda.workspace_of(device, STREAM).sized(1000)) for _ in range(2)]
+    assert graphs[0].operators == ["zero_"]
+    for graph in (graphs[1], graphs[0], graphs[1]):
+        graph.result.fill_(7)
+        (memory,) = graph.replay()
+        assert not memory[:64].any() and memory[64:].all()
+    assert cuda._of_stream.cache_info().currsize == 0
+    assert graphs[0].result.data_ptr() != graphs[1].result.data_ptr()
+
+
+def test_memory_that_is_kept_is_of_no_pool(monkeypatch):
+    """torch lets a thread's allocations go to a pool: another thread makes what is kept, for the same stream."""
+    entered, threads = [], []
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: ("stream of", device.type))
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: entered.append(stream) or on_stream(1))
+    away = SimpleNamespace(type="cuda")
+    made = _workspace.kept(away, lambda: threads.append(threading.get_ident()) or torch.ones(1))
+    assert made.item() == 1 and entered == [("stream of", "cuda")]
+    assert threads != [threading.get_ident()]
+    with pytest.raises(ZeroDivisionError):
+        _workspace.kept(away, lambda: 1 / 0)
