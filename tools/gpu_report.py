@@ -78,8 +78,8 @@ def parts(out: Path) -> list[Part]:
     tests = ["-m", "pytest", "-m", "gpu", "tests", "-q", "-p", "no:cacheprovider", f"--junitxml={out / 'tests.xml'}"]
     return [
         Part("tests", tests, 240),
-        Part("tuning", ["-m", "unike_kernels", "tune"], 120),
-        Part("benchmark", ["-m", "unike_kernels", "bench", "--device", "cuda", "--out", str(out / "bench")], 230),
+        Part("tuning", ["-m", "unike_kernels", "tune"], 150),
+        Part("benchmark", ["-m", "unike_kernels", "bench", "--device", "cuda", "--out", str(out / "bench")], 200),
     ]
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 
+import torch
+
 from unike_kernels.artifacts.files import write_text
 from unike_kernels.errors import BackendUnavailableError
 from unike_kernels.ops import _backend, _tiles
@@ -16,7 +18,14 @@ HELP = "measure tile sizes of the Triton kernels on this GPU, and keep the faste
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """It takes nothing."""
+    """What the command takes."""
+    parser.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float16", "float32"),
+        nargs="+",
+        default=["bfloat16"],
+        help="of the weights (default: bfloat16)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -28,9 +37,9 @@ def run(args: argparse.Namespace) -> int:
     if reason := _backend.triton_missing():
         raise BackendUnavailableError(reason)
     found = []
-    for each in tune(TUNABLES):
+    for each in tune(TUNABLES, [getattr(torch, name) for name in args.dtype]):
         sizes = ", ".join(f"{name} {value}" for name, value in each.sizes._asdict().items())
-        print(f"{each.op}: {duration(each.before)} -> {duration(each.after)} with {sizes}", flush=True)
+        print(f"{each.op}, {each.form}: {duration(each.before)} -> {duration(each.after)} with {sizes}", flush=True)
         found.append(each)
     write_text(_tiles.path(), json.dumps(merged(found, _tiles.device_name()), indent=1))
     _tiles.forget()

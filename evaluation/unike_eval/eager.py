@@ -58,8 +58,8 @@ def shift(hidden: Tensor, out: Tensor, memory: MemoryLayer, index: Tensor, confi
 
 
 def attend(hidden: Tensor, out: Tensor, memory: MemoryLayer, ids: Tensor, config: Config) -> Tensor:
-    """The shift of the attention output [B, T, d] towards the entries ids [B, T, k]."""
-    q = hidden.float()
+    """The shift of the attention output [B, T, d] towards the entries ids [B, T, k], in the dtype of the memory."""
+    q = hidden.to(memory.keys.dtype)
     keys = memory.keys[ids].squeeze(-2)
     values = keys if memory.values is None else memory.values[ids].squeeze(-2)
     scale: Any = config.scale or q.shape[-1] ** -0.5
@@ -67,7 +67,7 @@ def attend(hidden: Tensor, out: Tensor, memory: MemoryLayer, ids: Tensor, config
         q, keys, scale = F.normalize(q, dim=-1), F.normalize(keys, dim=-1), 1 / config.tau
     weights = torch.softmax(scale * torch.einsum("btd,btkd->btk", q, keys), -1)
     know = torch.einsum("btk,btkd->btd", weights, values)
-    h = out.float()
+    h = out.to(memory.keys.dtype)
     e = memory.encoder
     if config.alpha == "token":
         sem = F.linear(F.gelu(F.linear(know, e.w1, e.b1)), e.w2, e.b2)

@@ -38,7 +38,11 @@ class Layer:
         ids: [T, k], drawn at random, for the attention without retrieval.
     """
 
-    def __init__(self, n: int, d: int, tokens: int, k: int, device: str = "cpu") -> None:
+    def __init__(
+        self, n: int, d: int, tokens: int, k: int, device: str = "cpu", dtype: torch.dtype | None = None
+    ) -> None:
+        """In float32 on a CPU, in bfloat16 on a GPU, where a model's memory is, or as it is said."""
+        dtype = dtype or (torch.float32 if device == "cpu" else torch.bfloat16)
         generator = torch.Generator().manual_seed(0)
         normal = functools.partial(torch.randn, generator=generator)
         r, usual = d // 8, normal(d)
@@ -52,16 +56,16 @@ class Layer:
             usual + normal(tokens, d),
             torch.randint(n, (tokens, k), generator=generator),
         )
-        encoder = ops.SemanticEncoder(*(t.to(device) for t in encoder))
-        last = normal(r).to(device), normal(d).to(device)
-        keys, first, second = (t.to(device) for t in tables)
+        encoder = ops.SemanticEncoder(*(t.to(device, dtype) for t in encoder))
+        last = normal(r).to(device, dtype), normal(d).to(device, dtype)
+        keys, first, second = (t.to(device, dtype) for t in tables)
         self.memory = MemoryLayer(keys, first, second, encoder, *last)
         self.index, self.packed = (
             index.to(device),
             None if packed is None else type(packed)(*(t.to(device) for t in packed)),
         )
         self.projected = ops.project_values(self.values, encoder)
-        self.hidden, self.out, self.ids = hidden.to(device), out.to(device), ids.to(device)
+        self.hidden, self.out, self.ids = hidden.to(device, dtype), out.to(device, dtype), ids.to(device)
         self.k = k
 
     @property
@@ -87,7 +91,7 @@ class Layer:
         rows, (tokens, d), r = ids.unique(), self.hidden.shape, self.projected.shape[-1]
         gathered = (t[rows] for t in (self.memory.keys, self.values, self.projected))
         reads = (*scanned, *gathered, self.memory.encoder.w2, self.hidden, self.out)
-        products = {torch.float32: float(tokens * (2 * self.k * d + self.k * r + r * d))}
+        products = {self.hidden.dtype: float(tokens * (2 * self.k * d + self.k * r + r * d))}
         if scanned:
             products[torch.int8] = float(tokens * self.index.numel())
         return Bound(reads, products)
@@ -161,14 +165,16 @@ def latent(n: int, d: int, tokens: int, device: str = "cpu") -> Case:
 
 
 def with_retrieval(n: int, d: int, tokens: int, device: str = "cpu") -> Case:
-    """The same after the retrieval."""
+    """The same after the retrieval, in float32: torch's products want one dtype."""
     systems = {
         "unike memory_attention": System("ours", _fused_with_retrieval),
         "torch eager": System("peer", _torch_with_retrieval),
     }
     title = f"memory attention: retrieval of k={K} from N={n}, attention, gate and blend, d={d}, T={tokens}"
     shape: Shape = {"kind": "memory", "N": n, "d": d, "T": tokens, "k": K}
-    return Case("attention", title, shape, functools.partial(Layer, n, d, tokens, K, device), systems, device)
+    return Case(
+        "attention", title, shape, functools.partial(Layer, n, d, tokens, K, device, torch.float32), systems, device
+    )
 
 
 def quick(device: str = "cpu") -> list[Case]:

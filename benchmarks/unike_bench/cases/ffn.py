@@ -34,9 +34,10 @@ class Layer:
         x: [T, d].
     """
 
-    def __init__(self, d: int, tokens: int, edits: int, device: str = "cpu") -> None:
+    def __init__(self, d: int, tokens: int, edits: int, device: str = "cpu", dtype: torch.dtype | None = None) -> None:
+        """In float32 on a CPU, in bfloat16 on a GPU, or as it is said."""
         generator = torch.Generator().manual_seed(0)
-        dtype = torch.float32 if device == "cpu" else torch.bfloat16
+        dtype = dtype or (torch.float32 if device == "cpu" else torch.bfloat16)
 
         def normal(*shape: int) -> Tensor:
             return torch.randn(*shape, generator=generator).to(device, dtype)

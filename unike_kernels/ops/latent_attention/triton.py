@@ -498,7 +498,7 @@ def tiling(
     return _cut(
         m, rows, m if anchor is None else len(anchor), *queries.shape[1:], d, len(encoder.w1), k,
         tuple(t.element_size() for t in (keys, values, table, encoder.w2)), processors, warps,
-        tile_sizes("latent_attention", Tiles(), CANDIDATES), PASS, training,
+        tile_sizes("latent_attention", m, keys.dtype, Tiles(), CANDIDATES), PASS, training,
     )  # fmt: skip
 
 

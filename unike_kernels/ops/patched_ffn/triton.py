@@ -203,7 +203,7 @@ def launch_of(o: ExtraOperands) -> Launch:
     x, base_out, pool, activation = o
     m, d = x.shape
     pool = EditPool(*(None if t is None else t.contiguous() for t in pool))  # type: ignore[arg-type]
-    sizes = tile_sizes("add_extra_neurons", Tiles(), CANDIDATES)
+    sizes = tile_sizes("add_extra_neurons", m, pool.keys.dtype, Tiles(), CANDIDATES)
     width = sizes.width // max(t.element_size() for t in (x, pool.keys, pool.values))
     t = tiling(m, d, pool, width, sizes.slices)
     teams, neurons = min(t.tiles, t.teams), pool.keys.shape[0]

@@ -302,7 +302,7 @@ def patched_ffn(
     dtype = x.dtype if x.dtype == base.w_out.dtype else torch.float32
     workspace = workspace or workspace_of(x.device)
     hidden, extra = workspace.floats(m * f, m * neurons)
-    sizes = tile_sizes("patched_ffn", Tiles(), CANDIDATES)
+    sizes = tile_sizes("patched_ffn", m, base.w_in.dtype, Tiles(), CANDIDATES)
     rows = max(FEWEST_TOKENS, triton.next_power_of_2(m))
     item = max(t.element_size() for t in (x, *base) if t is not None)
     most = 2 * sizes.neurons // item
