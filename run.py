@@ -92,15 +92,18 @@ def install_smollm2() -> None:
 
 def driver_missing() -> str | None:
     """Why there is no driver for the build of torch that would be installed, or None: asked before it is fetched."""
-    if Path("/dev/kfd").exists():  # AMD's
-        return None
+    index = os.environ.get("TORCH_INDEX_URL")
+    if Path("/dev/kfd").exists():
+        return (
+            None if index else "this GPU is one of AMD's: name the index of torch's builds for ROCm in TORCH_INDEX_URL"
+        )
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
         return "there is no driver of an NVIDIA GPU: libcuda.so.1 cannot be loaded"
     version = ctypes.c_int()
     driver.cuDriverGetVersion(ctypes.byref(version))
-    if version.value >= CUDA * 1000 or os.environ.get("TORCH_INDEX_URL"):
+    if version.value >= CUDA * 1000 or index:
         return None
     return (
         f"the driver is that of CUDA {version.value // 1000}.{version.value % 1000 // 10}, {TORCH} needs {CUDA}.0: "

@@ -149,7 +149,14 @@ def test_the_driver_is_asked_first(run, monkeypatch, version, index, told):
     monkeypatch.delenv("TORCH_INDEX_URL", raising=False)
     if index:
         monkeypatch.setenv("TORCH_INDEX_URL", index)
-    if Path("/dev/kfd").exists():
-        told = None
+    monkeypatch.setattr(run.Path, "exists", lambda path: False)
     reason = run.driver_missing()
     assert (reason is None) if told is None else (told in reason)
+
+
+def test_gpus_of_amd_need_an_index(run, monkeypatch):
+    monkeypatch.setattr(run.Path, "exists", lambda path: str(path) == "/dev/kfd")
+    monkeypatch.delenv("TORCH_INDEX_URL", raising=False)
+    assert "ROCm in TORCH_INDEX_URL" in run.driver_missing()
+    monkeypatch.setenv("TORCH_INDEX_URL", "https://an.index/rocm7.0")
+    assert run.driver_missing() is None

@@ -166,3 +166,25 @@ def test_where_nothing_runs_is_an_error(table):
 def test_every_operator_has_its_definition():
     assert _backend._table
     assert all(ops.available(op)["reference"] is None for op in _backend._table)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize(
+    ("cuda", "hip", "error", "told"),
+    [
+        (None, None, None, "is built for CPUs alone; install a build of it for CUDA or ROCm"),
+        ("13.0", None, "The NVIDIA driver on your system is too old (found version 12040).", "found version 12040"),
+        (None, "7.0", "No HIP GPUs are available", "finds none: No HIP GPUs are available"),
+        ("13.0", None, None, "finds none"),
+    ],
+)
+def test_why_there_is_no_gpu(monkeypatch, cuda, hip, error, told):
+    def init():
+        if error:
+            raise RuntimeError(error)
+
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "init", init)
+    reason = _backend.gpu_missing()
+    assert reason.startswith(f"there is no GPU: torch {torch.__version__} ") and told in reason

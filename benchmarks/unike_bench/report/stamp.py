@@ -28,7 +28,8 @@ def stamp(device: str = "cpu") -> dict[str, str]:
 
 def _gpu() -> str:
     properties = torch.cuda.get_device_properties()
-    return f"{properties.name}, {properties.multi_processor_count} multiprocessors, CUDA {torch.version.cuda}"
+    platform = f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}"
+    return f"{properties.name}, {properties.multi_processor_count} multiprocessors, {platform}"
 
 
 def _cpu() -> str:
