@@ -93,8 +93,10 @@ class MemoryTables(Tables):
             bounds: int64 [M, 2], the entries start, ..., stop - 1 that each query may retrieve; None: all.
         """
         queries, k = queries.detach(), self.at_most(k)
-        if self.retriever is None:
+        if self.retriever is None and torch.compiler.is_compiling():
             return cosine_topk(queries, self.index, k, normalized=True, ranges=bounds, packed=self.packed)
+        if self.retriever is None:
+            return self.prepared().search(queries, k, bounds)
         scores, ids = retrieve(queries, k, bounds, self.handle)
         return scores, ids
 

@@ -153,7 +153,7 @@ class ExtraNeurons(Record):
         for each in (plan, plan.of_rows(*edits.csr((tuple(edits.ids),) * tokens), None)):
             each(x, x)
             if self.dense is not None and self._may_fuse(x):
-                self._in_one_launch(x, each.pool)
+                each.fused(x, self.dense.weights())
         if self.context.config is not None and self.context.config.scope == "memory":
             edits.of_tokens(self.activation, None, torch.zeros(tokens, dtype=torch.int64, device=x.device))(x, x)
         return x.device
@@ -170,13 +170,10 @@ class ExtraNeurons(Record):
             or not self._may_fuse(hidden_states)
         ):
             return None
-        rows = now.selection.edits
-        pool = self._pool(now, edits, rows) if now.traced else self._prepared(edits, rows, hidden_states).pool
-        return self._in_one_launch(hidden_states, pool)
-
-    def _in_one_launch(self, hidden_states: Tensor, pool: EditPool) -> Tensor | None:
-        assert self.dense is not None
-        operands = hidden_states, self.dense.weights(), pool, self.activation
+        weights, rows = self.dense.weights(), now.selection.edits
+        if not now.traced:
+            return self._prepared(edits, rows, hidden_states).fused(hidden_states, weights)
+        operands = hidden_states, weights, self._pool(now, edits, rows), self.activation
         return fused_ffn(*operands) if fuses(*operands) else None
 
     def _may_fuse(self, hidden_states: Tensor) -> bool:

@@ -11,6 +11,7 @@ from ops.test_patched_ffn import as_csr, make_pool
 
 from unike_kernels import ops
 from unike_kernels.ops import _backend, _tiles, _triton
+from unike_kernels.ops.cosine_topk import PreparedSearch
 from unike_kernels.ops.cosine_topk import reference as reference_search
 from unike_kernels.ops.latent_attention import blend_of
 from unike_kernels.ops.memory_attention import PreparedMemory
@@ -222,6 +223,46 @@ def test_a_change_of_a_memory_that_is_copied_to_be_read_is_seen():
     memory.tables[1].mul_(2)
     assert not torch.equal(memory.by_launch(*given, k=3), before)
     assert torch.equal(memory.by_launch(*given, k=3), memory.by_operator(*given, k=3))
+
+
+def test_a_search_alone_is_looked_up_once(looked_up):
+    keys = ops.normalize_rows(torch.randn(40, D))
+    search, calls = PreparedSearch(keys, None), [torch.randn(3, D) for _ in range(3)]
+    ranges = torch.tensor([[0, 9], [4, 20], [3, 3]])
+    for own in (None, ranges):
+        wanted = [ops.cosine_topk(q, keys, 5, normalized=True, ranges=own) for q in calls]
+        looked_up.clear()
+        found = [search(q, 5, own) for q in calls]
+        assert len(looked_up) == 1
+        for got, expected in zip(found, wanted, strict=True):
+            assert all(map(torch.equal, got, expected))
+    other = search(calls[0].bfloat16(), 7, None)
+    assert all(map(torch.equal, other, ops.cosine_topk(calls[0].bfloat16(), keys, 7, normalized=True)))
+    assert [t.shape for t in search(calls[0][:0], 5, None)] == [(0, 5)] * 2
+    strided = torch.randn(3, 2 * D)[:, ::2]
+    assert all(map(torch.equal, search(strided, 5, None), ops.cosine_topk(strided, keys, 5, normalized=True)))
+
+
+def test_an_ffn_and_its_neurons_are_looked_up_once(pool, looked_up):
+    def weights():
+        f = 32
+        return FFNWeights(*(torch.randn(s).bfloat16() * 0.2 for s in ((f, D), (f,), (f, D), (f,), (D, f), (D,))))
+
+    prepared, base, given = PreparedNeurons(pool, "relu"), weights(), [states(2, 3)[0] for _ in range(3)]
+    wanted = [ops.patched_ffn(x, base, pool, activation="relu") for x in given]
+    looked_up.clear()
+    found = [prepared.fused(x, base) for x in given]
+    assert len(looked_up) == 1 and all(map(torch.equal, found, wanted)) and not torch.equal(found[0], found[1])
+    other = weights()  # of a parameter that was replaced
+    assert torch.equal(prepared.fused(given[0], other), ops.patched_ffn(given[0], other, pool, activation="relu"))
+    base.w_in.mul_(0.5)
+    assert torch.equal(prepared.fused(given[0], base), ops.patched_ffn(given[0], base, pool, activation="relu"))
+    transposed = base._replace(w_in=base.w_in.T.contiguous().T)
+    assert prepared.fused(given[0], transposed) is None and prepared.fused(states(40, 3)[0], base) is None
+    with torch.enable_grad():
+        x = given[0].clone().requires_grad_()
+        prepared.fused(x, base).sum().backward()
+    assert x.grad.isfinite().all()
 
 
 ONE = torch.tensor([0.25])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from .api import (
     SCANS,
     PackedKeys,
+    PreparedSearch,
     check_retrieval,
     cosine_topk,
     normalize_rows,
@@ -12,4 +13,13 @@ from .api import (
     packed_of,
 )
 
-__all__ = ["SCANS", "PackedKeys", "check_retrieval", "cosine_topk", "normalize_rows", "pack_keys", "packed_of"]
+__all__ = [
+    "SCANS",
+    "PackedKeys",
+    "PreparedSearch",
+    "check_retrieval",
+    "cosine_topk",
+    "normalize_rows",
+    "pack_keys",
+    "packed_of",
+]

@@ -177,6 +177,59 @@ def pack_keys(keys: Tensor, scan: str, direction: Tensor | None = None) -> Packe
     return packed
 
 
+class PreparedSearch:
+    """The keys of a retrieval for many calls: laid out once for the native kernel, where that can be."""
+
+    def __init__(self, keys: Tensor, packed: PackedKeys | None) -> None:
+        """Shapes are checked by the caller.
+
+        Args:
+            keys: [N, d], unit rows.
+            packed: of these.
+        """
+        self._tables = keys, packed
+        self._native = self._laid_out()
+        self._launches = _backend.Launches("cosine_topk", (keys,))
+
+    def _laid_out(self) -> cpu.Keys | None:
+        keys, packed = self._tables
+        native = _native.available() and keys.device.type == "cpu" and keys.dtype != torch.float64
+        if not native or _library.wrapped(keys):
+            return None
+        with _library.outside():
+            return cpu.Keys(keys, packed)
+
+    def __reduce__(self) -> Any:  # a copy is laid out anew, at addresses of its own
+        return type(self), self._tables
+
+    def __call__(self, queries: Tensor, k: int, ranges: Tensor | None) -> tuple[Tensor, Tensor]:
+        """`cosine_topk` of these keys, by the shortest way that computes it.
+
+        Args:
+            queries: [M, d], any float dtype.
+            k: at most `MOST_RESULTS`.
+            ranges: int64 [M, 2]; None: all keys.
+        """
+        native = self._native
+        if native is not None and native.anchor.moved():
+            native = self._native = self._laid_out()
+        if native is not None and _library.direct(queries) and _backend.takes_native(queries):
+            return native.search(queries, k, ranges)
+        keys, packed = self._tables
+        if _library.direct(queries) and len(queries) and _library.in_place(queries, ranges):
+            form = queries.shape, queries.dtype, k, ranges is None
+            launch = self._launches.of(form, lambda: SearchOperands(queries, keys, k, True, ranges, packed))
+            if launch is not None:
+                scores = queries.new_empty((len(queries), k), dtype=torch.float32)
+                ids = queries.new_empty((len(queries), k), dtype=torch.int64)
+                launch(queries, ranges, scores, ids)
+                return scores, ids
+        found: tuple[Tensor, Tensor] = _library.call(
+            "cosine_topk", queries, queries, keys, k, True, ranges, *(packed or (None,) * 3)
+        )
+        return found
+
+
 def cosine_topk(
     queries: Tensor,
     keys: Tensor,

@@ -29,8 +29,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import EVERYBODY, Workspace, last_contiguous, launch, meet, multiprocessors, options, workspace_of
+from .._triton import (
+    EVERYBODYS,
+    GIVEN,
+    SCRATCH,
+    Launch,
+    Workspace,
+    given,
+    last_contiguous,
+    meet,
+    multiprocessors,
+    options,
+)
 from . import reference
+from .reference import SearchOperands
 
 LANES = tl.constexpr(reference.LANES)
 NOTHING = tl.constexpr(-(2**63))  # below every (score, id)
@@ -410,14 +422,29 @@ def cosine_topk(
     most = queries_of_launch(n)
     for first in range(0, m, most):
         some = slice(first, first + most)
-        few = queries[some]
-        t = tiling(len(few), n, k)
-        workspace = workspace or workspace_of(queries.device)
-        scratch = typed(workspace.floats(*scratch_of(t, len(few), n, d)))
-        launch(
-            cosine_topk_kernel, t.blocks,
-            few, keys, None if ranges is None else ranges[some], *(o[some] for o in out), *scratch,
-            workspace.counters[EVERYBODY:], len(few), n, d, queries.stride(0), keys.stride(0), k, *t.sizes,
-            error_bound(d), normalized, *t.shapes, num_warps=WARPS, **options(cooperative=True),
-        )  # fmt: skip
+        few, own = queries[some], None if ranges is None else ranges[some]
+        launch = launch_of(SearchOperands(few, keys, k, normalized, own))
+        assert launch is not None
+        launch(few, own, *(o[some] for o in out), workspace=workspace)
     return out
+
+
+def launch_of(o: SearchOperands) -> Launch | None:
+    """What `cosine_topk` launches for such operands, M >= 1, whose rows are contiguous; None: not just one kernel.
+
+    It is given queries, ranges, scores and ids.
+    """
+    queries, keys, k, normalized, ranges, _ = o
+    (m, d), n = queries.shape, len(keys)
+    if keys.dtype == torch.float64 or not takes(n, d, k) or m > queries_of_launch(n):
+        return None
+    t, keys = tiling(m, n, k), last_contiguous(keys)
+    scratch = scratch_of(t, m, n, d)
+    arguments = (
+        GIVEN, keys, given(ranges), GIVEN, GIVEN, *(SCRATCH for _ in scratch), EVERYBODYS,
+        m, n, d, queries.stride(0), keys.stride(0), k, *t.sizes, error_bound(d), normalized, *t.shapes,
+    )  # fmt: skip
+    return Launch(
+        cosine_topk_kernel, t.blocks, arguments, scratch, lambda scratch: typed([*scratch]),
+        num_warps=WARPS, **options(cooperative=True),
+    )  # fmt: skip

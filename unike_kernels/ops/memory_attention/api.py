@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ... import _native
 from .. import _backend, _check, _library
-from ..cosine_topk import PackedKeys, check_retrieval, packed_of
+from ..cosine_topk import PackedKeys, PreparedSearch, check_retrieval, packed_of
 from ..cosine_topk.cpu import Keys
 from ..cosine_topk.reference import SearchOperands
 from ..latent_attention import reference as latent
@@ -158,7 +158,11 @@ def attend(o: MemoryOperands) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class PreparedMemory:
-    """The tables of a memory for many calls: laid out once for the native kernel, where that can be."""
+    """The tables of a memory for many calls: laid out once for the native kernel, where that can be.
+
+    Attributes:
+        search: of the index alone.
+    """
 
     def __init__(
         self,
@@ -180,6 +184,7 @@ class PreparedMemory:
             encoder: Enc_sem.
         """
         self._tables = index, packed, keys, values, projected, encoder
+        self.search = PreparedSearch(index, packed)
         self._native = self._laid_out()
         self._launches = _backend.Launches("memory_attention", (index, keys, values, projected, *encoder))
 

@@ -261,6 +261,7 @@ class PreparedNeurons:
         self.pool, self.activation = pool, activation
         self._native = self._laid_out()
         self._launches = _backend.Launches("add_extra_neurons", pool)
+        self._fused = _backend.Launches("patched_ffn", pool)
 
     def _laid_out(self) -> cpu.Pool | None:
         given = [t for t in self.pool if t is not None]
@@ -317,6 +318,23 @@ class PreparedNeurons:
             return out
         result = add_extra_neurons(x, base, self.pool, self.activation)
         return result if out is None else out.copy_(result)
+
+    def fused(self, x: Tensor, base: FFNWeights) -> Tensor | None:
+        """An FFN of these weights and the neurons, [..., d]; None where no kernel computes both in one launch.
+
+        Args:
+            x: [..., d], the FFN's input.
+            base: its weights.
+        """
+        operands = x, base, self.pool, self.activation
+        if _library.direct(x) and x.numel() and _library.in_place(x):
+            form = x.numel(), x.dtype, *map(_native.address, base)
+            launch = self._fused.of(form, lambda: FusedOperands(_tokens(x), *operands[1:]))
+            if launch is not None:
+                out = torch.empty_like(x)
+                launch(x, out)
+                return out
+        return fused_ffn(*operands) if fuses(*operands) else None
 
     def _launch_of(self, x: Tensor, base: Tensor, out: Tensor | None) -> Any | None:
         """Of a Triton kernel, where one computes activations of this form."""

@@ -34,20 +34,21 @@ from torch import Tensor
 
 from .._tiles import tile_sizes
 from .._triton import (
-    EVERYBODY,
+    EVERYBODYS,
+    GIVEN,
+    SCRATCH,
+    Launch,
     Workspace,
     activate,
     dot,
     last_contiguous,
-    launch,
     meet,
     multiprocessors,
     options,
     shared_memory,
-    workspace_of,
 )
 from .api import one_launch
-from .reference import EditPool, FFNWeights, ffn
+from .reference import EditPool, FFNWeights, FusedOperands, ffn
 from .triton import add_extra_neurons
 
 FEWEST_TOKENS = 16  # rows of an mma
@@ -288,32 +289,44 @@ def patched_ffn(
         out: [M, d] contiguous, of x's dtype; None: a new tensor.
         workspace: None: that of the current stream.
     """
-    (m, d), f = x.shape, base.w_in.shape[0]
     out = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
-    if m == 0:
+    if not len(x):
         return out
-    if not one_launch(x, base):
-        return _vendor(x, base, pool, activation, out, workspace)
     x = last_contiguous(x)
+    launch = launch_of(FusedOperands(x, base, pool, activation))
+    if launch is None:
+        return _vendor(x, base, pool, activation, out, workspace)
+    launch(x, out, workspace=workspace)
+    return out
+
+
+def launch_of(o: FusedOperands) -> Launch | None:
+    """What `patched_ffn` launches for activations like these, M >= 1, whose rows are contiguous; it is given x and out.
+    None: the base is the vendor's."""
+    x, base, pool, activation = o
+    if not one_launch(x, base):
+        return None
+    (m, d), f = x.shape, base.w_in.shape[0]
     pool = EditPool(*(None if t is None else t.contiguous() for t in pool))  # type: ignore[arg-type]
     blocks = multiprocessors()
     per_row = 1 if pool.token_rows is not None else m // (len(pool.row_indptr) - 1)
     neurons = pool.keys.shape[0]
     dtype = x.dtype if x.dtype == base.w_out.dtype else torch.float32
-    workspace = workspace or workspace_of(x.device)
-    hidden, extra = workspace.floats(m * f, m * neurons)
     sizes = tile_sizes("patched_ffn", m, base.w_in.dtype, Tiles(), CANDIDATES)
     rows = max(FEWEST_TOKENS, triton.next_power_of_2(m))
     item = max(t.element_size() for t in (x, *base) if t is not None)
     most = 2 * sizes.neurons // item
     into = passes(f, blocks, most, 1 if base.w_up is None else 2, rows, item, sizes)
     back = passes(d, blocks, min(most, MOST_SUMS // rows), 1, rows, item, sizes)
-    launch(
-        patched_ffn_kernel, blocks,
-        x, *base, out, *pool, hidden.view(dtype), extra, workspace.counters[EVERYBODY:],
+    arguments = (
+        GIVEN, *base, GIVEN, *pool, SCRATCH, SCRATCH, EVERYBODYS,
         m, d, f, x.stride(0), neurons, per_row, into.share, into.part, back.share, back.part, activation, rows,
         into.part == into.share, into.tile, into.width, into.stages,
         back.part == back.share, back.tile, back.width, back.stages, MOST_SUMS // (rows * back.tile),
-        EXTRA, EXTRA_WIDTH, num_warps=8, **options(cooperative=True), enable_fp_fusion=False,
+        EXTRA, EXTRA_WIDTH,
     )  # fmt: skip
-    return out
+    return Launch(
+        patched_ffn_kernel, blocks, arguments, (m * f, m * neurons),
+        lambda scratch: (scratch[0].view(dtype), scratch[1]),
+        num_warps=8, **options(cooperative=True), enable_fp_fusion=False,
+    )  # fmt: skip
