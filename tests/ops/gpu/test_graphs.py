@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import threading
 from types import SimpleNamespace
@@ -20,11 +21,12 @@ from unike_kernels.nn import LayerEdits, Pass, Selection, patched_ffn
 from unike_kernels.nn.context import NOTHING
 from unike_kernels.ops import _triton, _workspace
 from unike_kernels.ops.cosine_topk import cuda
+from unike_kernels.ops.cosine_topk import reference as reference_search
 from unike_kernels.ops.cosine_topk import triton as search
 from unike_kernels.ops.latent_attention import blend_of
 from unike_kernels.ops.memory_attention import PreparedMemory
 from unike_kernels.ops.memory_attention import triton as memory_kernel
-from unike_kernels.ops.patched_ffn import FFNWeights, PreparedNeurons, fused_ffn
+from unike_kernels.ops.patched_ffn import FFNWeights, PreparedNeurons, api, fused_ffn
 
 D, N = 160, 40  # several blocks, which meet
 SHARED = {"counters", "everybody", "scratch", "extra", "units", "found", "know", "squares"}  # of the workspace
@@ -255,9 +257,11 @@ def test_rows_of_a_scope_come_from_the_host_once(session, make_model, make_edit)
 
 def test_the_public_operators_look_at_no_values_of_another_device():
     """Of the lists of edits and of ranges, which are refused on a CPU."""
-    away = SimpleNamespace(type="cuda")
-    assert not ops.patched_ffn.__globals__["_readable"](SimpleNamespace(device=away))
-    assert ops.patched_ffn.__globals__["_readable"](torch.zeros(1))
+    away = SimpleNamespace(device=SimpleNamespace(type="cuda"))
+    assert not api._readable(away) and api._readable(torch.zeros(1))
+    meta = functools.partial(torch.zeros, device="meta")
+    _, ids = reference_search.cosine_topk(meta(2, D), meta(N, D), 3, ranges=meta(2, 2, dtype=torch.int64))
+    assert ids.shape == (2, 3)
 
 
 # --- memory of streams ----------------------------------------------------------------------------------------------
