@@ -131,9 +131,9 @@ class Workspace:
 class _Captured(Workspace):
     """That of one launch in a CUDA graph: CUDA replays a graph only when it has ended, but another one meanwhile.
 
-    Its scratch is the graph's own, as that of torch's operators is, and what the graph launches later uses it again. Its
-    counters have to be zero whenever the graph is replayed: nobody else has them, or a node of the graph zeroes them,
-    which takes a microsecond or two.
+    Its scratch is the graph's own, as that of torch's operators is, and what the graph launches later uses it again.
+    Its counters have to be zero whenever the graph is replayed: nobody else has them, or a node of the graph zeroes
+    them, which takes a microsecond or two.
     """
 
     def _zeros(self) -> Tensor:
