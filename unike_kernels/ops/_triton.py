@@ -8,6 +8,7 @@ from __future__ import annotations
 import enum
 import functools
 import itertools
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -129,9 +130,12 @@ class Workspace:
 
 
 class _Captured(Workspace):
-    """That of one launch in a CUDA graph. Its scratch is the graph's own, as that of torch's operators is, and what the
-    graph launches later uses it again. Its counters have to be zero whenever the graph is replayed: nobody else has
-    them, or a node of the graph zeroes them, which takes a microsecond or two."""
+    """That of one launch in a CUDA graph: CUDA replays a graph only when it has ended, but another one meanwhile.
+
+    Its scratch is the graph's own, as that of torch's operators is, and what the graph launches later uses it again.
+    Its counters have to be zero whenever the graph is replayed: nobody else has them, or a node of the graph zeroes
+    them, which takes a microsecond or two.
+    """
 
     def _zeros(self) -> Tensor:
         if spare := _spare.get(self.device):
@@ -240,22 +244,44 @@ def given(t: Tensor | None) -> Place | None:
 
 
 def launch(kernel: Any, blocks: int, *arguments: Any, **options: Any) -> Any:
-    """`kernel[(blocks,)](*arguments, **options)`: the code that Triton has compiled for them, and launched.
+    """`kernel[(blocks,)](*arguments, **options)`: launched, and the code that Triton has compiled for them.
 
     Raises:
-        RuntimeError: a CUDA graph is captured and the code was not loaded before.
+        RuntimeError: a CUDA graph is captured, and the code is not there.
     """
-    device = next(t.device for t in arguments if isinstance(t, Tensor))
-    if not _workspace.capturing(device):
+    if not _workspace.capturing(next(t.device for t in arguments if isinstance(t, Tensor))):
         return kernel[blocks, 1, 1](*arguments, **options)
-    try:
-        return kernel[blocks, 1, 1](*arguments, **options)
-    except Exception as error:
+    with _compiling_nothing():
+        compiled = kernel[blocks, 1, 1](*arguments, **options)
+    if compiled is None:
         raise RuntimeError(
-            f"{kernel.__name__} failed while a CUDA graph is captured. CUDA loads no code meanwhile: have it compiled "
-            "and loaded before, by unike_kernels.warm_up(model, tokens=...) with the numbers of tokens that are "
-            "captured, or by one such pass outside of the capture"
-        ) from error
+            f"{kernel.__name__}: no code is loaded for what it is given, nor can be while a CUDA graph is captured: "
+            "call unike_kernels.warm_up(model, tokens=...) before, with the numbers of tokens that are captured, or "
+            "make one such pass"
+        )
+    return compiled
+
+
+_hooking = threading.Lock()
+
+
+@contextmanager
+def _compiling_nothing() -> Iterator[None]:
+    """Within the block a launch of this thread whose code is not there does nothing, and returns None."""
+    runtime, thread = triton.knobs.runtime, threading.get_ident()
+    with _hooking:
+        before = runtime.jit_cache_hook
+
+        def hook(*args: Any, **kwargs: Any) -> bool | None:
+            if threading.get_ident() == thread:
+                return True
+            return None if before is None else before(*args, **kwargs)
+
+        runtime.jit_cache_hook = hook
+        try:
+            yield
+        finally:
+            runtime.jit_cache_hook = before
 
 
 class Launch:

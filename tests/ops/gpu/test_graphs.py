@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -11,8 +13,10 @@ import torch
 from backbones.zoo import ZOO, logits, model_of
 from ops.gpu.graphs import STREAM, Graph, on_stream, overlaps, tensors
 from ops.test_patched_ffn import make_pool
+from ptxsim.triton_driver import InterpreterDriver
 from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import masking_utils
+from triton import knobs
 
 import unike_kernels as uk
 from unike_kernels import ops
@@ -20,11 +24,11 @@ from unike_kernels.nn import LayerEdits, Pass, Selection, patched_ffn
 from unike_kernels.nn.context import NOTHING
 from unike_kernels.ops import _triton, _workspace
 from unike_kernels.ops.cosine_topk import cuda
-from unike_kernels.ops.cosine_topk import triton as search
+from unike_kernels.ops.cosine_topk import reference as reference_search
 from unike_kernels.ops.latent_attention import blend_of
 from unike_kernels.ops.memory_attention import PreparedMemory
 from unike_kernels.ops.memory_attention import triton as memory_kernel
-from unike_kernels.ops.patched_ffn import FFNWeights, PreparedNeurons, fused_ffn
+from unike_kernels.ops.patched_ffn import FFNWeights, PreparedNeurons, api, fused_ffn
 
 D, N = 160, 40  # several blocks, which meet
 SHARED = {"counters", "everybody", "scratch", "extra", "units", "found", "know", "squares"}  # of the workspace
@@ -86,6 +90,14 @@ def captured(session, compute, x=None):
     return Graph(session, lambda: compute(x))
 
 
+def loaded(compute, warm=True):
+    """Its code is; and not warm: nothing else is known of it."""
+    compute(states())
+    if not warm:
+        _triton._workspaces.clear()
+        _triton._spare.clear()
+
+
 def same(found, wanted):
     return all(map(torch.equal, tensors(found), tensors(wanted)))
 
@@ -98,13 +110,10 @@ def same(found, wanted):
     indirect=["compute"],
 )
 def test_graphs_of_one_stream_are_replayed_in_any_order(compute, warm, session):
-    """Also where nothing ran before the capture; between them, passes outside of graphs on the same stream."""
+    """Also where there is no memory before the capture; then passes outside of graphs on the same stream."""
     contents = [states() for _ in range(3)]
     wanted = [[t.clone() for t in tensors(compute(x))] for x in contents]
-    _triton._workspaces.clear()
-    _triton._spare.clear()
-    if warm:
-        compute(states())
+    loaded(compute, warm)
     inputs = states(), states()
     graphs = [captured(session, compute, x) for x in inputs]
     for which, what in ((1, 0), (1, 1), (0, 2), (0, 1), (1, 2)):
@@ -118,8 +127,7 @@ def test_graphs_of_one_stream_are_replayed_in_any_order(compute, warm, session):
 @pytest.mark.parametrize("warm", [True, False], ids=["warm", "cold"])
 def test_graphs_share_no_memory_that_they_write_to(compute, warm, session):
     """So that they can be replayed at the same time, and beside what runs on the stream of the capture."""
-    if warm:
-        compute(states())
+    loaded(compute, warm)
     graphs = [captured(session, compute) for _ in range(2)]
     with on_stream(STREAM):
         eager = _triton.workspace_of(torch.device("cpu"))
@@ -134,6 +142,7 @@ def test_graphs_share_no_memory_that_they_write_to(compute, warm, session):
 
 def test_what_a_graph_zeroes(compute, session):
     """Its counters, where it has none that nobody else uses, and nothing else."""
+    loaded(compute, warm=False)
     cold = captured(session, compute)
     assert cold.operators.count("zeros") == len(cold.launches) == 1
     compute(states())
@@ -186,17 +195,34 @@ def test_a_graph_of_several_launches(session):
     assert same(graph.replay(), wanted) and same(graph.replay(), wanted)
 
 
-def test_code_that_is_not_there_is_asked_for_before_the_capture(session, monkeypatch):
-    def forbidden(*_, **__):
-        raise RuntimeError("Triton Error [CUDA]: operation not permitted when stream is capturing")
-
-    compute = Tables().beside
-    monkeypatch.setattr(type(search.cosine_topk_kernel), "run", forbidden)
-    with pytest.raises(RuntimeError, match=r"unike_kernels\.warm_up\(model") as raised:
-        Graph(session, lambda: compute(states()))
-    assert "not permitted" in str(raised.value.__cause__)
-    with pytest.raises(RuntimeError, match="not permitted"):
+@pytest.mark.parametrize("warm", [False, True])
+def test_code_that_is_not_there_is_asked_for_before_the_capture(warm, compute, session, monkeypatch):
+    """Without trying to compile or load it, which would take long and end the capture."""
+    device = 998  # on which no test has compiled anything
+    monkeypatch.setattr(InterpreterDriver, "get_current_device", lambda self: device)
+    compiled = []
+    monkeypatch.setattr(knobs.runtime, "jit_post_compile_hook", lambda **what: compiled.append(what["fn"].jit_function))
+    if warm:
         compute(states())
+        assert compiled
+        captured(session, compute)
+    else:
+        with pytest.raises(RuntimeError, match=r"unike_kernels\.warm_up\(model"):
+            captured(session, compute)
+        assert not compiled
+    assert knobs.runtime.jit_cache_hook is None
+    for kernel in compiled:
+        kernel.device_caches.pop(device)
+
+
+def test_another_thread_compiles_during_a_capture(session, monkeypatch):
+    """And its own hook is told."""
+    told = []
+    monkeypatch.setattr(knobs.runtime, "jit_cache_hook", lambda **what: told.append(what["repr"]))
+    with _triton._compiling_nothing(), ThreadPoolExecutor(1) as other:
+        hook = knobs.runtime.jit_cache_hook
+        assert other.submit(hook, repr="theirs").result() is None and hook(repr="mine") is True
+    assert told == ["theirs"]
 
 
 # --- what waits for the device --------------------------------------------------------------------------------------
@@ -215,6 +241,8 @@ def test_a_memory_whose_tokens_have_ranges_takes_two_launches_without_waiting(se
         wanted.append(compute())
     tables.memory = PreparedMemory(tables.index, None, tables.keys, tables.values, None, tables.encoder)
     monkeypatch.setattr(memory_kernel, "MOST_TOKENS", 1)
+    ranges.copy_(contents[0])
+    torch.testing.assert_close(compute(), wanted[0])
     graph = Graph(session, compute)
     assert len(graph.launches) == 2
     for given, result in zip(contents, wanted, strict=True):
@@ -255,9 +283,11 @@ def test_rows_of_a_scope_come_from_the_host_once(session, make_model, make_edit)
 
 def test_the_public_operators_look_at_no_values_of_another_device():
     """Of the lists of edits and of ranges, which are refused on a CPU."""
-    away = SimpleNamespace(type="cuda")
-    assert not ops.patched_ffn.__globals__["_readable"](SimpleNamespace(device=away))
-    assert ops.patched_ffn.__globals__["_readable"](torch.zeros(1))
+    away = SimpleNamespace(device=SimpleNamespace(type="cuda"))
+    assert not api._readable(away) and api._readable(torch.zeros(1))
+    meta = functools.partial(torch.zeros, device="meta")
+    _, ids = reference_search.cosine_topk(meta(2, D), meta(N, D), 3, ranges=meta(2, 2, dtype=torch.int64))
+    assert ids.shape == (2, 3)
 
 
 # --- memory of streams ----------------------------------------------------------------------------------------------

@@ -99,6 +99,14 @@ def test_a_model_in_another_dtype_or_of_other_edits_is_compiled_anew(compiled, m
     assert compiled
 
 
+def test_what_is_offloaded_is_left_alone(compiled, make_edit, make_memory):
+    model = patched(make_edit, make_memory, None, "fused")
+    for i in (1, 3):
+        model.model.layers[i].mlp.down_proj.to("meta"), model.model.layers[i].mlp.gate_proj.to("meta")
+    uk.warm_up(model, (1,))
+    assert {*compiled} == {"add_extra_neurons_kernel"}
+
+
 def test_a_scope_is_compiled_for(compiled, make_edit, make_memory):
     """Its tokens have a row each."""
     model = patched(make_edit, make_memory, None)
