@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from unike_kernels import ops
+from unike_kernels.ops.cosine_topk import reference
 
 BACKENDS = ("reference", "native")
 NAN, INF = float("nan"), float("inf")
@@ -37,6 +38,15 @@ def check(backend, queries, keys, k, ranges=None):
 @pytest.mark.parametrize("d", [1, 15, 16, 17, 40])
 def test_against_the_definition(backend, dtype, d):
     check(backend, torch.randn(7, d).to(dtype), torch.randn(30, d).to(dtype), 9)
+
+
+def test_norms_of_float64_are_rounded_as_ieee_says():
+    """Whatever torch's square root is on this CPU."""
+    for scale in (1.0, 1e-140, 1e140, 1e-150, 3e-160, 1e-162):
+        rows = torch.randn(5000, 3).double() * scale
+        assert torch.equal(reference.normalize_rows(rows), oracles.normalize_rows(rows))
+    assert reference.normalize_rows(torch.full((1, 2), 1e200, dtype=torch.float64)).tolist() == [[0.0, 0.0]]
+    assert torch.autograd.gradcheck(reference.normalize_rows, torch.randn(3, 4).double().requires_grad_())
 
 
 @pytest.mark.parametrize("d", [1, 17, 40])

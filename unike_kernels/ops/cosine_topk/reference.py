@@ -60,10 +60,28 @@ def normalize_rows(x: Tensor) -> Tensor:
     wide = x.double()
     squares = canonical_dot(wide, wide).unsqueeze(-1)
     zero = squares == 0
-    norm = torch.where(zero, 1.0, squares).sqrt()
+    norm = _square_root(torch.where(zero, 1.0, squares))
     finite = wide.isfinite().all(-1, keepdim=True)
     unit = torch.where(zero, 0.0, torch.where(finite, wide / norm, float("nan")))
     return unit if x.dtype == torch.float64 else unit.float()
+
+
+def _square_root(x: Tensor) -> Tensor:
+    """Of float64, rounded as IEEE 754 says, which torch's is not on every CPU: there it may be the number beside it."""
+    small = x < 2.0**-900  # whose parts below would not be exact
+    x = torch.where(small, x * 2.0**200, x)
+    root = x.sqrt()
+    with torch.no_grad():
+        # root^2 as a sum of two numbers, exactly (Dekker); what it lacks to x is a step far below the root's last bit.
+        r = root.detach()
+        split = (2**27 + 1.0) * r
+        high = split - (split - r)
+        low = r - high
+        square = r * r
+        rest = x.detach() - square - (high * high - square + 2 * high * low + low * low)
+        step = torch.where(x.isfinite(), rest / (2 * r), 0.0)
+    rounded = root + step
+    return torch.where(small, rounded * 2.0**-100, rounded)
 
 
 def _check_ranges(ranges: Tensor, n: int) -> None:
