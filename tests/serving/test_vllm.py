@@ -504,7 +504,7 @@ def louder(layer):
 
 
 class Replays:
-    """A stand-in for vLLM's CUDAGraphWrapper: what is computed at first is computed again, from and into the same memory.
+    """A stand-in for vLLM's CUDAGraphWrapper: what it computes at first it computes again, in the same memory.
 
     A graph that vLLM captures while it tries the model out holds no edits, and replays none.
     """
@@ -647,7 +647,9 @@ class Recorded:
             if self.capture is None:
                 self.given, self.capture = args, Capture(lambda: self.piece(*args))
             else:
-                assert all(now is then or now.data_ptr() == then.data_ptr() for now, then in zip(args, self.given))
+                assert all(
+                    now is then or now.data_ptr() == then.data_ptr() for now, then in zip(args, self.given, strict=True)
+                )
                 self.capture.replay()
         return self.capture.result
 
@@ -705,7 +707,7 @@ def replaying(request):
 
 @pytest.mark.parametrize(("name", "runs"), [("opt", 2), ("gpt_neox", 1)])
 def test_an_engine_with_pieces_that_are_replayed(name, runs, tmp_path):
-    """vLLM's compilation, dispatching and padding as on a GPU; started again, it has its compiled model from the disk."""
+    """vLLM's compilation, dispatching and padding as on a GPU; started again, it loads what it has compiled."""
     told = {"UNIKE_REPLAYING": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CACHE_ROOT": str(tmp_path / "cache")}
     command = [
         sys.executable, "-m", "pytest", "-s", "--tb=short", "-p", "no:cacheprovider", f"--basetemp={tmp_path / 'base'}",

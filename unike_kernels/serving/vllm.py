@@ -15,8 +15,8 @@ Clients are not told apart: who may name which edit or tenant is for what stands
   the runner said the step holds. A step without edits passes through them. They run between the pieces that CUDA graphs
   replay, as vLLM's own attention does: a graph of a whole step would replay the edits of the one it was captured in.
 
-vLLM's second model runner is refused: its `execute_model` calls the model, or replays a graph of it, by itself. A method
-around that call which is given the step's `input_batch`, as `_model_forward` of the first one is, would be enough.
+vLLM's second model runner is refused: its `execute_model` itself calls the model, or replays a graph of it. It would
+take a method around that call which is given the step's `input_batch`, as `_model_forward` of the first one is.
 """
 
 from __future__ import annotations
@@ -266,8 +266,8 @@ def _run_between_graphs(vllm_config: Any) -> None:
     if config.cudagraph_mode in (CUDAGraphMode.NONE, mode):
         return
     init_logger("vllm.unike_kernels").info(
-        "additional_config.unike: cudagraph_mode %s in place of %s, whose graphs would replay the edits of the step that "
-        "they were captured in.",
+        "additional_config.unike: cudagraph_mode %s in place of %s, whose graphs would replay the edits of the step "
+        "that they were captured in.",
         mode,
         config.cudagraph_mode,
     )
@@ -277,7 +277,7 @@ def _run_between_graphs(vllm_config: Any) -> None:
 
 
 def _compute_hash(original: Callable[..., Any], self: Any) -> str:
-    """By which vLLM keeps compiled models. A memory's file says which layers call an operator, and may be another now."""
+    """By which vLLM keeps compiled models. Which layers call an operator depends on a file, that of the memory."""
     settings, found = _configured(self), str(original(self))
     if settings is None or not settings.get("memory"):
         return found
