@@ -44,8 +44,10 @@ def test_vllms_hooks_find_what_patch_finds(name, make_edit, make_memory):
             wanted = model(input_ids=IDS, use_cache=False).logits
         flat = installed(model, memory, [edit], [2, 3])
         assert torch.equal(model(input_ids=IDS, use_cache=False).logits, plain)
-        flat.begin([RequestSlice(9, ("a",))])
-        found = model(input_ids=IDS, use_cache=False).logits
+        with vllm.step(flat, [RequestSlice(9, ("a",))]):
+            found = model(input_ids=IDS, use_cache=False).logits
+        flat.begin([RequestSlice(9, ("a",))])  # of which the operators are not told
+        assert torch.equal(model(input_ids=IDS, use_cache=False).logits, plain)
     assert torch.equal(found, wanted)
     assert not torch.allclose(found, plain, atol=1e-2)
 

@@ -8,9 +8,12 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
+import logging
 import math
 import os
+import pickle
 import random
+import re
 import shutil
 import socket
 import subprocess
@@ -28,19 +31,32 @@ from configs import every_token
 os.environ.update(VLLM_CPU_KVCACHE_SPACE="1", VLLM_CPU_OMP_THREADS_BIND="nobind", HF_HUB_OFFLINE="1")
 vllm = pytest.importorskip("vllm")
 
+from capture import Capture  # noqa: E402
 from PIL import Image  # noqa: E402
 from scopes import scoped  # noqa: E402
+from torch.utils._pytree import tree_leaves  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 from unike_eval.models import smollm2  # noqa: E402
 from unike_eval.toy import digits  # noqa: E402
 from unike_eval.toy.digits.model import WEIGHTS  # noqa: E402
 from unike_eval.toy.processor import NUM_IMAGE_TOKENS  # noqa: E402
+from vllm.compilation.backends import split_graph  # noqa: E402
+from vllm.compilation.passes.utility.fix_functionalization import FixFunctionalizationPass  # noqa: E402
+from vllm.config import CompilationMode, CUDAGraphMode, PassConfig  # noqa: E402
+from vllm.config.utils import replace  # noqa: E402
+from vllm.engine.arg_utils import EngineArgs  # noqa: E402
 from vllm.exceptions import VLLMValidationError  # noqa: E402
+from vllm.forward_context import get_forward_context  # noqa: E402
+from vllm.platforms.cpu import CpuPlatform  # noqa: E402
+from vllm.v1.attention.backend import AttentionCGSupport  # noqa: E402
+from vllm.v1.cudagraph_dispatcher import CudagraphDispatcher  # noqa: E402
 
 import unike_kernels as uk  # noqa: E402
 from unike_kernels import backbones  # noqa: E402
 from unike_kernels.artifacts.edit import EditLayer  # noqa: E402
 from unike_kernels.artifacts.fingerprint import fingerprint  # noqa: E402
+from unike_kernels.serving import RaggedRuntime, RequestSlice, Version  # noqa: E402
+from unike_kernels.serving import vllm as plugin  # noqa: E402
 
 PROMPT = "question: which digit is shown ? answer:"
 SETS = [[], ["a"], ["b"], ["a", "b"], ["c"], [], ["b", "a"], ["a"], ["c", "b"]]
@@ -482,3 +498,223 @@ def test_the_memory_decides_where_an_edit_acts(make_edit, tmp_path):
 
 def louder(layer):
     return dataclasses.replace(layer, values=20 * layer.values)
+
+
+# --- CUDA graphs ------------------------------------------------------------------------------------------------------
+
+
+class Replays:
+    """A stand-in for vLLM's CUDAGraphWrapper: what it computes at first it computes again, in the same memory.
+
+    A graph that vLLM captures while it tries the model out holds no edits, and replays none.
+    """
+
+    count = 0
+
+    def __init__(self, runnable, vllm_config, runtime_mode, cudagraph_options):
+        self.runnable, self.recorded = runnable, {}
+
+    def __call__(self, *args):
+        context = get_forward_context()
+        if context.cudagraph_runtime_mode == CUDAGraphMode.NONE:
+            return self.runnable(*args)
+        with captured():
+            if context.batch_descriptor not in self.recorded:
+                self.recorded[context.batch_descriptor] = args, self.runnable(*args)
+                return self.recorded[context.batch_descriptor][1]
+            given, found = self.recorded[context.batch_descriptor]
+            for now, then in zip(args, given, strict=True):
+                assert not isinstance(now, torch.Tensor) or (now.data_ptr(), now.shape) == (then.data_ptr(), then.shape)
+            for old, new in zip(tree_leaves(found), tree_leaves(self.runnable(*given)), strict=True):
+                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+        Replays.count += 1
+        return found
+
+
+@contextmanager
+def captured():
+    """What runs inside knows of no step."""
+    step, plugin._step = plugin._step, None
+    try:
+        yield
+    finally:
+        plugin._step = step
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """A CPU that vLLM takes for a device with CUDA graphs: modes, splitting and sizes are as on a GPU."""
+    plugin.register()
+    check = CpuPlatform.check_and_update_config.__func__
+
+    def checked(cls, config):
+        compilation = config.compilation_config
+        kept = {name: getattr(compilation, name) for name in ("mode", "cudagraph_capture_sizes")}
+        check(cls, config)
+        vars(compilation).update(kept)
+        compilation.pass_config = PassConfig()  # fusions into a GPU's kernels
+
+    monkeypatch.setattr(CpuPlatform, "check_and_update_config", classmethod(checked))
+    monkeypatch.setattr(CpuPlatform, "support_static_graph_mode", classmethod(lambda cls: True))
+    monkeypatch.setattr(CpuPlatform, "get_static_graph_wrapper_cls", classmethod(lambda cls: f"{__name__}.Replays"))
+    monkeypatch.setattr(FixFunctionalizationPass, "__call__", lambda self, graph: None)  # names operators of GPUs alone
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    of_family("opt").save_pretrained(path)
+    return path
+
+
+def configured(folder, *, told=True, **settings):
+    """vLLM's config of a server with our settings, or without."""
+    compilation = {key: settings.pop(key) for key in list(settings) if key != "enforce_eager"}
+    return EngineArgs(
+        str(folder), skip_tokenizer_init=True, dtype="float32", max_model_len=64, compilation_config=compilation,
+        additional_config={"unike": {"edits": str(folder)}} if told else {}, **settings,
+    ).create_engine_config()  # fmt: skip
+
+
+ATTENTION = ["vllm::unified_attention_with_output", "vllm::unified_kv_cache_update"]
+WHOLE = {"splitting_ops": []}
+UNCOMPILED = {"mode": CompilationMode.NONE}
+
+
+@pytest.mark.parametrize(
+    ("asked", "split", "mode"),
+    [
+        ({}, True, "PIECEWISE"),
+        ({"cudagraph_mode": "FULL_AND_PIECEWISE"}, True, "PIECEWISE"),
+        ({"cudagraph_mode": "FULL"}, True, "PIECEWISE"),
+        ({"cudagraph_mode": "FULL_DECODE_ONLY"}, True, "PIECEWISE"),
+        ({"cudagraph_mode": "PIECEWISE"}, True, "PIECEWISE"),
+        ({"cudagraph_mode": "NONE"}, True, "NONE"),
+        ({"cudagraph_mode": "FULL", "use_inductor_graph_partition": True}, True, "PIECEWISE"),
+        ({"cudagraph_mode": "FULL", "splitting_ops": ["vllm::all_reduce"]}, True, "NONE"),
+        ({"cudagraph_mode": "FULL", **WHOLE}, False, "NONE"),
+        ({"cudagraph_mode": "FULL_AND_PIECEWISE", **WHOLE}, False, "NONE"),
+        ({"cudagraph_mode": "FULL", **UNCOMPILED}, False, "NONE"),
+        ({"enforce_eager": True}, False, "NONE"),
+    ],
+)
+def test_no_graph_holds_an_operator(asked, split, mode, folder, graphs, monkeypatch):
+    told = []
+    monkeypatch.setattr(logging.getLogger("vllm.unike_kernels"), "info", lambda *line: told.append(line[0] % line[1:]))
+    theirs, ours = configured(folder, told=False, **asked), configured(folder, **asked)
+    then, now = theirs.compilation_config, ours.compilation_config
+    assert not any(op.startswith("unike") for op in then.splitting_ops)
+    assert now.splitting_ops == then.splitting_ops + (
+        ["unike_serving::ffn", "unike_serving::attention"] if split else []
+    )
+    if "cudagraph_mode" in asked and not asked.keys() & {"splitting_ops"}:
+        assert then.cudagraph_mode.name == asked["cudagraph_mode"]  # left as it was asked for
+    assert now.cudagraph_mode.name == mode
+    replaced = then.cudagraph_mode.name not in (mode, "NONE")
+    assert [f"cudagraph_mode {mode} in place of {then.cudagraph_mode}" in line for line in told] == [True] * replaced
+    sizes = then.cudagraph_capture_sizes if now.cudagraph_mode else []
+    assert now.cudagraph_capture_sizes == sizes and bool(now.max_cudagraph_capture_size) == bool(sizes)
+
+    CudagraphDispatcher(ours).initialize_cudagraph_keys(now.cudagraph_mode)
+    resolved = now.resolve_cudagraph_mode_and_sizes(AttentionCGSupport.ALWAYS, "some backend")
+    assert resolved == now.cudagraph_mode
+    # Other processes get it pickled, parts of a model a view of it, a draft model another one made of it.
+    told.clear()
+    text = ours.model_config.hf_text_config
+    for other in (pickle.loads(pickle.dumps(ours)), ours.with_hf_config(text), replace(ours)):
+        assert other.compilation_config.splitting_ops == now.splitting_ops
+        assert other.compilation_config.cudagraph_mode == now.cudagraph_mode
+    assert not told
+
+
+STEPS = [  # of one compiled shape: each other edits, and padding behind them
+    [RequestSlice(5, ("a",)), RequestSlice(4)],
+    [RequestSlice(2), RequestSlice(4, ("b", "a"), memory=False), RequestSlice(2, ("b",))],
+    [RequestSlice(9, memory=False)],
+    [RequestSlice(1, ("b",)), RequestSlice(8, ("a",))],
+]
+
+
+class Recorded:
+    """A piece as a CUDA graph has it: what it computes at first, without a step, is computed again."""
+
+    def __init__(self, piece):
+        self.piece, self.capture = piece, None
+
+    def __call__(self, *args):
+        with captured():
+            if self.capture is None:
+                self.given, self.capture = args, Capture(lambda: self.piece(*args))
+            else:
+                assert all(
+                    now is then or now.data_ptr() == then.data_ptr() for now, then in zip(args, self.given, strict=True)
+                )
+                self.capture.replay()
+        return self.capture.result
+
+
+@pytest.mark.parametrize("name", ["opt", "gpt_neox", "falcon"])
+@pytest.mark.parametrize("split", [True, False])
+def test_pieces_replayed_between_operators_that_are_not(name, split, make_memory):
+    """vLLM's own splitting. Without ours, a graph replays the edits that there were in its capture: none."""
+    model = of_family(name)
+    memory = make_memory(model, every_token(k=7, values="out", alpha=0.4))
+    activation = backbones.find_decoder(model).layers[-1].activation
+    flat = RaggedRuntime(range(2, 6), 64, activation, memory)
+    for seed, id in enumerate("ab"):
+        flat.hold(Version(id, random_edit(model, id, seed, activation, memory=memory)))
+    plugin.install(model, model.config, flat, edits=True)
+    pieces = []
+
+    def backend(graph, inputs):
+        whole, items = split_graph(graph, list(plugin._OPERATORS) if split else [])
+        for item in items:
+            pieces.append(
+                (item.is_splitting_graph, [n.target for n in item.graph.graph.nodes if n.op == "call_function"])
+            )
+            if not item.is_splitting_graph:
+                delattr(whole, item.submod_name)
+                setattr(whole, item.submod_name, Recorded(item.graph))
+        return whole
+
+    ids, replayed = torch.zeros(1, 9, dtype=torch.int64), []
+    given = torch.randint(3, 90, (len(STEPS), 1, 9), generator=torch.Generator().manual_seed(0))
+    compute = torch.compile(lambda ids: model(input_ids=ids, use_cache=False).logits, backend=backend, fullgraph=True)
+    with torch.no_grad():
+        for now, shares in zip(given, STEPS, strict=True):
+            with plugin.step(flat, shares):
+                wanted = model(input_ids=now, use_cache=False).logits
+                ids.copy_(now)
+                replayed.append(torch.equal(compute(ids), wanted))
+    ours = {torch.ops.unike_serving.ffn, torch.ops.unike_serving.attention}
+    alone = [called for splits, called in pieces if splits]
+    assert replayed == [split or shares == STEPS[2] for shares in STEPS]
+    assert len(alone) == 8 * split and all(len(called) == 1 and called[0] in ours for called in alone)
+    assert split != any(ours & set(called) for splits, called in pieces if not splits)
+
+
+@pytest.fixture(autouse=True)
+def replaying(request):
+    """Where the environment says so, a test's engine has graphs."""
+    if "UNIKE_REPLAYING" not in os.environ:
+        yield
+        return
+    request.getfixturevalue("graphs")
+    yield
+    print(f"replayed {Replays.count} pieces")
+
+
+@pytest.mark.parametrize(("name", "runs"), [("opt", 2), ("gpt_neox", 1)])
+def test_an_engine_with_pieces_that_are_replayed(name, runs, tmp_path):
+    """vLLM's compilation, dispatching and padding as on a GPU; started again, it loads what it has compiled."""
+    told = {"UNIKE_REPLAYING": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CACHE_ROOT": str(tmp_path / "cache")}
+    command = [
+        sys.executable, "-m", "pytest", "-s", "--tb=short", "-p", "no:cacheprovider", f"--basetemp={tmp_path / 'base'}",
+        f"{__file__}::test_other_families_compiled[{name}]",
+    ]  # fmt: skip
+    for run in range(runs):
+        done = subprocess.run(command, env={**os.environ, **told}, capture_output=True, text=True)
+        assert done.returncode == 0 and " 1 passed" in done.stdout, done.stdout[-5000:]
+        assert int(re.search(r"replayed (\d+) pieces", done.stdout)[1]) > 20
+        assert ("Directly load AOT compilation from path" in done.stdout + done.stderr) == (run > 0)

@@ -145,33 +145,13 @@ def test_a_limit_that_is_none_is_refused_at_start(served):
 # --- what refuses a server at its start ---
 
 
-def config_of(*, pipeline=1, graphs=None, settings=None, v2=False):
+def config_of(*, pipeline=1, settings=None, v2=False):
     """As much of vLLM's own as is asked."""
     return SimpleNamespace(
         parallel_config=SimpleNamespace(pipeline_parallel_size=pipeline),
-        compilation_config=SimpleNamespace(cudagraph_mode=None if graphs is None else SimpleNamespace(name=graphs)),
         additional_config={} if settings is None else {"unike": settings},
         use_v2_model_runner=v2,
     )
-
-
-@pytest.mark.parametrize(
-    ("given", "device", "message"),
-    [
-        ({}, "cuda", None),
-        ({"graphs": "NONE"}, "cuda", None),
-        ({"graphs": "FULL"}, "cpu", None),  # where there are no graphs
-        ({"graphs": "FULL"}, "cuda", "a CUDA graph would replay the edits of the step .*cudagraph_mode.*NONE"),
-        ({"graphs": "PIECEWISE"}, "cuda", "a CUDA graph would replay"),
-        ({"pipeline": 2}, "cpu", "pipeline parallelism is not supported"),
-        ({"pipeline": 2, "graphs": "NONE"}, "cuda", "pipeline parallelism is not supported"),
-    ],
-)
-def test_how_a_server_must_be_started(given, device, message):
-    if message is None:
-        return vllm._supported(config_of(**given), torch.device(device))
-    with pytest.raises(ValueError, match=rf"^additional_config\.unike: {message}"):
-        vllm._supported(config_of(**given), torch.device(device))
 
 
 def test_a_model_is_not_served_where_it_cannot_be(monkeypatch):
@@ -188,7 +168,7 @@ def test_a_model_is_not_served_where_it_cannot_be(monkeypatch):
             vllm_config=config, device=torch.device("cpu"), parallel_config=ranks, get_model=lambda: "model"
         )
 
-    with pytest.raises(ValueError, match="pipeline"):
+    with pytest.raises(ValueError, match=r"^additional_config\.unike: pipeline parallelism is not supported"):
         vllm._load_model(lambda self: None, runner(config_of(pipeline=2)))
     assert not installed
     assert vllm._load_model(lambda self: "loaded", runner(config_of())) == "loaded"
@@ -209,6 +189,19 @@ def test_the_second_model_runner(monkeypatch):
     config = config_of(settings={"edits": "here"})
     assert vllm._served(config) is vllm._served(config) is not vllm._served(config_of(settings={"edits": "here"}))
     assert made == [{"edits": "here"}] * 2
+
+
+def test_what_a_compiled_model_is_kept_by(make_model, make_memory, tmp_path):
+    """The layers of a memory, whose file may be another at the next start."""
+    model, path = make_model("llama"), tmp_path / "memory.safetensors"
+    config = config_of(settings={"memory": str(path)})
+    theirs = lambda self: "0123456789"  # noqa: E731
+    found = []
+    for layers in ((4, 5), (4, 5), (3, 5)):
+        make_memory(model, every_token(k=7, values="out"), layers=layers).save(path)
+        found.append(vllm._compute_hash(theirs, config))
+    assert found[0] == found[1] != found[2] and "0123456789" not in found and {len(each) for each in found} == {10}
+    assert vllm._compute_hash(theirs, config_of()) == vllm._compute_hash(theirs, config_of(settings={})) == theirs(None)
 
 
 def test_settings_of_a_server(served, make_model, make_memory):

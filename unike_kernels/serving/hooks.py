@@ -13,7 +13,7 @@ from .. import backbones
 from ..errors import UnsupportedModelError
 from ..nn import residual_of, residual_position
 
-Change = Callable[[Tensor, Tensor], None]  # (input, output): changes the output, both of one shape
+Change = Callable[[Tensor, Tensor], None]  # (input, output), both [..., d]: changes the output
 
 
 def hook_ffn(layer: backbones.Layer, change: Change) -> list[RemovableHandle]:
@@ -67,11 +67,12 @@ def _finder(module: nn.Module) -> Callable[[tuple[Any, ...], dict[str, Any]], Te
 
 
 def _pair(layer: backbones.Layer, module: nn.Module, hidden: Tensor, output: Any) -> tuple[Tensor, Tensor]:
-    """Input and output of a module, [..., d] -> [T, d], the same memory; the output may be the first of several."""
+    """Input and output of a module, which may be the first of several. No views of them: compiled code would have to
+    carry from piece to piece that what changes the view has changed the output."""
     out = output[0] if isinstance(output, tuple) else output
     if not isinstance(out, Tensor) or out.numel() != hidden.numel():
         raise UnsupportedModelError(
             f"{layer.where}: expected its {type(module).__name__} to return a tensor as large as its input, "
             f"{list(hidden.shape)}, alone or as the first of several; it returned {type(out).__name__}"
         )
-    return hidden.reshape(-1, hidden.shape[-1]), out.view(-1, out.shape[-1])
+    return hidden, out

@@ -174,31 +174,34 @@ class RaggedRuntime:
 
         Args:
             layer: index in the decoder.
-            x: [T, d], the FFN's input; the step's tokens come first, padding behind them.
-            out: [T, d], the FFN's output on `x`.
+            x: [..., d], the FFN's input; the step's tokens come first, padding behind them.
+            out: [..., d], contiguous, the FFN's output on `x`.
 
         Raises:
             RuntimeError: fewer tokens than the step holds.
         """
         if not self.bank.has_neurons(layer) or not any(self._rows):
             return
-        own = slice(self._all_of(x))  # padding is behind
-        self.bank.prepared(layer, self._rows, self._tokens)(x[own], out[own], out[own])
+        x, o = self._own(x, out)
+        self.bank.prepared(layer, self._rows, self._tokens)(x, o, o)
 
-    def _all_of(self, x: Tensor) -> int:
-        """The step's tokens. Raises RuntimeError where a layer computes a part of them, as ranks of an engine may."""
-        total = sum(self._tokens)
+    def _own(self, x: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+        """The step's tokens, [T, d], of a layer's input and output, without the padding behind them.
+
+        Raises RuntimeError where a layer computes a part of them, as ranks of an engine may.
+        """
+        x, out, total = x.reshape(-1, x.shape[-1]), out.view(-1, out.shape[-1]), sum(self._tokens)
         if len(x) < total:
             raise RuntimeError(f"the step holds {total} tokens, a layer got {len(x)} of them")
-        return total
+        return x[:total], out[:total]
 
     def attention(self, layer: int, hidden: Tensor, out: Tensor) -> None:
         """Shift an attention's output towards the memory, in place.
 
         Args:
             layer: index in the decoder; one without memory is left as it is.
-            hidden: [T, d], the attention's input; the step's tokens come first, padding behind them.
-            out: [T, d], the attention's output on `hidden`.
+            hidden: [..., d], the attention's input; the step's tokens come first, padding behind them.
+            out: [..., d], contiguous, the attention's output on `hidden`.
 
         Raises:
             RuntimeError: fewer tokens than the step holds.
@@ -206,8 +209,7 @@ class RaggedRuntime:
         tables = self._tables.get(layer)
         if tables is None or not self._shifted or self.memory is None:
             return
-        own = slice(self._all_of(hidden))
-        h, o = hidden[own], out[own]
+        h, o = self._own(hidden, out)
         shift_tokens(tables, self.memory.config, h, h.unsqueeze(1), o, self._bounds, out=o)
 
 

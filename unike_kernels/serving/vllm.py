@@ -12,7 +12,11 @@ Clients are not told apart: who may name which edit or tenant is for what stands
   keys and values differ, whatever salt a client sends.
 * In the engine's process it gets hold of those versions: what happens to the files later does not concern it.
 * In the worker the model's FFNs and attentions call two operators, opaque to torch.compile, which compute with what
-  the runner said the step holds. A step without edits passes through them.
+  the runner said the step holds. A step without edits passes through them. They run between the pieces that CUDA graphs
+  replay, as vLLM's own attention does: a graph of a whole step would replay the edits of the one it was captured in.
+
+vLLM's second model runner is refused: its `execute_model` itself calls the model, or replays a graph of it. It would
+take a method around that call which is given the step's `input_batch`, as `_model_forward` of the first one is.
 """
 
 from __future__ import annotations
@@ -24,12 +28,13 @@ import os
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
-from weakref import WeakValueDictionary
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..artifacts.compatibility import ModelDescription, check_compatibility
@@ -49,26 +54,43 @@ _ON_ITS_WAY = 60.0  # seconds that a request may take from the front-end to the 
 
 # --- the operators ----------------------------------------------------------------------------------------------------
 
-_models: WeakValueDictionary[int, RaggedRuntime] = WeakValueDictionary()
+_step: RaggedRuntime | None = None  # whose step this process computes; None: vLLM tries the model out, or captures it
 _lib = torch.library.Library("unike_serving", "DEF")
 
 
-def _ffn(x: Tensor, out: Tensor, model: int, layer: int) -> None:
-    _models[model].ffn(layer, x, out)
+def _ffn(x: Tensor, out: Tensor, layer: int) -> None:
+    if _step is not None:
+        _step.ffn(layer, x, out)
 
 
-def _attention(x: Tensor, out: Tensor, model: int, layer: int) -> None:
-    _models[model].attention(layer, x, out)
+def _attention(x: Tensor, out: Tensor, layer: int) -> None:
+    if _step is not None:
+        _step.attention(layer, x, out)
 
 
-def _nothing(x: Tensor, out: Tensor, model: int, layer: int) -> None:
+def _nothing(x: Tensor, out: Tensor, layer: int) -> None:
     """What tracing sees."""
 
 
 for _name, _run in (("ffn", _ffn), ("attention", _attention)):
-    _lib.define(f"{_name}(Tensor x, Tensor(a!) out, int model, int layer) -> ()")
+    # No argument says which model it is: vLLM keeps compiled models on disk, for other processes.
+    _lib.define(f"{_name}(Tensor x, Tensor(a!) out, int layer) -> ()")
     _lib.impl(_name, _run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"unike_serving::{_name}", _nothing, lib=_lib)
+_OPERATORS = ("unike_serving::ffn", "unike_serving::attention")
+
+
+@contextmanager
+def step(served: RaggedRuntime, shares: Sequence[RequestSlice]) -> Iterator[None]:
+    """Inside, the operators compute for these requests; outside of any they leave what they get as it is."""
+    global _step
+    served.begin(shares)
+    _step = served
+    try:
+        yield
+    finally:
+        _step = None
+        served.end()
 
 
 # --- the model --------------------------------------------------------------------------------------------------------
@@ -90,8 +112,6 @@ def install(model: nn.Module, text: Any, served: RaggedRuntime, *, edits: bool, 
     """
     language: Any = model.get_language_model() if hasattr(model, "get_language_model") else model  # type: ignore[operator]
     decoder = find_decoder(language, text)
-    number = id(served)
-    _models[number] = served
     remembering = list(served.memory.layers) if served.memory is not None else []
     places: dict[Part, list[int]] = {"ffn": served.bank.layers if edits else [], "attention": remembering}
     plan = [(decoder.layers[i], part) for part, at in places.items() if at for i in decoder.select(at, need=(part,))]
@@ -101,12 +121,12 @@ def install(model: nn.Module, text: Any, served: RaggedRuntime, *, edits: bool, 
             raise UnsupportedModelError(f"{layer.where}: its {part} is not summed over the {ranks} ranks where it ends")
     for layer, part in plan:
         hook = hook_ffn if part == "ffn" else hook_attention
-        hook(layer, _caller(part, number, layer.index))
+        hook(layer, _caller(part, layer.index))
 
 
-def _caller(name: str, number: int, index: int) -> Callable[[Tensor, Tensor], None]:
+def _caller(name: str, index: int) -> Callable[[Tensor, Tensor], None]:
     run = getattr(torch.ops.unike_serving, name)
-    return lambda x, out: run(x, out, number, index)
+    return lambda x, out: run(x, out, index)
 
 
 # --- what a server is told --------------------------------------------------------------------------------------------
@@ -224,6 +244,48 @@ def _wrap(owner: type, name: str, around: Callable[..., Any]) -> None:
     setattr(owner, name, wrapped)
 
 
+def _post_init(original: Callable[..., Any], self: Any) -> None:
+    original(self)
+    if _configured(self) is not None:
+        _run_between_graphs(self)
+
+
+def _run_between_graphs(vllm_config: Any) -> None:
+    """Let the operators split what vLLM compiles, and no CUDA graph hold one of them."""
+    from vllm.config import CompilationMode, CUDAGraphMode
+    from vllm.logger import init_logger
+
+    config = vllm_config.compilation_config
+    split = config.mode == CompilationMode.VLLM_COMPILE and bool(config.splitting_ops)
+    if split:
+        config.splitting_ops = [*config.splitting_ops, *(op for op in _OPERATORS if op not in config.splitting_ops)]
+    # What vLLM itself asks of PIECEWISE, which it has for no encoder-decoder.
+    model = vllm_config.model_config
+    pieces = split and config.is_attention_compiled_piecewise() and not (model is not None and model.is_encoder_decoder)
+    mode = CUDAGraphMode.PIECEWISE if pieces else CUDAGraphMode.NONE
+    if config.cudagraph_mode in (CUDAGraphMode.NONE, mode):
+        return
+    init_logger("vllm.unike_kernels").info(
+        "additional_config.unike: cudagraph_mode %s in place of %s, whose graphs would replay the edits of the step "
+        "that they were captured in.",
+        mode,
+        config.cudagraph_mode,
+    )
+    config.cudagraph_mode = mode
+    if mode == CUDAGraphMode.NONE:  # as vLLM leaves them then
+        config.max_cudagraph_capture_size, config.cudagraph_capture_sizes = 0, []
+
+
+def _compute_hash(original: Callable[..., Any], self: Any) -> str:
+    """By which vLLM keeps compiled models. Which layers call an operator depends on a file, that of the memory."""
+    settings, found = _configured(self), str(original(self))
+    if settings is None or not settings.get("memory"):
+        return found
+    with safe_open(str(settings["memory"]), framework="pt") as file:
+        names = sorted(file.keys())
+    return hashlib.sha256(f"{found} {names}".encode()).hexdigest()[: len(found)]
+
+
 def _process_inputs(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
     from vllm.exceptions import VLLMValidationError
 
@@ -254,22 +316,16 @@ def _load_model(original: Callable[..., Any], self: Any, *args: Any, **kwargs: A
     result = original(self, *args, **kwargs)
     served = _served(self.vllm_config)
     if served is not None:
-        _supported(self.vllm_config, self.device)
+        _supported(self.vllm_config)
         served.model = None  # one that only checked is not on the model's device
         text, ranks = self.vllm_config.model_config.hf_text_config, self.parallel_config.tensor_parallel_size
         install(self.get_model(), text, served.flat(self.device), edits=served.folder is not None, ranks=ranks)
     return result
 
 
-def _supported(vllm_config: Any, device: torch.device) -> None:
+def _supported(vllm_config: Any) -> None:
     if vllm_config.parallel_config.pipeline_parallel_size > 1:
         raise ValueError("additional_config.unike: pipeline parallelism is not supported")
-    graphs = vllm_config.compilation_config.cudagraph_mode
-    if device.type == "cuda" and graphs is not None and graphs.name != "NONE":
-        raise ValueError(
-            "additional_config.unike: a CUDA graph would replay the edits of the step that it was captured in; start "
-            'with --compilation-config \'{"cudagraph_mode": "NONE"}\''
-        )
 
 
 def _v2_unsupported(original: Callable[..., Any], self: Any) -> Any:
@@ -282,11 +338,8 @@ def _model_forward(original: Callable[..., Any], self: Any, *args: Any, **kwargs
     if served is None:
         return original(self, *args, **kwargs)
     flat = served.flat()
-    flat.begin(_shares(self, served, flat))
-    try:
+    with step(flat, _shares(self, served, flat)):
         return original(self, *args, **kwargs)
-    finally:
-        flat.end()
 
 
 def _told(params: Any) -> dict[str, Any]:
@@ -334,6 +387,8 @@ def register() -> None:
     from vllm.v1.worker.cpu_model_runner import CPUModelRunner
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
+    _wrap(VllmConfig, "__post_init__", _post_init)
+    _wrap(VllmConfig, "compute_hash", _compute_hash)
     _wrap(VllmConfig, "_get_v2_model_runner_unsupported_features", _v2_unsupported)
     _wrap(InputProcessor, "process_inputs", _process_inputs)
     _wrap(EngineCore, "preprocess_add_request", _preprocess_add_request)
