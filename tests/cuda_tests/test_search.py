@@ -191,12 +191,14 @@ def test_keys_are_read_once(scan, size, m, most):
     n, d = 512, 256
     found = check(torch.randn(m, d), unit(torch.randn(n, d)), 5, scan, device=(4, 1))
     loads = found.launch.loads
-    rescored = loads["workspace.units"].sectors  # which are read for nothing else
-    scanned = loads["rows"].sectors - rescored if scan == "float32" else loads["codes"].sectors
-    assert scanned <= most * n * d * size / 32
-    assert rescored <= 32 * m * d * 4 / 32  # of few keys
-    if scan != "float32":
-        assert loads["rows"].sectors == rescored
+    rescored = loads["workspace.units"].bytes  # which are read for nothing else
+    assert rescored <= 32 * m * d * 4  # of few keys
+    if scan == "float32":
+        assert loads["rows"].bytes - rescored == n * d * 4
+        assert loads["rows"].sectors <= most * (n * d * 4 + rescored) / 32 + 32 * m
+    else:
+        assert loads["rows"].bytes == rescored
+        assert loads["codes"].sectors <= most * n * d * size / 32
 
 
 def test_as_many_blocks_as_multiprocessors():
