@@ -139,14 +139,15 @@ def test_candidates_that_do_not_fit_are_resolved_on_the_way(scan):
     assert found.shape["capacity"] < 700 // found.shape["groups"]
 
 
-def test_a_block_that_others_do_not_wait_for():
+@pytest.mark.parametrize(("m", "n", "d", "resident"), [(3, 300, 24, 2), slow(130, 40, 4, 2)])
+def test_a_block_that_others_do_not_wait_for(m, n, d, resident):
     """More blocks than fit at once: those that run give up on the others, and the last one finishes for all."""
     session = Session("reversed")
-    session.resident = 2
-    rows, queries = unit(torch.randn(300, 24)), torch.randn(3, 24)
+    session.resident = resident
+    rows, queries = unit(torch.randn(n, d)), torch.randn(m, d)
     found = search(session, queries, rows, 5, device=(4, 1))
     scores, ids = ops.cosine_topk(queries, rows, 5, normalized=True)
-    assert found.shape["blocks"] > 2
+    assert found.shape["blocks"] > resident
     assert torch.equal(found.ids, ids)
     assert torch.equal(found.scores, scores)
 
