@@ -82,7 +82,6 @@ class Block {
       for (int i = 0; i < 2; ++i) shared.generations[i] = generation_of(p.counters->barriers + i);
       shared.tiles = max(static_cast<int>((shared.to - shared.from + Tile::kRows - 1) / Tile::kRows), 1);
     }
-    __syncthreads();
   }
 
   __device__ void run() {
