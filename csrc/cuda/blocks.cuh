@@ -55,6 +55,7 @@ enum class Met {
 // How long a block waits: as long again as it has worked itself, and 0.1 ms. Blocks that run side by side, with equal shares of
 // the work, are never that far apart.
 constexpr uint64_t kPatience = 100'000;
+constexpr int kLooks = 16;  // between two at the clock
 
 __device__ inline uint64_t nanoseconds() {
   uint64_t now;
@@ -67,12 +68,14 @@ __device__ inline uint64_t nanoseconds() {
 __device__ inline unsigned generation_of(const Barrier* barrier) { return strong_load(&barrier->generation) & ~1u; }
 
 __device__ inline Met wait(Barrier* barrier, unsigned generation, uint64_t start) {
-  const auto passed = [=](unsigned now) { return (now & ~1u) != generation; };
+  const auto passed = [=](unsigned now) { return now - generation > 1; };
   const uint64_t arrival = nanoseconds();
-#pragma unroll 1
   do {
-    if (passed(strong_load(&barrier->generation))) return Met::kAll;
-    __nanosleep(32);
+#pragma unroll 1
+    for (int look = 0; look < kLooks; ++look) {
+      if (passed(strong_load(&barrier->generation))) return Met::kAll;
+      __nanosleep(32);
+    }
   } while (nanoseconds() - arrival < arrival - start + kPatience);
   return passed(atomicCAS(&barrier->generation, generation, generation | 1)) ? Met::kAll : Met::kGaveUp;
 }

@@ -5,7 +5,7 @@
 // bound reaches the k-th best lower bound are candidates, and only these are scored canonically, from their float32
 // rows.
 //
-// How it is tiled: a block takes a tile of queries, 8 or 64, and a part of the keys. It
+// How it is tiled: a block takes a tile of queries, 8 or 128, and a part of the keys. It
 //   1. prepares queries (unit rows, codes, bounds), each of them in one block, for all;
 //   2. multiplies its keys with its queries on tensor cores: keys go straight from memory to registers, 16 bytes a lane,
 //      each once; the codes of the queries come from shared memory, where they are copied while others are multiplied;
@@ -22,7 +22,8 @@
 // clock, about 900 G a second, and reads 3.35 TB: 0.08 x 3350 G = 270 G, three tenths of what it could issue. With 8
 // queries it is 0.19, seven tenths. Each lane has 64 bytes on their way. Few queries take 64 registers a thread, so that
 // two blocks of 512 threads live on a multiprocessor: 64 KB, four times what the latency of an H100's memory asks for at
-// its full rate. Many take twice as many registers, and one block.
+// its full rate. Many take twice as many registers, and one block: what limits them is what multiprocessors ask L2 for, of
+// keys once for every 128 queries, and of queries once for every 128 keys.
 #pragma once
 
 #include "cuda/blocks.cuh"
@@ -56,7 +57,6 @@ struct Shared {
   int chunks;                     // of the queries
   int group, query, query_count;  // of the block
   int others_known;               // their lower bounds may be read
-  int full;                       // a list of candidates has no room for another tile
   unsigned generations[2];        // of the barriers when the launch began
   uint64_t start;                 // time then
 };
@@ -67,25 +67,21 @@ class Block {
   using Tile = Shape<kMany>;
   using Slab = Fragments<kScan, kMany>;
   static constexpr int kChunkSlabs = Tile::kColumns / Slab::kColumns;
+  // Slabs that a warp has asked for: two, or what it multiplies of a chunk.
+  static constexpr int kAhead = kChunkSlabs / Tile::kSplits < 2 ? 1 : 2;
 
  public:
   __device__ Block(const Search& search, Shared<kMany>& shared, char* ring)
       : p(search), shared(shared), ring_(ring), products_(reinterpret_cast<float*>(kMany ? ring : ring + kRing)) {
     if (thread() == 0) {
-      const int query_tiles = gridDim.x / p.groups;
-      shared.group = blockIdx.x / query_tiles;
-      shared.query = blockIdx.x % query_tiles * Tile::kQueries;
-      shared.query_count = min(p.m - shared.query, Tile::kQueries);
-      shared.from = p.n * shared.group / p.groups;
-      shared.to = p.n * (shared.group + 1) / p.groups;
+      take_place_of(blockIdx.x);
       shared.counters = p.counters;
       shared.chunks = (p.slabs + kChunkSlabs - 1) / kChunkSlabs;
-      shared.others_known = shared.full = 0;
+      shared.others_known = 0;
       shared.start = nanoseconds();
       for (int i = 0; i < 2; ++i) shared.generations[i] = generation_of(p.counters->barriers + i);
       shared.tiles = max(static_cast<int>((shared.to - shared.from + Tile::kRows - 1) / Tile::kRows), 1);
     }
-    __syncthreads();
   }
 
   __device__ void run() {
@@ -93,10 +89,11 @@ class Block {
     prefetch_keys();
     share(shared.counters, kMany ? (p.m + 15) / 16 * 16 : p.m, [&](int query) { prepare(query); });
     for (int q = thread(); q < shared.query_count; q += kThreads) begin(q);
+    __syncthreads();
     for (;;) {
-      if (p.capacity < shared.to - shared.from) make_room();
+      const bool again = p.capacity < shared.to - shared.from && make_room();
       load_bounds();
-      multiply();
+      multiply(again);
       for_my_queries([&](int q) { raise_lower_bounds(q); });
       if (shared.tile == 0) meet_first();
       if (shared.others_known && threshold_is_due()) for_my_queries([&](int q) { raise_threshold(q); });
@@ -112,29 +109,56 @@ class Block {
     }
     resolve();
     __syncthreads();
+    if (!kMany) {
+      for_my_queries([&](int q) { drop(q, shared.thresholds[q]); });
+      __syncthreads();
+    }
     for (int q = thread(); q < shared.query_count; q += kThreads)
       p.counts[(shared.query + q) * p.groups + shared.group] = shared.counts[q];
     const Met met = meet(shared.counters->barriers + 1, shared.generations[1], shared.start, [] {});
-    if (__builtin_expect(met == Met::kAll, true)) {
-      for (int i = warp(), n = number_candidates(); i < n; i += kWarps) {
-        const Spot spot = spot_of(i);
-        rank(shared.query + spot.query, shared.group, spot.place, shared.thresholds[spot.query]);
-      }
-      for_my_queries([&](int q) {
-        if ((shared.query + q) % p.groups == shared.group) fill(shared.query + q);
-      });
-    } else if (met == Met::kAfterAll) {
-      for (int q = 0; q < p.m; ++q) {
-        for (int group = 0; group < p.groups; ++group) {
-          const int n = __ldcg(p.counts + static_cast<int64_t>(q) * p.groups + group);
-          for (int e = warp(); e < n; e += kWarps) rank(q, group, e, -INFINITY);
-        }
-        if (q % kWarps == warp()) fill(q);
-      }
+    if (met == Met::kGaveUp) return;
+    // The last one finishes for those that have left, too.
+    const bool for_all = met == Met::kAfterAll;
+    const int from = for_all ? 0 : blockIdx.x, to = for_all ? gridDim.x : from + 1;
+#pragma unroll 1
+    for (int block = from; block < to; ++block) {
+      if (for_all) take_over(block);
+      finish();
     }
   }
 
  private:
+  // The queries and the keys of a block of the grid. For one thread.
+  __device__ void take_place_of(int block) {
+    const int query_tiles = gridDim.x / p.groups;
+    shared.group = block / query_tiles;
+    shared.query = block % query_tiles * Tile::kQueries;
+    shared.query_count = min(p.m - shared.query, Tile::kQueries);
+    shared.from = p.n * shared.group / p.groups;
+    shared.to = p.n * (shared.group + 1) / p.groups;
+  }
+
+  __device__ void take_over(int block) {
+    __syncthreads();
+    if (thread() == 0) take_place_of(block);
+    __syncthreads();
+    for (int q = thread(); q < shared.query_count; q += kThreads) {
+      shared.counts[q] = __ldcg(p.counts + (shared.query + q) * p.groups + shared.group);
+    }
+    __syncthreads();
+  }
+
+  // Writes those candidates of the block that are among the best of all.
+  __device__ void finish() {
+    for (int i = warp(), n = number_candidates(); i < n; i += kWarps) {
+      const Spot spot = spot_of(i);
+      rank(shared.query + spot.query, spot.place);
+    }
+    for_my_queries([&](int q) {
+      if ((shared.query + q) % p.groups == shared.group) fill(shared.query + q);
+    });
+  }
+
   __device__ void start_tile(int tile) {
     if (thread() == 0) {
       shared.tile = tile;
@@ -318,28 +342,30 @@ class Block {
   // Starts to copy a chunk of the queries of the tile.
   static constexpr int kCodeRows = kMany ? Tile::kQueries / 2 : Tile::kQueries, kRowUnits = 4 * Slab::kRead / 16;
   __device__ void copy_chunk(int chunk) const {
-    constexpr int kSlabUnits = kCodeRows * kRowUnits, kStep = kThreads / kSlabUnits;
+    constexpr int kSlabUnits = kCodeRows * kRowUnits;
     static_assert(kChunkSlabs * kSlabUnits * 16 == kRing / 2);
-    const unsigned unit = thread() & (kSlabUnits - 1), first = static_cast<unsigned>(thread()) / kSlabUnits;
-    const int row = unit / kRowUnits;
-    const bool exists = row < (kMany ? (shared.query_count + 15) / 16 * 8 : shared.query_count);
-    const int slab = chunk * kChunkSlabs + first;
-    const int64_t source_row = static_cast<int64_t>(Slab::row_of(shared.query) + (exists ? row : 0)) * p.slabs + slab;
-    const uint16_t* source =
-        p.codes + (source_row * kRowUnits + (unit % kRowUnits ^ Slab::swapped(unit * 16 / Slab::kRead % 32))) * 8;
-    const uint32_t target = shared_address(ring_) + chunk % 2 * (kRing / 2) + thread() * 16;
-#pragma unroll
-    for (int i = 0; i < kChunkSlabs; i += kStep) {
-      if (slab + i < p.slabs) copy_async(target + i * kSlabUnits * 16, source + i * kRowUnits * 8, exists);
+    const int rows = kMany ? (shared.query_count + 15) / 16 * 8 : shared.query_count;
+    const uint16_t* const codes = p.codes + static_cast<int64_t>(Slab::row_of(shared.query)) * p.slabs * kRowUnits * 8;
+    const uint32_t target = shared_address(ring_) + chunk % 2 * (kRing / 2);
+#pragma unroll 1
+    for (int first = 0; first < kChunkSlabs * kSlabUnits; first += kThreads) {
+      const unsigned at = first + thread(), unit = at % kSlabUnits, row = unit / kRowUnits;
+      const int slab = chunk * kChunkSlabs + static_cast<int>(at / kSlabUnits);
+      const bool exists = static_cast<int>(row) < rows;
+      const int64_t source_row = static_cast<int64_t>(exists ? row : 0) * p.slabs + slab;
+      const uint16_t* source =
+          codes + (source_row * kRowUnits + (unit % kRowUnits ^ Slab::swapped(unit * 16 / Slab::kRead % 32))) * 8;
+      if (slab < p.slabs) copy_async(target + at * 16, source, exists);
     }
   }
 
   // The products of the tile. Each of kSplits warps takes every kSplits-th slab of its keys.
-  __device__ void multiply() {
-    constexpr int kSplits = Tile::kSplits, kAhead = Tile::kAhead, kGroups = kChunkSlabs / (kAhead * kSplits);
+  __device__ void multiply(bool again) {
+    constexpr int kSplits = Tile::kSplits, kGroups = kChunkSlabs / (kAhead * kSplits);
     static_assert(kChunkSlabs % (kAhead * kSplits) == 0);
     const int chunks = shared.chunks;
-    const bool copying = shared.tile == 0 || kMany || chunks > 2 || shared.full;
+    const bool whole = shared.query_count > Tile::kQueries / 2;
+    const bool copying = shared.tile == 0 || kMany || chunks > 2 || again;
     const int row = warp() / kSplits * 16 + lane() / 4;
     const char* at = p.scanned + (shared.first + row) * p.scanned_bytes + split() * kSlabBytes + lane() % 4 * 16;
     const bool exists[] = {row < shared.rows, row + 8 < shared.rows};
@@ -370,7 +396,7 @@ class Block {
       const uint32_t rows = first_row() + group % (2 * kGroups) * (kAhead * kSplits * kSlabRows);
 #pragma unroll
       for (int i = 0; i < kAhead; ++i) {
-        if (is_slab(left - i * kUnit)) Slab::multiply(ahead[i], rows + i * kSplits * kSlabRows, sums);
+        if (is_slab(left - i * kUnit)) Slab::multiply(ahead[i], rows + i * kSplits * kSlabRows, whole, sums);
         load(i, kAhead);
       }
       left -= kAhead * kUnit;
@@ -440,7 +466,9 @@ class Block {
   // Tells the other blocks of the best keys of the tile, one for each slot.
   __device__ void raise_lower_bounds(int q) {
     float best = -INFINITY;
-    for (int row = lane(); row < shared.rows; row += 32) {
+#pragma unroll
+    for (int first = 0; first < Tile::kRows; first += 32) {
+      const int row = first + lane();
       if (!in_range(q, row)) continue;
       const Candidate key = estimate(q, row);
       best = fmaxf(best, key.score - key.error);
@@ -462,43 +490,52 @@ class Block {
     Candidate* list = candidates(shared.query + q, shared.group);
     const float threshold = shared.thresholds[q];
     int count = shared.counts[q];
-    for (int first = 0; first < shared.rows; first += 32) {
+#pragma unroll
+    for (int first = 0; first < Tile::kRows; first += 32) {
       const int row = first + lane();
-      const Candidate key = in_range(q, row) ? estimate(q, row) : Candidate{};
-      const bool candidate = in_range(q, row) && key.score + key.error >= threshold;
+      const Candidate key = in_range(q, row) ? estimate(q, row) : Candidate{NAN, 0.0f, 0};
+      const bool candidate = key.score + key.error >= threshold;
       const Place place = place_of(candidate);
-      if (candidate) list[count + place.before] = key;
+      if (candidate) store(list + count + place.before, key);
       count += place.count;
     }
     if (lane() == 0) shared.counts[q] = count;
   }
 
-  // Makes room for all keys of the tile.
-  __device__ void make_room() {
-    if (thread() == 0) shared.full = 0;
-    __syncthreads();
+  // Makes room for all keys of the tile: drops what the bounds rule out, and if that is not enough, all but the k best.
+  // Returns whether that took the place of the ring.
+  __device__ bool make_room() {
     const auto is_full = [&](int q) { return shared.counts[q] + shared.rows > p.capacity; };
-    for_my_queries([&](int q) {
-      if (!is_full(q)) return;
-      const Candidate* list = candidates(shared.query + q, shared.group);
-      const auto lower = [=](int i) { return list[i].score - list[i].error; };
-      drop(q, kth_largest(shared.counts[q], p.k, 8, shared.bins[warp()], lower));
-      if (lane() == 0 && is_full(q)) shared.full = 1;
-    });
-    __syncthreads();
-    if (!shared.full) return;
-    resolve();
-    __syncthreads();
-    for_my_queries([&](int q) {
-      if (!is_full(q)) return;
-      const float last =
-          keep_best(candidates(shared.query + q, shared.group), shared.counts[q], p.k, shared.bins[warp()]);
-      if (lane() == 0) {
-        shared.thresholds[q] = fmaxf(shared.thresholds[q], last);
-        shared.counts[q] = p.k;
+    const auto any_is_full = [&] {
+      bool full = false;
+      for (int q = lane(); q < shared.query_count; q += 32) full |= is_full(q);
+      return __any_sync(kAllLanes, full);
+    };
+    int pass = 0;
+    for (; any_is_full(); ++pass) {
+      __syncthreads();
+      if (pass > 0) {
+        resolve();
+        __syncthreads();
       }
-      __syncwarp();
-    });
+      for_my_queries([&](int q) {
+        if (!is_full(q)) return;
+        Candidate* list = candidates(shared.query + q, shared.group);
+        const int count = shared.counts[q];
+        if (pass == 0) {
+          const auto lower = [=](int i) { return list[i].score - list[i].error; };
+          drop(q, kth_largest(count, p.k, 8, shared.bins[warp()], lower));
+        } else {
+          const float last = keep_best(list, count, p.k, shared.bins[warp()]);
+          if (lane() == 0) {
+            shared.thresholds[q] = fmaxf(shared.thresholds[q], last);
+            shared.counts[q] = p.k;
+          }
+        }
+      });
+      __syncthreads();
+    }
+    return pass > 1;
   }
 
   // Raises the threshold and drops what it rules out.
@@ -565,16 +602,30 @@ class Block {
     }
   }
 
-  // Finds the place of a candidate among those of all groups, and writes it there. Below the threshold it has none.
-  __device__ void rank(int query, int group, int e, float threshold) const {
+  // Finds the place of a candidate among those of all groups, and writes it there.
+  __device__ void rank(int query, int e) const {
+    constexpr int kAtOnce = 4;  // groups that a lane looks at
     const int* counts = p.counts + static_cast<int64_t>(query) * p.groups;
-    const Candidate mine = load(candidates(query, group) + e);
-    if (mine.score < threshold) return;
+    const Candidate mine = load(candidates(query, shared.group) + e);
     int place = 0;
-    for (int other = lane(); other < p.groups; other += 32) {
-      const Candidate* list = candidates(query, other);
-      const int count = __ldcg(counts + other);
-      for (int i = 0; i < count; ++i) place += better(load(list + i), mine);
+#pragma unroll 1
+    for (int first = lane(); first < p.groups; first += 32 * kAtOnce) {
+      int count[kAtOnce], most = 0;
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+        count[j] = first + 32 * j < p.groups ? __ldcg(counts + first + 32 * j) : 0;
+        most = max(most, count[j]);
+      }
+#pragma unroll 1
+      for (int i = 0; i < most; ++i) {
+        Candidate other[kAtOnce];
+#pragma unroll
+        for (int j = 0; j < kAtOnce; ++j) {
+          if (i < count[j]) other[j] = load(candidates(query, first + 32 * j) + i);
+        }
+#pragma unroll
+        for (int j = 0; j < kAtOnce; ++j) place += i < count[j] && better(other[j], mine);
+      }
     }
     place = __reduce_add_sync(kAllLanes, place);
     if (place < p.k) write(query, place, mine.score, mine.id);

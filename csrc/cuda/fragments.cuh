@@ -70,7 +70,7 @@ struct Fragments {
   using Keys = uint32_t[2][4];
   // Bytes of the queries that a lane reads for a slab, of each sixteen or of all eight, and sums that they go to.
   static constexpr int kRead = kColumns / 4 * 2 * (kMany ? 2 : 1);
-  static constexpr int kSums = kMany ? 4 : kRead == 8 ? 1 : 2;
+  static constexpr int kSums = kMany ? Shape<true>::kQueries / 16 : kRead == 8 ? 1 : 2;
 
   static __device__ uint32_t pair(const uint32_t (&words)[4], int i) {
     if constexpr (kScan == UNIKE_SCAN_F32) return float16_pair(words[2 * i], words[2 * i + 1]);
@@ -97,26 +97,35 @@ struct Fragments {
   static __device__ int swapped(int lane) { return kRead <= 16 ? 0 : lane * kRead / 128 % (kRead / 16); }
   static __device__ int offset_of(int lane) { return lane * kRead + swapped(lane) * 16; }
 
-  // Adds the products of a slab. rows: in shared memory, at the lane's first unit of the slab.
-  static __device__ void multiply(const Keys& keys, uint32_t rows, float (&sums)[kSums][2][4]) {
+  // Adds the products of a slab. rows: in shared memory, at the lane's first unit of the slab; whole: of all queries of a
+  // tile, not only of the first half.
+  static __device__ void multiply(const Keys& keys, uint32_t rows, bool whole, float (&sums)[kSums][2][4]) {
     if constexpr (kRead == 8) {
       const uint2 a = load_shared_8(rows);
 #pragma unroll
       for (int eight = 0; eight < 2; ++eight) {
         multiply_add(sums[0][eight], {a.x, 0, a.y, 0}, pair(keys[eight], 0), pair(keys[eight], 1));
       }
+    } else if constexpr (kMany) {
+      multiply<0, kSums / 2>(keys, rows, sums);
+      if (whole) multiply<kSums / 2, kSums>(keys, rows, sums);
     } else {
+      multiply<0, kSums>(keys, rows, sums);
+    }
+  }
+
+  template <int kFirst, int kLast>
+  static __device__ void multiply(const Keys& keys, uint32_t rows, float (&sums)[kSums][2][4]) {
 #pragma unroll
-      for (int unit = 0; unit < kRead / 16; ++unit) {
-        uint4 a;
+    for (int unit = 0; unit < kRead / 16; ++unit) {
+      uint4 a;
 #pragma unroll
-        for (int i = 0; i < kSums; ++i) {
-          if (kMany || i == 0) a = load_shared_16((rows ^ unit * 16) + i * 32 * kRead);
-          const int first = kMany ? 2 * unit : 4 * unit + 2 * i;
+      for (int i = kFirst; i < kLast; ++i) {
+        if (kMany || i == 0) a = load_shared_16((rows ^ unit * 16) + i * 32 * kRead);
+        const int first = kMany ? 2 * unit : 4 * unit + 2 * i;
 #pragma unroll
-          for (int eight = 0; eight < 2; ++eight) {
-            multiply_add(sums[i][eight], a, pair(keys[eight], first), pair(keys[eight], first + 1));
-          }
+        for (int eight = 0; eight < 2; ++eight) {
+          multiply_add(sums[i][eight], a, pair(keys[eight], first), pair(keys[eight], first + 1));
         }
       }
     }

@@ -1,6 +1,7 @@
 // A search as the host plans it and the kernel of cosine_topk.cuh reads it.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "common/candidate.h"
@@ -17,17 +18,16 @@ constexpr int kRing = 64 << 10;
 // queries leave room for few keys to a block, and then it takes more warps to keep enough bytes in flight.
 template <bool kMany>
 struct Shape {
-  static constexpr int kQueries = kMany ? 64 : 8;
+  static constexpr int kQueries = kMany ? 128 : 8;
   static constexpr int kRows = kMany ? 128 : 64;
   static constexpr int kSplits = kWarps / (kRows / 16);
-  static constexpr int kAhead = 2;  // slabs that a warp has asked for
   // Blocks that a multiprocessor has registers for; with one, each thread has twice the bytes on their way.
   static constexpr int kResident = kMany ? 1 : 2;
   static constexpr int kColumns = kRing / 4 / kQueries;  // of a chunk, 2 bytes each
   static constexpr int kProductStride = kRows + 8;       // what a warp writes at once then falls into 32 banks
   static constexpr int kProductBytes = kQueries * kProductStride * 4;
   // Few queries stay in the ring from tile to tile; the products of many take its place.
-  static constexpr int kSharedBytes = kRing + (kMany ? 0 : kProductBytes);
+  static constexpr int kSharedBytes = kMany ? std::max(kRing, kProductBytes) : kRing + kProductBytes;
 };
 
 // Keys are read in slabs of 64 bytes.

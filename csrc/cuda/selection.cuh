@@ -15,7 +15,7 @@ __device__ inline int ordered(float x) { return ordered(__float_as_int(x)); }
 // meanwhile. bins: 32, of the warp.
 template <class Value>
 __device__ float kth_largest(int n, int k, int passes, int* bins, const Value& value) {
-  constexpr int kHeld = 4;  // of each lane in registers, the others are read in each pass
+  constexpr int kHeld = 10;  // of each lane in registers, the others are read in each pass
   const int lane = cuda::lane(), lowest = ordered(-INFINITY) + 1;
   int held[kHeld];
 #pragma unroll
@@ -72,6 +72,12 @@ __device__ inline Candidate load(const Candidate* p) {
   return candidate;
 }
 
+__device__ inline void store(Candidate* p, const Candidate& candidate) {
+  int4 bits;
+  memcpy(&bits, &candidate, sizeof candidate);
+  *reinterpret_cast<int4*>(p) = bits;
+}
+
 __device__ inline bool better(const Candidate& a, const Candidate& b) {
   return a.score > b.score || (a.score == b.score && a.id < b.id);
 }
@@ -99,14 +105,15 @@ __device__ inline int sum_up_to(int x) {
 // stays. Returns how many are kept.
 __device__ inline int keep(Candidate* list, int n, float threshold, int ties) {
   int kept = 0;
+#pragma unroll 1
   for (int first = 0; first < n; first += 32) {
     const int i = first + lane();
-    const Candidate candidate = i < n ? list[i] : Candidate{};
+    const Candidate candidate = i < n ? load(list + i) : Candidate{};
     const float upper = candidate.score + candidate.error;
     const Place tie = place_of(i < n && upper == threshold);
     const bool stays = i < n && (upper > threshold || (upper == threshold && tie.before < ties));
     const Place place = place_of(stays);
-    if (stays) list[kept + place.before] = candidate;
+    if (stays) store(list + kept + place.before, candidate);
     kept += place.count;
     ties -= tie.count;
   }

@@ -257,7 +257,7 @@ REAL = {
         ),
         _triton_search(1), _triton_search(64),
         _cuda(1, "int8"), _cuda(1, "float16"), _cuda(1, "bfloat16"), _cuda(1, "float32"),
-        _cuda(64, "float32"),
+        _cuda(64, "float32"), _cuda(512, "float32"),
         Real(
             "patched_ffn, gradients of extra neurons", f"T=128, d={D}", extra_bytes(128, D) + 2.0 * 128 * D, 0.0,
             lambda *_: _beside_backward(128), lambda m: 3 * side_peer(m, 128, D), blocks=5,
