@@ -47,7 +47,7 @@ def test_in_an_environment_of_its_own(name, tmp_path):
     assert found.startswith("4.57.") == (name == "transformers 4.57")
 
 
-@pytest.mark.slow(minutes=15)
+@pytest.mark.slow(minutes=20)
 def test_vllm(tmp_path):
     """Apart from all else: it breaks where triton is, and where torchvision is of another torch."""
     venv.create(tmp_path, with_pip=True)

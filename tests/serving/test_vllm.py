@@ -22,6 +22,7 @@ import time
 import urllib.error
 import urllib.request
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -626,6 +627,18 @@ def test_no_graph_holds_an_operator(asked, split, mode, folder, graphs, monkeypa
         assert other.compilation_config.splitting_ops == now.splitting_ops
         assert other.compilation_config.cudagraph_mode == now.cudagraph_mode
     assert not told
+
+
+@pytest.mark.parametrize(("mode", "encoder"), [(CompilationMode.VLLM_COMPILE, True), (CompilationMode.NONE, False)])
+def test_what_vllm_has_no_compiled_pieces_of(mode, encoder, folder, graphs):
+    """Encoder-decoders; and graphs that break off at vLLM's own operators, of a model that is not compiled."""
+    compilation = configured(folder, told=False).compilation_config
+    compilation.mode = mode
+    for asked in ("FULL_DECODE_ONLY", "PIECEWISE"):
+        compilation.cudagraph_mode = CUDAGraphMode[asked]
+        model = SimpleNamespace(is_encoder_decoder=encoder)
+        plugin._run_between_graphs(SimpleNamespace(compilation_config=compilation, model_config=model))
+        assert compilation.cudagraph_mode == CUDAGraphMode.NONE and not compilation.cudagraph_capture_sizes
 
 
 STEPS = [  # of one compiled shape: each other edits, and padding behind them
