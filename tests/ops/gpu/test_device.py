@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from backbones.zoo import ZOO, logits, model_of
+from backbones.zoo import ZOO, model_of
 
 import unike_kernels as uk
 
@@ -23,6 +23,10 @@ def patched(make_edit, make_memory):
         for each in (model, here):
             uk.patch(each, edits, memory)
     return model.to("cuda"), here
+
+
+def logits(model, ids):
+    return model(input_ids=ids).logits  # with a cache: without one transformers waits for the device
 
 
 def close(found, wanted):
