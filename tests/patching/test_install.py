@@ -529,13 +529,13 @@ def test_retrieval_does_not_see_the_target(setup, monkeypatch, padding_side):
     s = setup("opt", every_token(**BASE, retrieval="sequence", alpha="last"), padding_side=padding_side)
     lengths = [2, 4, 3]
     retrieved = []
-    topk = memory_attention.cosine_topk
+    retrieve = memory_attention.MemoryTables.retrieve
 
-    def spy(queries, *args, **kwargs):
-        retrieved.append(topk(queries, *args, **kwargs))
+    def spy(tables, *args):
+        retrieved.append(retrieve(tables, *args))
         return retrieved[-1]
 
-    monkeypatch.setattr(memory_attention, "cosine_topk", spy)
+    monkeypatch.setattr(memory_attention.MemoryTables, "retrieve", spy)
     mask = s.inputs["attention_mask"].bool()
     target = mask & (mask.cumsum(1) > torch.tensor(lengths)[:, None])
     other = dict(s.inputs, input_ids=s.inputs["input_ids"].masked_fill(target, 40))

@@ -104,9 +104,8 @@ def same(found, wanted):
 
 @pytest.mark.parametrize(
     ("compute", "warm"),
-    [("beside", True), ("beside", False), ("search", False), ("attention", False)]
-    + [pytest.param(*each, marks=pytest.mark.slow) for each in (("search", True), ("attention", True))]
-    + [pytest.param("fused", warm, marks=pytest.mark.slow) for warm in (True, False)],
+    [("beside", True), ("beside", False)]
+    + [pytest.param(name, warm, marks=pytest.mark.slow) for name in OPERATORS[1:] for warm in (True, False)],
     indirect=["compute"],
 )
 def test_graphs_of_one_stream_are_replayed_in_any_order(compute, warm, session):
@@ -185,6 +184,7 @@ def test_there_are_spare_counters_again_after_a_restock(session, monkeypatch):
         _triton.stock(torch.device("cpu"))
 
 
+@pytest.mark.slow
 def test_a_graph_of_several_launches(session):
     """Each has counters of its own; the second reads what the first one has written."""
     tables, x = Tables(), states()
@@ -228,6 +228,7 @@ def test_another_thread_compiles_during_a_capture(session, monkeypatch):
 # --- what waits for the device --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_memory_whose_tokens_have_ranges_takes_two_launches_without_waiting(session, monkeypatch):
     """And what lies outside of the memory is cut off, as in the one launch of fewer tokens."""
     tables, x = Tables(), states()
@@ -250,7 +251,7 @@ def test_a_memory_whose_tokens_have_ranges_takes_two_launches_without_waiting(se
         torch.testing.assert_close(graph.replay()[0], result)
 
 
-@pytest.mark.parametrize("base", ["vendor", "fused"])
+@pytest.mark.parametrize("base", ["vendor", pytest.param("fused", marks=pytest.mark.slow)])
 def test_a_patched_model_is_captured_with_the_rows_of_a_pass_before(base, session, make_edit, monkeypatch):
     """Nothing of them comes from the host again."""
     model = model_of(ZOO["llama"], torch.float32)
