@@ -79,6 +79,16 @@ def test_a_part_that_fails_shows_its_output_and_the_others_run(script, parts, tm
     assert "a trace" in text and "op: 2 us -> 1 us" in text and "no result" in text
 
 
+def test_results_of_an_earlier_run_are_not_reported(script, parts, tmp_path):
+    (tmp_path / "bench").mkdir()
+    (tmp_path / "tests.xml").write_text(XML)
+    (tmp_path / "bench" / "report.md").write_text("# unike bench\n## Old\n")
+    parts(tests="import sys; sys.exit(3)", benchmark="import sys; sys.exit(3)")
+    assert script.main(["--out", str(tmp_path)]) == 1
+    text = (tmp_path / "report.md").read_text()
+    assert "no result" in text and "1 passed" not in text and "Old" not in text
+
+
 def test_a_part_without_an_end_is_stopped(script, parts, tmp_path):
     parts("import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])", limit=1.5)
     assert script.main(["--out", str(tmp_path)]) == 1

@@ -105,7 +105,7 @@ def markdown(facts: Sequence[str], done: Sequence[Part], bench: str) -> str:
     for part in done:
         shown = part.told if part.status == 0 else [*part.told, "```", *part.output, "```"]
         lines += ["", f"## {part.title.capitalize()}", "", *shown]
-    return "\n".join([*lines, "", bench.replace("\n# ", "\n## ").removeprefix("# unike bench")]) + "\n"
+    return "\n".join([*lines, "", bench.removeprefix("# unike bench")]) + "\n"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -121,12 +121,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"run.py gpu: {reason}", file=sys.stderr)
         return 1
     out.mkdir(parents=True, exist_ok=True)
+    tests, written = out / "tests.xml", out / "bench" / "report.md"
+    for earlier in (tests, written):  # of another run, which a part that fails would not replace
+        earlier.unlink(missing_ok=True)
     done = parts(out)
     for part in done:
         part.run()
-    done[0].told = tests_told(out / "tests.xml")
+    done[0].told = tests_told(tests)
     done[1].told = [line for line in done[1].output if "->" in line]
-    written = out / "bench" / "report.md"
     bench = written.read_text() if written.is_file() else ""
     facts = show_config().splitlines()
     (out / "report.md").write_text(markdown(facts, done, bench))

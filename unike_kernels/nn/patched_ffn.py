@@ -150,11 +150,13 @@ class ExtraNeurons(Record):
         x = torch.zeros(tokens, edits.keys.shape[1], dtype=dtype, device=edits.keys.device)
         if not compiles(x):
             return None
-        offloaded = self.dense is None or self.dense.weights().w_in.device != x.device
+        weights = None if self.dense is None else self.dense.weights()
+        if weights is not None and (weights.w_in.device != x.device or not self._may_fuse(x)):
+            weights = None  # offloaded, or its base is never computed with the neurons
         for each in (plan, plan.of_rows(*edits.csr((tuple(edits.ids),) * tokens), None)):
             each(x, x)
-            if self.dense is not None and not offloaded and self._may_fuse(x):
-                each.fused(x, self.dense.weights())
+            if weights is not None:
+                each.fused(x, weights)
         if self.context.config is not None and self.context.config.scope == "memory":
             edits.of_tokens(self.activation, None, torch.zeros(tokens, dtype=torch.int64, device=x.device))(x, x)
         return x.device

@@ -146,7 +146,7 @@ class Subject:
                 gathered = (tables.keys[:k], tables.values[:k], tables.projected[:k])
                 packed = (tables.index,) if tables.codes is None else (tables.codes, tables.code_bounds)
                 reads += [*packed, *gathered, tables.w2]
-                counts[torch.int8] += tokens * tables.codes.numel()
+                counts[torch.int8] += tokens * tables.index.numel()
                 counts[torch.float32] += tokens * (2 * k * d + k * r + r * d)
             for edit in self.edits:
                 if layer.index in edit.layers:
