@@ -219,7 +219,7 @@ class PromptEncoder(NamedTuple):
 
     Attributes:
         mean, spread: [e], of the embeddings, which are brought to 0 and 1.
-        blocks: that read the text.
+        blocks: that read the text; at least one.
         states: reads the last token's states; None: these do not count.
     """
 
@@ -282,7 +282,7 @@ def encode_prompts(
     """
     text = text._replace(tokens=_sized((text.tokens.float() - encoder.mean) / encoder.spread))
     seen = text.within if attended is None else text.within & attended
-    parts = [_read(TextBlock.together(encoder.blocks), text, seen)] if encoder.blocks else []
+    parts = [_read(TextBlock.together(encoder.blocks), text, seen)]
     if encoder.states is not None and states is not None:
         last = encoder.states
         hidden = F.gelu(F.linear(_sized(states.float() - last.means).flatten(1), last.w1, last.b1))
