@@ -1,30 +1,33 @@
-// Exact cosine top-k: a scan of codes estimates each score within a proved error (EXACTNESS.md), and the keys that it
-// cannot rule out are scored in canonical arithmetic (candidates.h). cosine_pack.cpp makes the codes.
+// Exact cosine top-k in two phases. The scan multiplies codes and keeps one number for each query and key: an upper bound of
+// the score, an estimate plus its proved error (EXACTNESS.md). Then the k keys of the highest bounds get canonical scores;
+// the worst of these is below no other key that is among the k best, so that of the others few are looked at again: their
+// codes with all bits of the query, and, unless these rule them out, their rows. No threshold is needed while keys are
+// scanned, and the one that is used has seen all of them. cosine_pack.cpp makes the codes.
 #include "unike/cosine_topk.h"
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include "common/checked.h"
 #include "common/parallel.h"
 #include "common/poll.h"
 #include "common/status.h"
 #include "common/workspace.h"
-#include "cpu/candidates.h"
 #include "cpu/isa.h"
 
 namespace unike {
 namespace {
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 // What rounding may add to an error.
 constexpr float kSlack = 0x1p-17f;
 
 // Queries that share a pass over the keys: 512 KB of codes in the L2 cache at 4 KB each.
 constexpr int64_t kQueryBlock = 128;
-// A thread with fewer than this would wait for memory: then all threads share the keys instead of the queries.
-constexpr int64_t kQueriesPerThread = 16;
-// Fewer queries share a pass where the candidates of all threads would need more than this.
-constexpr int64_t kCandidatesBytes = 128 << 20;
+// Fewer where the bounds of so many would need more than this, but no less than a quarter.
+constexpr int64_t kBoundsBytes = 128 << 20;
 // Up to so many, `low` is multiplied with all keys: high and low then fill one register block.
 constexpr int64_t kWideQueries = 3;
 
@@ -48,13 +51,57 @@ struct Problem {
   const int64_t* ranges;
 };
 
+// A key and its canonical score, or the bound of it.
+struct Scored {
+  float score;
+  int64_t id;
+};
+
+constexpr auto better = [](const Scored& a, const Scored& b) {
+  return a.score > b.score || (a.score == b.score && a.id < b.id);
+};
+
+// The k best of what is added, in memory for a few more.
+class Best {
+ public:
+  static constexpr int64_t kMore = 8 * kTile;
+
+  Best(Scored* memory, int64_t k) : scored_(memory), k_(k) {}
+
+  // Nothing below this is among the k best.
+  float threshold() const { return threshold_; }
+  int64_t count() const { return count_; }
+  Scored* begin() const { return scored_; }
+
+  // Room for a tile more.
+  Scored* room() {
+    if (count_ + kTile > k_ + kMore) prune();
+    return scored_ + count_;
+  }
+  void added(int64_t count) { count_ += count; }
+
+  // Drops all but the k best.
+  void prune() {
+    if (count_ < k_ || k_ == 0) return;
+    std::nth_element(scored_, scored_ + k_ - 1, scored_ + count_, better);
+    count_ = k_;
+    threshold_ = scored_[k_ - 1].score;
+  }
+
+ private:
+  Scored* scored_;
+  int64_t k_, count_ = 0;
+  float threshold_ = -kInfinity;
+};
+
 class CosineTopK {
  public:
   CosineTopK(const Problem& p, const ScanKernels& kernels, int threads, Workspace& workspace)
       : p_(p),
         kernels_(kernels),
         keys_(p.keys),
-        candidates_(keys_, kernels, p.k),
+        kept_(std::min(p.k, p.keys.n)),
+        tiles_(ceil_div(p.keys.n, kTile)),
         integers_(keys_.scan == UNIKE_SCAN_I8),
         narrow_(keys_.scan == UNIKE_SCAN_BF16 && kernels.narrow_queries),
         length_(keys_.scan == UNIKE_SCAN_F32 ? keys_.d : unike_code_bytes(keys_.scan, keys_.d) / (integers_ ? 1 : 2)),
@@ -63,70 +110,83 @@ class CosineTopK {
                                  : narrow_ ? sizeof(BFloat16)
                                            : sizeof(float),
                                  length_) +
-                    64) {
+                    64),
+        row_bytes_(padded_bytes(sizeof(float), keys_.d)) {
     threads_ =
         useful_threads(static_cast<double>(p.m) * static_cast<double>(keys_.n) * static_cast<double>(keys_.d), threads);
-    group_ = std::min(kQueryBlock, ceil_div(p.m, threads_));
-    slots_ = group_ >= kQueriesPerThread || threads_ == 1 ? 1 : threads_;
-    if (slots_ > 1) group_ = std::min(kQueryBlock, p.m);
-    const int64_t most = std::max<int64_t>(kCandidatesBytes / candidates_.bytes_of_query(slots_), 1);
-    block_ = std::min(slots_ > 1 ? group_ : group_ * threads_, most);
-    group_ = std::min(group_, block_);
+    const int64_t bound_bytes = times(std::max<int64_t>(tiles_, 1), kTile, sizeof(float));
+    block_ = std::min(p.m, std::clamp(kBoundsBytes / bound_bytes, kQueryBlock / 4, kQueryBlock));
+    active_ = workspace.take<int64_t>(p.m);
     queries_ = workspace.take<Query>(block_);
-    candidates_.take(block_, slots_, workspace);
+    rows_ = workspace.take<char>(times(block_, row_bytes_));
     codes_ = workspace.take<char>(times(block_, code_bytes_, integers_ ? 2 : 1));
-    rests_ = workspace.take<char>(times(threads_, candidates_.row_bytes()));
-    raw_ = workspace.take<int32_t>(times(threads_, std::max(group_, 2 * kWideQueries), kTile));
+    bounds_ = workspace.take<float>(times(block_, tiles_, kTile));
+    largest_ = workspace.take<float>(times(block_, tiles_));
+    rests_ = workspace.take<char>(times(threads_, row_bytes_));
+    raw_ = workspace.take<int32_t>(times(threads_, raw_size()));
+    maxima_ = workspace.take<float>(times(threads_, tiles_));
+    scored_ = workspace.take<Scored>(times(threads_, kept_ + Best::kMore));
     const double terms = (static_cast<double>(keys_.d) / kernels.lanes + kDepth) * 0x1p-24;
-    rounding_ = static_cast<float>(terms < 0.5 ? terms / (1 - terms) * 1.0001 : kInfinity);
+    rounding_ = static_cast<float>(terms < 0.5 ? terms / (1 - terms) * 1.0001 : 0x1p96);
   }
 
   void run(float* scores, int64_t* ids) {
-    for (int64_t first = 0; first < p_.m; first += block_) {
-      const int64_t count = std::min(block_, p_.m - first);
-      const auto pack_one = [&](int64_t q, int thread) { pack(first + q, q, thread); };
-      const auto finish_one = [&](int64_t q, int threads) {
-        candidates_.finish(q, threads, scores + (first + q) * p_.k, ids + (first + q) * p_.k);
-      };
-      candidates_.clear(count);
-      if (slots_ == 1) {
-        // Each thread takes a share of the queries through all keys, which the last-level cache gives to all of them.
-        const int64_t groups = ceil_div(count, group_);
-        parallel_for(groups, threads_, [&](int64_t g, int thread) {
-          const int64_t from = g * count / groups, to = (g + 1) * count / groups;
-          for (int64_t q = from; q < to; ++q) pack_one(q, thread);
-          for (int64_t start = 0; start < keys_.n; start += kTile) {
-            poll();
-            scan_tile(start, from, to, 0, thread);
-          }
-          for (int64_t q = from; q < to; ++q) finish_one(q, 1);
-        });
-        continue;
-      }
-      parallel_for(count, useful_threads(8.0 * static_cast<double>(count * keys_.d), threads_), pack_one);
-      // Several runs of tiles for each thread, in case one is held up.
-      const int64_t tiles = ceil_div(keys_.n, kTile), run = std::max<int64_t>(1, tiles / (8 * threads_));
-      parallel_for(ceil_div(tiles, run), threads_, [&](int64_t task, int thread) {
-        const int64_t stop = std::min(keys_.n, (task + 1) * run * kTile);
-        for (int64_t start = task * run * kTile; start < stop; start += kTile) {
-          poll();
-          scan_tile(start, 0, count, thread, thread);
-        }
+    const int64_t active = find_active(scores, ids);
+    for (int64_t first = 0; first < active; first += block_) {
+      const int64_t count = std::min(block_, active - first);
+      const int64_t* of_block = active_ + first;
+      wide_ = integers_ && count <= kWideQueries;
+      parallel_for(count, useful_threads(8.0 * static_cast<double>(count * keys_.d), threads_),
+                   [&](int64_t q, int thread) { pack(of_block[q], q, thread); });
+      scan(count);
+      parallel_for(count, threads_, [&](int64_t q, int thread) {
+        finish(q, thread, scores + of_block[q] * p_.k, ids + of_block[q] * p_.k);
       });
-      for (int64_t q = 0; q < count; ++q) finish_one(q, threads_);
     }
   }
 
  private:
+  // Lists the queries that see a key; the others have their result.
+  int64_t find_active(float* scores, int64_t* ids) {
+    int64_t count = 0;
+    for (int64_t q = 0; q < p_.m; ++q) {
+      const Range range = range_of(q);
+      if (range.start < range.stop) {
+        active_[count++] = q;
+      } else {
+        write({}, 0, scores + q * p_.k, ids + q * p_.k);
+      }
+    }
+    return count;
+  }
+
+  Range range_of(int64_t index) const {
+    return p_.ranges ? Range{p_.ranges[2 * index], p_.ranges[2 * index + 1]} : Range{0, keys_.n};
+  }
+
+  void write(const Scored* best, int64_t count, float* scores, int64_t* ids) const {
+    for (int64_t i = 0; i < count; ++i) {
+      scores[i] = best[i].score;
+      ids[i] = best[i].id;
+    }
+    std::fill(scores + count, scores + p_.k, -kInfinity);
+    std::fill(ids + count, ids + p_.k, -1);
+  }
+
+  float* row(int64_t q) const { return reinterpret_cast<float*>(rows_ + q * row_bytes_); }
+  float* bounds(int64_t q) const { return bounds_ + q * tiles_ * kTile; }
+  float* largest(int64_t q) const { return largest_ + q * tiles_; }
+  int64_t raw_size() const { return std::max(block_, 2 * kWideQueries) * kTile; }
+
   // Makes query number `index` the q-th of the block.
   void pack(int64_t index, int64_t q, int thread) {
     const auto* given = static_cast<const char*>(p_.queries.data);
-    float* row = candidates_.row(q);
-    kernels_.normalize[p_.queries.dtype](given + index * p_.queries.stride * size_of(p_.queries.dtype), keys_.d, row);
+    kernels_.normalize[p_.queries.dtype](given + index * p_.queries.stride * size_of(p_.queries.dtype), keys_.d,
+                                         row(q));
     Query& query = queries_[q];
     query = {};
-    if (std::isnan(row[0])) return;  // not finite: it sees no keys
-    query.range = p_.ranges ? Range{p_.ranges[2 * index], p_.ranges[2 * index + 1]} : Range{0, keys_.n};
+    if (std::isnan(row(q)[0])) return;  // not finite: it sees no keys
+    query.range = range_of(index);
     QueryBounds& bounds = query.bounds;
     bounds.slack = kSlack;
     const float* direction = keys_.scan == UNIKE_SCAN_F32 ? nullptr : keys_.direction;
@@ -134,44 +194,61 @@ class CosineTopK {
     query.codes = codes;
     std::fill_n(codes, code_bytes_ * (integers_ ? 2 : 1), 0);
     const bool as_they_are = !integers_ && !narrow_;
-    auto* rest = reinterpret_cast<float*>(as_they_are ? codes : rests_ + thread * candidates_.row_bytes());
-    kernels_.take_out(row, direction, keys_.d, rest, &bounds);
+    auto* rest = reinterpret_cast<float*>(as_they_are ? codes : rests_ + thread * row_bytes_);
+    kernels_.take_out(row(q), direction, keys_.d, rest, &bounds);
     if (integers_) {
       auto *high = reinterpret_cast<int8_t*>(codes), *low = high + code_bytes_;
       kernels_.quantize(rest, keys_.d, high, low, &bounds);
       query.low_codes = low;
-      if (keys_.rows == nullptr) bounds.norm += bounds.low_norm;  // from one estimate to the other: the second is final
-      return;
+    } else {
+      bounds.scale = 1.0f;
+      if (narrow_) kernels_.narrow(rest, keys_.d, reinterpret_cast<BFloat16*>(codes), &bounds);
+      bounds.norm = bounds.low_norm = (1 + rounding_) * bounds.norm + rounding_ * bounds.residual;
     }
-    bounds.scale = 1.0f;
-    if (narrow_) kernels_.narrow(rest, keys_.d, reinterpret_cast<BFloat16*>(codes), &bounds);
-    bounds.norm = bounds.low_norm = (1 + rounding_) * bounds.norm + rounding_ * bounds.residual;
+    if (keys_.rows == nullptr) bounds.norm += bounds.low_norm;  // from one estimate to the other: the second is final
   }
 
-  // Collects the candidates of the queries from, ..., to - 1 among the keys of a tile.
-  void scan_tile(int64_t start, int64_t from, int64_t to, int64_t slot, int thread) {
-    const int64_t stop = std::min(start + kTile, keys_.n), n = stop - start;
-    int64_t active[kQueryBlock], count = 0;
+  // Fills in the bounds. The keys are shared out among the threads, so that memory is read once for all queries; where there
+  // are few, the queries too. Several tasks for each thread, in case one is held up.
+  void scan(int64_t count) {
+    const int64_t run = std::max<int64_t>(1, tiles_ / (8 * threads_)), runs = ceil_div(tiles_, run);
+    const int64_t groups = runs >= threads_ ? 1 : std::min(count, ceil_div(2 * threads_, runs));
+    parallel_for(runs * groups, threads_, [&](int64_t task, int thread) {
+      const int64_t group = task % groups, first = task / groups * run;
+      for (int64_t tile = first; tile < std::min(tiles_, first + run); ++tile) {
+        poll();
+        scan_tile(tile, group * count / groups, (group + 1) * count / groups, thread);
+      }
+    });
+  }
+
+  // The bounds of the queries from, ..., to - 1 and the keys of a tile.
+  void scan_tile(int64_t tile, int64_t from, int64_t to, int thread) {
+    const int64_t start = tile * kTile, n = std::min(kTile, keys_.n - start);
+    int64_t seeing[kQueryBlock], count = 0;
     for (int64_t q = from; q < to; ++q) {
       const Range range = queries_[q].range;
-      if (std::max(start, range.start) < std::min(stop, range.stop)) active[count++] = q;
+      if (std::max(start, range.start) < std::min(start + n, range.stop)) seeing[count++] = q;
     }
     if (count == 0) return;
-    const bool wide = integers_ && count <= kWideQueries;
-    const void* rows[std::max(kQueryBlock, 2 * kWideQueries)];
-    for (int64_t a = 0; a < count; ++a) {
-      rows[a] = queries_[active[a]].codes;
-      if (wide) rows[count + a] = queries_[active[a]].low_codes;
+    const void* codes[std::max(kQueryBlock, 2 * kWideQueries)];
+    for (int64_t i = 0; i < count; ++i) {
+      codes[i] = queries_[seeing[i]].codes;
+      if (wide_) codes[count + i] = queries_[seeing[i]].low_codes;
     }
-    const void* tile[kTile];
-    for (int64_t i = 0; i < n; ++i) tile[i] = key_codes(start + i);
-    int32_t* raw = raw_ + thread * std::max(group_, 2 * kWideQueries) * kTile;
-    kernels_.tile[keys_.scan](rows, wide ? 2 * count : count, tile, n, length_, true, raw);
-    TileBounds bounds;
-    load_bounds(start, n, bounds);
-    for (int64_t a = 0; a < count; ++a) {
-      const int32_t* low = wide ? raw + (count + a) * kTile : nullptr;
-      collect(active[a], start, n, tile, raw + a * kTile, low, bounds, slot);
+    const void* keys[kTile];
+    for (int64_t i = 0; i < n; ++i) keys[i] = key_codes(start + i);
+    int32_t* raw = raw_ + thread * raw_size();
+    kernels_.tile[keys_.scan](codes, wide_ ? 2 * count : count, keys, n, length_, true, raw);
+    TileBounds of_keys;
+    load_bounds(start, n, of_keys);
+    for (int64_t i = 0; i < count; ++i) {
+      const Query& query = queries_[seeing[i]];
+      const int64_t first = std::max<int64_t>(0, query.range.start - start),
+                    last = std::min(n, query.range.stop - start);
+      largest(seeing[i])[tile] =
+          kernels_.upper_bounds(raw + i * kTile, wide_ ? raw + (count + i) * kTile : nullptr, integers_, of_keys,
+                                query.bounds, first, last, bounds(seeing[i]) + start);
     }
   }
 
@@ -180,69 +257,155 @@ class CosineTopK {
     return static_cast<const char*>(keys_.codes) + id * padded_bytes(integers_ ? 1 : 2, keys_.d);
   }
 
+  KeyBounds key_bounds(int64_t id) const {
+    return keys_.scan == UNIKE_SCAN_F32 ? KeyBounds{1, 0, 0, 1} : reinterpret_cast<const KeyBounds*>(keys_.bounds)[id];
+  }
+
   // The bounds of n keys; the vector lanes beyond them repeat the last one.
   void load_bounds(int64_t start, int64_t n, TileBounds& out) const {
     KeyBounds padded[kTile];
-    const auto* bounds = reinterpret_cast<const KeyBounds*>(keys_.bounds) + start;
+    const auto* of_keys = reinterpret_cast<const KeyBounds*>(keys_.bounds) + start;
     if (keys_.scan == UNIKE_SCAN_F32 || n < kTile) {
-      for (int64_t i = 0; i < kTile; ++i) {
-        padded[i] = keys_.scan == UNIKE_SCAN_F32 ? KeyBounds{1, 0, 0, 1} : bounds[std::min(i, n - 1)];
-      }
-      bounds = padded;
+      for (int64_t i = 0; i < kTile; ++i) padded[i] = key_bounds(start + std::min(i, n - 1));
+      of_keys = padded;
     }
-    kernels_.load_bounds(bounds, &out);
+    kernels_.load_bounds(of_keys, &out);
   }
 
-  void collect(int64_t q, int64_t start, int64_t n, const void* const* tile, const int32_t* raw, const int32_t* low,
-               const TileBounds& bounds, int64_t slot) {
-    const Query& query = queries_[q];
-    candidates_.make_room(q, slot);
-    int32_t found[kTile];
-    int64_t count = kernels_.survivors(raw, low, integers_, bounds, query.bounds, candidates_.threshold(q), found);
-    const int64_t first = query.range.start - start, last = std::min(query.range.stop - start, n);
-    count = std::remove_if(found, found + count, [&](int32_t i) { return i < first || i >= last; }) - found;
-    if (count == 0) return;
-    int32_t refined[kTile];
-    if (integers_ && low == nullptr) {
-      const void* rows[kTile];
-      for (int64_t s = 0; s < count; ++s) rows[s] = tile[found[s]];
-      kernels_.tile[keys_.scan](&query.low_codes, 1, rows, count, length_, false, refined);
+  // Writes the k best of a query.
+  void finish(int64_t q, int thread, float* scores, int64_t* ids) {
+    const Range range = queries_[q].range;
+    const int64_t k = std::min(kept_, range.stop - range.start);
+    Scored* memory = scored_ + thread * (kept_ + Best::kMore);
+    Best likely(memory, k);
+    const float reached = reached_by(q, k, maxima_ + thread * tiles_);
+    each_bound(
+        q, [&] { return std::max(reached, likely.threshold()); },
+        [&](const Scored* found, int64_t n) {
+          std::copy_n(found, n, likely.room());
+          likely.added(n);
+        });
+    likely.prune();
+    for (int64_t i = 0; i < likely.count(); ++i) bounds(q)[memory[i].id] = -kInfinity;  // done with
+    score(q, memory, likely.count());
+    Best best(memory, k);
+    best.added(likely.count());
+    best.prune();
+    each_bound(
+        q, [&] { return best.threshold(); },
+        [&](Scored* found, int64_t n) {
+          if (integers_ && !wide_ && keys_.rows != nullptr) n = refine(q, found, n, best.threshold());
+          score(q, found, n);
+          std::copy_n(found, n, best.room());
+          best.added(n);
+        });
+    best.prune();
+    std::sort(memory, memory + best.count(), better);
+    write(memory, best.count(), scores, ids);
+  }
+
+  // A bound that k keys reach: the k-th largest of those that are largest in their tiles.
+  float reached_by(int64_t q, int64_t k, float* scratch) const {
+    const auto [first, last] = tiles_of(queries_[q].range);
+    if (k == 0 || last - first < k) return -kInfinity;
+    std::copy(largest(q) + first, largest(q) + last, scratch);
+    std::nth_element(scratch, scratch + k - 1, scratch + (last - first), [](float a, float b) { return a > b; });
+    return scratch[k - 1];
+  }
+
+  static Range tiles_of(Range keys) { return {keys.start / kTile, ceil_div(keys.stop, kTile)}; }
+
+  // Calls body(keys, n) with the keys, and their bounds, that reach least(), a tile's at most at a time.
+  void each_bound(int64_t q, const auto& least, const auto& body) const {
+    const auto [first, last] = tiles_of(queries_[q].range);
+    Scored found[2 * kTile];
+    int64_t count = 0;
+    for (int64_t tile = first; tile < last; ++tile) {
+      const float threshold = std::max(least(), std::numeric_limits<float>::lowest());  // -inf is no key
+      if (largest(q)[tile] < threshold) continue;
+      const float* of_tile = bounds(q) + tile * kTile;
+      int32_t reaching[kTile];
+      const int64_t n = kernels_.at_least(of_tile, threshold, reaching);
+      for (int64_t i = 0; i < n; ++i) found[count++] = {of_tile[reaching[i]], tile * kTile + reaching[i]};
+      if (count < kTile) continue;
+      body(found, kTile);
+      count -= kTile;
+      std::copy_n(found + kTile, count, found);
     }
-    for (int64_t s = 0; s < count; ++s) {
-      const int32_t i = found[s];
+    if (count > 0) body(found, count);
+  }
+
+  // Gives keys, at most kTile, the scores that count: canonical, or where there are no rows those of all codes.
+  void score(int64_t q, Scored* keys, int64_t count) const {
+    for (; count > 0; keys += kTile, count -= kTile) {
+      const int64_t n = std::min(count, kTile);
+      float scores[kTile];
+      if (keys_.rows != nullptr) {
+        const float* rows[kTile];
+        for (int64_t i = 0; i < n; ++i) rows[i] = keys_.rows + keys[i].id * keys_.stride;
+        kernels_.canonical(row(q), rows, n, keys_.d, scores);
+      } else {
+        estimate(q, keys, n, [&](int64_t i, float score, float) { scores[i] = score; });
+      }
+      for (int64_t i = 0; i < n; ++i) keys[i].score = scores[i];
+    }
+  }
+
+  // Drops those of at most kTile keys that all bits of the query rule out; returns how many are left.
+  int64_t refine(int64_t q, Scored* keys, int64_t n, float threshold) const {
+    int64_t left = 0;
+    estimate(q, keys, n, [&](int64_t i, float score, float error) {
+      if (score + error >= threshold) keys[left++] = keys[i];
+    });
+    return left;
+  }
+
+  // Calls body(i, score, error) for at most kTile keys: with all bits of the query.
+  void estimate(int64_t q, const Scored* keys, int64_t n, const auto& body) const {
+    const Query& query = queries_[q];
+    const QueryBounds& of = query.bounds;
+    const void *codes[2] = {query.codes, query.low_codes}, *of_keys[kTile];
+    int32_t raw[2 * kTile];
+    for (int64_t i = 0; i < n; ++i) of_keys[i] = key_codes(keys[i].id);
+    kernels_.tile[keys_.scan](codes, integers_ ? 2 : 1, of_keys, n, length_, false, raw);
+    for (int64_t i = 0; i < n; ++i) {
       float product;
       if (integers_) {
-        const int32_t rest = low == nullptr ? refined[s] : low[i];
-        product = static_cast<float>(raw[i] - query.bounds.high_offset) +
-                  static_cast<float>(rest - query.bounds.low_offset) * (1.0f / kLowSteps);
+        product = static_cast<float>(raw[i] - of.high_offset) +
+                  static_cast<float>(raw[kTile + i] - of.low_offset) * (1.0f / kLowSteps);
       } else {
         __builtin_memcpy(&product, raw + i, sizeof product);
       }
-      const QueryBounds& of = query.bounds;
-      const float score = of.projection * bounds.projection[i] + of.scale * bounds.scale[i] * product;
-      const float error = of.residual * bounds.residual[i] + of.low_norm * bounds.norm[i] + of.slack;
-      if (score + error >= candidates_.threshold(q)) {
-        candidates_.add(q, slot, {score, keys_.rows ? error : 0.0f, start + i});
-      }
+      const KeyBounds key = key_bounds(keys[i].id);
+      const float score = of.projection * key.projection + of.scale * key.scale * product;
+      body(i, score, of.residual * key.residual + of.low_norm * key.norm + of.slack);
     }
   }
 
   const Problem& p_;
   const ScanKernels& kernels_;
   const unike_keys& keys_;
-  Candidates candidates_;
+  int64_t kept_;  // keys that are found for a query, at most
+  int64_t tiles_;
   int threads_;
   int64_t block_;                // queries that the workspace has room for
-  int64_t group_;                // of these that share a pass over the keys
-  int64_t slots_;                // for the candidates of a query: one, or one for each thread
   bool integers_;                // of the products
   bool narrow_;                  // bfloat16 queries
+  bool wide_ = false;            // the block at work has the bounds of all bits of its queries
   int64_t length_, code_bytes_;  // of a query's codes: elements, and their room
+  int64_t row_bytes_;            // of a query's unit row
   float rounding_;               // of float products: relative to the norms
 
+  int64_t* active_;  // [m]: the queries that see a key
   Query* queries_;
-  char *codes_, *rests_;
-  int32_t* raw_;
+  char* rows_;      // [block, row_bytes]: unit rows
+  char* codes_;     // [block, code_bytes], twice for an int8 scan
+  float* bounds_;   // [block, tiles, kTile]: of the scores; only those of the tiles that a query sees
+  float* largest_;  // [block, tiles]
+  char* rests_;     // [threads, row_bytes]
+  int32_t* raw_;    // [threads, raw_size]: products
+  float* maxima_;   // [threads, tiles]
+  Scored* scored_;  // [threads, kept + Best::kMore]
 };
 
 void check_sizes(const unike_keys& keys, int64_t m, int64_t k) {

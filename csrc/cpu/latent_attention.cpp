@@ -6,7 +6,8 @@
 // d = 4096.) Then the second weights of Enc_sem are read once for all tokens of the block, 64 rows at a time, of whose
 // products only two sums a token are kept: with the anchor, and of squares. The last step is the gate and the blend.
 //
-// Every sum has an order of its own, whatever the threads do, and whichever tokens share the block.
+// Every sum has an order of its own, whatever the threads do, and whichever tokens share the block. So tokens that have found
+// nothing take no part: their rows are copied, and blocks are made of the others.
 #include "unike/latent_attention.h"
 
 #include <algorithm>
@@ -42,6 +43,7 @@ struct Problem {
 
 // What one token of the block has.
 struct Token {
+  int64_t index;  // among all
   const float *query, *h, *anchor;
   int64_t entries;  // that it found
   float alpha, cosine;
@@ -62,6 +64,7 @@ class LatentAttention {
         rows_(std::max(p.in.k, backward ? std::max(p.in.d, p.encoder.r) : 0)),
         tiles_(ceil_div(p.in.d, kWeightRows)) {
     const auto rows = [&](int64_t size) { return workspace.take<float>(times(block_, size)); };
+    order_ = workspace.take<int64_t>(in_.m);
     tokens_ = workspace.take<Token>(block_);
     ids_ = workspace.take<int64_t>(times(block_, in_.k));
     weights_ = rows(times(memory_.heads, padded_k_));
@@ -84,8 +87,18 @@ class LatentAttention {
   }
 
   void forward(unike_rows_out out, float* alpha_out) {
-    for (first_ = 0; first_ < in_.m; first_ += block_) {
-      count_ = std::min(block_, in_.m - first_);
+    const int64_t row_bytes = in_.d * size_of(out.dtype);
+    const auto row_of = [&](int64_t token) {
+      return static_cast<char*>(out.data) + token * out.stride * size_of(out.dtype);
+    };
+    find_active();
+    each_inactive([&](int64_t token) {
+      if (alpha_out != nullptr) alpha_out[token] = 0.0f;
+      const void* given = row(in_.inputs.data, in_.inputs.dtype, token * in_.inputs.stride);
+      if (given != row_of(token)) std::copy_n(static_cast<const char*>(given), row_bytes, row_of(token));
+    });
+    for (first_ = 0; first_ < active_; first_ += block_) {
+      count_ = std::min(block_, active_ - first_);
       attend();
       if (blend_->alpha == nullptr) {
         hidden_layer();
@@ -94,9 +107,9 @@ class LatentAttention {
       }
       parallel_for(count_, threads_of(in_.d), [&](int64_t t, int thread) {
         gate(t);
-        if (alpha_out != nullptr) alpha_out[first_ + t] = tokens_[t].alpha;
-        char* row = static_cast<char*>(out.data) + (first_ + t) * out.stride * size_of(out.dtype);
-        blend_token(t, out.dtype, row, outputs_ + thread * in_.d);
+        const int64_t token = tokens_[t].index;
+        if (alpha_out != nullptr) alpha_out[token] = tokens_[t].alpha;
+        blend_token(t, out.dtype, row_of(token), outputs_ + thread * in_.d);
       });
     }
   }
@@ -108,8 +121,15 @@ class LatentAttention {
   };
 
   void backward(const Gradients& g) {
-    for (first_ = 0; first_ < in_.m; first_ += block_) {
-      count_ = std::min(block_, in_.m - first_);
+    find_active();
+    each_inactive([&](int64_t token) {
+      load_gradient(g, token, g.inputs + token * in_.d);
+      std::fill_n(g.queries + token * query_size_, query_size_, 0.0f);
+      if (g.anchor != nullptr) std::fill_n(g.anchor + token * in_.d, in_.d, 0.0f);
+      if (g.given != nullptr) g.given[token] = 0.0f;
+    });
+    for (first_ = 0; first_ < active_; first_ += block_) {
+      count_ = std::min(block_, active_ - first_);
       attend();
       const bool computed = blend_->alpha == nullptr;
       if (computed) {
@@ -124,12 +144,35 @@ class LatentAttention {
       });
       if (computed) through_encoder();
       parallel_for(count_, threads_of(in_.k * (in_.d + query_size_)), [&](int64_t t, int thread) {
-        through_attention(t, thread, g.queries + (first_ + t) * query_size_);
+        through_attention(t, thread, g.queries + tokens_[t].index * query_size_);
       });
     }
   }
 
  private:
+  // Orders the tokens: those with an entry, then the others.
+  void find_active() {
+    active_ = 0;
+    int64_t inactive = in_.m;
+    for (int64_t token = 0; token < in_.m; ++token) {
+      const int64_t* ids = ids_of(token);
+      const bool found = std::any_of(ids, ids + in_.k, [](int64_t id) { return id >= 0; });
+      order_[found ? active_++ : --inactive] = token;
+    }
+  }
+
+  // Calls body(token) for the tokens without an entry.
+  void each_inactive(const auto& body) const {
+    constexpr int64_t kRun = 64;
+    const int64_t count = in_.m - active_;
+    const int threads = useful_threads(static_cast<double>(count) * static_cast<double>(in_.d), threads_);
+    parallel_for(ceil_div(count, kRun), threads, [&](int64_t run, int) {
+      for (int64_t i = run * kRun; i < std::min(count, (run + 1) * kRun); ++i) body(order_[active_ + i]);
+    });
+  }
+
+  const int64_t* ids_of(int64_t token) const { return in_.ids + token / (in_.m / in_.id_rows) * in_.k; }
+
   // Threads for work that takes so many multiply-adds for each token.
   int threads_of(int64_t per_token) const {
     return useful_threads(static_cast<double>(count_) * static_cast<double>(per_token), threads_);
@@ -178,7 +221,7 @@ class LatentAttention {
   }
 
   void load_token(int64_t t) {
-    const int64_t token = first_ + t, d = in_.d;
+    const int64_t token = order_[first_ + t], d = in_.d;
     const auto as_float = [&](const unike_rows& table, int64_t size, float* converted) {
       const void* data = row(table.data, table.dtype, token * table.stride);
       if (table.dtype == UNIKE_F32) return static_cast<const float*>(data);
@@ -186,10 +229,11 @@ class LatentAttention {
       return static_cast<const float*>(converted + t * size);
     };
     Token& of = tokens_[t];
+    of.index = token;
     of.query = as_float(in_.queries, query_size_, queries_);
     of.h = as_float(in_.inputs, d, inputs_);
     of.anchor = blend_->anchor ? blend_->anchor + token / (in_.m / blend_->anchors) * d : of.h;
-    const int64_t* given = in_.ids + token / (in_.m / in_.id_rows) * in_.k;
+    const int64_t* given = ids_of(token);
     of.entries =
         std::copy_if(given, given + in_.k, ids_ + t * in_.k, [](int64_t id) { return id >= 0; }) - (ids_ + t * in_.k);
   }
@@ -288,10 +332,8 @@ class LatentAttention {
 
   void gate(int64_t t) const {
     Token& of = tokens_[t];
-    if (of.entries == 0) {
-      of.alpha = of.cosine = 0.0f;
-    } else if (blend_->alpha != nullptr) {
-      of.alpha = blend_->alpha[blend_->alphas == 1 ? 0 : first_ + t];
+    if (blend_->alpha != nullptr) {
+      of.alpha = blend_->alpha[blend_->alphas == 1 ? 0 : of.index];
     } else {
       float against = 0.0f, squares = 0.0f;
       for (int64_t tile = 0; tile < tiles_; ++tile) {
@@ -310,34 +352,27 @@ class LatentAttention {
   }
 
   void blend_token(int64_t t, unike_dtype dtype, void* out, float* scratch) const {
-    const Token& of = tokens_[t];
-    if (of.entries == 0) {
-      const void* given = row(in_.inputs.data, in_.inputs.dtype, (first_ + t) * in_.inputs.stride);
-      if (given != out) std::copy_n(static_cast<const char*>(given), in_.d * size_of(dtype), static_cast<char*>(out));
-      return;
-    }
     const float part = share(t);
     float* result = dtype == UNIKE_F32 ? static_cast<float*>(out) : scratch;
-    kernels_.blend(of.h, 1.0f - part, know_ + t * in_.d, part * stretch(t), in_.d, result);
+    kernels_.blend(tokens_[t].h, 1.0f - part, know_ + t * in_.d, part * stretch(t), in_.d, result);
     if (result == scratch) kernels_.store_row[dtype](result, in_.d, out);
+  }
+
+  // The gradient to a token's output, as float32.
+  void load_gradient(const Gradients& g, int64_t token, float* out) const {
+    kernels_.load_row[g.grad.dtype](row(g.grad.data, g.grad.dtype, token * g.grad.stride), in_.d, out);
   }
 
   // grad_know, and grad_sem in place of sem; the gradients to h, alpha and the anchor are complete then.
   void through_blend(int64_t t, const Gradients& to) const {
     const Token& of = tokens_[t];
-    const int64_t d = in_.d, token = first_ + t;
+    const int64_t d = in_.d, token = of.index;
     const float* know = know_ + t * d;
     float *g = grads_ + t * d, *grad_know = grad_know_ + t * d, *grad_h = to.inputs + token * d;
-    kernels_.load_row[to.grad.dtype](row(to.grad.data, to.grad.dtype, token * to.grad.stride), d, g);
+    load_gradient(to, token, g);
     float* grad_anchor = to.anchor ? to.anchor + token * d : nullptr;
     if (grad_anchor != nullptr) std::fill_n(grad_anchor, d, 0.0f);
     if (to.given != nullptr) to.given[token] = 0.0f;
-    if (of.entries == 0) {
-      std::copy_n(g, d, grad_h);
-      std::fill_n(grad_know, d, 0.0f);
-      std::fill_n(sem_ + t * d, d, 0.0f);
-      return;
-    }
     const float part = share(t), scale = stretch(t), sign = blend_->eq7 ? -1.0f : 1.0f;
     const float g_know = kernels_.dot(g, know, d), g_h = kernels_.dot(g, of.h, d);
     const float grad_gate = sign * (g_know * scale - g_h) + to.grad_alpha[token];
@@ -399,7 +434,6 @@ class LatentAttention {
     const int64_t n = tokens_[t].entries, d = in_.d, r = encoder_.r;
     const void** rows = pointers(thread);
     std::fill_n(grad_query, query_size_, 0.0f);
-    if (n == 0) return;
     for (int64_t head = 0; head < memory_.heads; ++head) {
       const float *grad_know = grad_know_ + t * d, *grad_hidden = activated_ + t * r, *w = weights(t, head);
       float* grads = grad_weights_ + (t * memory_.heads + head) * padded_k_;
@@ -432,8 +466,10 @@ class LatentAttention {
   int64_t padded_k_;
   int64_t rows_;                   // that a thread points to at a time
   int64_t tiles_;                  // of the second weights
-  int64_t first_ = 0, count_ = 0;  // the tokens of the block at work
+  int64_t active_ = 0;             // tokens with an entry
+  int64_t first_ = 0, count_ = 0;  // those of the block at work
 
+  int64_t* order_;  // [m]: the tokens with an entry, then the others
   Token* tokens_;
   int64_t* ids_;                                  // [block, k], without the -1
   float* weights_;                                // [block, heads, padded k]: logits, then softmax

@@ -71,10 +71,13 @@ struct ScanKernels {
   // Transposes the bounds of kTile keys.
   void (*load_bounds)(const KeyBounds* keys, TileBounds* out);
 
-  // Writes the i for which the upper bound of key i reaches `threshold`, and returns how many there are. high: the raw
-  // products of a tile; low: those with the low codes, or null.
-  int64_t (*survivors)(const void* high, const int32_t* low, bool integers, const TileBounds& keys,
-                       const QueryBounds& query, float threshold, int32_t* out);
+  // out[i] = the upper bound of the score of key i of a tile for first <= i < last, else -inf; returns the largest. high: the
+  // raw products of the tile; low: those with the low codes, or null.
+  float (*upper_bounds)(const void* high, const int32_t* low, bool integers, const TileBounds& keys,
+                        const QueryBounds& query, int64_t first, int64_t last, float* out);
+
+  // Writes the i < kTile with x[i] >= threshold, and returns how many there are.
+  int64_t (*at_least)(const float* x, float threshold, int32_t* out);
 
   // out[i] = the canonical product of `query` and keys[i], rounded to float32, -0.0 as 0.0.
   void (*canonical)(const float* query, const float* const* keys, int64_t count, int64_t d, float* out);

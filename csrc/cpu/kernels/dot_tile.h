@@ -6,8 +6,8 @@
 // in chunks of 4 KB: those of a group of queries stay in the L1 cache for all keys of the tile, and the keys' chunks
 // (256 KB for 64 keys) come from the L2 cache for all groups but the first. That one fetches ahead.
 //
-// dot_tile: a few queries, all in the L1 cache, wait for the keys. These are then read one after the other, as memory
-// delivers a single stream faster than four that are a row apart, and far ahead.
+// dot_tile: a few queries, all in the L1 cache, wait for the keys. Where these lie in memory one behind the other, they are read
+// one after the other, as memory delivers a single stream faster than four that are a row apart, and far ahead.
 #pragma once
 
 #if defined(__SSE2__)
@@ -89,6 +89,16 @@ struct Bytes {
   static __m256i load_key(const uint8_t* p) { return _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)p)); }
   static __m256i load_query(const int8_t* p) { return _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p)); }
   static Ints add_product(Ints sum, __m256i key, __m256i query) { return sum + (Ints)_mm256_madd_epi16(key, query); }
+#elif defined(__SSE2__)
+  static constexpr int64_t kStep = 8;
+  static __m128i load_key(const uint8_t* p) {
+    return _mm_unpacklo_epi8(_mm_loadl_epi64((const __m128i*)p), _mm_setzero_si128());
+  }
+  static __m128i load_query(const int8_t* p) {
+    const __m128i codes = _mm_loadl_epi64((const __m128i*)p);
+    return _mm_srai_epi16(_mm_unpacklo_epi8(codes, codes), 8);
+  }
+  static Ints add_product(Ints sum, __m128i key, __m128i query) { return sum + (Ints)_mm_madd_epi16(key, query); }
 #else
   static constexpr int64_t kStep = kLanes;
   typedef uint8_t Unsigned __attribute__((vector_size(kLanes), aligned(1), may_alias));
@@ -152,10 +162,10 @@ inline void dot_block(const typename C::Query* const* queries, const typename C:
   }
 }
 
-// out[q * ld + i] = queries[q] . keys[i] for Q queries. `prefetch_next`: what lies behind a key is wanted next.
+// out[q * ld + i] = queries[q] . keys[i] for Q queries. What lies behind a key is wanted next.
 template <typename C, int Q>
 void dot_stream(const typename C::Query* const* queries, const typename C::Key* const* keys, int64_t n, int64_t length,
-                bool prefetch_next, typename C::Element* out, int64_t ld) {
+                typename C::Element* out, int64_t ld) {
   constexpr int kFours = (Q + 3) / 4;     // sums are folded four at a time
   constexpr int kParts = Q <= 2 ? 4 : 2;  // of each sum, to hide the latency of the additions
   constexpr int64_t kAhead = 8192 / sizeof(typename C::Key);
@@ -169,7 +179,7 @@ void dot_stream(const typename C::Query* const* queries, const typename C::Key* 
     }
     const auto step = [&](int part, int64_t j) {
       const auto k = C::load_key(key + j);
-      if (prefetch_next) __builtin_prefetch(key + j + kAhead);
+      __builtin_prefetch(key + j + kAhead);
       for (int q = 0; q < Q; ++q) s[part][q] = C::add_product(s[part][q], k, C::load_query(query[q] + j));
     };
     int64_t j = 0;
@@ -245,8 +255,9 @@ void dot_blocks(const typename C::Query* const* queries, int64_t count, const ty
 template <typename C>
 void dot_tile(const typename C::Query* const* queries, int64_t count, const typename C::Key* const* keys, int64_t n,
               int64_t length, bool prefetch_next, typename C::Element* out, int64_t ld) {
-  if (count <= kQueries && count * length * static_cast<int64_t>(sizeof(typename C::Query)) <= kStreamBytes) {
-    with_constant(count, [&]<int Q> { dot_stream<C, Q>(queries, keys, n, length, prefetch_next, out, ld); });
+  const bool in_cache = count * length * static_cast<int64_t>(sizeof(typename C::Query)) <= kStreamBytes;
+  if (prefetch_next && count <= kQueries && in_cache) {
+    with_constant(count, [&]<int Q> { dot_stream<C, Q>(queries, keys, n, length, out, ld); });
   } else {
     dot_blocks<C>(queries, count, keys, n, length, prefetch_next, out, ld);
   }

@@ -309,9 +309,8 @@ inline Vec without(Ints products, int32_t offset) {
   return __builtin_convertvector((Ints)((Bits)products - static_cast<uint32_t>(offset)), Vec);
 }
 
-int64_t survivors(const void* high, const int32_t* low, bool integers, const TileBounds& keys, const QueryBounds& query,
-                  float threshold, int32_t* out) {
-  int64_t count = 0;
+float upper_bounds(const void* high, const int32_t* low, bool integers, const TileBounds& keys,
+                   const QueryBounds& query, int64_t first, int64_t last, float* out) {
   const float left = low ? query.low_norm : query.norm;
   for (int64_t i = 0; i < kTile; i += kLanes) {
     const Ints raw = load_ints(static_cast<const int32_t*>(high) + i);
@@ -319,7 +318,21 @@ int64_t survivors(const void* high, const int32_t* low, bool integers, const Til
     if (low) product += without(load_ints(low + i), query.low_offset) * (1.0f / kLowSteps);
     const Vec score = query.projection * load(keys.projection + i) + query.scale * load(keys.scale + i) * product;
     const Vec error = query.residual * load(keys.residual + i) + left * load(keys.norm + i) + query.slack;
-    for (unsigned set = lanes_set((Ints)(score + error >= threshold)); set != 0; set &= set - 1) {
+    store(out + i, score + error);
+  }
+  for (int64_t i = 0; i < first; ++i) out[i] = -__builtin_inff();
+  for (int64_t i = last; i < kTile; ++i) out[i] = -__builtin_inff();
+  Vec most = load(out);
+  for (int64_t i = kLanes; i < kTile; i += kLanes) most = larger(most, load(out + i));
+  float largest = most[0];
+  for (int j = 1; j < kLanes; ++j) largest = most[j] > largest ? most[j] : largest;
+  return largest;
+}
+
+int64_t at_least(const float* x, float threshold, int32_t* out) {
+  int64_t count = 0;
+  for (int64_t i = 0; i < kTile; i += kLanes) {
+    for (unsigned set = lanes_set((Ints)(load(x + i) >= threshold)); set != 0; set &= set - 1) {
       out[count++] = static_cast<int32_t>(i) + __builtin_ctz(set);
     }
   }
@@ -391,7 +404,8 @@ constexpr ScanKernels scan{
     sizeof(BFloat16Scan::Query) == sizeof(BFloat16),
     {tile<Floats<float>>, tile<Floats<Float16>>, tile<BFloat16Scan>, tile<Bytes>},
     load_bounds,
-    survivors,
+    upper_bounds,
+    at_least,
     canonical,
     read,
     {multiply_add<Floats<float>>, multiply_add<Floats<Float16>>, multiply_add<BFloat16Scan>, multiply_add<Bytes>},

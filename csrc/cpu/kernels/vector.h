@@ -96,9 +96,11 @@ inline Vec load(const Float16* p) {
 #elif defined(__F16C__)
   return (Vec)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 #else
-  Vec v{};
-  for (int j = 0; j < kLanes; ++j) v[j] = get(p + j);
-  return v;
+  const Bits half = __builtin_convertvector(*reinterpret_cast<const Halves*>(p), Bits);
+  const Bits sign = (half & 0x8000) << 16, rest = (half & 0x7fff) << 13;
+  const Bits tiny = (Bits)((Vec)(rest + (113u << 23)) - 0x1p-14f);  // below the normal numbers
+  const Bits large = rest >= 0x0f800000 ? rest | 0x7f800000 : rest + (112u << 23);
+  return (Vec)(sign | (rest < 0x00800000 ? tiny : large));
 #endif
 }
 inline void store(BFloat16* p, Vec v) {
