@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..config import Config
 from ..errors import ArtifactError
-from ..ops import ACTIVATIONS
+from ..ops import ACTIVATIONS, _check
 from . import files
 from .fingerprint import validate as validate_fingerprint
 
@@ -149,7 +149,7 @@ class Edit:
         tensors: dict[str, Tensor] = {}
         for index, layer in self.layers.items():
             for name, t in layer.tensors().items():
-                if not t.isfinite().all():
+                if not _check.finite(t):
                     raise ArtifactError(f"edit {self.id!r}: layer {index}: {name} holds NaN or infinity")
                 tensors[f"layers.{index}.{name}"] = t
         if self.entries is not None:

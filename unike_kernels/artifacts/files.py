@@ -29,6 +29,7 @@ from torch import Tensor
 
 from .. import _pages
 from ..errors import ArtifactError
+from ..ops import _check
 
 VERSION = 2
 
@@ -494,7 +495,7 @@ class Reader:
         if not t.is_floating_point() or not fits:
             wanted = ["*" if n is None else n for n in shape]
             raise self.fail(f"tensor {name!r}: expected floating {wanted}, got {t.dtype} {list(t.shape)}")
-        if not t.isfinite().all():
+        if not _check.finite(t):
             raise self.fail(f"tensor {name!r} holds NaN or infinity")
         return t
 

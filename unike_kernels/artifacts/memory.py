@@ -14,7 +14,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ..config import ANNConfig, Config
 from ..errors import ArtifactError, MismatchError
-from ..ops import SemanticEncoder
+from ..ops import SemanticEncoder, _check
 from . import files
 from .fingerprint import agree
 from .fingerprint import validate as validate_fingerprint
@@ -65,10 +65,9 @@ class MemoryLayer:
         for name, t in self.tensors().items():
             if not t.is_floating_point():
                 raise TypeError(f"MemoryLayer.{name}: expected a floating dtype, got {t.dtype}")
-            finite = t.isfinite()
-            bad = (~(finite.flatten(1).all(-1) if t.dim() > 1 else finite)).nonzero()
-            if len(bad):
-                raise ValueError(f"MemoryLayer.{name}: row {int(bad[0])} holds NaN or infinity")
+            if not _check.finite(t):
+                row = int(t.isfinite().logical_not().nonzero()[0, 0])
+                raise ValueError(f"MemoryLayer.{name}: row {row} holds NaN or infinity")
 
     def tensors(self) -> dict[str, Tensor]:
         """Name -> tensor; `values` only where it is a table of its own."""

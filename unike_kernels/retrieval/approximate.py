@@ -33,7 +33,7 @@ class ApproximateIndex:
             raise ImportError("approximate retrieval needs faiss: pip install 'unike-kernels[faiss]'") from error
         if keys.dim() != 2 or not len(keys):
             raise ValueError(f"keys: expected [N, d] with N at least 1, got {list(keys.shape)}")
-        if not keys.isfinite().all():
+        if not _check.finite(keys):
             raise ValueError("keys: expected finite numbers, got NaN or infinity")
         self.how, self._device = how or ANNConfig(), keys.device
         rows, (self._count, self.d) = normalize_rows(keys.detach()).cpu().contiguous().numpy(), keys.shape

@@ -267,7 +267,7 @@ class CosineIndex:
             if stated is not None and (contents := files.digest(tensors)) != stated:
                 raise ArtifactError(f"{path}: its contents have the id {contents}, the header says {stated!r:.80}")
             for name, t in tensors.items():
-                if t.is_floating_point() and not t.isfinite().all():
+                if t.is_floating_point() and not _check.finite(t):
                     raise ArtifactError(f"{path}: tensor {name!r} holds NaN or infinity")
         index = cls.__new__(cls)
         try:

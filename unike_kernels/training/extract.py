@@ -22,6 +22,7 @@ from ..artifacts.fingerprint import compare, fingerprint, validate
 from ..backbones import device_of, find_decoder, placeholder_ids
 from ..errors import ArtifactError, PatchError
 from ..nn import residual_of, residual_position
+from ..ops import _check
 from ..patching import is_patched
 from .samples import Batch, Sample, Triplet, batches, encode, evaluating, forward, taking_gradients
 
@@ -157,7 +158,7 @@ def _checked(file: Path, tensors: dict[str, Tensor], layers: Sequence[int]) -> N
     if len(shapes) != 1 or next(iter(shapes))[0] != torch.float32 or len(next(iter(shapes))[1]) != 2:
         raise ArtifactError(f"{file}: expected float32 [N, d] in one shape, got {sorted(map(str, shapes))}")
     for name, t in tensors.items():
-        if not t.isfinite().all():
+        if not _check.finite(t):
             raise ArtifactError(f"{file}: tensor {name!r} holds NaN or infinity")
 
 

@@ -17,6 +17,7 @@ from .reference import SearchOperands
 from .reference import normalize_rows as _normalize_rows
 
 MOST_RESULTS = 2**20  # of a query; more only where there are as many keys
+_DIRECTION_KEYS = 2**16  # of about so many the common direction is taken
 
 # What the native scan may read of each key -> the dtype of its codes; float32 reads the keys themselves.
 SCANS = {"int8": torch.uint8, "float16": torch.float16, "bfloat16": torch.bfloat16, "float32": None}
@@ -109,14 +110,15 @@ def normalize_rows(x: Tensor) -> Tensor:
         TypeError, ValueError: a wrong dtype or shape; a row holds a non-finite value, the message names the first one.
     """
     _check.rows("x", x)
-    bad = (~_library.plain(x.isfinite().all(-1))).nonzero()
+    native = _native.available() and _backend.native_refuse(x) is None and not _library.differentiated(x)
+    native = native and _backend.forced_backend() != "reference"
+    # A row that is not finite has no finite unit row.
+    rows = cpu.normalize_rows(_native.native_dtype(x)) if native else _normalize_rows(x)
+    bad = _library.plain(rows[..., 0].isnan()).nonzero()
     if len(bad):
         row = ", ".join(map(str, bad[0].tolist()))  # under vmap the example's number, too
         raise ValueError(f"x: expected finite values, row {row} holds NaN or infinity")
-    native = _native.available() and _backend.native_refuse(x) is None and not _library.differentiated(x)
-    if native and _backend.forced_backend() != "reference":
-        return cpu.normalize_rows(_native.native_dtype(x))
-    return _normalize_rows(x)
+    return rows
 
 
 def check_retrieval(queries: Tensor, name: str, table: Tensor, k: int, ranges: Tensor | None) -> int:
@@ -150,7 +152,8 @@ def pack_keys(keys: Tensor, scan: str, direction: Tensor | None = None) -> Packe
     Args:
         keys: float32 [N, d] on the CPU, as `normalize_rows` gives them, finite.
         scan: "float16", "bfloat16" or "int8" (d at most 65,536); "float32" packs nothing.
-        direction: float32 [d], of keys that were packed before; None: the mean of `keys`, normalised.
+        direction: float32 [d], of keys that were packed before; None: the mean of `keys` (of some, if
+            they are very many), normalised.
 
     Returns:
         PackedKeys, or None where the scan would read the keys themselves: "float32", or without the native extension.
@@ -164,7 +167,8 @@ def pack_keys(keys: Tensor, scan: str, direction: Tensor | None = None) -> Packe
     if dtype is None or not _native.available() or _backend.native_refuse(keys) is not None:
         return None
     if direction is None:
-        direction = cpu.normalize_rows(keys.mean(0, dtype=torch.float64).float().unsqueeze(0))[0]
+        some = keys[:: 1 + len(keys) // _DIRECTION_KEYS]
+        direction = cpu.normalize_rows(some.mean(0, dtype=torch.float64).float().unsqueeze(0))[0]
         direction = direction if len(keys) else torch.zeros_like(direction)
     width = cpu.code_width(dtype, keys.shape[1])
     if not width:
