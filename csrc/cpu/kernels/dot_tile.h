@@ -40,6 +40,7 @@ struct Floats {
 
   static Vec load_key(const T* p) { return load(p); }
   static Vec load_query(const float* p) { return load(p); }
+  static Vec load_first(const auto* p, int64_t n) { return unike::load_first(p, n); }
   static Vec add_product(Vec sum, Vec key, Vec query) { return sum + key * query; }
 };
 
@@ -150,11 +151,18 @@ inline void dot_block(const typename C::Query* const* queries, const typename C:
       for (int i = 0; i < kKeys; ++i) s[q][i] = C::add_product(s[q][i], key[i], query);
     }
   }
-  for (int q = 0; q < Q; ++q) {
-    typename C::Four products = fold<C>(s[q]);
-    if constexpr (!C::kPadded) {
-      for (int i = 0; i < kKeys && j < length; ++i) products[i] += dot(queries[q] + j, keys[i] + j, length - j);
+  if constexpr (!C::kPadded) {
+    if (j < length) {
+      Vec key[kKeys];
+      for (int i = 0; i < kKeys; ++i) key[i] = C::load_first(keys[i] + j, length - j);
+      for (int q = 0; q < Q; ++q) {
+        const Vec query = C::load_first(queries[q] + j, length - j);
+        for (int i = 0; i < kKeys; ++i) s[q][i] = C::add_product(s[q][i], key[i], query);
+      }
     }
+  }
+  for (int q = 0; q < Q; ++q) {
+    const typename C::Four products = fold<C>(s[q]);
     typename C::Four sum{};
     if (add) __builtin_memcpy(&sum, out + q * ld, sizeof sum);
     sum += products;
@@ -187,17 +195,18 @@ void dot_stream(const typename C::Query* const* queries, const typename C::Key* 
       for (int part = 0; part < kParts; ++part) step(part, j + part * C::kStep);
     }
     for (; j + C::kStep <= length; j += C::kStep) step(0, j);
+    if constexpr (!C::kPadded) {
+      if (j < length) {
+        const Vec k = C::load_first(key + j, length - j);
+        for (int q = 0; q < Q; ++q) s[0][q] = C::add_product(s[0][q], k, C::load_first(query[q] + j, length - j));
+      }
+    }
     for (int q = 0; q < Q; ++q) {
       for (int part = 1; part < kParts; ++part) s[0][q] += s[part][q];
     }
     for (int four = 0; four < kFours; ++four) {
-      typename C::Four products = fold<C>(s[0] + four * 4);
-      for (int q = four * 4; q < Q && q < four * 4 + 4; ++q) {
-        if constexpr (!C::kPadded) {
-          if (j < length) products[q % 4] += dot(query[q] + j, key + j, length - j);
-        }
-        out[q * ld + i] = products[q % 4];
-      }
+      const typename C::Four products = fold<C>(s[0] + four * 4);
+      for (int q = four * 4; q < Q && q < four * 4 + 4; ++q) out[q * ld + i] = products[q % 4];
     }
   }
 }

@@ -119,6 +119,26 @@ inline void store(Float16* p, Vec v) {
 #endif
 }
 
+// The first n < kLanes elements, zeros behind them, of which no memory is read.
+inline Vec load_first(const float* p, int64_t n) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p);
+#elif defined(__AVX2__)
+  const Ints lanes{0, 1, 2, 3, 4, 5, 6, 7};
+  return (Vec)_mm256_maskload_ps(p, (__m256i)(lanes < static_cast<int32_t>(n)));
+#else
+  float first[kLanes] = {};
+  for (int64_t j = 0; j < n; ++j) first[j] = p[j];
+  return load(first);
+#endif
+}
+template <typename T>
+inline Vec load_first(const T* p, int64_t n) {
+  T first[kLanes] = {};
+  for (int64_t j = 0; j < n; ++j) first[j] = p[j];
+  return load(first);
+}
+
 inline float sum(Vec v) {
   for (int width = kLanes / 2; width > 0; width /= 2) {
     for (int j = 0; j < width; ++j) v[j] += v[j + width];
