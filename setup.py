@@ -41,7 +41,11 @@ ISA_FLAGS = {
         "avx512vnni": f"{AVX512} -mavx512vnni",
         "avx512bf16": f"{AVX512} -mavx512vnni -mavx512bf16",
     },
-    "aarch64": {},
+    "aarch64": {
+        "neon": "-march=armv8-a -ffp-contract=fast",
+        "dotprod": "-march=armv8.2-a+dotprod -ffp-contract=fast",
+        "i8mm": "-march=armv8.2-a+dotprod+i8mm -ffp-contract=fast",
+    },
 }
 
 

@@ -116,6 +116,8 @@ def test_other_compilers_and_machines(compiler, tmp_path):
     if compiler.startswith("aarch64") and os.uname().machine != "aarch64":
         if shutil.which("qemu-aarch64") is None:
             pytest.skip("it compiles; to run it there is no qemu-aarch64; Debian: apt install qemu-user")
-        emulator = ["qemu-aarch64", "-L", "/usr/aarch64-linux-gnu"]
+        emulator = ["qemu-aarch64", "-cpu", "max", "-L", "/usr/aarch64-linux-gnu"]
     passed = run(*emulator, program).splitlines()
     assert passed[0] == "baseline passed" and all(line.endswith(" passed") for line in passed)
+    if emulator:  # which has every instruction set that there are kernels for
+        assert passed == [f"{level} passed" for level in ("baseline", "neon", "dotprod", "i8mm")]

@@ -364,7 +364,7 @@ class CosineTopK {
   void estimate(int64_t q, const Scored* keys, int64_t n, const auto& body) const {
     const Query& query = queries_[q];
     const QueryBounds& of = query.bounds;
-    const void *codes[2] = {query.codes, query.low_codes}, *of_keys[kTile];
+    const void *codes[2] = {query.codes, query.low_codes}, *of_keys[kTile] = {};
     int32_t raw[2 * kTile];
     for (int64_t i = 0; i < n; ++i) of_keys[i] = key_codes(keys[i].id);
     kernels_.tile[keys_.scan](codes, integers_ ? 2 : 1, of_keys, n, length_, false, raw);

@@ -2,6 +2,11 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#elif defined(__APPLE__)
+#include <sys/sysctl.h>
 #endif
 
 #include <atomic>
@@ -34,6 +39,22 @@ bool has_avx512() {
 }
 bool has_vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
 bool has_bf16() { return has_vnni() && __builtin_cpu_supports("avx512bf16"); }
+#elif defined(__aarch64__) && !defined(UNIKE_ONLY_BASELINE)
+#if defined(__linux__)
+bool has_dotprod() { return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0; }
+bool has_i8mm() { return has_dotprod() && (getauxval(AT_HWCAP2) & HWCAP2_I8MM) != 0; }
+#elif defined(__APPLE__)
+bool has_feature(const char* name) {
+  int value = 0;
+  size_t size = sizeof value;
+  return sysctlbyname(name, &value, &size, nullptr, 0) == 0 && value != 0;
+}
+bool has_dotprod() { return has_feature("hw.optional.arm.FEAT_DotProd"); }
+bool has_i8mm() { return has_dotprod() && has_feature("hw.optional.arm.FEAT_I8MM"); }
+#else
+bool has_dotprod() { return false; }
+bool has_i8mm() { return false; }
+#endif
 #endif
 
 // Where a machine has several, the last one is taken. UNIKE_ONLY_BASELINE: a core without the others, for tests that
@@ -47,7 +68,9 @@ constexpr Level kLevels[] = {
     {"avx512vnni", has_vnni, &kernels_avx512vnni},
     {"avx512bf16", has_bf16, &kernels_avx512bf16},
 #elif defined(__aarch64__)
-// {"neon", has_neon, &kernels_neon}: the baseline stands for it meanwhile.
+    {"neon", [] { return true; }, &kernels_neon},
+    {"dotprod", has_dotprod, &kernels_dotprod},
+    {"i8mm", has_i8mm, &kernels_i8mm},
 #endif
 };
 

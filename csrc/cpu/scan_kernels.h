@@ -42,7 +42,7 @@ struct QueryBounds {
   float residual;        // >= |w|
   float norm, low_norm;  // >= |z| without and with the low codes, or the rounding of float products
   float slack;
-  int32_t high_offset, low_offset;  // kCodeOffset times the sum of the codes: part of their raw products with keys
+  int32_t high_offset, low_offset;  // the part of the raw products with keys that comes from kCodeOffset
 };
 
 struct ScanKernels {

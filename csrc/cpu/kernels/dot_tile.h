@@ -1,7 +1,7 @@
 // Dot products of many rows with many others: the micro-kernel of the scan and of the semantic encoder. Rows stay as they
 // lie in memory.
 //
-// dot_blocks: a register block has the products of kQueries rows with kKeys others, 24 sums with AVX-512: ten loads feed 24
+// dot_blocks: a register block has the products of kQueries rows with kKeys others, 24 sums of 32 registers: ten loads feed 24
 // multiply-adds, which hide each other's latency; at the end the four sums of a query are folded together. Rows are taken
 // in chunks of 4 KB: those of a group of queries stay in the L1 cache for all keys of the tile, and the keys' chunks
 // (256 KB for 64 keys) come from the L2 cache for all groups but the first. That one fetches ahead.
@@ -12,9 +12,12 @@
 
 #if defined(__SSE2__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #include "cpu/kernels/vector.h"
+#include "cpu/scan_kernels.h"
 
 namespace unike {
 namespace {
@@ -22,7 +25,11 @@ namespace {
 constexpr int64_t kChunkBytes = 4096;
 constexpr int64_t kStreamBytes = 32768;  // of queries in the L1 cache
 constexpr int kKeys = 4;
-constexpr int kQueries = kLanes == 16 ? 6 : 2;  // 4 + 1 registers for the operands, of 32 or 16
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kQueries = 6;  // of 32 registers 4 + 1 for the operands
+#else
+constexpr int kQueries = 2;  // of 16
+#endif
 
 using FourFloats = float __attribute__((vector_size(16)));
 using FourInts = int32_t __attribute__((vector_size(16)));
@@ -71,6 +78,11 @@ struct Bytes {
   using Element = int32_t;
   using Four = FourInts;
   static constexpr bool kPadded = true;
+#if defined(__ARM_FEATURE_DOTPROD) && !defined(__ARM_FEATURE_MATMUL_INT8)
+  static constexpr int kOffset = 0;  // both operands are signed there
+#else
+  static constexpr int kOffset = kCodeOffset;
+#endif
 #if defined(__AVX512VNNI__)
   static constexpr int64_t kStep = 64;
   static __m512i load_key(const uint8_t* p) { return _mm512_loadu_si512(p); }
@@ -100,6 +112,30 @@ struct Bytes {
     return _mm_srai_epi16(_mm_unpacklo_epi8(codes, codes), 8);
   }
   static Ints add_product(Ints sum, __m128i key, __m128i query) { return sum + (Ints)_mm_madd_epi16(key, query); }
+#elif defined(__ARM_FEATURE_MATMUL_INT8)
+  static constexpr int64_t kStep = 16;
+  static uint8x16_t load_key(const uint8_t* p) { return vld1q_u8(p); }
+  static int8x16_t load_query(const int8_t* p) { return vld1q_s8(p); }
+  static Ints add_product(Ints sum, uint8x16_t key, int8x16_t query) {
+    return (Ints)vusdotq_s32((int32x4_t)sum, key, query);
+  }
+#elif defined(__ARM_FEATURE_DOTPROD)
+  static constexpr int64_t kStep = 16;
+  static int8x16_t load_key(const uint8_t* p) {
+    return vreinterpretq_s8_u8(veorq_u8(vld1q_u8(p), vdupq_n_u8(kCodeOffset)));
+  }
+  static int8x16_t load_query(const int8_t* p) { return vld1q_s8(p); }
+  static Ints add_product(Ints sum, int8x16_t key, int8x16_t query) {
+    return (Ints)vdotq_s32((int32x4_t)sum, key, query);
+  }
+#elif defined(__aarch64__)
+  static constexpr int64_t kStep = 8;
+  static int16x8_t load_key(const uint8_t* p) { return vreinterpretq_s16_u16(vmovl_u8(vld1_u8(p))); }
+  static int16x8_t load_query(const int8_t* p) { return vmovl_s8(vld1_s8(p)); }
+  static Ints add_product(Ints sum, int16x8_t key, int16x8_t query) {
+    const int32x4_t low = vmlal_s16((int32x4_t)sum, vget_low_s16(key), vget_low_s16(query));
+    return (Ints)vmlal_high_s16(low, key, query);
+  }
 #else
   static constexpr int64_t kStep = kLanes;
   typedef uint8_t Unsigned __attribute__((vector_size(kLanes), aligned(1), may_alias));

@@ -189,8 +189,8 @@ void quantize(const float* rest, int64_t d, int8_t* high, int8_t* low, QueryBoun
   bounds->low_norm = raised(::sqrt(total(left_by_low)));
   bounds->high_offset = bounds->low_offset = 0;
   for (int j = 0; j < kLanes; ++j) {
-    bounds->high_offset += kCodeOffset * high_sum[j];
-    bounds->low_offset += kCodeOffset * low_sum[j];
+    bounds->high_offset += Bytes::kOffset * high_sum[j];
+    bounds->low_offset += Bytes::kOffset * low_sum[j];
   }
 }
 
