@@ -9,6 +9,7 @@ import signal
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -35,6 +36,21 @@ def assert_finds(index: uk.CosineIndex, keys: torch.Tensor, k: int = 9, queries:
 def test_search_is_the_operator(scan, d):
     keys = torch.randn(200, d) + 1
     assert_finds(uk.CosineIndex(keys, scan), keys)
+
+
+@scans
+@pytest.mark.parametrize("m", [1, 5])  # of an int8 scan: all bits of the queries at once, or the high ones first
+def test_a_key_that_only_the_low_bits_of_a_query_see(scan, m):
+    """Its high bits are 0 wherever the best key is not: only the bound of what they leave keeps that key."""
+    signs = torch.randn(1024).sign()
+    small, large = 0.49 * signs, torch.zeros(1024)
+    small[0], large[0] = 0.0, 127.0
+    other = torch.randn(1024)
+    other -= other @ small / (small @ small) * small
+    second = F.normalize(other, dim=0) + 0.09 * F.normalize(large, dim=0)
+    keys = torch.stack([second, -second, small, -small])  # their mean is no direction
+    assert F.cosine_similarity(large + small, keys).argmax() == 2
+    assert_finds(uk.CosineIndex(keys, scan), keys, k=1, queries=(large + small).expand(m, -1))
 
 
 @scans
