@@ -73,6 +73,7 @@ def test_the_wheel_of_the_sdist_works_elsewhere(tmp_path):
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert {
         "csrc/include/unike/unike.h",
+        "csrc/package/unike.pc.in",
         "csrc/cpu/isa/avx2.cpp",
         "csrc/cpu/EXACTNESS.md",
         "python/src/bindings.h",
