@@ -223,7 +223,9 @@ class BuildExt(build_ext):
         build_dir = Path(self.build_temp).resolve()
         build_dir.mkdir(parents=True, exist_ok=True)
         bindings = build_dir / "bindings.cpp"  # all as one: pybind11's headers take longer than what is in them
-        bindings.write_text("".join(f'#include "{ROOT / s}"\n' for s in ext.sources if not s.startswith("csrc")))
+        text = "".join(f'#include "{ROOT / s}"\n' for s in ext.sources if not s.startswith("csrc"))
+        if not bindings.exists() or bindings.read_text() != text:  # ninja compiles what is newer
+            bindings.write_text(text)
         sources = [*(s for s in ext.sources if s.startswith("csrc")), str(bindings)]
         link(sources, Path(self.get_ext_fullpath(ext.name)).resolve(), build_dir)
 
