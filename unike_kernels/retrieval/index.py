@@ -70,6 +70,11 @@ class Index(ABC):
         """See `search`; queries [M, d]."""
 
     @property
+    @abstractmethod
+    def counted(self) -> bool:
+        """Whether ids are the numbers of keys, in the order of their arrival, and none of the caller's own."""
+
+    @property
     def ntotal(self) -> int:
         """How many keys there are, by faiss's name."""
         return len(self)
@@ -165,6 +170,11 @@ class KeyedIndex(Index):
     @abstractmethod
     def _nearest(self, queries: Tensor, k: int, ranges: Tensor | None, chosen: Tensor | None) -> tuple[Tensor, Tensor]:
         """See `search`: scores and positions, -1 for none, among the chosen positions, which ascend."""
+
+    @property
+    def counted(self) -> bool:
+        """Whether ids are positions."""
+        return self._ids is None
 
     @property
     def ids(self) -> Tensor:

@@ -63,6 +63,11 @@ class ShardedIndex(Index):
         return self.index.device
 
     @property
+    def counted(self) -> bool:
+        """Whether ids count the keys of all ranks."""
+        return self._counted
+
+    @property
     def d(self) -> int:
         """The width of a key."""
         return self.index.d
