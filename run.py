@@ -114,7 +114,8 @@ def driver_missing() -> str | None:
 def lint() -> None:
     """Every linter, in the order of their speed."""
     folders = (*BUILD_FOLDERS, "examples")
-    cpp = sorted(path for folder in folders for path in (ROOT / folder).rglob("*.*") if path.suffix != ".md")
+    paths = (path for folder in folders for path in (ROOT / folder).rglob("*.*"))
+    cpp = sorted(path for path in paths if path.suffix not in (".md", ".in"))
     step("ruff check", PYTHON, "-m", "ruff", "check", ".")
     step("ruff format", PYTHON, "-m", "ruff", "format", "--check", ".")
     step("clang-format", VENV / "bin" / "clang-format", "--dry-run", "-Werror", *cpp)

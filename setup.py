@@ -1,4 +1,15 @@
-"""Builds unike_kernels._C: the native core (csrc/) and its bindings (python/src/), compiled by ninja, without torch."""
+"""Builds unike_kernels._C: the native core (csrc/) and its bindings (python/src/), compiled by ninja, without torch.
+
+Settings are variables of the environment:
+
+UNIKE_NATIVE=0       nothing is compiled: the package works by its definitions in plain torch, slowly. Without a C++
+                     compiler that is so as well, unless UNIKE_NATIVE=1.
+UNIKE_CUDA=0, 1      no CUDA kernels; or those of all architectures, as a release has them, and an error without nvcc.
+                     By default they are compiled for the GPUs of this machine, where it has nvcc and some.
+UNIKE_CUDA_ARCHS     compile for these, "80;90", whatever this machine has.
+UNIKE_WERROR=1       warnings are errors.
+CXX, CXXFLAGS, LDFLAGS, CUDA_HOME
+"""
 
 from __future__ import annotations
 
@@ -11,11 +22,10 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from pathlib import Path
 from typing import ClassVar
 
-import pybind11
-from ninja.ninja_syntax import Writer
 from setuptools import Command, Extension, setup
 from setuptools.command.build_ext import build_ext
 
@@ -49,13 +59,38 @@ ISA_FLAGS = {
 }
 
 
+def compiler() -> list[str]:
+    """The C++ compiler, as a command."""
+    return shlex.split(os.environ.get("CXX", "c++"))
+
+
+def native() -> bool:
+    """Whether the extension is compiled."""
+    wanted = setting("UNIKE_NATIVE")
+    if wanted == "0" or shutil.which(compiler()[0]):
+        return wanted != "0"
+    missing = f"there is no C++ compiler {compiler()[0]!r}: install GCC 11, clang 14 or later, or name one in CXX"
+    if wanted == "1":
+        raise SystemExit(f"UNIKE_NATIVE=1: {missing}")
+    print(f"unike_kernels: nothing is compiled, everything will run in plain torch, slowly; {missing}", file=sys.stderr)
+    return False
+
+
+def setting(name: str) -> str:
+    """ "0", "1", or "" where the environment does not say. Exits for anything else."""
+    given = os.environ.get(name, "")
+    if given not in ("", "0", "1"):
+        raise SystemExit(f"{name}: expected 0 or 1, got {given!r}")
+    return given
+
+
 @functools.cache
 def isa_flags() -> dict[str, list[str]]:
     """The flags of each level, by its file's name, for the machine that the compiler compiles for."""
     try:
-        command = [*shlex.split(os.environ.get("CXX", "c++")), "-dumpmachine"]
-        machine = subprocess.run(command, capture_output=True, text=True, check=True).stdout.partition("-")[0]
-    except OSError:
+        told = subprocess.run([*compiler(), "-dumpmachine"], capture_output=True, text=True, check=True).stdout
+        machine = told.partition("-")[0]
+    except (OSError, subprocess.CalledProcessError):
         machine = platform.machine()  # no compiler: a source distribution needs none
     return {level: shlex.split(flags) for level, flags in ISA_FLAGS.get(machine, {}).items()}
 
@@ -64,10 +99,9 @@ CUDA_ARCHS = ("80", "86", "89", "90", "100", "120")
 
 
 class Cuda:
-    """The CUDA toolkit: nvcc of CUDA_HOME, or else of the PATH.
+    """The CUDA toolkit, and the architectures that it compiles for.
 
-    UNIKE_CUDA=0 does without it, UNIKE_CUDA=1 makes it an error not to find it. UNIKE_CUDA_ARCHS="80;90" compiles for
-    these architectures instead of all; the PTX of the first one serves those between them, of the last one later ones.
+    The PTX of the first one serves those between them, of the last one later ones.
     """
 
     def __init__(self, nvcc: str) -> None:
@@ -75,24 +109,18 @@ class Cuda:
         self.nvcc = nvcc
         told = self._run("-dryrun", "-c", "any.cu")
         self.includes, self.libraries = ([*re.findall(rf'"(-{k}[^"]+)"', told)] for k in "IL")
-        given = os.environ.get("UNIKE_CUDA_ARCHS")
         known = re.findall(r"sm_(\d+)", self._run("--list-gpu-code"))
-        self.archs = given.split(";") if given else [arch for arch in CUDA_ARCHS if arch in known]
+        given = os.environ.get("UNIKE_CUDA_ARCHS")
+        if given:
+            self.archs = given.split(";")
+        elif setting("UNIKE_CUDA") == "1":
+            self.archs = [arch for arch in CUDA_ARCHS if arch in known]
+        else:
+            self.archs = [arch for arch in archs_of_gpus() if arch in known and int(arch) >= int(CUDA_ARCHS[0])]
 
     def _run(self, *arguments: str) -> str:
         done = subprocess.run([self.nvcc, *arguments], capture_output=True, text=True)
         return done.stdout + done.stderr
-
-    @classmethod
-    def find(cls) -> Cuda | None:
-        """The toolkit that this build uses."""
-        wanted, home = os.environ.get("UNIKE_CUDA", ""), os.environ.get("CUDA_HOME")
-        if wanted not in ("", "0", "1"):
-            raise SystemExit(f"UNIKE_CUDA: expected 0 or 1, got {wanted!r}")
-        nvcc = None if wanted == "0" else shutil.which("nvcc", path=f"{home}/bin" if home else None)
-        if nvcc is None and wanted == "1":
-            raise SystemExit(f"UNIKE_CUDA=1: there is no nvcc in {f'{home}/bin' if home else 'the PATH'}")
-        return None if nvcc is None else cls(nvcc)
 
     def compile_flags(self) -> list[str]:
         """The flags of a .cu file."""
@@ -105,54 +133,90 @@ class Cuda:
         return ["-std=c++20", "-O3", *codes, *warnings, *host, *(f"-I{ROOT / f}" for f in ("csrc", "csrc/include"))]
 
 
+@functools.cache
+def cuda() -> tuple[Cuda | None, str]:
+    """The toolkit that this build uses, nvcc of CUDA_HOME or else of the PATH; or why it uses none."""
+    wanted, home = setting("UNIKE_CUDA"), os.environ.get("CUDA_HOME")
+    if wanted == "0":
+        return None, "UNIKE_CUDA=0"
+    nvcc = shutil.which("nvcc", path=f"{home}/bin" if home else None)
+    if nvcc is None:
+        missing = f"there is no nvcc in {f'{home}/bin' if home else 'the PATH'}"
+        if wanted == "1":
+            raise SystemExit(f"UNIKE_CUDA=1: {missing}")
+        return None, missing
+    found = Cuda(nvcc)
+    return (found, "") if found.archs else (None, "nvcc is here, but no GPU that it knows; UNIKE_CUDA=1 builds them")
+
+
+def archs_of_gpus() -> list[str]:
+    """Of this machine, such as "90", ascending."""
+    command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return []
+    return sorted({"".join(numbers) for numbers in re.findall(r"^(\d+)\.(\d)$", told, re.MULTILINE)}, key=int)
+
+
 def find_sources(*folders: str) -> list[str]:
     """All sources, relative to the root; of the instruction sets' those that the target machine may have."""
-    suffixes = (".cpp", ".cu") if Cuda.find() else (".cpp",)
+    suffixes = (".cpp", ".cu") if cuda()[0] else (".cpp",)
     paths = [path.relative_to(ROOT) for folder in folders for path in (ROOT / folder).rglob("*")]
     levels = {"baseline", *isa_flags()}
     wanted = [path for path in paths if path.parent != ISA_FOLDER or path.stem in levels]
     return sorted(str(path) for path in wanted if path.suffix in suffixes)
 
 
-def compile_flags(source: Path, cuda: Cuda | None) -> list[str]:
+def compile_flags(source: Path, toolkit: Cuda | None) -> list[str]:
     """The flags of one file: the core sees no Python, and the bindings see only the public headers of the core."""
     if source.suffix == ".cu":
-        assert cuda is not None
-        return cuda.compile_flags()
+        assert toolkit is not None
+        return toolkit.compile_flags()
     flags = [*CXX_FLAGS, *(["-Werror"] if WERROR else []), f"-I{ROOT / 'csrc/include'}"]
     if source.parent == ISA_FOLDER:
         flags += isa_flags().get(source.stem, [])
-    if cuda is not None and str(source.parent) == "csrc/cuda":
-        flags += ["-DUNIKE_WITH_CUDA", *cuda.includes]
+    if toolkit is not None and str(source.parent) == "csrc/cuda":
+        flags += ["-DUNIKE_WITH_CUDA", *toolkit.includes]
     if source.parts[0] == "csrc":
         flags.append(f"-I{ROOT / 'csrc'}")
     else:
+        import pybind11  # which the core alone does not need
+
         # -isystem: the warnings of other people's headers are none of ours.
         flags += [f"-isystem{folder}" for folder in (sysconfig.get_path("include"), pybind11.get_include())]
     return flags + shlex.split(os.environ.get("CXXFLAGS", ""))
 
 
-def link(sources: list[str], target: Path, build_dir: Path) -> None:
+def link(sources: list[str], target: Path, build_dir: Path, *flags: str) -> None:
     """Compiles the sources and links them into one shared object, in one ninja run: in parallel, only what changed."""
-    compiler, cuda = os.environ.get("CXX", "c++"), Cuda.find()
-    runtime = [] if cuda is None else [*cuda.libraries, "-lcudart_static", "-ldl", "-lrt"]
+    from ninja.ninja_syntax import Writer
+
+    toolkit, why_not = cuda()
+    kernels = f"without CUDA kernels ({why_not})"
+    if toolkit is not None:
+        kernels = f"with CUDA kernels for sm_{', sm_'.join(toolkit.archs)} by {toolkit.nvcc}, which takes minutes"
+    levels = ", ".join(["baseline", *isa_flags()])
+    print(f"unike_kernels: compiling {target.name} by {shlex.join(compiler())}, for {levels}, {kernels}", flush=True)
+    runtime = [] if toolkit is None else [*toolkit.libraries, "-lcudart_static", "-ldl", "-lrt"]
     build_dir.mkdir(parents=True, exist_ok=True)
     with open(build_dir / "build.ninja", "w") as file:
-        ninja = Writer(file)
-        ninja.rule("compile", f"{compiler} $flags -MMD -MF $out.d -c $in -o $out", "compile $in", "$out.d", deps="gcc")
-        ninja.rule("link", f"{compiler} -shared -pthread -fopenmp $in $flags -o $out", "link $out")
-        if cuda is not None:
-            ninja.rule("cuda", f"{cuda.nvcc} $flags -MD -MF $out.d -c $in -o $out", "nvcc $in", "$out.d", deps="gcc")
+        ninja, command = Writer(file), shlex.join(compiler())
+        ninja.rule("compile", f"{command} $flags -MMD -MF $out.d -c $in -o $out", "compile $in", "$out.d", deps="gcc")
+        ninja.rule("link", f"{command} -shared -pthread -fopenmp $in $flags -o $out", "link $out")
+        if toolkit is not None:
+            ninja.rule("cuda", f"{toolkit.nvcc} $flags -MD -MF $out.d -c $in -o $out", "nvcc $in", "$out.d", deps="gcc")
         objects = []
         for source in map(Path, sources):
-            flags, rule = (
-                {"flags": shlex.join(compile_flags(source, cuda))},
-                "cuda" if source.suffix == ".cu" else "compile",
-            )
-            objects += ninja.build(f"{source}.o", rule, str(ROOT / source), variables=flags)
-        flags = {"flags": shlex.join([*runtime, *shlex.split(os.environ.get("LDFLAGS", ""))])}
-        ninja.build(str(target), "link", objects, variables=flags)
-    subprocess.run([sys.executable, "-m", "ninja", "-C", str(build_dir)], check=True)
+            own, rule = shlex.join(compile_flags(source, toolkit)), "cuda" if source.suffix == ".cu" else "compile"
+            objects += ninja.build(f"{source}.o", rule, str(ROOT / source), variables={"flags": own})
+        linked = shlex.join([*flags, *runtime, *shlex.split(os.environ.get("LDFLAGS", ""))])
+        ninja.build(str(target), "link", objects, variables={"flags": linked})
+    if subprocess.run([sys.executable, "-m", "ninja", "-C", str(build_dir)]).returncode:
+        raise SystemExit(
+            "unike_kernels: the core was not compiled, see above. It needs GCC 11, clang 14 or later; CXX names one. "
+            "UNIKE_NATIVE=0 installs without it: everything then runs in plain torch, slowly."
+        )
 
 
 class BuildExt(build_ext):
@@ -160,12 +224,19 @@ class BuildExt(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         """Links it where setuptools wants it."""
-        link(ext.sources, Path(self.get_ext_fullpath(ext.name)).resolve(), Path(self.build_temp).resolve())
+        build_dir = Path(self.build_temp).resolve()
+        build_dir.mkdir(parents=True, exist_ok=True)
+        bindings = build_dir / "bindings.cpp"  # all as one: pybind11's headers take longer than what is in them
+        text = "".join(f'#include "{ROOT / s}"\n' for s in ext.sources if not s.startswith("csrc"))
+        if not bindings.exists() or bindings.read_text() != text:  # ninja compiles what is newer
+            bindings.write_text(text)
+        sources = [*(s for s in ext.sources if s.startswith("csrc")), str(bindings)]
+        link(sources, Path(self.get_ext_fullpath(ext.name)).resolve(), build_dir)
 
 
 class BuildCore(Command):
-    """The core alone, for programs without Python: `python setup.py build_core --output DIR` puts lib/libunike.so and
-    include/unike/ there."""
+    """The core alone, for programs without Python: `python setup.py build_core --output DIR` puts the library into
+    DIR/lib, its headers into DIR/include, and what pkg-config and CMake's find_package(unike) need beside it."""
 
     user_options: ClassVar = [("output=", None, "folder of lib/ and include/")]
 
@@ -179,15 +250,39 @@ class BuildCore(Command):
             raise SystemExit("build_core: --output DIR is missing")
 
     def run(self) -> None:
-        """Compiles csrc/ and copies the public headers."""
+        """Compiles csrc/, and copies the public headers."""
         assert self.output is not None
         output = Path(self.output).resolve()
-        (output / "lib").mkdir(parents=True, exist_ok=True)
-        link(find_sources("csrc"), output / "lib" / "libunike.so", output / "build")
+        header = (ROOT / "csrc/include/unike/unike.h").read_text()
+        (version,) = re.findall(r'#define UNIKE_VERSION "(.+)"', header)
+        major, minor, _ = version.split(".")
+        abi = f"{major}.{minor}" if major == "0" else major  # what is compatible has the same
+        library = output / "lib" / f"libunike.so.{version}"
+        library.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory() as folder:
+            exported = Path(folder, "exported")
+            exported.write_text("{ global: unike_*; local: *; };")
+            flags = (f"-Wl,-soname,libunike.so.{abi}", f"-Wl,--version-script={exported}")
+            link(find_sources("csrc"), library, Path(folder), *flags)
+        for name in (f"libunike.so.{abi}", "libunike.so"):
+            (library.parent / name).unlink(missing_ok=True)
+            (library.parent / name).symlink_to(library.name)
+        for name, place in PACKAGE_FILES.items():
+            text = (ROOT / f"csrc/package/{name}.in").read_text()
+            (library.parent / place).mkdir(parents=True, exist_ok=True)
+            (library.parent / place / name).write_text(text.replace("@VERSION@", version).replace("@ABI@", abi))
         shutil.copytree(ROOT / "csrc/include", output / "include", dirs_exist_ok=True)
 
 
+# What other builds find the core by -> its folder in lib/.
+PACKAGE_FILES = {
+    "unike.pc": "pkgconfig",
+    "unike-config.cmake": "cmake/unike",
+    "unike-config-version.cmake": "cmake/unike",
+}
+
+cuda()  # what it refuses it refuses at once
 setup(
-    ext_modules=[Extension("unike_kernels._C", find_sources("csrc", "python/src"))],
+    ext_modules=[Extension("unike_kernels._C", find_sources("csrc", "python/src"))] if native() else [],
     cmdclass={"build_ext": BuildExt, "build_core": BuildCore},
 )

@@ -16,6 +16,8 @@ from safetensors.torch import save_file
 import unike_kernels as uk
 
 ROOT = Path(__file__).resolve().parents[1]
+MAJOR, MINOR, _ = uk.__version__.split(".")
+ABI = f"{MAJOR}.{MINOR}" if MAJOR == "0" else MAJOR
 WARNINGS = ["-Wall", "-Wextra", "-Werror"]
 
 pytestmark = pytest.mark.slow(minutes=1)
@@ -38,6 +40,58 @@ def build_core(folder: Path, **environment: str) -> list[str]:
 def core(tmp_path_factory):
     """The flags of a core that was built once."""
     return build_core(tmp_path_factory.mktemp("core"))
+
+
+def test_the_library_has_a_name_of_its_abi_and_exports_nothing_else(core):
+    lib = Path(core[1].removeprefix("-L"))
+    version = uk.__version__
+    assert (lib / "libunike.so").resolve().name == f"libunike.so.{version}"
+    told = run("readelf", "-d", lib / "libunike.so")
+    assert f"soname: [libunike.so.{ABI}]" in told.lower() and (lib / f"libunike.so.{ABI}").exists()
+    symbols = [line.split() for line in run("nm", "-D", "--defined-only", lib / "libunike.so").splitlines()]
+    names = {name.partition("@")[0] for _, _, name in symbols}
+    assert "unike_cosine_topk" in names and not [name for name in names if not name.startswith("unike_")]
+    assert sorted(p.name for p in lib.parent.iterdir()) == ["include", "lib"]
+
+
+PROJECT = """
+cmake_minimum_required(VERSION 3.15)
+project(example LANGUAGES C)
+find_package(unike {wanted} REQUIRED)
+add_executable(example {source})
+target_link_libraries(example PRIVATE unike::unike m)
+"""
+
+
+def test_cmake_and_pkg_config_find_it(tmp_path, core):
+    """After the folder was moved, too."""
+    prefix = Path(shutil.copytree(Path(core[1].removeprefix("-L")).parent, tmp_path / "moved", symlinks=True))
+    source = ROOT / "examples/search_and_edit.c"
+    if shutil.which("pkg-config"):
+        env = {"PKG_CONFIG_PATH": f"{prefix}/lib/pkgconfig"}
+        assert run("pkg-config", "--modversion", "unike", **env).strip() == uk.__version__
+        flags = run("pkg-config", "--cflags", "--libs", "unike", **env).split()
+        run("cc", "-std=c11", source, *flags, "-lm", f"-Wl,-rpath,{prefix}/lib", "-o", tmp_path / "by_pkg_config")
+        assert run(tmp_path / "by_pkg_config").startswith("nearest 7")
+    if shutil.which("cmake") is None:
+        pytest.skip("there is no cmake; Debian: apt install cmake, or pip install cmake")
+    project = tmp_path / "project"
+    project.mkdir()
+
+    def configured(wanted: str) -> subprocess.CompletedProcess[str]:
+        (project / "CMakeLists.txt").write_text(PROJECT.format(wanted=wanted, source=source))
+        command = ["cmake", "-S", project, "-B", project / "build", f"-DCMAKE_PREFIX_PATH={prefix}"]
+        shutil.rmtree(project / "build", ignore_errors=True)
+        return subprocess.run(command, capture_output=True, text=True)
+
+    for wanted in (f"{ABI}.99", "99.0", "0.0.1"):
+        done = configured(wanted)
+        assert done.returncode and "unike" in done.stderr, wanted
+    for wanted in ("", ABI, uk.__version__):
+        done = configured(wanted)
+        assert done.returncode == 0, done.stderr
+    run("cmake", "--build", project / "build")
+    assert run(project / "build/example").startswith("nearest 7 1.000000")
 
 
 def test_the_example_in_c(tmp_path, core):
@@ -100,15 +154,20 @@ def test_the_core_under_sanitizers(kind, tmp_path):
     assert passed[0] == "baseline passed" and all(line.endswith(" passed") for line in passed)
 
 
-# Each compiler that is to build the core, and the Debian package that has it.
-COMPILERS = {"clang++": "clang", "g++-11": "g++-11", "aarch64-linux-gnu-g++": "g++-aarch64-linux-gnu"}
+# Each compiler that is to build the core, by the names that it may have, and the Debian package that has it.
+COMPILERS = {
+    "clang": ("clang++", *(f"clang++-{version}" for version in range(14, 23))),
+    "g++-11": ("g++-11",),
+    "g++-aarch64-linux-gnu": ("aarch64-linux-gnu-g++",),
+}
 
 
-@pytest.mark.parametrize("compiler", COMPILERS)
-def test_other_compilers_and_machines(compiler, tmp_path):
+@pytest.mark.parametrize("package", COMPILERS)
+def test_other_compilers_and_machines(package, tmp_path):
     """The core compiles without a warning, and passes its own test: natively, or on an emulator if there is one."""
-    if shutil.which(compiler) is None:
-        pytest.skip(f"there is no {compiler}; Debian: apt install {COMPILERS[compiler]}")
+    compiler = next(filter(shutil.which, COMPILERS[package]), None)
+    if compiler is None:
+        pytest.skip(f"there is no {COMPILERS[package][0]}; Debian: apt install {package}")
     openmp = {"CXXFLAGS": "-O1 -fno-openmp", "LDFLAGS": "-fno-openmp"}  # clang's runtime is a package of its own
     flags = build_core(tmp_path, CXX=compiler, UNIKE_CUDA="0", **openmp)
     program, emulator = tmp_path / "core_test", []

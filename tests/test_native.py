@@ -170,11 +170,15 @@ def test_wrong_arguments_are_errors(queries, keys, k, bounds):
 
 def test_the_package_imports_without_the_extension():
     code = """
-import sys
+import sys, warnings
 sys.modules["unike_kernels._C"] = None  # makes its import fail
-from unike_kernels import _native
-from unike_kernels.ops.cosine_topk import cpu
-import unike_kernels, torch
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    from unike_kernels import _native
+    from unike_kernels.ops.cosine_topk import cpu
+    import unike_kernels, torch
+(told,) = [str(w.message) for w in caught if issubclass(w.category, RuntimeWarning)]
+assert told.startswith(_native.reason()) and "UNIKE_NATIVE=0" in told and "install GCC 11, clang 14 or later" in told
 assert not _native.available()
 assert "unike_kernels._C" in _native.reason()
 try:

@@ -28,7 +28,7 @@ EXERCISED_BY: dict[str, tuple[str, ...]] = {
     "csrc/": ("tests/test_core.py", "tests/test_native.py"),
     "csrc/cuda/": ("tests/cuda_tests",),
     "python/src/": ("tests/test_packaging.py",),
-    "setup.py": ("tests/test_core.py", "tests/test_packaging.py"),
+    "setup.py": ("tests/test_build.py", "tests/test_core.py", "tests/test_packaging.py"),
     "pyproject.toml": ("tests/test_packaging.py",),
     "constraints.txt": ("tests/test_other_packages.py",),
     "evaluation/scripts/": ("evaluation/tests/toy",),

@@ -20,10 +20,13 @@ from .environment import show_config
 from .errors import ArtifactError, BackendUnavailableError, MismatchError, PatchError, UnsupportedModelError
 from .ops import backend
 from .patching import (
+    InstalledEdit,
+    InstalledReport,
     PatchReport,
     add_edit,
     explain,
     fold,
+    installed,
     is_patched,
     patch,
     patched,
@@ -67,6 +70,8 @@ __all__ = [
     "Edit",
     "EditBank",
     "EditLayer",
+    "InstalledEdit",
+    "InstalledReport",
     "MemoryBank",
     "MemoryLayer",
     "MismatchError",
@@ -79,6 +84,7 @@ __all__ = [
     "backend",
     "explain",
     "fold",
+    "installed",
     "is_patched",
     "nn",
     "ops",

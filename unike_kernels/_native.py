@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -12,6 +13,13 @@ try:
 except ImportError as error:
     _C = None
     _REASON = f"the compiled extension unike_kernels._C cannot be imported: {error}"
+    warnings.warn(
+        f"{_REASON}. Everything runs in plain torch, with the same results, slowly. The extension is compiled when the "
+        "package is installed, unless UNIKE_NATIVE=0 or there is no C++ compiler: install GCC 11, clang 14 or later, "
+        "then the package anew (pip install --force-reinstall --no-deps --no-cache-dir)",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 else:
     _REASON = ""
 

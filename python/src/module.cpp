@@ -3,7 +3,9 @@
 
 #include "bindings.h"
 
-PYBIND11_MODULE(_C, module) {
+// Without the GIL, where Python can do so: what a call changes is its thread's own (workspace, poll, last error) or
+// atomic (the instruction set in use), and Keys stay as they were made.
+PYBIND11_MODULE(_C, module, pybind11::mod_gil_not_used()) {
   module.doc() = "The native core. Import it only from unike_kernels._native, which checks what is passed.";
   module.def("version", &unike_version);
   module.def("cpu_isa", &unike_cpu_isa);

@@ -41,7 +41,7 @@ def make(kind, path):
         one = uk.MemoryBank(layers, uk.Config(values="pre"), base)
         made = uk.MemoryBank.joined({"acme": one, "globex": one})
     else:
-        made = uk.CosineIndex(rand(20, 24))
+        made = uk.CosineIndex(rand(20, 24), ids=range(7, 27))
     made.save(path)
 
 

@@ -17,8 +17,13 @@ from ptxsim import static
 
 import unike_kernels as uk
 from unike_kernels import BackendUnavailableError, _native
+from unike_kernels.ops.cosine_topk import cuda
 
 pytestmark = pytest.mark.skipif(not harness.can_compile(), reason="nvcc is not installed: it compiles the kernels")
+built_with_kernels = pytest.mark.skipif(
+    "no CUDA kernels" in (cuda.missing() or ""),
+    reason="built without CUDA kernels: set UNIKE_CUDA=1 or UNIKE_CUDA_ARCHS",
+)
 CUOBJDUMP = triton.knobs.nvidia.cuobjdump.path
 THREADS, SHARED = 512, {0: 67_840, 1: 69_632}  # of a block, dynamic shared memory of both shapes
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
@@ -56,6 +61,7 @@ def built() -> Path:
     return Path(_native._C.__file__)
 
 
+@built_with_kernels
 def test_kernels_of_the_built_library():
     found = usage(built())
     archs = {arch for arch, _ in found}
@@ -65,6 +71,7 @@ def test_kernels_of_the_built_library():
         check_budget(arch, kernel, taken)
 
 
+@built_with_kernels
 def test_ptx_for_other_architectures():
     """Of the first one for those between them, of the last one for those to come."""
     text = subprocess.run([CUOBJDUMP, "-lptx", built()], check=True, capture_output=True, text=True).stdout

@@ -153,4 +153,6 @@ def test_a_retriever_of_ones_own(make_model, banks):
     torch.testing.assert_close(logits(memory=searched)[0], exact, atol=1e-5, rtol=1e-5)
     with pytest.raises(ValueError, match="retriever: expected an index of the 101 keys it was given, got 3"):
         uk.patch(model, memory=joined, retriever=lambda keys: uk.CosineIndex(keys[:3]))
+    with pytest.raises(ValueError, match="retriever: expected an index whose ids are the positions of keys"):
+        uk.patch(model, memory=joined, retriever=lambda keys: uk.CosineIndex(keys, ids=range(7, 108)))
     assert not uk.is_patched(model)

@@ -124,7 +124,7 @@ def test_a_failed_addition_changes_nothing():
         (torch.randn(5, 11), ValueError, r"keys: expected 12 columns, got float32\[5, 11\]"),
         (torch.randn(12), ValueError, "keys: expected shape"),
         (torch.ones(2, 12).int(), TypeError, "keys: expected float32"),
-        ([[1.0] * 12], TypeError, "keys: expected a tensor, got list"),
+        ([[1.0] * 12], TypeError, "keys: expected a tensor or an array of numpy, got list"),
         (torch.empty(2, 12, device="meta"), ValueError, "keys: expected them on the CPU, got meta"),
     ):
         with pytest.raises(error, match=message):
@@ -154,7 +154,8 @@ def test_wrong_arguments_are_errors(arguments, error, message):
     ("arguments", "error", "message"),
     [
         ({"queries": torch.zeros(2, 5)}, ValueError, r"queries: expected shape \[\*, 4\], got float32\[2, 5\]"),
-        ({"queries": torch.zeros(4)}, ValueError, "queries: expected shape"),
+        ({"queries": torch.zeros(1, 2, 4)}, ValueError, "queries: expected shape"),
+        ({"queries": [[0.0] * 4]}, TypeError, "queries: expected a tensor or an array of numpy, got list"),
         ({"queries": torch.zeros(2, 4).int()}, TypeError, "queries: expected float32"),
         ({"queries": torch.zeros(2, 4, device="meta")}, ValueError, "expected device"),
         ({"k": 0}, ValueError, "k: expected an integer of at least 1, got 0"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -22,6 +23,22 @@ def keys_and_queries():
     return keys, queries
 
 
+def assert_shared(sharded, one, ids):
+    """What all indexes share: as the index of all keys has it, bit for bit."""
+    _, queries = keys_and_queries()
+    assert (sharded.ntotal, sharded.d) == (N, D)
+    for allowed in (ids[2::3], torch.arange(N) % 7 == 1, [int(ids[50]), 10**15, int(ids[7])]):
+        for found, wanted in (
+            (sharded.search(queries, K, allowed=allowed), one.search(queries, K, allowed=allowed)),
+            (sharded.range_search(queries, 0.1, allowed=allowed), one.range_search(queries, 0.1, allowed=allowed)),
+        ):
+            assert all(map(torch.equal, found, wanted))
+    assert np.array_equal(sharded.search(queries[2].numpy(), 3)[1], one.search(queries[2], 3)[1])
+    assert torch.equal(sharded.reconstruct(int(ids[47])), one.reconstruct(int(ids[47])))
+    with pytest.raises(IndexError, match="id: expected that of a key, got 123456"):
+        sharded.reconstruct(123456)
+
+
 def rank_of_three(rank, place, failures):
     dist.init_process_group("gloo", init_method=f"file://{place}", rank=rank, world_size=3)
     try:
@@ -38,6 +55,17 @@ def rank_of_three(rank, place, failures):
             ranges = torch.tensor([[0, N], [3, 44], [19, 21], [50, 50], [45, N]])
             found, wanted = sharded.search(queries, K, ranges), uk.CosineIndex(keys).search(queries, K, ranges)
             assert torch.equal(found[1], wanted[1]), sizes
+            assert_shared(sharded, uk.CosineIndex(keys), torch.arange(N))
+            ids = torch.arange(N).flip(0) * 10**9
+            own = ids[start : start + sizes[rank]]
+            one = uk.CosineIndex(keys, ids=ids)
+            assert_shared(uk.ShardedIndex(uk.CosineIndex(keys[start : start + sizes[rank]], ids=own)), one, ids)
+        mixed = uk.CosineIndex(torch.randn(3, D), ids=None if rank else [1, 2, 3])
+        with pytest.raises(ValueError, match="index: expected ids of the caller's own on all ranks or on none"):
+            uk.ShardedIndex(mixed)
+        coded = uk.ShardedIndex(uk.CosineIndex(torch.randn(3, D), exact=rank == 1))
+        with pytest.raises(ValueError, match="reconstruct: expected indexes with rows"):
+            coded.reconstruct(4)
         narrow = uk.CosineIndex(torch.randn(3, 8 if rank == 0 else D))
         with pytest.raises(ValueError, match=r"index: expected one width on all ranks, got \[8, 16, 16\]"):
             uk.ShardedIndex(narrow)

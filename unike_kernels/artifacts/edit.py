@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ..config import Config
-from ..errors import ArtifactError
+from ..errors import ArtifactError, MismatchError
 from ..ops import ACTIVATIONS, _check
-from . import files
+from . import files, sharing
 from .fingerprint import validate as validate_fingerprint
+
+if TYPE_CHECKING:
+    from .memory import MemoryBank
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,7 @@ class EditLayer:
 
 
 @dataclass(frozen=True)
-class Edit:
+class Edit(sharing.Shareable):
     """One edit, ready to patch in.
 
     Attributes:
@@ -146,14 +150,10 @@ class Edit:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file, atomically. Raises ArtifactError for a tensor that is not finite."""
-        tensors: dict[str, Tensor] = {}
-        for index, layer in self.layers.items():
-            for name, t in layer.tensors().items():
-                if not _check.finite(t):
-                    raise ArtifactError(f"edit {self.id!r}: layer {index}: {name} holds NaN or infinity")
-                tensors[f"layers.{index}.{name}"] = t
-        if self.entries is not None:
-            tensors["entries"] = self.entries
+        tensors = self._tensors()
+        for name, t in tensors.items():
+            if not _check.finite(t):
+                raise ArtifactError(f"edit {self.id!r}: {name} holds NaN or infinity")
         header = {
             "id": self.id,
             "layers": sorted(self.layers),
@@ -166,6 +166,81 @@ class Edit:
             "notes": self.notes,
         }
         files.save(path, "edit", header, tensors)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        named = {f"layers.{i}.{name}": t for i, layer in self.layers.items() for name, t in layer.tensors().items()}
+        return named if self.entries is None else named | {"entries": self.entries}
+
+    FILE = "edit.safetensors"
+
+    def save_pretrained(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        memory: MemoryBank | None = None,
+        picture: Any = None,
+        name: str | None = None,
+    ) -> None:
+        """Write a folder that can be shared: the edit, and a model card that tells of it.
+
+        Args:
+            folder: made where there is none; files of these names are replaced, others stay.
+            memory: that the edit was trained with, to lie beside it: `MemoryBank.from_pretrained` reads it from the
+                same folder. None: it is shared elsewhere, or there is none.
+            picture: a PIL image that the request is about, for the card.
+            name: that the card calls the folder by, "owner/name" of a repository; None: its own.
+
+        Raises:
+            MismatchError: the edit was trained with another memory.
+            ArtifactError: see `save`; there is a file in the folder's place.
+        """
+        if memory is not None:
+            self._check_own(memory)
+        beside = () if memory is None else (memory,)
+        sharing.write_folder(folder, self, *beside, name=name, picture=picture)
+
+    def _check_own(self, memory: MemoryBank) -> None:
+        """Raises MismatchError for a memory, or a scope, that the edit was not trained with."""
+        trained = self.memory_id in (memory.ids if memory.layers else (None,))
+        if not trained or (self.scope_id is not None and (memory.scope is None or memory.scope.id != self.scope_id)):
+            scope = memory.scope.id if memory.scope is not None else None
+            raise MismatchError(
+                f"edit {self.id!r}: it was trained with the memory {self.memory_id} and the scope {self.scope_id}; "
+                f"this is the memory {memory.id} with the scope {scope}"
+            )
+
+    def card(self, name: str) -> list[str]:
+        """See `Shareable`."""
+        notes = dict(self.notes)
+        lines = [f"# {sharing.plain(self.id)}: an edit of a {sharing.plain(self.base_model['model_type'])} model", ""]
+        for what in ("prompt", "answer"):
+            if what in notes:
+                lines += [f"The request's {what}:", "", *sharing.verbatim(notes.pop(what))]
+        neurons = ", ".join(f"{i}: {len(layer.keys)}" for i, layer in sorted(self.layers.items()))
+        known = {
+            **notes,
+            "neurons of layers": neurons,
+            "bytes": f"{self.nbytes:,}",
+            "hash of the edit": files.digest(self._tensors()),
+            "memory that it needs": self.memory_id or "none",
+            **({} if self.scope_id is None else {"scope that it needs": self.scope_id}),
+            **sharing.base_model(self.base_model),
+            "config": self.config,
+        }
+        needed = self.memory_id is not None or self.scope_id is not None
+        memory = f"memory = uk.MemoryBank.from_pretrained({json.dumps(name)})  # or where it is shared"
+        return [
+            *lines,
+            *sharing.table("Edit", known),
+            "```python",
+            "import unike_kernels as uk",
+            "",
+            f"edit = uk.Edit.from_pretrained({json.dumps(name)})",
+            *([memory] if needed else []),
+            f"uk.patch(model, [edit]{', memory' if needed else ''})",
+            "```",
+            "",
+        ]
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Edit:

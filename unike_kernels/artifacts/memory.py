@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import weakref
 from collections.abc import Mapping, MutableMapping, Sequence
@@ -15,7 +16,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ..config import ANNConfig, Config
 from ..errors import ArtifactError, MismatchError
 from ..ops import SemanticEncoder, _check
-from . import files
+from . import files, sharing
 from .fingerprint import agree
 from .fingerprint import validate as validate_fingerprint
 from .scope import OwnKey, Scope
@@ -84,7 +85,7 @@ _HASHED: MutableMapping[MemoryLayer, tuple[tuple[tuple[int, weakref.ref[MemoryLa
 
 
 @dataclass(frozen=True)
-class MemoryBank:
+class MemoryBank(sharing.Shareable):
     """The memory of a model: the same N entries at every edited layer, and what decides where edits act.
 
     Attributes:
@@ -245,6 +246,38 @@ class MemoryBank:
             "scope": None if self.scope is None else self.scope.header(),
         }
         files.save(path, "memory", header, self._tensors())
+
+    FILE = "memory.safetensors"
+
+    def save_pretrained(self, folder: str | os.PathLike[str], *, name: str | None = None) -> None:
+        """Write a folder that can be shared: the memory, and a model card that tells of it.
+
+        Args:
+            folder: made where there is none; files of these names are replaced, others stay.
+            name: that the card calls the folder by, "owner/name" of a repository; None: its own.
+
+        Raises:
+            ArtifactError: see `save`; there is a file in the folder's place.
+        """
+        sharing.write_folder(folder, self, name=name)
+
+    def card(self, name: str) -> list[str]:
+        """See `Shareable`."""
+        known = {
+            **self.notes,
+            "entries": f"{len(self):,}",
+            "layers": ", ".join(map(str, sorted(self.layers))) or "none",
+            "bytes": f"{self.nbytes:,}",
+            **({"tenants": ", ".join(self.tenants)} if self.tenants else {}),
+            "hash of the memory": self.id,
+            **({} if self.scope is None else {"scope": f"{self.scope.id}, {self.scope.count:,} facts"}),
+            **sharing.base_model(self.base_model),
+            "config": self.config,
+        }
+        kind = sharing.plain(self.base_model["model_type"])
+        loaded = f"memory = uk.MemoryBank.from_pretrained({json.dumps(name)})"
+        usage = ["```python", "import unike_kernels as uk", "", loaded, "uk.patch(model, [], memory)", "```", ""]
+        return [f"# A memory of a {kind} model", "", *sharing.table("Memory", known), *usage]
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, mmap: bool = False) -> MemoryBank:

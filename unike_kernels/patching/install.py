@@ -35,7 +35,7 @@ from ..nn import (
     release,
 )
 from ..ops.prompt_encoder import Vocabulary
-from ..retrieval import ApproximateIndex, Retriever
+from ..retrieval import ApproximateIndex, Index, Retriever
 from .compatibility import check_artifacts
 from .session import (
     HOOKS,
@@ -354,7 +354,7 @@ def make_tables(
         None where there is no memory, or it has nothing for this layer.
 
     Raises:
-        ValueError: the retriever does not have as many keys as it was given.
+        ValueError: the retriever does not have as many keys as it was given, or has ids of the caller's own.
     """
     if memory is None or layer not in memory.layers:
         return None
@@ -364,6 +364,8 @@ def make_tables(
         found = retriever(m.index.to(device))
         if len(found) != len(m.index):
             raise ValueError(f"retriever: expected an index of the {len(m.index)} keys it was given, got {len(found)}")
+        if isinstance(found, Index) and not found.counted:
+            raise ValueError("retriever: expected an index whose ids are the positions of keys, got one with others")
     elif memory.search is not None:
         found = ApproximateIndex(m.index.to(device), memory.search)
     cosine = config.scale == "cosine"

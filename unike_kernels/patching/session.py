@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, TypeGuard
 
 import torch
@@ -376,10 +378,46 @@ def require_state(model: nn.Module, *, changed: bool = False) -> PatchedState:
 def set_state(model: nn.Module, state: PatchedState | None) -> None:
     """Keep this on the model; None: nothing."""
     model = backbones.unwrap(model)
+    before = model.__dict__.get(_SAVE)
     if state is None:
         model.__dict__.pop(_ATTRIBUTE, None)
-    else:
-        model.__dict__[_ATTRIBUTE] = state
+        if isinstance(before, SaveOfTheBase):
+            model.__dict__.pop(_SAVE)
+            model.__dict__.update({} if before.own is None else {_SAVE: before.own})
+        return
+    model.__dict__[_ATTRIBUTE] = state
+    if hasattr(model, _SAVE) and not isinstance(before, SaveOfTheBase):
+        model.__dict__[_SAVE] = SaveOfTheBase(model, before)
+
+
+_SAVE = "save_pretrained"  # of transformers
+
+
+@dataclass(eq=False, repr=False)
+class SaveOfTheBase:
+    """In the place of a patched model's `save_pretrained`, which writes what the model was: says what is left out.
+
+    Picklable with the model.
+    """
+
+    model: nn.Module
+    own: Callable[..., Any] | None  # what stood on the object itself, in front of its class's
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Save the model as it does without a patch, with a warning where edits or a memory are in force."""
+        state = state_of(self.model)
+        left = [] if state is None else [f"the edit {id!r}" for id in state.edits]
+        if state is not None and state.memory is not None:
+            left.append(f"the memory {state.memory.id}")
+        if left:
+            warnings.warn(
+                f"save_pretrained writes the base model, without {', '.join(left)}: keep them beside it with "
+                "Edit.save_pretrained(folder, memory=...), or put edits into the weights of a model that is not "
+                "patched with unike_kernels.fold(model, edits)",
+                stacklevel=2,
+            )
+        save = self.own or partial(getattr(type(self.model), _SAVE), self.model)
+        return save(*args, **kwargs)
 
 
 _STRUCTURE = (

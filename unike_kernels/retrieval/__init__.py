@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .approximate import ApproximateIndex
 from .exact import CosineIndex
+from .index import Index
 from .retriever import Retriever
 
-__all__ = ["ApproximateIndex", "CosineIndex", "Retriever"]
+__all__ = ["ApproximateIndex", "CosineIndex", "Index", "Retriever"]

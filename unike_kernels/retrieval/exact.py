@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,6 +14,7 @@ from ..artifacts import files
 from ..errors import ArtifactError, BackendUnavailableError
 from ..ops import _backend, _check
 from ..ops.cosine_topk import SCANS, PackedKeys, check_retrieval, cosine_topk, cpu, cuda, normalize_rows, pack_keys
+from .index import Ids, KeyedIndex, own_ids, taken, tensor_of
 
 
 class _Rows:
@@ -37,27 +38,42 @@ class _Rows:
         return new
 
 
-class CosineIndex:
+class CosineIndex(KeyedIndex):
     """Exact top-k by cosine over N keys: the same scores and ids, bit for bit, whatever is scanned.
 
     The scan reads the keys in `scan` bits and rules out all but a few by proved bounds; those few are scored from the
-    float32 rows. Ids are positions: the keys in the order of their arrival.
+    float32 rows. Keys have the ids that the caller gives them, as in faiss's IndexIDMap2, and keep them. An index of
+    keys without ids counts them in the order of their arrival, as faiss's IndexFlat does: there keys move up where
+    others are removed. All keys of an index have ids of the caller's, or none has.
+
+    Allowed keys that do not lie side by side are copied, rows and codes, in each search: of a set that stays, make an
+    index. Scores and ids are constants: `ops.cosine_topk` has scores with derivatives. On a CUDA device, which is not
+    waited for, ranges outside the keys are no error: ids -1 and scores NaN.
 
     Searches may run side by side, but not beside `add` and `remove`. On a machine without the compiled extension
     searches give the same results, slowly.
     """
 
-    def __init__(self, keys: Tensor, scan: str = "int8", *, exact: bool = True) -> None:
+    def __init__(
+        self,
+        keys: Tensor | np.ndarray[Any, Any] | int,
+        scan: str = "int8",
+        *,
+        ids: Ids | None = None,
+        exact: bool = True,
+    ) -> None:
         """Normalise and pack `keys`.
 
         Args:
-            keys: [N, d], any float dtype, on the CPU; finite. N may be 0.
+            keys: [N, d], any float dtype, on the CPU; finite; a tensor, or an array of numpy. N may be 0. A number: the
+                width d of an index that has no keys yet.
             scan: "int8" (d at most 65,536), "float16", "bfloat16" or "float32".
+            ids: one integer of at least 0 for each key, none twice; None: their positions.
             exact: keep the float32 rows. False saves their memory: scores and ids are then those of the scan, and may
                 differ from the exact ones in the last digits that it sees. Not with scan="float32".
 
         Raises:
-            TypeError, ValueError: a wrong dtype, shape, device or scan; a key with NaN or infinity.
+            TypeError, ValueError: a wrong dtype, shape, device or scan; a key with NaN or infinity; wrong ids.
         """
         if scan not in SCANS:
             raise ValueError(f"scan: expected one of {', '.join(SCANS)}; got {scan!r}")
@@ -65,11 +81,16 @@ class CosineIndex:
             raise ValueError("exact: expected True with scan='float32', which scans the rows themselves")
         if not exact and not _native.available():
             raise ValueError(f"exact: expected True where nothing can be packed: {_native.reason()}")
+        if isinstance(keys, int | np.integer):
+            keys = torch.empty(0, _check.count("keys", keys), dtype=torch.float32, device="cpu")
         rows, packed = _prepare(keys, scan, None)
-        self._set(scan, rows, packed, exact)
+        self._set(scan, rows, packed, exact, own_ids(ids, len(rows)))
 
-    def _set(self, scan: str, rows: Tensor | None, packed: PackedKeys | None, exact: bool) -> None:
+    def _set(
+        self, scan: str, rows: Tensor | None, packed: PackedKeys | None, exact: bool, ids: Tensor | None = None
+    ) -> None:
         self.scan, self.exact = scan, exact
+        self._own_ids = None if ids is None else _Rows(ids)
         self._rows = None if rows is None or not exact else _Rows(rows)
         self._codes = None if packed is None else (_Rows(packed.codes), _Rows(packed.error_bounds), packed.direction)
         self._lay_out()
@@ -77,6 +98,7 @@ class CosineIndex:
     def _lay_out(self) -> None:
         """After a change: the tables as the operator takes them, and as the native kernel does."""
         self._keys = None if self._rows is None else self._rows()
+        self._ids = None if self._own_ids is None else self._own_ids()
         self._packed = None
         if self._codes is not None:
             codes, error_bounds, direction = self._codes
@@ -111,7 +133,7 @@ class CosineIndex:
     def nbytes(self) -> int:
         """Bytes of all tables: for each key 4 d of its row (if exact), d or 2 d, padded to 64, of its codes, and 16.
 
-        Room for keys to come is not counted.
+        8 more where it has an id of the caller's. Room for keys to come is not counted.
         """
         return sum(t.nbytes for t in self._tensors().values())
 
@@ -119,30 +141,12 @@ class CosineIndex:
         named = {} if self._keys is None else {"rows": self._keys}
         if self._packed is not None:  # as files name them
             named |= zip(("codes", "bounds", "direction"), self._packed, strict=True)
-        return named
+        return named if self._ids is None else named | {"ids": self._ids}
 
-    def search(self, queries: Tensor, k: int, ranges: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The k keys of highest cosine for each query: score descending, then id ascending.
-
-        Where fewer than k keys are in range, and for a query that is not finite, the rest is id -1 and score -inf.
-
-        Args:
-            queries: [M, d], any float dtype, on the device of the index.
-            k: how many, at least 1; may exceed N.
-            ranges: int64 [M, 2], 0 <= start <= stop <= N; query m searches only keys[start : stop]. None: all keys.
-                On a CUDA device, which is not waited for, other ranges are no error: ids -1 and scores NaN.
-
-        Returns:
-            scores float32 [M, k] and ids int64 [M, k], constants: `ops.cosine_topk` has scores with derivatives.
-
-        Raises:
-            TypeError, ValueError: a wrong dtype, shape, device or k; ranges outside the keys; queries that `torch.func`
-                has wrapped.
-        """
-        _check.rows("queries", queries)
-        _check.unwrapped("queries", queries)
-        _check.sized("queries", queries, (None, self.d))
+    def _nearest(self, queries: Tensor, k: int, ranges: Tensor | None, chosen: Tensor | None) -> tuple[Tensor, Tensor]:
         k = check_retrieval(queries, "index", self._table(), k, ranges)
+        if chosen is not None:
+            return self._among(chosen, queries, k)
         queries = _native.native_dtype(queries)
         if self._native is not None and self._native.anchor.moved():
             self._lay_out()  # which sets it at once: others may search meanwhile
@@ -152,6 +156,39 @@ class CosineIndex:
             return cuda.search(queries, None, self._packed, k, ranges)[:2]
         with torch.no_grad():
             return cosine_topk(queries, self._keys, k, normalized=True, ranges=ranges, packed=self._packed)
+
+    def _among(self, chosen: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Of the keys at these ascending positions: in their range where they fill it, else in a copy of them."""
+        start, stop = (int(chosen[0]), int(chosen[-1]) + 1) if len(chosen) else (0, 0)
+        if stop - start == len(chosen):
+            return self._nearest(queries, k, chosen.new_tensor([[start, stop]]).repeat(len(queries), 1), None)
+        part, fewer = self._part(chosen), min(k, len(chosen))
+        scores, found = part._nearest(queries, fewer, None, None)
+        pad = torch.nn.functional.pad
+        return pad(scores, (0, k - fewer), value=float("-inf")), pad(taken(chosen, found), (0, k - fewer), value=-1)
+
+    def _part(self, chosen: Tensor) -> CosineIndex:
+        """An index of the keys at these positions, in memory of its own."""
+        rows, packed = self._keys, self._packed
+        if rows is not None:
+            rows = _aligned(rows[chosen]) if rows.is_cuda and packed is None else rows[chosen]
+        if packed is not None:
+            packed = PackedKeys(packed.codes[chosen], packed.error_bounds[chosen], packed.direction)
+        part = type(self).__new__(type(self))
+        part._set(self.scan, rows, packed, self.exact)
+        return part
+
+    def reconstruct(self, id: int) -> Tensor:
+        """The key with this id as searches score it: its unit row, float32 [d].
+
+        Raises:
+            IndexError: no key has this id.
+            ValueError: the index has no rows (exact=False).
+        """
+        position = self._position(id)
+        if self._keys is None:
+            raise ValueError("reconstruct: expected an index with rows; this one was made with exact=False")
+        return self._keys[position].clone()
 
     def to(self, device: torch.device | str) -> CosineIndex:
         """This index on a CUDA device or on the CPU: itself where it is there already, else a copy.
@@ -172,63 +209,90 @@ class CosineIndex:
         if wanted.type == self.device.type and wanted.index in (None, self.device.index):
             return self
         rows, packed = self._keys, self._packed
-        if rows is not None and packed is None and wanted.type == "cuda":
-            rows = torch.nn.functional.pad(rows, (0, -self.d % 4)).to(wanted)[:, : self.d]  # aligned, to be scanned
-        elif rows is not None:
-            rows = rows.to(wanted)
+        if rows is not None:
+            rows = _aligned(rows.to(wanted)) if packed is None and wanted.type == "cuda" else rows.to(wanted)
         packed = None if packed is None else PackedKeys(*(t.to(wanted) for t in packed))
         index = type(self).__new__(type(self))
-        index._set(self.scan, rows, packed, self.exact)
+        index._set(self.scan, rows, packed, self.exact, None if self._ids is None else self._ids.to(wanted))
         return index
 
     def _on_cpu(self) -> None:
         if self.device.type != "cpu":
             raise ValueError(f"the index is on {self.device}: change it on the CPU, and move it again")
 
-    def add(self, keys: Tensor) -> None:
-        """Append keys; they get the ids N, N + 1, ... On an error the index is as before.
+    def add(self, keys: Tensor | np.ndarray[Any, Any], ids: Ids | None = None) -> None:
+        """Append keys. On an error the index is as before.
 
         The cost is that of packing them; now and then all keys are copied to a place with more room.
 
         Args:
-            keys: [M, d], finite, any float dtype, on the CPU.
+            keys: [M, d], finite, any float dtype, on the CPU; a tensor, or an array of numpy.
+            ids: one integer of at least 0 for each key, none twice and none that is there. None, where the keys before
+                have none either: N, N + 1, ...
 
         Raises:
-            TypeError, ValueError: see the constructor; the index is on a CUDA device.
+            TypeError, ValueError: see the constructor; keys with ids among keys without, or the other way round; the
+                index is on a CUDA device.
         """
         self._on_cpu()
-        if isinstance(keys, Tensor) and keys.dim() == 2 and keys.shape[1] != self.d:
+        keys = tensor_of("keys", keys)
+        if keys.dim() == 2 and keys.shape[1] != self.d:
             raise ValueError(f"keys: expected {self.d} columns, got {_check.shape_of(keys)}")
         # An index of no keys has no direction yet that keys share.
         rows, packed = _prepare(keys, self.scan, self._packed.direction if self._packed and len(self) else None)
+        added = self._ids_to_add(ids, len(rows))
         if not len(self):
-            return self._set(self.scan, rows, packed, self.exact)
+            return self._set(self.scan, rows, packed, self.exact, added)
+        own = self._own_ids if added is None or self._own_ids is None else self._own_ids.appended(added)
         grown = None if self._rows is None else self._rows.appended(rows)
         codes = self._codes
         if codes is not None and packed is not None:
             codes = (codes[0].appended(packed.codes), codes[1].appended(packed.error_bounds), codes[2])
-        self._rows, self._codes = grown, codes
+        self._rows, self._codes, self._own_ids = grown, codes, own
         self._lay_out()
 
-    def remove(self, ids: Sequence[int] | Tensor) -> None:
-        """Remove keys by id; the keys behind them move up, so that ids are again 0, ..., N - 1. Copies all that stay.
+    def _ids_to_add(self, ids: Ids | None, count: int) -> Tensor | None:
+        """Of so many keys, checked against those that are there. Raises TypeError, ValueError."""
+        added = own_ids(ids, count)
+        if not len(self):
+            return added
+        if self._ids is None:
+            if added is not None:
+                raise ValueError("ids: expected None, as the keys before these have none of their own")
+            return None
+        if added is None:
+            raise ValueError("ids: expected one for each key, as the keys before these have ids of their own")
+        there = added[torch.isin(added, self._ids)]
+        if len(there):
+            raise ValueError(f"ids: expected ids that no key has yet, got {int(there[0])}")
+        return added
+
+    def remove(self, ids: Ids) -> None:
+        """Remove keys by id. Copies all that stay.
+
+        Ids of the caller's own stay; without these, the keys behind move up, so that ids are again 0, ..., N - 1.
 
         Raises:
-            IndexError: an id outside 0, ..., N - 1.
+            IndexError: an id that no key has.
             TypeError: ids that are no integers; a mask becomes ids by `mask.nonzero()`.
             ValueError: the index is on a CUDA device.
         """
         self._on_cpu()
         gone = _check.ids("ids", ids)
-        outside = gone[(gone < 0) | (gone >= len(self))]
+        if self._ids is not None:
+            outside, keep = gone[~torch.isin(gone, self._ids)], ~torch.isin(self._ids, gone)
+        else:
+            outside = gone[(gone < 0) | (gone >= len(self))]
+            keep = torch.ones(len(self), dtype=torch.bool, device="cpu")
+            keep[gone[(gone >= 0) & (gone < len(self))]] = False
         if len(outside):
-            raise IndexError(f"ids: expected 0 to {len(self) - 1}, got {int(outside[0])}")
-        keep = torch.ones(len(self), dtype=torch.bool, device="cpu")
-        keep[gone] = False
+            known = f"0 to {len(self) - 1}" if self._ids is None else "those of keys"
+            raise IndexError(f"ids: expected {known}, got {int(outside[0])}")
         packed = self._packed
         if packed is not None:
             packed = PackedKeys(_kept(packed.codes, keep), _kept(packed.error_bounds, keep), packed.direction)
-        self._set(self.scan, None if self._keys is None else _kept(self._keys, keep), packed, self.exact)
+        rows, own = (None if table is None else _kept(table, keep) for table in (self._keys, self._ids))
+        self._set(self.scan, rows, packed, self.exact, own)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file, atomically, with checksums of all that is in it."""
@@ -259,6 +323,8 @@ class CosineIndex:
             raise ArtifactError(f"{path}: there is no index of {n} keys of width {d} for a scan of {scan!r:.80}")
         wanted = _layout(n, d, scan)
         found = {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}
+        if found.get("ids") == (torch.int64, (n,)):
+            del found["ids"]
         codes = {name: layout for name, layout in wanted.items() if name != "rows"}
         # Rows alone: saved where nothing could be packed. Codes alone: not exact.
         if not found or found not in (wanted, {"rows": wanted["rows"]}, codes):
@@ -269,6 +335,7 @@ class CosineIndex:
             for name, t in tensors.items():
                 if t.is_floating_point() and not _check.finite(t):
                     raise ArtifactError(f"{path}: tensor {name!r} holds NaN or infinity")
+            reader.build(own_ids, tensors.get("ids"), n)
         index = cls.__new__(cls)
         try:
             index._restore(scan, tensors)
@@ -288,7 +355,7 @@ class CosineIndex:
             packed = None
         elif packed is None and rows is not None and rows.device.type == "cpu":
             packed = pack_keys(rows, scan)
-        self._set(scan, rows, packed, rows is not None)
+        self._set(scan, rows, packed, rows is not None, tensors.get("ids"))
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickling and copying: the tables, without the room for keys to come."""
@@ -322,10 +389,14 @@ def _whole(table: Tensor) -> Tensor:
     return table if table.untyped_storage().nbytes() == table.nbytes else table.clone()
 
 
-def _prepare(keys: Tensor, scan: str, direction: Tensor | None) -> tuple[Tensor, PackedKeys | None]:
+def _aligned(rows: Tensor) -> Tensor:
+    """Rows that a CUDA kernel scans themselves, each at a multiple of 16 bytes."""
+    return torch.nn.functional.pad(rows, (0, -rows.shape[1] % 4))[:, : rows.shape[1]]
+
+
+def _prepare(keys: object, scan: str, direction: Tensor | None) -> tuple[Tensor, PackedKeys | None]:
     """The unit rows of `keys` and what the scan reads of them."""
-    if not isinstance(keys, Tensor):
-        raise TypeError(f"keys: expected a tensor, got {type(keys).__name__}")
+    keys = tensor_of("keys", keys)
     if keys.device.type != "cpu":
         raise ValueError(f"keys: expected them on the CPU, got {keys.device}")
     try:

@@ -29,5 +29,5 @@ class Retriever(Protocol):
             ranges: int64 [M, 2], 0 <= start <= stop <= N; query m sees only keys[start : stop]. None: all keys.
 
         Returns:
-            scores float32 [M, k] and ids int64 [M, k].
+            scores float32 [M, k] and ids int64 [M, k], the positions of keys: not ids of the caller's own.
         """

@@ -122,6 +122,8 @@ def build_memory(
         values = None if values is None else _stored(values, dtype)
         tables[i] = MemoryLayer(index, keys, values, encoder, space.zeta, space.zeta_prime)
     told = {"training": str(training or EncoderTraining()), "dtype": str(dtype).removeprefix("torch.")}
+    held_out = [f"layer {i}: {s.truth_accuracy:.0%}, {s.semantic_accuracy:.0%}" for i, s in sorted(spaces.items())]
+    told["held-out truthfulness and semantics"] = "; ".join(held_out)
     notes = {"triplets": str(len(triplets)), **told}
     return MemoryResult(MemoryBank(tables, config, fingerprint(model), notes, scope=scope), hidden, spaces)
 

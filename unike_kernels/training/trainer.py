@@ -214,7 +214,7 @@ def train_edits(
                         config,
                         base,
                         memory.id if memory and memory.layers else None,
-                        {"prompt": each.request.prompt, "answer": each.request.answer, "training": str(training)},
+                        {**each.notes(), "training": str(training)},
                         entries[i],
                         None if scope is None else scope.id,
                     )
@@ -237,6 +237,16 @@ class _Training:
     @property
     def divergence(self) -> float:
         return sum(self.divergences) / len(self.divergences)
+
+    def notes(self) -> dict[str, str]:
+        """What was asked for, and how it went, for people."""
+        return {
+            "prompt": self.request.prompt,
+            "answer": self.request.answer,
+            "stopped": self.stopped,
+            "target loss": f"{self.losses[0]:.3f} -> {self.losses[-1]:.3f}" if self.losses else "none",
+            "divergence elsewhere": f"{self.divergence:.4f} nats a token",
+        }
 
     def judge(self, loss: float, reached: bool, last: bool, training: EditTraining) -> bool:
         """Note how far it is before a step; whether that was the end."""
