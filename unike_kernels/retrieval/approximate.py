@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..config import ANNConfig
-from ..ops import normalize_rows
+from ..ops import _check, normalize_rows
 from ..ops.cosine_topk import check_retrieval
 from .index import Ids, KeyedIndex, own_ids, tensor_of
 from .retriever import Retriever
