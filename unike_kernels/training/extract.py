@@ -9,7 +9,7 @@ import os
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from ..backbones import device_of, find_decoder, placeholder_ids
 from ..errors import ArtifactError, PatchError
 from ..nn import residual_of, residual_position
 from ..patching import is_patched
+from .chat import parts_of, text_of
 from .samples import Batch, Sample, Triplet, batches, encode, evaluating, forward, taking_gradients
 
 _PART = 1024  # triplets whose states are written together
@@ -165,9 +166,13 @@ def _header(
     model: nn.Module, layers: Sequence[int], start: int, part: Sequence[Triplet], context: bool
 ) -> dict[str, Any]:
     """What the states of these triplets depend on, but for the images."""
-    told = json.dumps([[t.prompt, t.positive, t.negative, t.image is not None] for t in part])
+    told = json.dumps([[t.prompt, t.positive, t.negative, t.image is not None, *_chat(t)] for t in part])
     digest = hashlib.sha256(told.encode()).hexdigest()
     return {"model": fingerprint(model), "layers": list(layers), "triplets": digest, "start": start, "context": context}
+
+
+def _chat(triplet: Triplet) -> list[list[str]]:
+    return [[message["role"], text_of(message)] for message in triplet.messages or ()]
 
 
 def _joined(parts: Sequence[Hidden]) -> Hidden:
@@ -208,16 +213,22 @@ def _runs(triplet: Triplet, context: bool, placeholders: Sequence[str]) -> list[
     """
     if not context:
         answers = (triplet.positive, ("sem", "pos")), (triplet.negative, ("neg",))
-        return [(Sample(triplet.prompt, answer, triplet.image), states) for answer, states in answers]
-    again = triplet.prompt
-    for name in placeholders if triplet.image is not None else ():
+        return [(triplet.answered(answer), states) for answer, states in answers]
+    asked = triplet.answered(triplet.positive)
+    known, misled = (_knowing(asked, answer, placeholders) for answer in (triplet.positive, triplet.negative))
+    return [(asked, ("sem",)), (known, ("pos",)), (misled, ("neg",))]
+
+
+def _knowing(asked: Sample, answer: str, placeholders: Sequence[str]) -> Sample:
+    """The question behind itself and an answer; images stay in front of all."""
+    again = asked.question
+    for name in placeholders if asked.images else ():
         again = again.replace(name, "")
-    known, misled = (
-        f"{triplet.prompt} {answer}{'' if answer.endswith(('.', '!', '?')) else '.'} {again.lstrip()}"
-        for answer in (triplet.positive, triplet.negative)
-    )
-    asked = (triplet.prompt, ("sem",)), (known, ("pos",)), (misled, ("neg",))
-    return [(Sample(prompt, triplet.positive, triplet.image), states) for prompt, states in asked]
+    more = f" {answer}{'' if answer.endswith(('.', '!', '?')) else '.'} {again.lstrip()}"
+    if asked.messages is None:
+        return replace(asked, prompt=asked.prompt + more)
+    *before, last = asked.messages
+    return replace(asked, messages=[*before, {**last, "content": [*parts_of(last), {"type": "text", "text": more}]}])
 
 
 def _placeholders(model: nn.Module, processor: Any) -> list[str]:
@@ -238,7 +249,7 @@ def _spans(batch: Batch, state: str, context: bool) -> list[range]:
 
 def entries_of(model: nn.Module, processor: Any, triplets: Sequence[Triplet], batch_size: int) -> list[int]:
     """How many entries each triplet has in `extract(..., context=True)`."""
-    asked = [Sample(t.prompt, t.positive, t.image) for t in triplets]
+    asked = [t.answered(t.positive) for t in triplets]
     counts = [0] * len(asked)
     for group in batches(asked, batch_size):
         batch = encode(processor, [asked[i] for i in group], device_of(model))
@@ -264,7 +275,7 @@ def _extract(
     decoder = find_decoder(model)
     attention = {i: decoder.layers[i].attention.module for i in layers}
     device = device_of(model)
-    seeing = any(t.image is not None for t in triplets)
+    seeing = any(t.answered("").images for t in triplets)
     placeholders = _placeholders(model, processor) if context and seeing else []
     runs = [_runs(t, context, placeholders) for t in triplets]
     found: dict[tuple[int, str], dict[int, Tensor]] = defaultdict(dict)

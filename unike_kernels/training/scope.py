@@ -50,7 +50,7 @@ class Fact:
     @property
     def name(self) -> str:
         """For people."""
-        return self.wordings[0].prompt
+        return self.wordings[0].question
 
 
 @dataclass(frozen=True)
@@ -201,7 +201,7 @@ def _encoded(
     if is_patched(model):
         raise PatchError("the model is patched; unpatch it first")
     for group in batches(samples, batch_size):
-        batch = encode(processor, [Sample(samples[i].prompt, "", samples[i].image) for i in group], device_of(model))
+        batch = encode(processor, [samples[i].asked for i in group], device_of(model))
         visible, prompts = batch.inputs["attention_mask"].bool(), []
         for row, end in enumerate(batch.ends.tolist()):
             prompts.append(batch.inputs["input_ids"][row, : end + 1][visible[row, : end + 1]].tolist())
@@ -212,7 +212,7 @@ def _made_by(
     key: OwnKey, model: nn.Module, processor: Any, samples: Sequence[Sample], batch_size: int
 ) -> tuple[list[list[int]], Tensor]:
     """The token ids of prompts, and the keys [n, c] that the user's own function makes of them, on the CPU."""
-    if any(sample.image is not None for sample in samples):
+    if any(sample.images for sample in samples):
         raise ValueError("key: expected prompts without images, as the function is given token ids alone")
     ids: list[list[int]] = [[]] * len(samples)
     for group, _, prompts in _encoded(model, processor, samples, batch_size):
@@ -316,7 +316,7 @@ def build_scope(
         known = tuple(tuple(ids[i]) for i in kept[:_KNOWN].tolist())
     else:
         decoder = find_decoder(model)
-        usual = _usual_layers(len(decoder.layers)) if any(sample.image is not None for sample in samples) else []
+        usual = _usual_layers(len(decoder.layers)) if any(sample.images for sample in samples) else []
         wanted = usual if layers is None else layers
         chosen = decoder.select(wanted, need=()) if wanted else []
         pieces = _pieces(processor, model.get_input_embeddings().num_embeddings)  # type: ignore[operator]

@@ -214,7 +214,7 @@ def train_edits(
                         config,
                         base,
                         memory.id if memory and memory.layers else None,
-                        {"prompt": each.request.prompt, "answer": each.request.answer, "training": str(training)},
+                        {"prompt": each.request.question, "answer": each.request.answer, "training": str(training)},
                         entries[i],
                         None if scope is None else scope.id,
                     )
