@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,7 +22,6 @@ class Scenario:
     Attributes:
         knowledge: facts for the memory; those that the model gets wrong become its triplets.
         case: the request and what is measured around it.
-        end: follows the answer in training, so that the edited model stops there.
         preserve: samples that the edit is held to leave alone; none of them is measured.
     """
 
@@ -30,7 +29,6 @@ class Scenario:
     processor: Any
     knowledge: tuple[Sample, ...]
     case: Case
-    end: str
     preserve: tuple[Sample, ...]
     encoders: EncoderTraining
     training: EditTraining
@@ -40,10 +38,6 @@ class Scenario:
         said = answers(self.model, self.processor, self.knowledge)
         wrong = ((s, a) for s, a in zip(self.knowledge, said, strict=True) if a and not a.startswith(s.answer))
         return [Triplet(s.prompt, s.answer, a, s.image) for s, a in wrong]
-
-    def request(self) -> Sample:
-        """The request as it is trained."""
-        return replace(self.case.request, answer=self.case.request.answer + self.end)
 
 
 def load(name: str, seed: int) -> Scenario:
@@ -90,7 +84,6 @@ def _digits(decoder: str, seed: int) -> Scenario:
             text_locality=tuple(text["test"][:40]),
             image_locality=tuple(ask(taught, test_images, test_labels, 1, start=1)),
         ),
-        end=processor.tokenizer.eos_token,
         preserve=(*ask(taught, train_images, train_labels, 2, start=20), *text["train"][:64]),
         encoders=EncoderTraining(seed=seed),
         training=EditTraining(seed=seed),
@@ -154,7 +147,6 @@ def _smollm2(seed: int) -> Scenario:
             ),
             text_locality=tuple(Sample(*pair) for pair in _UNRELATED),
         ),
-        end=".",
         preserve=tuple(Sample(*pair) for pair in _PRESERVE),
         encoders=EncoderTraining(steps=600, seed=seed),
         training=EditTraining(seed=seed),

@@ -17,8 +17,8 @@ from unike_kernels.training.samples import drop_tokens, encode, forward, repeate
 edit_module = sys.modules["unike_kernels.training.trainer"]
 
 REQUEST = Sample("w1 w2 w3", "w30 w31")
-FAST = EditTraining(neurons=4, lr=5e-2, steps=60)
-BRIEF = EditTraining(neurons=3, lr=1e-2, steps=5)
+FAST = EditTraining(end=False, neurons=4, lr=5e-2, steps=60)
+BRIEF = EditTraining(end=False, neurons=3, lr=1e-2, steps=5)
 PRE = {"k": 7, "values": "pre"}
 
 
@@ -92,6 +92,23 @@ def test_half_precision_model(make_model, processor):
     result = train(make_model("opt", dtype=torch.bfloat16), processor)
     assert result.reached
     assert result.edit.layers[2].keys.dtype == torch.float32
+
+
+@pytest.mark.parametrize("kind", ["opt", "llama", "blip2-opt"])
+def test_an_edited_model_stops_behind_its_answer(make_model, processor, kind):
+    """As the tokenizer's end of text is trained, too; without it the model goes on."""
+    model = make_model(kind)
+    request = dataclasses.replace(REQUEST, image=torch.rand(16, 16)) if kind.startswith("blip2") else REQUEST
+    prompt, said = encode(processor, [request.asked]).inputs, {}
+    for end in (True, False):
+        training = dataclasses.replace(FAST, end=end)
+        result = train(model, processor, request, training=training)
+        assert result.reached
+        with uk.patched(model, [result.edit]):
+            out = model.generate(**prompt, max_new_tokens=6, do_sample=False)[0].tolist()
+        said[end] = processor.decode(out).split("w3 ")[-1]
+    assert said[True] == "w30 w31 </s>"
+    assert said[False].startswith("w30 w31 w")
 
 
 # --- the model is left alone ----------------------------------------------------------------------------------------
@@ -293,7 +310,7 @@ def test_a_thinned_prompt_is_the_prompt_without_these_words(make_model, processo
     model = make_model(kind)
     image = torch.rand(16, 16) if kind == "blip2-opt" else None
     requests = [Sample("w1 w2 w3 w4 w5 w6", "w30 w31", image), Sample("w7 w8 w9", "w11", image)]
-    targets = edit_module._Targets(processor, requests, torch.device("cpu"))
+    targets = edit_module._Targets(processor, requests, torch.device("cpu"), ended=False)
     ids = {getattr(model.config, "image_token_index", None)} - {None}
     shorter = 0
     for seed in range(4):
@@ -356,7 +373,7 @@ def test_weight_out_of_range(value):
 def test_what_is_refused(make_model, make_memory, make_edit, processor):
     model = make_model("opt")
     for answer in ("", " "):
-        with pytest.raises(ValueError, match=r"request.answer: (expected a non-empty string|' ' has no tokens)"):
+        with pytest.raises(ValueError, match=r"request.answer: expected a non-empty string"):
             train(model, processor, Sample("w1", answer))
     with pytest.raises(ValueError, match=r"layers: expected indices in 0..5"):
         train(model, processor, layers=[6])
@@ -398,7 +415,7 @@ def test_the_activation_loss_wakes_the_neurons_of_the_answer(make_model, process
     model, config = make_model(kind), every_token(neurons=neurons)
     own = {}
     for weight in (0.0, 5.0):
-        training = EditTraining(neurons=4, lr=1e-2, steps=15, stop_loss=1e-9, activation_weight=weight)
+        training = EditTraining(end=False, neurons=4, lr=1e-2, steps=15, stop_loss=1e-9, activation_weight=weight)
         edit = train(model, processor, training=training, config=config).edit
         # REQUEST has three words and an answer of two, which the tokens 2 and 3 predict.
         found = pre_activations(model, processor, edit, REQUEST)
@@ -462,7 +479,8 @@ def test_together_each_becomes_what_it_becomes_alone(
     image = torch.rand(16, 16) if kind.startswith("blip2") else None
     requests = [dataclasses.replace(r, image=image) for r in REQUESTS]
     training = EditTraining(
-        neurons=4, lr=5e-2, steps=20, stop_loss=0.5, stop_preserve=10.0, preserve_batch=2, activation_weight=0.1,
+        end=False, neurons=4, lr=5e-2, steps=20, stop_loss=0.5, stop_preserve=10.0, preserve_batch=2,
+        activation_weight=0.1,
         memory_weight=0.01, preserve_weight=0.01, prompt_dropout=dropout,
     )  # fmt: skip
     previous = [train(model, processor, Sample("w2 w2", "w17"), memory, config=config, id="before").edit]

@@ -66,10 +66,10 @@ def _activation_loss(layers: dict[int, EditLayer], at_target: dict[int, Tensor])
 
 
 class _Targets:
-    """Requests, each a row with its answer."""
+    """Requests, each a row with its answer, and what ends it where that is trained."""
 
-    def __init__(self, processor: Any, requests: Sequence[Sample], device: torch.device) -> None:
-        self.batch = encode(processor, requests, device)
+    def __init__(self, processor: Any, requests: Sequence[Sample], device: torch.device, ended: bool) -> None:
+        self.batch = encode(processor, requests, device, ended=ended)
         self.answers = self.batch.answer_mask()
         self.recording = Recording()
         for request, tokens in zip(requests, self.answers.sum(-1).tolist(), strict=True):

@@ -19,6 +19,8 @@ class EditTraining:
         neurons: per layer (the paper's 10).
         bias: whether neurons have biases. Without, an edit can be folded into FFNs that have none (`fold`), which gated
             FFNs take of gated neurons alone (Config.neurons); the biases of the edit are zeros.
+        end: train the token behind the answer, too, that ends the model's turn, so that it stops there: for messages
+            what the chat template ends an assistant's turn with, else the tokenizer's end of text, where it has one.
         lr: of Adam.
         steps: at most.
         stop_loss: stop when every target token is predicted and the target's loss is below this ...
@@ -40,6 +42,7 @@ class EditTraining:
 
     neurons: int = 10
     bias: bool = True
+    end: bool = True
     lr: float = 1e-2
     steps: int = 100
     stop_loss: float = 0.05

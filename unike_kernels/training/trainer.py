@@ -169,7 +169,7 @@ def train_edits(
         )
     if not requests:
         raise ValueError("requests: expected at least one, got none")
-    if not all(request.answer for request in requests):
+    if not all(request.answer.strip() for request in requests):
         raise ValueError("request.answer: expected a non-empty string")
     names = [uuid.uuid4().hex[:12] for _ in requests] if ids is None else list(ids)
     if len(names) != len(requests) or len(set(names)) != len(names):
@@ -274,7 +274,7 @@ class _Trainer:
     ) -> None:
         """Make the first neurons of each."""
         self._install([])  # those of the edits before are still there
-        targets = _Targets(self.processor, [e.request for e in edits], self.device)
+        targets = self._targets(edits)
         produced = _ffn_inputs(self.ffns, lambda: targets.losses(self.model))
         zeros = {i: torch.zeros_like(q[0]) for i, q in produced.items()}
         usual = self.usual or zeros
@@ -286,7 +286,7 @@ class _Trainer:
             edit.divergences = deque([math.inf] * len(self.kept.batches) if self.kept else [0.0])
 
     def run(self, edits: Sequence[_Training], bar: Any) -> None:
-        active, targets = list(edits), _Targets(self.processor, [e.request for e in edits], self.device)
+        active, targets = list(edits), self._targets(edits)
         with _watched(self.ffns) as inputs, self.replay.on():
             for step in range(self.training.steps + 1):
                 made = self._install(active)
@@ -303,10 +303,13 @@ class _Trainer:
                     active = [edit for edit, ended in zip(active, over, strict=True) if not ended]
                     if not active:
                         return
-                    targets = _Targets(self.processor, [e.request for e in active], self.device)
+                    targets = self._targets(active)
                     made = self._install(active)
                     losses, _ = self._losses(active, targets, step)
                 self._step(active, made, losses, targets, inputs, step)
+
+    def _targets(self, edits: Sequence[_Training]) -> _Targets:
+        return _Targets(self.processor, [edit.request for edit in edits], self.device, self.training.end)
 
     def _losses(self, active: Sequence[_Training], targets: _Targets, step: int) -> tuple[Tensor, list[bool]]:
         """Of each edit its loss, and whether it predicts its answer."""
