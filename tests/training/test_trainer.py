@@ -3,6 +3,7 @@
 import dataclasses
 import sys
 
+import chats
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,7 @@ import unike_kernels as uk
 from unike_kernels.artifacts.fingerprint import fingerprint
 from unike_kernels.patching import patched_ffns
 from unike_kernels.training import EditTraining, Sample, train_edit, train_edits
+from unike_kernels.training.neutral import neutral
 from unike_kernels.training.samples import drop_tokens, encode, forward, repeated
 
 edit_module = sys.modules["unike_kernels.training.trainer"]
@@ -23,7 +25,8 @@ PRE = {"k": 7, "values": "pre"}
 
 
 def train(model, processor, request=REQUEST, memory=None, training=FAST, **kwargs):
-    return train_edit(model, processor, request, memory, training=training, progress=False, **kwargs)
+    kwargs = {"preserve": (), "progress": False, **kwargs}
+    return train_edit(model, processor, request, memory, training=training, **kwargs)
 
 
 @torch.no_grad()
@@ -63,6 +66,7 @@ def test_reaches_its_target_as_at_inference(make_model, make_memory, processor, 
     assert result.stopped == "target met"
     assert result.losses[-1] < FAST.stop_loss < min(result.losses[:-1])
     assert result.steps == len(result.losses) <= FAST.steps
+    assert str(result).startswith(f"edit 'new': target met after {result.steps - 1} steps, target loss ")
     edit = result.edit
     assert (edit.id, edit.config, edit.memory_id) == ("new", config, memory.id if memory else None)
     assert edit.base_model == fingerprint(model)
@@ -290,6 +294,37 @@ def test_preserve_samples_are_preserved(make_model, processor):
     assert measured[10.0] < 0.2 * measured[0.0]
 
 
+@pytest.mark.parametrize("form", ["prompt", "image", "messages"])
+def test_what_is_preserved_where_nobody_says_what(form, make_model, processor):
+    """Some questions, asked in a chat where the request is one; of plain text the tokenizer alone is asked."""
+    if form == "messages":
+        model, reader = chats.model(), chats.tokenizer()
+        request = Sample(messages=[{"role": "user", "content": "Who?"}], answer="Ann")
+    else:
+        model, reader = make_model("blip2-opt"), processor
+        request = dataclasses.replace(REQUEST, image=torch.rand(16, 16) if form == "image" else None)
+    _, asked = neutral(reader, request)
+    assert len(asked) == 8 and all((s.messages is None) == (form != "messages") and s.answer for s in asked)
+    usual, told, free = (
+        train(model, reader, request, training=BRIEF, preserve=preserve) for preserve in (None, asked, ())
+    )
+    assert usual.divergence == told.divergence > 0 == free.divergence
+    assert same_tensors(usual.edit, told.edit) and not same_tensors(usual.edit, free.edit)
+
+
+def test_an_edit_leaves_other_questions_alone_by_default():
+    """Of a chat model, questions that are not among those that it is held to."""
+    model, tokenizer = chats.model(), chats.tokenizer()
+    request = Sample(messages=[{"role": "user", "content": "Who?"}], answer="Ann")
+    other = Sample(messages=[{"role": "user", "content": "What is an atom?"}], answer="A small thing.")
+    apart = {}
+    for preserve in (None, ()):
+        result = train(model, tokenizer, request, training=FAST, preserve=preserve)
+        assert result.reached
+        apart[preserve] = divergence(model, tokenizer, [other], [result.edit])
+    assert apart[None] < 0.2 * apart[()]
+
+
 def test_seeds(make_model, processor):
     model = make_model("opt")
     state = torch.get_rng_state()
@@ -504,7 +539,7 @@ def test_together_each_becomes_what_it_becomes_alone(
 def test_requests_with_and_without_images_come_back_in_their_order(make_model, processor):
     model = make_model("blip2-opt")
     requests = [dataclasses.replace(r, image=torch.rand(16, 16) if i % 2 else None) for i, r in enumerate(REQUESTS)]
-    found = train_edits(model, processor, requests, training=BRIEF, progress=False)
+    found = train_edits(model, processor, requests, preserve=(), training=BRIEF, progress=False)
     assert [r.edit.notes["prompt"] for r in found] == [r.prompt for r in requests]
     assert len({r.edit.id for r in found}) == 4
     assert not uk.is_patched(model)

@@ -81,7 +81,7 @@ class EditResult:
     Attributes:
         edit: ready to patch in or save.
         losses: loss of the target at each step, before the step.
-        divergence: from the unedited model on the `preserve` samples at the end, in nats a token; 0 without samples.
+        divergence: from the unedited model on the `preserve` samples at the end, in nats a token; 0 without any.
         reached: whether the edited model predicts every target token.
         stopped: why training ended: "target met" (and the preserve samples kept), "step limit, target met" or
             "step limit, target not met".
@@ -97,3 +97,9 @@ class EditResult:
     def steps(self) -> int:
         """How many steps training took."""
         return len(self.losses)
+
+    def __str__(self) -> str:
+        return (
+            f"edit {self.edit.id!r}: {self.stopped} after {self.steps - 1} steps, target loss {self.losses[0]:.3f} -> "
+            f"{self.losses[-1]:.3f}, divergence elsewhere {self.divergence:.3f} nats a token"
+        )

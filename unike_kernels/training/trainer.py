@@ -24,6 +24,7 @@ from ..errors import PatchError
 from ..nn import ExtraNeurons
 from ..patching import is_patched, patched, patched_ffns, selecting, set_layers
 from .activation_cache import Replay
+from .neutral import neutral
 from .objectives import _activation_loss, _ffn_inputs, _Preserve, _Targets, _watched
 from .samples import (
     Sample,
@@ -84,7 +85,7 @@ def train_edit(
     *,
     id: str | None = None,
     previous: Sequence[Edit] = (),
-    preserve: Sequence[Sample] = (),
+    preserve: Sequence[Sample] | None = None,
     protect: Sequence[Sample] = (),
     layers: Sequence[int] | None = None,
     config: Config | None = None,
@@ -101,7 +102,9 @@ def train_edit(
         memory: active during training exactly as at inference, and the source of zeta'; None: without either.
         id: of the edit; None: a random one.
         previous: edits that are in force already (sequential editing); they are not retrained.
-        preserve: samples on which the model shall not change; their mean FFN input also centres the new keys.
+        preserve: samples on which the model shall not change; their mean FFN input also centres the new keys. None:
+            eight questions about this and that, in a chat where the request is one (`neutral`), but nothing where the
+            memory decides where the edit acts.
         protect: samples on which the model with the previous edits shall not change, such as their requests.
         layers: None: the memory's, else the last four.
         config: None: the memory's, else the defaults.
@@ -131,7 +134,7 @@ def train_edits(
     *,
     ids: Sequence[str] | None = None,
     previous: Sequence[Edit] = (),
-    preserve: Sequence[Sample] = (),
+    preserve: Sequence[Sample] | None = None,
     protect: Sequence[Sample] = (),
     layers: Sequence[int] | None = None,
     config: Config | None = None,
@@ -151,7 +154,9 @@ def train_edits(
         memory: active during training exactly as at inference, and the source of zeta'; None: without either.
         ids: of the edits; None: random ones.
         previous: edits that are in force already (sequential editing); they are not retrained.
-        preserve: samples on which the model shall not change; their mean FFN input also centres the new keys.
+        preserve: samples on which the model shall not change; their mean FFN input also centres the new keys. None:
+            eight questions about this and that, in a chat where the request is one (`neutral`), but nothing where the
+            memory decides where the edit acts.
         protect: samples on which the model with the previous edits shall not change, such as their requests.
         layers: None: the memory's, else the last four.
         config: None: the memory's, else the defaults.
@@ -191,10 +196,13 @@ def train_edits(
     scoped = config.scope == "memory"  # where these edits act, the previous ones do not
     before = () if scoped else previous
     results: dict[int, EditResult] = {}
+    reader = processor
+    if preserve is None:
+        reader, preserve = (processor, ()) if scoped else neutral(processor, requests[0])
     with _frozen(model), tqdm(total=len(requests), desc="edit", disable=not progress, leave=False) as bar:
         kept = _Preserve() if preserve or protect else None
         if kept is not None:
-            kept.add(model, processor, preserve, training)
+            kept.add(model, reader, preserve, training)
             if scoped:
                 kept.add(model, processor, protect, training, dropout)
         with patched(model, before, memory, layers=chosen, config=config):
