@@ -20,6 +20,7 @@ from .samples import (
     batches,
     drop_tokens,
     encode,
+    evaluating,
     forward,
     prompt_lengths_for,
     repeated,
@@ -91,6 +92,25 @@ class _Targets:
         """Of states [tokens, d] of the pass those that produce a row's answer."""
         at = states.unflatten(0, (-1, self.answers.shape[1]))[row]
         return at[int(self.batch.ends[row]) : int(self.batch.lasts[row])]
+
+
+@torch.no_grad()
+def predicted(model: nn.Module, processor: Any, samples: Sequence[Sample], *, batch_size: int = 32) -> list[bool]:
+    """Of each sample, whether every token of its answer is the model's first choice, given those before it.
+
+    Args:
+        model: a Hugging Face model, patched or not.
+        processor: its processor or tokenizer.
+        samples: each with an answer.
+        batch_size: samples per forward pass.
+    """
+    right = [False] * len(samples)
+    with evaluating(model):
+        for group in batches(samples, batch_size):
+            targets = _Targets(processor, [samples[i] for i in group], device_of(model), ended=False)
+            for i, found in zip(group, targets.losses(model)[1], strict=True):
+                right[i] = found
+    return right
 
 
 class _Preserve:
