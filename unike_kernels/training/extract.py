@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from ..artifacts import files
 from ..artifacts.fingerprint import compare, fingerprint, validate
@@ -24,6 +23,7 @@ from ..errors import ArtifactError, PatchError
 from ..nn import residual_of, residual_position
 from ..patching import is_patched
 from .chat import parts_of, text_of
+from .progress import progress_bar
 from .samples import Batch, Sample, Triplet, batches, encode, evaluating, forward, taking_gradients
 
 _PART = 1024  # triplets whose states are written together
@@ -116,7 +116,7 @@ def extract(
     chosen = find_decoder(model).select(layers, need=("attention",))
     starts = range(0, len(triplets), _PART)
     parts: list[dict[int, Hidden]] = []
-    with tqdm(total=len(triplets), desc="extract", disable=not progress) as bar:
+    with progress_bar("extract", len(triplets), progress) as bar:
         for start in starts:
             part = [triplets[i] for i in range(start, min(start + _PART, len(triplets)))]
             header = _header(model, chosen, start, part, context)

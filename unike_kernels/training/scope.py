@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from ..artifacts.edit import Edit
 from ..artifacts.fingerprint import fingerprint
@@ -30,6 +29,7 @@ from ..ops.prompt_encoder import (
 )
 from ..patching import is_patched
 from .extract import _record
+from .progress import progress_bar
 from .samples import Batch, Sample, batches, encode, evaluating, forward, taking_gradients
 
 
@@ -123,7 +123,7 @@ class ScopeResult:
         config = replace(config or Config(), scope="memory")
         return MemoryBank({}, config, fingerprint(model), {"facts": str(self.scope.count)}, scope=self.scope)
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return (
             f"scope {self.scope.id}: {self.reached:.1%} of held-out wordings reach their edit, {self.false_alarms:.1%} "
             f"of the neighbours' do; margin above {self.scope.threshold:.3f}"
@@ -406,8 +406,8 @@ def _train(
         for fact in by_fact:
             by_subject.setdefault(subjects[fact], []).append(fact)
         groups, losses = list(by_subject.values()), []
-        with tqdm(range(training.steps), desc="scope", disable=not progress, leave=False) as bar:
-            for _ in bar:
+        with progress_bar("scope", training.steps, progress) as bar:
+            for _ in range(training.steps):
                 picked = [groups[i] for i in _shuffled(len(groups))[: training.subjects].tolist()]
                 own = [by_fact[fact] for group in picked for fact in group]
                 batch = torch.cat([of_fact[_shuffled(len(of_fact))[: training.wordings]] for of_fact in own])
@@ -419,6 +419,7 @@ def _train(
                 schedule.step()
                 losses.append(float(loss.detach()))
                 bar.set_postfix(loss=f"{losses[-1]:.3f}")
+                bar.update()
     for t in leaves:
         t.requires_grad_(False)
     return encoder, tuple(losses)

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from ..artifacts.edit import Edit, EditLayer, fresh_layer
 from ..artifacts.fingerprint import fingerprint
@@ -26,6 +25,7 @@ from ..patching import is_patched, patched, patched_ffns, selecting, set_layers
 from .activation_cache import Replay
 from .neutral import neutral
 from .objectives import _activation_loss, _ffn_inputs, _Preserve, _Targets, _watched
+from .progress import progress_bar
 from .samples import (
     Sample,
     batches,
@@ -199,7 +199,7 @@ def train_edits(
     reader = processor
     if preserve is None:
         reader, preserve = (processor, ()) if scoped else neutral(processor, requests[0])
-    with _frozen(model), tqdm(total=len(requests), desc="edit", disable=not progress, leave=False) as bar:
+    with _frozen(model), progress_bar("edit", len(requests), progress) as bar:
         kept = _Preserve() if preserve or protect else None
         if kept is not None:
             kept.add(model, reader, preserve, training)
