@@ -37,10 +37,11 @@ class MemoryResult:
     hidden: Mapping[int, Hidden]
     spaces: dict[int, Disentangled]
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         lines = [f"memory {self.memory.id}: {len(self.memory)} entries, layers {sorted(self.spaces)}"]
         lines += [
             f"  layer {i}: held-out truthfulness {s.truth_accuracy:.0%}, held-out semantics {s.semantic_accuracy:.0%}"
+            + ("; no better than chance: more triplets are needed" if s.truth_accuracy <= 0.5 else "")
             for i, s in sorted(self.spaces.items())
         ]
         return "\n".join(lines)

@@ -98,7 +98,7 @@ class EditResult:
         """How many steps training took."""
         return len(self.losses)
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return (
             f"edit {self.edit.id!r}: {self.stopped} after {self.steps - 1} steps, target loss {self.losses[0]:.3f} -> "
             f"{self.losses[-1]:.3f}, divergence elsewhere {self.divergence:.3f} nats a token"
