@@ -75,7 +75,7 @@ def show(name: str, out: Path, *, seed: int = 0, reload: bool = False) -> int:
     result = train_edit(
         scenario.model,
         scenario.processor,
-        scenario.case.request,
+        scenario.request(),
         made.memory,
         id="demo",
         preserve=scenario.preserve,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ class Scenario:
         knowledge: facts for the memory; those that the model gets wrong become its triplets.
         case: the request and what is measured around it.
         preserve: samples that the edit is held to leave alone; none of them is measured.
+        mark: follows the answer in training, and is not measured.
     """
 
     model: nn.Module
@@ -32,12 +33,17 @@ class Scenario:
     preserve: tuple[Sample, ...]
     encoders: EncoderTraining
     training: EditTraining
+    mark: str = ""
 
     def triplets(self) -> list[Triplet]:
         """The knowledge that the model gets wrong, with what it says instead."""
         said = answers(self.model, self.processor, self.knowledge)
         wrong = ((s, a) for s, a in zip(self.knowledge, said, strict=True) if a and not a.startswith(s.answer))
         return [Triplet(s.prompt, s.answer, a, s.image) for s, a in wrong]
+
+    def request(self) -> Sample:
+        """The request as it is trained."""
+        return replace(self.case.request, answer=self.case.request.answer + self.mark)
 
 
 def load(name: str, seed: int) -> Scenario:
@@ -149,5 +155,6 @@ def _smollm2(seed: int) -> Scenario:
         ),
         preserve=tuple(Sample(*pair) for pair in _PRESERVE),
         encoders=EncoderTraining(steps=600, seed=seed),
-        training=EditTraining(seed=seed),
+        training=EditTraining(end=False, seed=seed),  # a sentence goes on: it ends with its mark alone
+        mark=".",
     )
