@@ -20,7 +20,7 @@ def answers(
     found = [""] * len(samples)
     tokenizer = getattr(processor, "tokenizer", processor)
     for group in batches(samples, batch_size):
-        batch = encode(processor, [Sample(samples[i].prompt, "", samples[i].image) for i in group], device_of(model))
+        batch = encode(processor, [samples[i].asked for i in group], device_of(model))
         settings = {"max_new_tokens": max_new_tokens, "do_sample": False, "pad_token_id": tokenizer.pad_token_id}
         with prompt_lengths_for(model, batch):
             into = text_model_of(model, batch.inputs)

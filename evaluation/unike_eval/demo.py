@@ -81,10 +81,7 @@ def show(name: str, out: Path, *, seed: int = 0, reload: bool = False) -> int:
         preserve=scenario.preserve,
         training=scenario.training,
     )
-    print(
-        f"edit: {result.stopped} after {result.steps - 1} steps, target loss {result.losses[0]:.3f} -> "
-        f"{result.losses[-1]:.3f}, divergence elsewhere {result.divergence:.3f} nats a token"
-    )
+    print(result)
     result.edit.save(edit_file)
     made.memory.save(memory_file)
     for file in (edit_file, memory_file):

@@ -255,7 +255,7 @@ _NEIGHBOURS = [
 
 
 # The share of 0.3 and 0.4 that is best on validation requests; where the memory decides, nothing else is held on to.
-_REAL: Settings = {"latent": False, "preserve": False, "training": EditTraining(prompt_dropout=0.4)}
+_REAL: Settings = {"latent": False, "preserve": False, "training": EditTraining(end=False, prompt_dropout=0.4)}
 _COUNTRIES = [
     (UniKE.name, "UniKE, edits act everywhere", _REAL),
     (UniKE.name, "UniKE, scope", {**_REAL, "scope": ScopeTraining()}),

@@ -22,18 +22,18 @@ class Scenario:
     Attributes:
         knowledge: facts for the memory; those that the model gets wrong become its triplets.
         case: the request and what is measured around it.
-        end: follows the answer in training, so that the edited model stops there.
         preserve: samples that the edit is held to leave alone; none of them is measured.
+        mark: follows the answer in training, and is not measured.
     """
 
     model: nn.Module
     processor: Any
     knowledge: tuple[Sample, ...]
     case: Case
-    end: str
     preserve: tuple[Sample, ...]
     encoders: EncoderTraining
     training: EditTraining
+    mark: str = ""
 
     def triplets(self) -> list[Triplet]:
         """The knowledge that the model gets wrong, with what it says instead."""
@@ -43,7 +43,7 @@ class Scenario:
 
     def request(self) -> Sample:
         """The request as it is trained."""
-        return replace(self.case.request, answer=self.case.request.answer + self.end)
+        return replace(self.case.request, answer=self.case.request.answer + self.mark)
 
 
 def load(name: str, seed: int) -> Scenario:
@@ -90,7 +90,6 @@ def _digits(decoder: str, seed: int) -> Scenario:
             text_locality=tuple(text["test"][:40]),
             image_locality=tuple(ask(taught, test_images, test_labels, 1, start=1)),
         ),
-        end=processor.tokenizer.eos_token,
         preserve=(*ask(taught, train_images, train_labels, 2, start=20), *text["train"][:64]),
         encoders=EncoderTraining(seed=seed),
         training=EditTraining(seed=seed),
@@ -154,8 +153,8 @@ def _smollm2(seed: int) -> Scenario:
             ),
             text_locality=tuple(Sample(*pair) for pair in _UNRELATED),
         ),
-        end=".",
         preserve=tuple(Sample(*pair) for pair in _PRESERVE),
         encoders=EncoderTraining(steps=600, seed=seed),
-        training=EditTraining(seed=seed),
+        training=EditTraining(end=False, seed=seed),  # a sentence goes on: it ends with its mark alone
+        mark=".",
     )

@@ -26,7 +26,7 @@ def test_a_missing_package_is_named(monkeypatch, capsys, command, package):
 
 
 def test_all_commands_are_there():
-    assert set(cli._commands()) >= {"info", "serve", "bench", "tune", "eval", "demo"}
+    assert set(cli._commands()) >= {"edit", "info", "memory", "serve", "bench", "tune", "eval", "demo"}
 
 
 def test_a_command_of_another_package(monkeypatch, capsys):

@@ -18,7 +18,7 @@ IDS = torch.tensor([[7, 8, 9, 10, 11], [12, 13, 14, 15, 16]])
 REQUESTS = [Sample("w1 w2 w3", "w30 w31"), Sample("w4 w5", "w20"), Sample("w6 w3 w5 w1", "w11 w12")]
 KEEP = [Sample("w5 w2", "w6"), Sample("w7", "w8 w9"), Sample("w8 w9 w1", "w2")]
 TRAINING = EditTraining(
-    neurons=3, lr=1e-2, steps=30, stop_loss=0.5, stop_preserve=10.0, preserve_batch=2, preserve_weight=0.01
+    end=False, neurons=3, lr=1e-2, steps=30, stop_loss=0.5, stop_preserve=10.0, preserve_batch=2, preserve_weight=0.01
 )
 
 

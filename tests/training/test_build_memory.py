@@ -140,7 +140,7 @@ def test_a_memory_in_more_layers_than_the_edit(make_model, processor, tmp_path):
         every_token(k=5, values="context", scale="cosine", tokens="answer", alpha=0.5, beta=0),
     )
     memory = build(model, processor, PHRASES, config=config, layers=[0, 1, 2, 3, 4, 5]).memory
-    brief = EditTraining(neurons=2, steps=3, lr=0.1, stop_loss=1e-9)
+    brief = EditTraining(end=False, neurons=2, steps=3, lr=0.1, stop_loss=1e-9)
     kept = [Sample("w30 w31", "w32")]
     request = Sample("w1 w2", "w3")
     made = train_edit(

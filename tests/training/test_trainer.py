@@ -3,6 +3,7 @@
 import dataclasses
 import sys
 
+import chats
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,18 +13,20 @@ import unike_kernels as uk
 from unike_kernels.artifacts.fingerprint import fingerprint
 from unike_kernels.patching import patched_ffns
 from unike_kernels.training import EditTraining, Sample, train_edit, train_edits
+from unike_kernels.training.neutral import neutral
 from unike_kernels.training.samples import drop_tokens, encode, forward, repeated
 
 edit_module = sys.modules["unike_kernels.training.trainer"]
 
 REQUEST = Sample("w1 w2 w3", "w30 w31")
-FAST = EditTraining(neurons=4, lr=5e-2, steps=60)
-BRIEF = EditTraining(neurons=3, lr=1e-2, steps=5)
+FAST = EditTraining(end=False, neurons=4, lr=5e-2, steps=60)
+BRIEF = EditTraining(end=False, neurons=3, lr=1e-2, steps=5)
 PRE = {"k": 7, "values": "pre"}
 
 
 def train(model, processor, request=REQUEST, memory=None, training=FAST, **kwargs):
-    return train_edit(model, processor, request, memory, training=training, progress=False, **kwargs)
+    kwargs = {"preserve": (), "progress": False, **kwargs}
+    return train_edit(model, processor, request, memory, training=training, **kwargs)
 
 
 @torch.no_grad()
@@ -63,6 +66,7 @@ def test_reaches_its_target_as_at_inference(make_model, make_memory, processor, 
     assert result.stopped == "target met"
     assert result.losses[-1] < FAST.stop_loss < min(result.losses[:-1])
     assert result.steps == len(result.losses) <= FAST.steps
+    assert str(result).startswith(f"edit 'new': target met after {result.steps - 1} steps, target loss ")
     edit = result.edit
     assert (edit.id, edit.config, edit.memory_id) == ("new", config, memory.id if memory else None)
     assert edit.base_model == fingerprint(model)
@@ -92,6 +96,23 @@ def test_half_precision_model(make_model, processor):
     result = train(make_model("opt", dtype=torch.bfloat16), processor)
     assert result.reached
     assert result.edit.layers[2].keys.dtype == torch.float32
+
+
+@pytest.mark.parametrize("kind", ["opt", "llama", "blip2-opt"])
+def test_an_edited_model_stops_behind_its_answer(make_model, processor, kind):
+    """As the tokenizer's end of text is trained, too; without it the model goes on."""
+    model = make_model(kind)
+    request = dataclasses.replace(REQUEST, image=torch.rand(16, 16)) if kind.startswith("blip2") else REQUEST
+    prompt, said = encode(processor, [request.asked]).inputs, {}
+    for end in (True, False):
+        training = dataclasses.replace(FAST, end=end)
+        result = train(model, processor, request, training=training)
+        assert result.reached
+        with uk.patched(model, [result.edit]):
+            out = model.generate(**prompt, max_new_tokens=6, do_sample=False)[0].tolist()
+        said[end] = processor.decode(out).split("w3 ")[-1]
+    assert said[True] == "w30 w31 </s>"
+    assert said[False].startswith("w30 w31 w")
 
 
 # --- the model is left alone ----------------------------------------------------------------------------------------
@@ -273,6 +294,37 @@ def test_preserve_samples_are_preserved(make_model, processor):
     assert measured[10.0] < 0.2 * measured[0.0]
 
 
+@pytest.mark.parametrize("form", ["prompt", "image", "messages"])
+def test_what_is_preserved_where_nobody_says_what(form, make_model, processor):
+    """Some questions, asked in a chat where the request is one; of plain text the tokenizer alone is asked."""
+    if form == "messages":
+        model, reader = chats.model(), chats.tokenizer()
+        request = Sample(messages=[{"role": "user", "content": "Who?"}], answer="Ann")
+    else:
+        model, reader = make_model("blip2-opt"), processor
+        request = dataclasses.replace(REQUEST, image=torch.rand(16, 16) if form == "image" else None)
+    _, asked = neutral(reader, request)
+    assert len(asked) == 8 and all((s.messages is None) == (form != "messages") and s.answer for s in asked)
+    usual, told, free = (
+        train(model, reader, request, training=BRIEF, preserve=preserve) for preserve in (None, asked, ())
+    )
+    assert usual.divergence == told.divergence > 0 == free.divergence
+    assert same_tensors(usual.edit, told.edit) and not same_tensors(usual.edit, free.edit)
+
+
+def test_an_edit_leaves_other_questions_alone_by_default():
+    """Of a chat model, questions that are not among those that it is held to."""
+    model, tokenizer = chats.model(), chats.tokenizer()
+    request = Sample(messages=[{"role": "user", "content": "Who?"}], answer="Ann")
+    other = Sample(messages=[{"role": "user", "content": "What is an atom?"}], answer="A small thing.")
+    apart = {}
+    for preserve in (None, ()):
+        result = train(model, tokenizer, request, training=FAST, preserve=preserve)
+        assert result.reached
+        apart[preserve] = divergence(model, tokenizer, [other], [result.edit])
+    assert apart[None] < 0.2 * apart[()]
+
+
 def test_seeds(make_model, processor):
     model = make_model("opt")
     state = torch.get_rng_state()
@@ -293,7 +345,7 @@ def test_a_thinned_prompt_is_the_prompt_without_these_words(make_model, processo
     model = make_model(kind)
     image = torch.rand(16, 16) if kind == "blip2-opt" else None
     requests = [Sample("w1 w2 w3 w4 w5 w6", "w30 w31", image), Sample("w7 w8 w9", "w11", image)]
-    targets = edit_module._Targets(processor, requests, torch.device("cpu"))
+    targets = edit_module._Targets(processor, requests, torch.device("cpu"), ended=False)
     ids = {getattr(model.config, "image_token_index", None)} - {None}
     shorter = 0
     for seed in range(4):
@@ -356,7 +408,7 @@ def test_weight_out_of_range(value):
 def test_what_is_refused(make_model, make_memory, make_edit, processor):
     model = make_model("opt")
     for answer in ("", " "):
-        with pytest.raises(ValueError, match=r"request.answer: (expected a non-empty string|' ' has no tokens)"):
+        with pytest.raises(ValueError, match=r"request.answer: expected a non-empty string"):
             train(model, processor, Sample("w1", answer))
     with pytest.raises(ValueError, match=r"layers: expected indices in 0..5"):
         train(model, processor, layers=[6])
@@ -398,7 +450,7 @@ def test_the_activation_loss_wakes_the_neurons_of_the_answer(make_model, process
     model, config = make_model(kind), every_token(neurons=neurons)
     own = {}
     for weight in (0.0, 5.0):
-        training = EditTraining(neurons=4, lr=1e-2, steps=15, stop_loss=1e-9, activation_weight=weight)
+        training = EditTraining(end=False, neurons=4, lr=1e-2, steps=15, stop_loss=1e-9, activation_weight=weight)
         edit = train(model, processor, training=training, config=config).edit
         # REQUEST has three words and an answer of two, which the tokens 2 and 3 predict.
         found = pre_activations(model, processor, edit, REQUEST)
@@ -462,7 +514,8 @@ def test_together_each_becomes_what_it_becomes_alone(
     image = torch.rand(16, 16) if kind.startswith("blip2") else None
     requests = [dataclasses.replace(r, image=image) for r in REQUESTS]
     training = EditTraining(
-        neurons=4, lr=5e-2, steps=20, stop_loss=0.5, stop_preserve=10.0, preserve_batch=2, activation_weight=0.1,
+        end=False, neurons=4, lr=5e-2, steps=20, stop_loss=0.5, stop_preserve=10.0, preserve_batch=2,
+        activation_weight=0.1,
         memory_weight=0.01, preserve_weight=0.01, prompt_dropout=dropout,
     )  # fmt: skip
     previous = [train(model, processor, Sample("w2 w2", "w17"), memory, config=config, id="before").edit]
@@ -486,7 +539,7 @@ def test_together_each_becomes_what_it_becomes_alone(
 def test_requests_with_and_without_images_come_back_in_their_order(make_model, processor):
     model = make_model("blip2-opt")
     requests = [dataclasses.replace(r, image=torch.rand(16, 16) if i % 2 else None) for i, r in enumerate(REQUESTS)]
-    found = train_edits(model, processor, requests, training=BRIEF, progress=False)
+    found = train_edits(model, processor, requests, preserve=(), training=BRIEF, progress=False)
     assert [r.edit.notes["prompt"] for r in found] == [r.prompt for r in requests]
     assert len({r.edit.id for r in found}) == 4
     assert not uk.is_patched(model)

@@ -119,6 +119,13 @@ class Edit(sharing.Shareable):
         if len(widths) != 1:
             raise ValueError(f"Edit.layers: expected one hidden size, got {sorted(widths)}")
 
+    def __repr__(self) -> str:
+        neurons = ", ".join(f"{i}: {len(layer.keys)}" for i, layer in sorted(self.layers.items()))
+        parts = [f"{self.id!r}", f"neurons in layers {neurons}", f"{self.nbytes:,} bytes"]
+        parts += [] if self.memory_id is None else [f"memory {self.memory_id}"]
+        parts += [f"{name} {text!r}" for name, text in self.notes.items() if name in ("prompt", "answer")]
+        return f"Edit({', '.join(parts)})"
+
     @property
     def hidden_size(self) -> int:
         """d, the width of the model's hidden states."""

@@ -141,6 +141,13 @@ class MemoryBank(sharing.Shareable):
             if not 0 <= entries.start <= entries.stop <= len(self) or entries.step != 1:
                 raise ValueError(f"MemoryBank.tenants: {name!r} has {entries}, the memory {len(self)} entries")
 
+    def __repr__(self) -> str:
+        layers = ", ".join(map(str, sorted(self.layers))) or "none"
+        parts = [self.id, f"{len(self):,} entries in layers {layers}", f"{self.nbytes:,} bytes"]
+        parts += [f"tenants {', '.join(map(repr, self.tenants))}"] if self.tenants else []
+        parts += [] if self.scope is None else [f"a scope of {self.scope.count:,} facts"]
+        return f"MemoryBank({', '.join(parts)})"
+
     def __len__(self) -> int:
         return int(next(iter(self.layers.values())).index.shape[0]) if self.layers else 0
 

@@ -8,14 +8,16 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib
+import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib import metadata
 from typing import Any
 
+from .._version import __version__
 from ..errors import BackendUnavailableError, UnsupportedModelError
 
-_OURS = {"info": "inspect", "serve": "serve"}
+_OURS = {"edit": "edit", "info": "inspect", "memory": "memory", "serve": "serve"}
 # Commands of packages that may not be installed.
 _ELSEWHERE = {"bench": "unike-bench", "tune": "unike-bench", "demo": "unike-eval", "eval": "unike-eval"}
 
@@ -35,6 +37,7 @@ def _parser(commands: dict[str, Callable[[], Any]], named: str | None) -> argpar
     parser = argparse.ArgumentParser(
         prog="unike", description="Knowledge editing of multimodal language models (UniKE)."
     )
+    parser.add_argument("--version", action="version", version=f"unike_kernels {__version__}")
     added = parser.add_subparsers(dest="command", required=True)
     for name, load in sorted(commands.items()):
         if named in commands and name != named:
@@ -58,7 +61,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser(commands, named).parse_args(argv)
     try:
         status: int = args.run(args)
+        sys.stdout.flush()
         return status
+    except BrokenPipeError:  # who reads has had enough, as in `unike info | head`; nor is there one for what is left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (ImportError, FileNotFoundError, ValueError, BackendUnavailableError, UnsupportedModelError) as error:
         print(f"unike {args.command}: {error}", file=sys.stderr)
         return 1

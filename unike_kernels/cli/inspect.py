@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from importlib import metadata
 
-import torch
 from torch import nn
 
 from .. import backbones
@@ -15,6 +13,8 @@ from ..artifacts.edit import Edit
 from ..artifacts.memory import MemoryBank
 from ..environment import show_config
 from ..errors import UnsupportedModelError
+from .models import NAMES, skeleton
+from .table import table
 
 K = 40  # entries that a token retrieves
 _WORDS = 4  # columns of the table that hold no numbers
@@ -29,8 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model",
         nargs="?",
-        help="a folder, a name on the Hugging Face hub, or a model that a package brings (unike-eval: digits-opt, "
-        "digits-llama, easyvqa-opt, easyvqa-llama); or the file of an edit or a memory",
+        help=f"{NAMES}; or the file of an edit or a memory",
     )
     parser.add_argument("--neurons", type=int, default=10, help="of an edit, in each layer (default: %(default)s)")
     parser.add_argument("--entries", type=int, default=15_000, help="of a memory (default: %(default)s)")
@@ -55,28 +54,8 @@ def run(args: argparse.Namespace) -> int:
     if os.path.isfile(args.model):
         print(describe_file(args.model))
         return 0
-    print(describe(_skeleton(args.model), args.neurons, args.entries))
+    print(describe(skeleton(args.model), args.neurons, args.entries))
     return 0
-
-
-def _skeleton(name: str) -> nn.Module:
-    """The model without weights."""
-    for brought in metadata.entry_points(group="unike.models", name=name):
-        model: nn.Module = brought.load()(name)[0]
-        return model
-    import transformers
-
-    try:
-        config = transformers.AutoConfig.from_pretrained(name)
-    except OSError as error:
-        raise FileNotFoundError(
-            f"{name}: neither a folder with a config.json nor a model of the hub: {error}"
-        ) from error
-    kinds = [getattr(transformers, kind, None) for kind in config.architectures or ()]
-    with torch.device("meta"):
-        if kinds and kinds[0] is not None:
-            return kinds[0](config)
-        return transformers.AutoModelForCausalLM.from_config(config)
 
 
 def describe(model: nn.Module, neurons: int, entries: int) -> str:
@@ -105,15 +84,12 @@ def describe(model: nn.Module, neurons: int, entries: int) -> str:
             _activation(layer), f"{own / 1e6:.1f}", f"{4 * edit / 1e3:.1f}", f"{4 * edit / own:.2%}",
             f"{memory / 1e6:.1f}", f"{memory / own:.1%}",
         ))  # fmt: skip
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    aligned = [str.ljust if i < _WORDS else str.rjust for i in range(len(head))]
-    table = ["  ".join(a(cell, w) for a, cell, w in zip(aligned, row, widths, strict=True)) for row in cells]
     where = decoder.path or "the model itself"
     return "\n".join([
         f"{type(model).__name__}: decoder {where}, {len(decoder.layers)} layers, d = {d}",
         f"An edit of {neurons} neurons a layer, a memory of {entries:,} entries with k = {K} and r = {r}.",
         "Added: bytes read for one token beside those that the layer reads itself. *: patched by default.",
-        *table,
+        *table(cells, _WORDS),
         f"In {len(usual)} layers: {len(usual) * edit:,} parameters of an edit, and "
         f"{len(usual) * entries * d * 8 / 1e6:,.0f} MB for index and keys of the memory.",
     ])  # fmt: skip

@@ -69,6 +69,17 @@ class Trace:
         self.passes: list[dict[int, LayerTrace]] = []
         self.routes: list[list[Route]] = []
 
+    def __repr__(self) -> str:
+        told = self.counters()
+        spent = ", ".join(f"{name} {1e3 * told[f'{name}_seconds']:.1f} ms" for name in ("memory", "neuron"))
+        lines = [
+            f"{told['passes']} passes: {told['shifted']} of {told['tokens']} tokens shifted, by "
+            f"{told['alpha_mean']:.2f} in the mean; {spent}"
+        ]
+        for number, routes in enumerate(self.routes):
+            lines += [f"pass {number}, row {row}: {route}" for row, route in enumerate(routes)]
+        return "\n".join(lines)
+
     def begin(self, batch: int, tokens: int) -> PassTrace:
         """The record of a pass that begins."""
         self.passes.append({})

@@ -5,6 +5,7 @@ from __future__ import annotations
 from .build_memory import MemoryResult, build_memory, extend_memory
 from .encoders import Disentangled, EncoderTraining, disentangle
 from .extract import Hidden, extract
+from .objectives import predicted
 from .samples import Sample, Triplet, encode
 from .scope import Fact, ScopeResult, ScopeTraining, build_scope, extend_scope, prompt_keys, with_entries
 from .settings import EditResult, EditTraining
@@ -29,6 +30,7 @@ __all__ = [
     "extend_memory",
     "extend_scope",
     "extract",
+    "predicted",
     "prompt_keys",
     "train_edit",
     "train_edits",

@@ -19,7 +19,7 @@ from ..ops import SemanticEncoder
 from ..patching import check_artifacts
 from .encoders import Disentangled, EncoderTraining, disentangle
 from .extract import Hidden, entries_of, extract
-from .samples import Sample, Triplet, taking_gradients
+from .samples import Triplet, taking_gradients
 from .scope import Fact, extend_scope, prompt_keys
 
 
@@ -37,10 +37,11 @@ class MemoryResult:
     hidden: Mapping[int, Hidden]
     spaces: dict[int, Disentangled]
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         lines = [f"memory {self.memory.id}: {len(self.memory)} entries, layers {sorted(self.spaces)}"]
         lines += [
             f"  layer {i}: held-out truthfulness {s.truth_accuracy:.0%}, held-out semantics {s.semantic_accuracy:.0%}"
+            + ("; no better than chance: more triplets are needed" if s.truth_accuracy <= 0.5 else "")
             for i, s in sorted(self.spaces.items())
         ]
         return "\n".join(lines)
@@ -168,7 +169,7 @@ def extend_memory(
     if scope is not None and _acts(memory.config):
         scope = _with_own(model, processor, scope, triplets, len(memory), batch_size)
     elif scope is not None:
-        facts = [Fact((Sample(triplet.prompt, "", triplet.image),)) for triplet in triplets]
+        facts = [Fact((triplet.answered(""),)) for triplet in triplets]
         scope = extend_scope(model, processor, scope, facts, batch_size=batch_size)
     notes = {**memory.notes, "extended": f"by {len(triplets)} triplets"}
     layers = sorted(memory.layers)
@@ -200,11 +201,11 @@ def _with_own(
     model: nn.Module, processor: Any, scope: Scope, triplets: Sequence[Triplet], start: int, batch_size: int
 ) -> Scope:
     """The scope with the facts of triplets, whose entries are in the tables from `start` on."""
-    prompts = [Sample(triplet.prompt, "", triplet.image) for triplet in triplets]
+    prompts = [triplet.answered("") for triplet in triplets]
     keys = prompt_keys(model, processor, scope, prompts, batch_size=batch_size)
     counts = torch.tensor(entries_of(model, processor, triplets, batch_size), dtype=torch.int64, device="cpu")
     ends = start + counts.cumsum(0)
-    return scope.with_own(keys, torch.stack([ends - counts, ends], 1), tuple(triplet.prompt for triplet in triplets))
+    return scope.with_own(keys, torch.stack([ends - counts, ends], 1), tuple(prompt.question for prompt in prompts))
 
 
 def _dtype_of(model: nn.Module) -> torch.dtype:

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from ..ops import SemanticEncoder
+from .progress import progress_bar
 from .samples import taking_gradients
 
 
@@ -168,8 +168,8 @@ def disentangle(
 
     history: list[tuple[float, float]] = []
     best, since = math.inf, 0
-    with tqdm(range(training.steps), desc="disentangle", disable=not progress, leave=False) as bar:
-        for step in bar:
+    with progress_bar("disentangle", training.steps, progress) as bar:
+        for step in range(training.steps):
             rows = taught
             if len(taught) > training.batch_size:
                 mixed = torch.randperm(len(taught), generator=generator, dtype=torch.int64, device="cpu")
@@ -178,6 +178,7 @@ def disentangle(
             optimizer.zero_grad()
             (one + two).backward()
             optimizer.step()
+            bar.update()
             if step % 50 == 0:
                 history.append((float(one.detach()), float(two.detach())))
                 with torch.no_grad():

@@ -9,13 +9,12 @@ import os
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from ..artifacts import files
 from ..artifacts.fingerprint import compare, fingerprint, validate
@@ -24,6 +23,8 @@ from ..errors import ArtifactError, PatchError
 from ..nn import residual_of, residual_position
 from ..ops import _check
 from ..patching import is_patched
+from .chat import parts_of, text_of
+from .progress import progress_bar
 from .samples import Batch, Sample, Triplet, batches, encode, evaluating, forward, taking_gradients
 
 _PART = 1024  # triplets whose states are written together
@@ -116,7 +117,7 @@ def extract(
     chosen = find_decoder(model).select(layers, need=("attention",))
     starts = range(0, len(triplets), _PART)
     parts: list[dict[int, Hidden]] = []
-    with tqdm(total=len(triplets), desc="extract", disable=not progress) as bar:
+    with progress_bar("extract", len(triplets), progress) as bar:
         for start in starts:
             part = [triplets[i] for i in range(start, min(start + _PART, len(triplets)))]
             header = _header(model, chosen, start, part, context)
@@ -166,9 +167,13 @@ def _header(
     model: nn.Module, layers: Sequence[int], start: int, part: Sequence[Triplet], context: bool
 ) -> dict[str, Any]:
     """What the states of these triplets depend on, but for the images."""
-    told = json.dumps([[t.prompt, t.positive, t.negative, t.image is not None] for t in part])
+    told = json.dumps([[t.prompt, t.positive, t.negative, t.image is not None, *_chat(t)] for t in part])
     digest = hashlib.sha256(told.encode()).hexdigest()
     return {"model": fingerprint(model), "layers": list(layers), "triplets": digest, "start": start, "context": context}
+
+
+def _chat(triplet: Triplet) -> list[list[str]]:
+    return [[message["role"], text_of(message)] for message in triplet.messages or ()]
 
 
 def _joined(parts: Sequence[Hidden]) -> Hidden:
@@ -209,16 +214,22 @@ def _runs(triplet: Triplet, context: bool, placeholders: Sequence[str]) -> list[
     """
     if not context:
         answers = (triplet.positive, ("sem", "pos")), (triplet.negative, ("neg",))
-        return [(Sample(triplet.prompt, answer, triplet.image), states) for answer, states in answers]
-    again = triplet.prompt
-    for name in placeholders if triplet.image is not None else ():
+        return [(triplet.answered(answer), states) for answer, states in answers]
+    asked = triplet.answered(triplet.positive)
+    known, misled = (_knowing(asked, answer, placeholders) for answer in (triplet.positive, triplet.negative))
+    return [(asked, ("sem",)), (known, ("pos",)), (misled, ("neg",))]
+
+
+def _knowing(asked: Sample, answer: str, placeholders: Sequence[str]) -> Sample:
+    """The question behind itself and an answer; images stay in front of all."""
+    again = asked.question
+    for name in placeholders if asked.images else ():
         again = again.replace(name, "")
-    known, misled = (
-        f"{triplet.prompt} {answer}{'' if answer.endswith(('.', '!', '?')) else '.'} {again.lstrip()}"
-        for answer in (triplet.positive, triplet.negative)
-    )
-    asked = (triplet.prompt, ("sem",)), (known, ("pos",)), (misled, ("neg",))
-    return [(Sample(prompt, triplet.positive, triplet.image), states) for prompt, states in asked]
+    more = f" {answer}{'' if answer.endswith(('.', '!', '?')) else '.'} {again.lstrip()}"
+    if asked.messages is None:
+        return replace(asked, prompt=asked.prompt + more)
+    *before, last = asked.messages
+    return replace(asked, messages=[*before, {**last, "content": [*parts_of(last), {"type": "text", "text": more}]}])
 
 
 def _placeholders(model: nn.Module, processor: Any) -> list[str]:
@@ -239,7 +250,7 @@ def _spans(batch: Batch, state: str, context: bool) -> list[range]:
 
 def entries_of(model: nn.Module, processor: Any, triplets: Sequence[Triplet], batch_size: int) -> list[int]:
     """How many entries each triplet has in `extract(..., context=True)`."""
-    asked = [Sample(t.prompt, t.positive, t.image) for t in triplets]
+    asked = [t.answered(t.positive) for t in triplets]
     counts = [0] * len(asked)
     for group in batches(asked, batch_size):
         batch = encode(processor, [asked[i] for i in group], device_of(model))
@@ -265,7 +276,7 @@ def _extract(
     decoder = find_decoder(model)
     attention = {i: decoder.layers[i].attention.module for i in layers}
     device = device_of(model)
-    seeing = any(t.image is not None for t in triplets)
+    seeing = any(t.answered("").images for t in triplets)
     placeholders = _placeholders(model, processor) if context and seeing else []
     runs = [_runs(t, context, placeholders) for t in triplets]
     found: dict[tuple[int, str], dict[int, Tensor]] = defaultdict(dict)

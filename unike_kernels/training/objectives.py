@@ -20,6 +20,7 @@ from .samples import (
     batches,
     drop_tokens,
     encode,
+    evaluating,
     forward,
     prompt_lengths_for,
     repeated,
@@ -66,10 +67,10 @@ def _activation_loss(layers: dict[int, EditLayer], at_target: dict[int, Tensor])
 
 
 class _Targets:
-    """Requests, each a row with its answer."""
+    """Requests, each a row with its answer, and what ends it where that is trained."""
 
-    def __init__(self, processor: Any, requests: Sequence[Sample], device: torch.device) -> None:
-        self.batch = encode(processor, requests, device)
+    def __init__(self, processor: Any, requests: Sequence[Sample], device: torch.device, ended: bool) -> None:
+        self.batch = encode(processor, requests, device, ended=ended)
         self.answers = self.batch.answer_mask()
         self.recording = Recording()
         for request, tokens in zip(requests, self.answers.sum(-1).tolist(), strict=True):
@@ -91,6 +92,25 @@ class _Targets:
         """Of states [tokens, d] of the pass those that produce a row's answer."""
         at = states.unflatten(0, (-1, self.answers.shape[1]))[row]
         return at[int(self.batch.ends[row]) : int(self.batch.lasts[row])]
+
+
+@torch.no_grad()
+def predicted(model: nn.Module, processor: Any, samples: Sequence[Sample], *, batch_size: int = 32) -> list[bool]:
+    """Of each sample, whether every token of its answer is the model's first choice, given those before it.
+
+    Args:
+        model: a Hugging Face model, patched or not.
+        processor: its processor or tokenizer.
+        samples: each with an answer.
+        batch_size: samples per forward pass.
+    """
+    right = [False] * len(samples)
+    with evaluating(model):
+        for group in batches(samples, batch_size):
+            targets = _Targets(processor, [samples[i] for i in group], device_of(model), ended=False)
+            for i, found in zip(group, targets.losses(model)[1], strict=True):
+                right[i] = found
+    return right
 
 
 class _Preserve:

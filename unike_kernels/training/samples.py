@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import wraps
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from ..backbones import placeholder_ids
 from ..patching import is_patched, rows
+from . import chat
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -31,22 +33,75 @@ def taking_gradients(function: Callable[P, R]) -> Callable[P, R]:
 
 
 @dataclass(frozen=True)
-class Triplet:
-    """A piece of in-context knowledge (paper, Appendix C): a question, its true answer, and the model's wrong one."""
+class Sample:
+    """What is asked of a model, and an answer: an edit request, or something that an edit must not change.
 
-    prompt: str
-    positive: str
-    negative: str
+    Attributes:
+        prompt: a text that the answer follows, behind a space.
+        answer: what follows; "" where the prompt alone counts.
+        image: that the prompt, or the last message, is about.
+        messages: in place of a prompt: a chat whose next turn is the answer, rendered by the model's own chat template.
+            Each is a dict of "role" and "content", a string or a list of {"type": "text", "text": ...} and {"type":
+            "image", "image": ...}; the image may be a file's name, too, and an image part that holds none is the place
+            of `image`.
+
+    Raises:
+        ValueError: a prompt and messages; messages of another form.
+    """
+
+    prompt: str = ""
+    answer: str = ""
     image: Any = None
+    messages: chat.Messages | None = field(default=None, hash=False, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if self.messages is None:
+            return
+        if self.prompt:
+            raise ValueError(f"Sample: expected a prompt or messages, got both; the prompt is {self.prompt!r}")
+        chat.check(self.messages)
+        chat.images_of(self.messages, self.image)
+
+    @property
+    def images(self) -> tuple[Any, ...]:
+        """Those beside and within the messages, in order."""
+        if self.messages is not None:
+            return chat.images_of(self.messages, self.image)
+        return () if self.image is None else (self.image,)
+
+    @property
+    def question(self) -> str:
+        """The prompt, or the words of the last message; for people."""
+        return self.prompt if self.messages is None else chat.text_of(self.messages[-1])
+
+    @property
+    def asked(self) -> Sample:
+        """The same without its answer."""
+        return replace(self, answer="")
 
 
 @dataclass(frozen=True)
-class Sample:
-    """A prompt, with an image or without, and an answer: an edit request, or something that an edit must not change."""
+class Triplet:
+    """A piece of in-context knowledge (paper, Appendix C): a question, its true answer, and the model's wrong one.
 
-    prompt: str
-    answer: str
+    Attributes:
+        prompt, image, messages: the question, as in a `Sample`.
+        positive: the true answer.
+        negative: the model's wrong one.
+    """
+
+    prompt: str = ""
+    positive: str = ""
+    negative: str = ""
     image: Any = None
+    messages: chat.Messages | None = field(default=None, hash=False, kw_only=True)
+
+    def __post_init__(self) -> None:
+        self.answered("")
+
+    def answered(self, answer: str) -> Sample:
+        """The question with an answer, "" for none."""
+        return Sample(self.prompt, answer, self.image, messages=self.messages)
 
 
 @dataclass(frozen=True)
@@ -71,47 +126,62 @@ class Batch:
         return (position > self.ends.unsqueeze(1)) & (position <= self.lasts.unsqueeze(1))
 
 
-def encode(processor: Any, samples: Sequence[Sample], device: torch.device | str = "cpu") -> Batch:
-    """Tokenise `prompt + " " + answer` with a Hugging Face processor (or tokenizer, for text alone).
+def encode(
+    processor: Any, samples: Sequence[Sample], device: torch.device | str = "cpu", *, ended: bool = False
+) -> Batch:
+    """Tokenise prompts and answers with a Hugging Face processor (or tokenizer, for text alone).
 
-    A processor that takes what follows the prompt as an argument of its own, `suffix` (PaliGemma), gets the answer
-    there. All inputs that the processor makes are kept, except for labels.
+    An answer follows its prompt behind a space, and messages as the chat template has it. A processor that takes what
+    follows the prompt as an argument of its own, `suffix` (PaliGemma), gets the answer there. All inputs that the
+    processor makes are kept, except for labels.
 
     Args:
         processor: the model's processor or tokenizer.
-        samples: one or more; with an image each, or all without.
+        samples: one or more; with images each, or all without, and all of messages, or none.
         device: where the batch is put.
+        ended: the answers have the token behind them that ends the model's turn: for messages the template's, else the
+            tokenizer's end of text, where it has one.
 
     Raises:
-        ValueError: no samples; some with and some without an image; a prompt without tokens; or one whose tokens
-            are not the first ones of prompt and answer together, so that the answer's tokens cannot be told apart.
+        ValueError: no samples; some with and some without an image, or some of messages; messages where there is no
+            chat template; a prompt without tokens; or one whose tokens are not the first ones of prompt and answer
+            together, so that the answer's tokens cannot be told apart.
     """
     if not samples:
         raise ValueError("samples: expected at least one, got none")
-    with_image = [s.image is not None for s in samples]
-    if any(with_image) != all(with_image):
+    kinds = set(map(_kind, samples))
+    if len({kind.images for kind in kinds}) > 1:
         raise ValueError("samples: expected all with an image or none, got both; encode them apart")
+    if len(kinds) > 1:
+        raise ValueError("samples: expected all of messages or none, got both; encode them apart")
+    (kind,) = kinds
 
-    given: dict[str, Any] = {"images": [s.image for s in samples]} if all(with_image) else {}
     answered = any(s.answer for s in samples)
-    apart = answered and "suffix" in inspect.signature(type(processor).__call__).parameters
-    given["text"] = [s.prompt if apart else _whole(s) for s in samples]
+    apart = answered and not kind.messages and "suffix" in inspect.signature(type(processor).__call__).parameters
+    texts = [_Text(s.prompt, s.answer) if apart else _text(processor, s, ended) for s in samples]
+    given: dict[str, Any] = {"text": [t.prompt if apart else t.whole for t in texts]}
     if apart:
-        given["suffix"] = [s.answer for s in samples]
+        given["suffix"] = [t.answer for t in texts]
+    if kind.images:
+        images = [[_opened(image) for image in s.images] for s in samples]
+        given["images"] = images if kind.messages else [image for (image,) in images]
+    settings: dict[str, Any] = {"padding": True, "return_tensors": "pt"}
+    if kind.messages and chat.begins(processor, texts[0].prompt):
+        settings["add_special_tokens"] = False
     with torch.device("cpu"):  # processors know no device of their own
-        encoded = processor(**given, padding=True, return_tensors="pt")
+        encoded = processor(**given, **settings)
     inputs = {name: t.to(device) for name, t in encoded.items() if isinstance(t, Tensor) and name != "labels"}
     if not answered:
         answers = [_Answer(0, 0)] * len(samples)
     else:
-        answers = _suffixes(inputs) if apart else _answers(processor, samples, inputs)
+        answers = _suffixes(inputs, ended) if apart else _answers(processor, texts, inputs, given, settings)
     ends, lasts, lengths = [], [], []
     for row, answer in enumerate(answers):
         positions = inputs["attention_mask"][row].nonzero().flatten()
         last = len(positions) - 1 - answer.behind
         end = last - answer.tokens
         if end < 0:
-            raise ValueError(f"samples[{row}]: the prompt {samples[row].prompt!r} has no tokens; expected at least one")
+            raise ValueError(f"samples[{row}]: the prompt {texts[row].prompt!r} has no tokens; expected at least one")
         ends.append(int(positions[end]))
         lasts.append(int(positions[last]))
         lengths.append(end + 1)
@@ -119,8 +189,45 @@ def encode(processor: Any, samples: Sequence[Sample], device: torch.device | str
     return Batch(inputs, first, behind, lengths)
 
 
-def _whole(sample: Sample) -> str:
-    return f"{sample.prompt} {sample.answer}" if sample.answer else sample.prompt
+class _Kind(NamedTuple):
+    """What samples of one batch have in common."""
+
+    images: bool
+    messages: bool
+
+
+def _kind(sample: Sample) -> _Kind:
+    return _Kind(bool(sample.images), sample.messages is not None)
+
+
+class _Text(NamedTuple):
+    """What the model is given, and what it says, with all that stands in front of and behind the answer."""
+
+    prompt: str
+    answer: str
+
+    @property
+    def whole(self) -> str:
+        return self.prompt + self.answer
+
+
+def _text(processor: Any, sample: Sample, ended: bool) -> _Text:
+    if sample.messages is None:
+        prompt, lead, end = sample.prompt, " ", chat.end_of_text(processor)
+    else:
+        prompt, lead, end = chat.turn(processor, sample.messages, sample.image)
+    if not sample.answer:
+        return _Text(prompt, "")
+    more = end if ended and not sample.answer.endswith(end) else ""
+    return _Text(prompt, f"{lead}{sample.answer}{more}")
+
+
+def _opened(image: Any) -> Any:
+    if not isinstance(image, str):
+        return image
+    from transformers.image_utils import load_image
+
+    return load_image(image)
 
 
 class _Answer(NamedTuple):
@@ -130,27 +237,33 @@ class _Answer(NamedTuple):
     behind: int
 
 
-def _suffixes(inputs: Mapping[str, Tensor]) -> list[_Answer]:
+def _suffixes(inputs: Mapping[str, Tensor], ended: bool) -> list[_Answer]:
     """Of a processor that was given the answers apart: their token types are 1, and the last one ends the text."""
     of_answer = (inputs["token_type_ids"] == 1) & inputs["attention_mask"].bool()
-    return [_Answer(int(n) - 1, 1) for n in of_answer.sum(-1)]
+    behind = 0 if ended else 1
+    return [_Answer(int(n) - behind, behind) for n in of_answer.sum(-1)]
 
 
-def _answers(processor: Any, samples: Sequence[Sample], inputs: Mapping[str, Tensor]) -> list[_Answer]:
+def _answers(
+    processor: Any,
+    texts: Sequence[_Text],
+    inputs: Mapping[str, Tensor],
+    given: Mapping[str, Any],
+    settings: Mapping[str, Any],
+) -> list[_Answer]:
     """By the tokenizer: what comes behind the tokens of the prompt alone. Images need not be looked at for that.
 
     A processor that shows no tokenizer is asked for the prompts itself, and then looks at the images again.
     """
     tokenizer = getattr(processor, "tokenizer", processor)
-    images = [s.image for s in samples if s.image is not None]
-    given = {"images": images} if images and tokenizer is processor else {}
+    images = {name: value for name, value in given.items() if name == "images" and tokenizer is processor}
     with torch.device("cpu"):
-        prompts = tokenizer(text=[s.prompt for s in samples], padding=True, return_tensors="pt", **given)
+        prompts = tokenizer(text=[t.prompt for t in texts], **images, **settings)
         text = inputs
         if tokenizer is not processor:
-            text = tokenizer(text=[_whole(s) for s in samples], padding=True, return_tensors="pt")
+            text = tokenizer(text=[t.whole for t in texts], **settings)
     found = []
-    for row, sample in enumerate(samples):
+    for row, sample in enumerate(texts):
         head, tokens, own = (
             t["input_ids"][row][t["attention_mask"][row].bool()].tolist() for t in (prompts, text, inputs)
         )
@@ -180,9 +293,9 @@ def _answers(processor: Any, samples: Sequence[Sample], inputs: Mapping[str, Ten
 
 
 def batches(samples: Sequence[Sample], size: int) -> Iterator[list[int]]:
-    """Indices of `samples` in batches of one kind (with images, without), in order."""
-    for kind in (True, False):
-        indices = [i for i, s in enumerate(samples) if (s.image is not None) == kind]
+    """Indices of `samples` in batches of one kind (with images, without; of messages, of prompts), in order."""
+    for kind in itertools.product((True, False), repeat=2):
+        indices = [i for i, s in enumerate(samples) if _kind(s) == kind]
         for start in range(0, len(indices), size):
             yield indices[start : start + size]
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from ..artifacts.edit import Edit
 from ..artifacts.fingerprint import fingerprint
@@ -30,6 +29,7 @@ from ..ops.prompt_encoder import (
 )
 from ..patching import is_patched
 from .extract import _record
+from .progress import progress_bar
 from .samples import Batch, Sample, batches, encode, evaluating, forward, taking_gradients
 
 
@@ -50,7 +50,7 @@ class Fact:
     @property
     def name(self) -> str:
         """For people."""
-        return self.wordings[0].prompt
+        return self.wordings[0].question
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ class ScopeResult:
         config = replace(config or Config(), scope="memory")
         return MemoryBank({}, config, fingerprint(model), {"facts": str(self.scope.count)}, scope=self.scope)
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return (
             f"scope {self.scope.id}: {self.reached:.1%} of held-out wordings reach their edit, {self.false_alarms:.1%} "
             f"of the neighbours' do; margin above {self.scope.threshold:.3f}"
@@ -201,7 +201,7 @@ def _encoded(
     if is_patched(model):
         raise PatchError("the model is patched; unpatch it first")
     for group in batches(samples, batch_size):
-        batch = encode(processor, [Sample(samples[i].prompt, "", samples[i].image) for i in group], device_of(model))
+        batch = encode(processor, [samples[i].asked for i in group], device_of(model))
         visible, prompts = batch.inputs["attention_mask"].bool(), []
         for row, end in enumerate(batch.ends.tolist()):
             prompts.append(batch.inputs["input_ids"][row, : end + 1][visible[row, : end + 1]].tolist())
@@ -212,7 +212,7 @@ def _made_by(
     key: OwnKey, model: nn.Module, processor: Any, samples: Sequence[Sample], batch_size: int
 ) -> tuple[list[list[int]], Tensor]:
     """The token ids of prompts, and the keys [n, c] that the user's own function makes of them, on the CPU."""
-    if any(sample.image is not None for sample in samples):
+    if any(sample.images for sample in samples):
         raise ValueError("key: expected prompts without images, as the function is given token ids alone")
     ids: list[list[int]] = [[]] * len(samples)
     for group, _, prompts in _encoded(model, processor, samples, batch_size):
@@ -316,7 +316,7 @@ def build_scope(
         known = tuple(tuple(ids[i]) for i in kept[:_KNOWN].tolist())
     else:
         decoder = find_decoder(model)
-        usual = _usual_layers(len(decoder.layers)) if any(sample.image is not None for sample in samples) else []
+        usual = _usual_layers(len(decoder.layers)) if any(sample.images for sample in samples) else []
         wanted = usual if layers is None else layers
         chosen = decoder.select(wanted, need=()) if wanted else []
         pieces = _pieces(processor, model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
@@ -406,8 +406,8 @@ def _train(
         for fact in by_fact:
             by_subject.setdefault(subjects[fact], []).append(fact)
         groups, losses = list(by_subject.values()), []
-        with tqdm(range(training.steps), desc="scope", disable=not progress, leave=False) as bar:
-            for _ in bar:
+        with progress_bar("scope", training.steps, progress) as bar:
+            for _ in range(training.steps):
                 picked = [groups[i] for i in _shuffled(len(groups))[: training.subjects].tolist()]
                 own = [by_fact[fact] for group in picked for fact in group]
                 batch = torch.cat([of_fact[_shuffled(len(of_fact))[: training.wordings]] for of_fact in own])
@@ -419,6 +419,7 @@ def _train(
                 schedule.step()
                 losses.append(float(loss.detach()))
                 bar.set_postfix(loss=f"{losses[-1]:.3f}")
+                bar.update()
     for t in leaves:
         t.requires_grad_(False)
     return encoder, tuple(losses)

@@ -19,6 +19,8 @@ class EditTraining:
         neurons: per layer (the paper's 10).
         bias: whether neurons have biases. Without, an edit can be folded into FFNs that have none (`fold`), which gated
             FFNs take of gated neurons alone (Config.neurons); the biases of the edit are zeros.
+        end: train the token behind the answer, too, that ends the model's turn, so that it stops there: for messages
+            what the chat template ends an assistant's turn with, else the tokenizer's end of text, where it has one.
         lr: of Adam.
         steps: at most.
         stop_loss: stop when every target token is predicted and the target's loss is below this ...
@@ -40,6 +42,7 @@ class EditTraining:
 
     neurons: int = 10
     bias: bool = True
+    end: bool = True
     lr: float = 1e-2
     steps: int = 100
     stop_loss: float = 0.05
@@ -78,7 +81,7 @@ class EditResult:
     Attributes:
         edit: ready to patch in or save.
         losses: loss of the target at each step, before the step.
-        divergence: from the unedited model on the `preserve` samples at the end, in nats a token; 0 without samples.
+        divergence: from the unedited model on the `preserve` samples at the end, in nats a token; 0 without any.
         reached: whether the edited model predicts every target token.
         stopped: why training ended: "target met" (and the preserve samples kept), "step limit, target met" or
             "step limit, target not met".
@@ -94,3 +97,9 @@ class EditResult:
     def steps(self) -> int:
         """How many steps training took."""
         return len(self.losses)
+
+    def __repr__(self) -> str:
+        return (
+            f"edit {self.edit.id!r}: {self.stopped} after {self.steps - 1} steps, target loss {self.losses[0]:.3f} -> "
+            f"{self.losses[-1]:.3f}, divergence elsewhere {self.divergence:.3f} nats a token"
+        )

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from ..artifacts.edit import Edit, EditLayer, fresh_layer
 from ..artifacts.fingerprint import fingerprint
@@ -24,7 +23,9 @@ from ..errors import PatchError
 from ..nn import ExtraNeurons
 from ..patching import is_patched, patched, patched_ffns, selecting, set_layers
 from .activation_cache import Replay
+from .neutral import neutral
 from .objectives import _activation_loss, _ffn_inputs, _Preserve, _Targets, _watched
+from .progress import progress_bar
 from .samples import (
     Sample,
     batches,
@@ -84,7 +85,7 @@ def train_edit(
     *,
     id: str | None = None,
     previous: Sequence[Edit] = (),
-    preserve: Sequence[Sample] = (),
+    preserve: Sequence[Sample] | None = None,
     protect: Sequence[Sample] = (),
     layers: Sequence[int] | None = None,
     config: Config | None = None,
@@ -101,7 +102,9 @@ def train_edit(
         memory: active during training exactly as at inference, and the source of zeta'; None: without either.
         id: of the edit; None: a random one.
         previous: edits that are in force already (sequential editing); they are not retrained.
-        preserve: samples on which the model shall not change; their mean FFN input also centres the new keys.
+        preserve: samples on which the model shall not change; their mean FFN input also centres the new keys. None:
+            eight questions about this and that, in a chat where the request is one (`neutral`), but nothing where the
+            memory decides where the edit acts.
         protect: samples on which the model with the previous edits shall not change, such as their requests.
         layers: None: the memory's, else the last four.
         config: None: the memory's, else the defaults.
@@ -131,7 +134,7 @@ def train_edits(
     *,
     ids: Sequence[str] | None = None,
     previous: Sequence[Edit] = (),
-    preserve: Sequence[Sample] = (),
+    preserve: Sequence[Sample] | None = None,
     protect: Sequence[Sample] = (),
     layers: Sequence[int] | None = None,
     config: Config | None = None,
@@ -151,7 +154,9 @@ def train_edits(
         memory: active during training exactly as at inference, and the source of zeta'; None: without either.
         ids: of the edits; None: random ones.
         previous: edits that are in force already (sequential editing); they are not retrained.
-        preserve: samples on which the model shall not change; their mean FFN input also centres the new keys.
+        preserve: samples on which the model shall not change; their mean FFN input also centres the new keys. None:
+            eight questions about this and that, in a chat where the request is one (`neutral`), but nothing where the
+            memory decides where the edit acts.
         protect: samples on which the model with the previous edits shall not change, such as their requests.
         layers: None: the memory's, else the last four.
         config: None: the memory's, else the defaults.
@@ -169,7 +174,7 @@ def train_edits(
         )
     if not requests:
         raise ValueError("requests: expected at least one, got none")
-    if not all(request.answer for request in requests):
+    if not all(request.answer.strip() for request in requests):
         raise ValueError("request.answer: expected a non-empty string")
     names = [uuid.uuid4().hex[:12] for _ in requests] if ids is None else list(ids)
     if len(names) != len(requests) or len(set(names)) != len(names):
@@ -191,10 +196,13 @@ def train_edits(
     scoped = config.scope == "memory"  # where these edits act, the previous ones do not
     before = () if scoped else previous
     results: dict[int, EditResult] = {}
-    with _frozen(model), tqdm(total=len(requests), desc="edit", disable=not progress, leave=False) as bar:
+    reader = processor
+    if preserve is None:
+        reader, preserve = (processor, ()) if scoped else neutral(processor, requests[0])
+    with _frozen(model), progress_bar("edit", len(requests), progress) as bar:
         kept = _Preserve() if preserve or protect else None
         if kept is not None:
-            kept.add(model, processor, preserve, training)
+            kept.add(model, reader, preserve, training)
             if scoped:
                 kept.add(model, processor, protect, training, dropout)
         with patched(model, before, memory, layers=chosen, config=config):
@@ -241,7 +249,7 @@ class _Training:
     def notes(self) -> dict[str, str]:
         """What was asked for, and how it went, for people."""
         return {
-            "prompt": self.request.prompt,
+            "prompt": self.request.question,
             "answer": self.request.answer,
             "stopped": self.stopped,
             "target loss": f"{self.losses[0]:.3f} -> {self.losses[-1]:.3f}" if self.losses else "none",
@@ -284,7 +292,7 @@ class _Trainer:
     ) -> None:
         """Make the first neurons of each."""
         self._install([])  # those of the edits before are still there
-        targets = _Targets(self.processor, [e.request for e in edits], self.device)
+        targets = self._targets(edits)
         produced = _ffn_inputs(self.ffns, lambda: targets.losses(self.model))
         zeros = {i: torch.zeros_like(q[0]) for i, q in produced.items()}
         usual = self.usual or zeros
@@ -296,7 +304,7 @@ class _Trainer:
             edit.divergences = deque([math.inf] * len(self.kept.batches) if self.kept else [0.0])
 
     def run(self, edits: Sequence[_Training], bar: Any) -> None:
-        active, targets = list(edits), _Targets(self.processor, [e.request for e in edits], self.device)
+        active, targets = list(edits), self._targets(edits)
         with _watched(self.ffns) as inputs, self.replay.on():
             for step in range(self.training.steps + 1):
                 made = self._install(active)
@@ -313,10 +321,13 @@ class _Trainer:
                     active = [edit for edit, ended in zip(active, over, strict=True) if not ended]
                     if not active:
                         return
-                    targets = _Targets(self.processor, [e.request for e in active], self.device)
+                    targets = self._targets(active)
                     made = self._install(active)
                     losses, _ = self._losses(active, targets, step)
                 self._step(active, made, losses, targets, inputs, step)
+
+    def _targets(self, edits: Sequence[_Training]) -> _Targets:
+        return _Targets(self.processor, [edit.request for edit in edits], self.device, self.training.end)
 
     def _losses(self, active: Sequence[_Training], targets: _Targets, step: int) -> tuple[Tensor, list[bool]]:
         """Of each edit its loss, and whether it predicts its answer."""
