@@ -118,6 +118,28 @@ def test_an_edited_model_stops_behind_its_answer(make_model, processor, kind):
 # --- the model is left alone ----------------------------------------------------------------------------------------
 
 
+def test_logits_are_computed_where_an_answer_is_said_alone(make_model, processor):
+    """The head of a large vocabulary takes longer than the layers that are trained."""
+    model, asked = make_model("opt"), []
+    model.get_output_embeddings().register_forward_pre_hook(lambda _, args: asked.append(args[0].shape[1]))
+    train(model, processor, preserve=(), training=dataclasses.replace(FAST, steps=2, stop_loss=1e-9))
+    batch = encode(processor, [REQUEST], "cpu", ended=True)
+    assert set(asked) == {int(batch.answer_mask().sum())} and asked[0] < batch.inputs["input_ids"].shape[1] - 1
+
+
+@pytest.mark.parametrize("spares", [True, False])
+def test_logits_at_some_tokens_are_those_of_all(spares, make_model, processor, monkeypatch):
+    model, batch = make_model("opt"), encode(processor, [REQUEST], "cpu")
+    at = torch.tensor([0, 2])
+    wanted = forward(model, batch.inputs)[:, at]
+    if not spares:
+        own = model.forward
+        monkeypatch.setattr(
+            model, "forward", lambda input_ids, attention_mask, use_cache: own(input_ids, attention_mask)
+        )
+    torch.testing.assert_close(forward(model, batch.inputs, at), wanted)
+
+
 def snapshot(model):
     return (
         {name: p.clone() for name, p in model.state_dict().items()},

@@ -80,9 +80,11 @@ class _Targets:
     def losses(self, model: nn.Module, batch: Batch | None = None) -> tuple[Tensor, list[bool]]:
         """Of each row the mean negative log-likelihood of its answer's tokens, [A], and whether each is predicted."""
         batch = batch or self.batch
-        with prompt_lengths_for(model, batch):
-            logits = forward(model, batch.inputs)[:, :-1]
         answers, wanted = batch.answer_mask()[:, 1:], batch.inputs["input_ids"][:, 1:]
+        at = answers.any(0).nonzero().flatten()
+        with prompt_lengths_for(model, batch):
+            logits = forward(model, batch.inputs, at)
+        answers, wanted = answers[:, at], wanted[:, at]
         token = torch.zeros(answers.shape, dtype=torch.float32, device=logits.device)
         token[answers] = F.cross_entropy(logits[answers].float(), wanted[answers], reduction="none")
         right = (logits.argmax(-1) == wanted) | ~answers

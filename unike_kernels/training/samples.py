@@ -311,8 +311,14 @@ def text_model_of(model: nn.Module, inputs: Mapping[str, Tensor]) -> Any:
     return model.language_model if "pixel_values" not in inputs and needs_image(model) else model
 
 
-def forward(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+def forward(model: nn.Module, inputs: Mapping[str, Tensor], at: Tensor | None = None) -> Tensor:
     """Logits [B, T, V] of the model, or of its language model; see `text_model_of`.
+
+    Args:
+        model: a Hugging Face model.
+        inputs: of a batch.
+        at: int64 [K], the positions whose logits [B, K, V] are wanted: those of other tokens, which may take longer than
+            all layers, are not computed where the model can leave them out. None: all.
 
     Raises:
         ValueError: a sample is longer than the model's context.
@@ -324,8 +330,10 @@ def forward(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
             f"samples[{longest}]: {int(lengths[longest])} tokens with its answer, but the model's context is {most}"
         )
     into = text_model_of(model, inputs)
-    logits: Tensor = into(**accepted(into, inputs), use_cache=False).logits
-    return logits
+    spares = at is not None and "logits_to_keep" in inspect.signature(into.forward).parameters
+    wanted = {"logits_to_keep": at} if spares else {}
+    logits: Tensor = into(**accepted(into, inputs), use_cache=False, **wanted).logits
+    return logits if at is None or spares else logits[:, at]
 
 
 def accepted(model: nn.Module, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
