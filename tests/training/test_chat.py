@@ -74,9 +74,13 @@ THINKS = chats.CHATML.replace("{% if add", "{% if false %}{% endif %}{% if add")
             "{% else %} {{ m['content'] | trim }} {{ eos_token }}{% endif %}{% endfor %}",
             chat.Turn("</s>[INST] Who? [/INST]", " ", " </s>"),
         ),
+        (  # the first special token is the end
+            chats.CHATML.replace("<|im_end|>\n", " <|im_end|></s>\n"),
+            chat.Turn("<|im_start|>user\nWho? <|im_end|></s>\n<|im_start|>assistant\n", "", " <|im_end|>"),
+        ),
         (THINKS, chat.Turn("<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\n<think>", "", "</s>")),
     ],
-    ids=["llava", "mistral", "thinks"],
+    ids=["llava", "mistral", "two", "thinks"],
 )
 def test_what_templates_write_around_an_answer(template, turn):
     tokenizer = chats.tokenizer(template)
