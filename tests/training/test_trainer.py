@@ -123,7 +123,7 @@ def test_logits_are_computed_where_an_answer_is_said_alone(make_model, processor
     model, asked = make_model("opt"), []
     model.get_output_embeddings().register_forward_pre_hook(lambda _, args: asked.append(args[0].shape[1]))
     train(model, processor, preserve=(), training=dataclasses.replace(FAST, steps=2, stop_loss=1e-9))
-    batch = encode(processor, [REQUEST], "cpu", ended=True)
+    batch = encode(processor, [REQUEST], "cpu")
     assert set(asked) == {int(batch.answer_mask().sum())} and asked[0] < batch.inputs["input_ids"].shape[1] - 1
 
 

@@ -317,8 +317,8 @@ def forward(model: nn.Module, inputs: Mapping[str, Tensor], at: Tensor | None = 
     Args:
         model: a Hugging Face model.
         inputs: of a batch.
-        at: int64 [K], the positions whose logits [B, K, V] are wanted: those of other tokens, which may take longer than
-            all layers, are not computed where the model can leave them out. None: all.
+        at: int64 [K], the positions whose logits [B, K, V] are wanted: the others, which may take longer than all
+            layers, are not computed where the model can leave them out. None: all.
 
     Raises:
         ValueError: a sample is longer than the model's context.
