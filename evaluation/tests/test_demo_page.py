@@ -19,7 +19,7 @@ HOSTILE = "<script>alert('1')</script> \"&amp;\" </td>"
 
 
 def made(image=None, text="w1 w2"):
-    trace = Trace(lambda ids: [f"<{id}>" for id in ids])
+    trace = Trace(lambda ids: "".join(f"<{id}>" for id in ids))
     at = trace.begin(1, 2, torch.tensor([[4, 5]])).at(3)
     at.entries, at.scores, at.texts = torch.tensor([[[1], [0]]]), torch.tensor([[[0.5], [0.25]]]), (text, "said")
     at.alpha = at.effective = at.shift = torch.ones(1, 2)

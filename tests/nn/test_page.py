@@ -15,7 +15,7 @@ HOSTILE = "<script>alert('1')</script> &amp; \"quoted\" </td></table><img src=x 
 
 def told(texts=None, words=None, ids=True):
     """A trace of a row of three tokens: nothing acts on the first, on the second neurons do, on the third all."""
-    trace = Trace(None if words is None else lambda ids: [words[id] for id in ids])
+    trace = Trace(None if words is None else lambda ids: "".join(words[id] for id in ids))
     begun = trace.begin(1, 3, torch.tensor([[0, 1, 2]]) if ids else None)
     layer = begun.at(7)
     layer.entries = torch.full((1, 3, 7), -1)
@@ -60,7 +60,7 @@ def test_it_prints_what_the_nearest_entries_say():
 
 def test_without_texts_and_tokens():
     found = Page(told()[0].to_html())
-    assert "0.750 entry 3" in found.text and "row 0: 0 1 2 " in found.text
+    assert "0.750 entry 3" in found.text and "row 0: 0 1 2" in found.text
     assert "row 0: [0][1][2]" in Page(told(ids=False)[0].to_html()).text
     assert "0 passes" in Page(Trace().to_html()).text
     empty = Trace()

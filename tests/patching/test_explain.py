@@ -235,6 +235,7 @@ def test_what_entries_and_tokens_say(make_model, make_memory, make_inputs, proce
     first, second, *_ = [layers[5].texts for layers in trace.passes]
     assert first == texts and second is None
     tokenizer = getattr(processor, "tokenizer", processor)
-    assert trace.tokens(0) == [[tokenizer.decode([id]) for id in row] for row in inputs["input_ids"].tolist()]
-    assert all(len(row) == 1 for row in trace.tokens(2)) and trace.ids[2] is not None
+    ids = inputs["input_ids"]
+    assert torch.equal(trace.ids[0], ids) and trace.said(0, 1, [0, -1]) == tokenizer.decode(ids[1, [0, -1]])
+    assert trace.ids[2].shape == (2, 1)
     assert f"{float(trace.passes[0][5].scores.max()):.3f} fact " in Page(trace.to_html()).text

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from html import escape
 from typing import TYPE_CHECKING
 
@@ -11,15 +12,19 @@ if TYPE_CHECKING:
     from .trace import LayerTrace, Trace
 
 _ENTRIES = 5  # shown of those that a token retrieved
+_Say = Callable[[Sequence[int]], str]  # the tokens in these places
+
 _BEGIN, _END = 60, 40  # letters that are left of a long text
 
 # All rules are of what is inside, as a notebook shows the page among others.
 _STYLE = """
-.unike { --ink: #1c2330; --soft: #5c6675; --line: #d8dde5; --paper: #ffffff; --tint: #f2f5f9; --acts: #0b6e4f;
-  --idle: #a3420c; --bar: #2f6fde; color-scheme: light; background: var(--paper); color: var(--ink);
+.unike, .unike-page { --ink: #1c2330; --soft: #5c6675; --line: #d8dde5; --paper: #ffffff; --tint: #f2f5f9;
+  --acts: #0b6e4f; --idle: #a3420c; --bar: #2f6fde; color-scheme: light; }
+@media (prefers-color-scheme: dark) { .unike, .unike-page { --ink: #e4e8ee; --soft: #9aa5b4; --line: #363e4a;
+  --paper: #14181e; --tint: #1d232c; --acts: #5fd3a8; --idle: #f2a071; --bar: #7aa7ff; color-scheme: dark; } }
+.unike-page { margin: 0; background: var(--paper); }
+.unike { background: var(--paper); color: var(--ink);
   font: 15px/1.5 system-ui, sans-serif; max-width: 75em; margin: 0 auto; padding: 1em; overflow-wrap: anywhere; }
-@media (prefers-color-scheme: dark) { .unike { --ink: #e4e8ee; --soft: #9aa5b4; --line: #363e4a; --paper: #14181e;
-  --tint: #1d232c; --acts: #5fd3a8; --idle: #f2a071; --bar: #7aa7ff; color-scheme: dark; } }
 .unike h1 { font-size: 1.5em; } .unike h2 { font-size: 1.2em; } .unike h3 { font-size: 1em; margin: 1.2em 0 .3em; }
 .unike summary { cursor: pointer; padding: .4em 0; font-weight: 600; }
 .unike img { max-width: 16em; width: 100%; image-rendering: pixelated; border: 1px solid var(--line); }
@@ -49,7 +54,7 @@ def page(title: str, *parts: str) -> str:
     return (
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f'<style>{_STYLE}</style></head>\n<body><main class="unike">\n<h1>{escape(title)}</h1>\n'
+        f'<style>{_STYLE}</style></head>\n<body class="unike-page"><main class="unike">\n<h1>{escape(title)}</h1>\n'
         + "\n".join(parts)
         + "\n</main></body></html>\n"
     )
@@ -91,26 +96,28 @@ def explanation(trace: Trace) -> str:
     """HTML of all that a trace holds: a part for each pass, of which the first is open."""
     parts = [f"<p>{escape(trace.headline)}</p>"]
     for number, layers in enumerate(trace.passes):
-        tokens, routes = trace.tokens(number), trace.routes[number]
+        (rows, tokens), routes = trace.shapes[number], trace.routes[number]
         seconds = sum(layer.memory_seconds + layer.neuron_seconds for layer in layers.values())
-        what = f"pass {number}: {len(tokens)} × {len(tokens[0]) if tokens else 0} tokens, {_ms(seconds)}"
-        inside = [_row(row, words, routes[row : row + 1], layers) for row, words in enumerate(tokens)]
+        what = f"pass {number}: {rows} × {tokens} tokens, {_ms(seconds)}"
+        inside = [
+            _row(partial(trace.said, number, row), row, tokens, routes[row : row + 1], layers) for row in range(rows)
+        ]
         opened = " open" if number == 0 else ""
         parts.append(f"<details{opened}><summary>{what}</summary>\n" + "\n".join(inside) + "\n</details>")
     return "\n".join(parts)
 
 
-def _row(row: int, words: Sequence[str], routes: Sequence[Route], layers: dict[int, LayerTrace]) -> str:
+def _row(say: _Say, row: int, tokens: int, routes: Sequence[Route], layers: dict[int, LayerTrace]) -> str:
     """What was decided for a row of a batch, and what its layers did."""
-    said = f"<h2>row {row}: {short(''.join(words))}</h2>"
+    said = f"<h2>row {row}: {short(say(range(tokens)))}</h2>"
     why = "".join(
         f'<p class="route{"" if route.edit is None and route.fact is None else " acts"}">{escape(str(route))}</p>'
         for route in routes
     )
-    return "\n".join([said + why, *(_layer(i, layers[i], row, words) for i in sorted(layers))])
+    return "\n".join([said + why, *(_layer(say, i, layers[i], row, tokens) for i in sorted(layers))])
 
 
-def _layer(index: int, layer: LayerTrace, row: int, words: Sequence[str]) -> str:
+def _layer(say: _Say, index: int, layer: LayerTrace, row: int, tokens: int) -> str:
     spent = f"memory {_ms(layer.memory_seconds)}, neurons {_ms(layer.neuron_seconds)}"
     head = f'<h3>layer {index} <span class="soft">{spent}</span></h3>'
     heads: list[str | tuple[str, str]] = [
@@ -119,14 +126,14 @@ def _layer(index: int, layer: LayerTrace, row: int, words: Sequence[str]) -> str
     ]  # fmt: skip
     rows: list[Sequence[str]] = []
     quiet: list[int] = []
-    for at in range(len(words)):
+    for at in range(tokens):
         if _quiet(layer, row, at):
             quiet.append(at)
             continue
-        rows += _skipped(quiet, words)
+        rows += _skipped(say, quiet)
         quiet = []
-        rows.append(_token(layer, row, at, words[at]))
-    return head + table(heads, [*rows, *_skipped(quiet, words)])
+        rows.append(_token(layer, row, at, say([at])))
+    return head + table(heads, [*rows, *_skipped(say, quiet)])
 
 
 def _quiet(layer: LayerTrace, row: int, at: int) -> bool:
@@ -135,12 +142,11 @@ def _quiet(layer: LayerTrace, row: int, at: int) -> bool:
     return not found and not any(bool(values[row, at].any()) for values in layer.neurons.values())
 
 
-def _skipped(quiet: Sequence[int], words: Sequence[str]) -> list[Sequence[str]]:
+def _skipped(say: _Say, quiet: Sequence[int]) -> list[Sequence[str]]:
     """A row for all of these tokens, which follow one another."""
     if not quiet:
         return []
-    said = short("".join(words[at] for at in quiet))
-    return [[f'<span class="soft">nothing acts on {len(quiet)} tokens: {said}</span>']]
+    return [[f'<span class="soft">nothing acts on {len(quiet)} tokens: {short(say(quiet))}</span>']]
 
 
 def _token(layer: LayerTrace, row: int, at: int, word: str) -> list[str]:

@@ -74,10 +74,10 @@ class Trace:
         routes: of each forward pass, which edit acts in each row, and why; with scope="memory", where there are edits.
         shapes: (B, T) of each forward pass.
         ids: of each forward pass, int64 [B, T], its tokens; None: the decoder was given embeddings, and nobody the ids.
-        spell: the texts of token ids; None: they are shown as numbers.
+        spell: the text of token ids; None: they are shown as numbers.
     """
 
-    def __init__(self, spell: Callable[[list[int]], list[str]] | None = None) -> None:
+    def __init__(self, spell: Callable[[list[int]], str] | None = None) -> None:
         self.passes: list[dict[int, LayerTrace]] = []
         self.routes: list[list[Route]] = []
         self.shapes: list[tuple[int, int]] = []
@@ -121,12 +121,13 @@ class Trace:
                     found[at.text(entry)] = max(score, found.get(at.text(entry), score))
         return sorted(found.items(), key=lambda pair: -pair[1])[:_NEAREST]
 
-    def tokens(self, number: int) -> list[list[str]]:
-        """The tokens of each row of a pass: as texts, as ids where nothing spells them, or as places without ids."""
-        ids, (batch, count) = self.ids[number], self.shapes[number]
+    def said(self, number: int, row: int, places: Sequence[int]) -> str:
+        """The tokens in these places of a row of a pass, as a text: as ids where nothing spells them, or as places."""
+        ids = self.ids[number]
         if ids is None:
-            return [[f"[{at}]" for at in range(count)] for _ in range(batch)]
-        return [self.spell(row) if self.spell else [f"{id} " for id in row] for row in ids.tolist()]
+            return "".join(f"[{at}]" for at in places)
+        chosen = ids[row, list(places)].tolist()
+        return self.spell(chosen) if self.spell else " ".join(map(str, chosen))
 
     def begin(self, batch: int, tokens: int, ids: Tensor | None = None) -> PassTrace:
         """The record of a pass that begins."""

@@ -88,8 +88,7 @@ def explain(model: nn.Module, processor: Any = None) -> Iterator[Trace]:
 
     Raises PatchError if the model is not patched.
     """
-    tokenizer = getattr(processor, "tokenizer", processor)
-    spell = None if tokenizer is None else lambda ids: [tokenizer.decode([id]) for id in ids]
+    spell = None if processor is None else getattr(processor, "tokenizer", processor).decode
     with require_state(model).context.traces.entered(Trace(spell)) as block:
         yield block.value
 
