@@ -7,15 +7,21 @@ import json
 import subprocess
 import sys
 import time
+from itertools import groupby
 from pathlib import Path
 
+import torch
+
+from unike_kernels.artifacts import files
 from unike_kernels.artifacts.edit import Edit
 from unike_kernels.artifacts.memory import MemoryBank
-from unike_kernels.patching import patched
+from unike_kernels.nn import Trace
+from unike_kernels.patching import explain, patched
 from unike_kernels.training import Sample, build_memory, train_edit
-from unike_kernels.training.samples import encode
+from unike_kernels.training.samples import encode, forward, prompt_lengths_for
 
 from . import PROTOCOLS, answers, measure_latency, observe_case, score
+from .demo_page import Change, demo_page
 from .scenarios import Scenario, load
 
 _SHOWN = {
@@ -90,19 +96,25 @@ def show(name: str, out: Path, *, seed: int = 0, reload: bool = False) -> int:
     with patched(scenario.model, [result.edit], made.memory) as report:
         print(f"\n{report}\n")
         after = _answers(scenario), observe_case(scenario.model, scenario.processor, scenario.case)
-    _print_answers(scenario, before[0], after[0])
-    for protocol in PROTOCOLS:
-        values = score(before[1], after[1], protocol)
+        trace = _explained(scenario)
+    changes = _changes(scenario, before[0], after[0])
+    _print_changes(changes)
+    scores = {protocol: score(before[1], after[1], protocol) for protocol in PROTOCOLS}
+    for protocol, values in scores.items():
         print(f"{protocol:7s} " + "  ".join(f"{metric} {value:.1%}" for metric, value in values.items()))
 
     request = encode(scenario.processor, [Sample(scenario.case.request.prompt, "", scenario.case.request.image)])
     print(f"\n{measure_latency(scenario.model, request.inputs, [result.edit], made.memory)}\n")
 
+    told = [str(part) for part in (result, result.edit, made.memory)]
+    files.write_text(out / "demo.html", demo_page(name, scenario.case.request, changes, told, scores, trace))
+    print(f"all of it in a page: {out / 'demo.html'}")
+
     command = [sys.executable, "-m", "unike_kernels", "demo", "--reload", "--model", name, "--out", str(out)]
     fresh = subprocess.run(command, capture_output=True, text=True)
     same = fresh.returncode == 0 and json.loads(fresh.stdout.splitlines()[-1]) == after[0]
     print(f"loaded in a fresh process: {'the same answers' if same else 'OTHER ANSWERS ' + fresh.stderr[-2000:]}")
-    reached = score(before[1], after[1], "unike")["reliability"] == 1.0
+    reached = scores["unike"]["reliability"] == 1.0
     print(f"done in {time.monotonic() - started:.0f} s; the edit {'holds' if reached else 'FAILED'}")
     return 0 if same and reached else 1
 
@@ -116,11 +128,27 @@ def _answers(scenario: Scenario) -> dict[str, list[str]]:
     }
 
 
-def _print_answers(scenario: Scenario, before: dict[str, list[str]], after: dict[str, list[str]]) -> None:
-    for metric, samples in scenario.case.groups().items():
-        if not samples:
-            continue
-        print(f"{_SHOWN[metric]}:")
-        for sample, old, new in zip(samples, before[metric], after[metric], strict=False):
-            old, new = (" ".join(text.split()) for text in (old, new))
-            print(f"  {sample.prompt:50.50s}  {old:24.24s} -> {new:.24s}")
+@torch.no_grad()
+def _explained(scenario: Scenario) -> Trace:
+    """What the patched model does in a pass over the request with its answer."""
+    batch = encode(scenario.processor, [scenario.case.request])
+    with prompt_lengths_for(scenario.model, batch), explain(scenario.model, scenario.processor) as trace:
+        forward(scenario.model, batch.inputs)
+    return trace
+
+
+def _changes(scenario: Scenario, before: dict[str, list[str]], after: dict[str, list[str]]) -> list[Change]:
+    """What became of the answers, each in a line."""
+    return [
+        Change(_SHOWN[metric], sample.prompt, *(" ".join(text.split()) for text in (old, new)))
+        for metric, samples in scenario.case.groups().items()
+        if samples
+        for sample, old, new in zip(samples, before[metric], after[metric], strict=False)
+    ]
+
+
+def _print_changes(changes: list[Change]) -> None:
+    for group, own in groupby(changes, lambda change: change.group):
+        print(f"{group}:")
+        for _, prompt, old, new in own:
+            print(f"  {prompt:50.50s}  {old:24.24s} -> {new:.24s}")

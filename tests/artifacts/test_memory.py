@@ -127,3 +127,63 @@ def test_the_id_follows_the_tables(monkeypatch):
     assert swapped.id == digest(swapped._tensors()) and len(hashed) == 2
     assert dataclasses.replace(made, layers={3: made.layers[3]}).id not in (made.id, swapped.id)
     assert copy.deepcopy(made).id == pickle.loads(pickle.dumps(made)).id == made.id
+
+
+TEXTS = ("What is this? -> a kea, not a parrot", "", "wörd \0 <b> \U0001f99c", "d", "e")
+
+
+@pytest.mark.parametrize("texts", [None, TEXTS, ("",) * 5])
+def test_texts_of_entries(tmp_path, texts):
+    memory = bank({2: layer()}, texts=texts)
+    assert memory.id == dataclasses.replace(memory, texts=None).id
+    memory.save(tmp_path / "m")
+    for mmap in (False, True):
+        assert uk.MemoryBank.load(tmp_path / "m", mmap=mmap).texts == texts
+    older = dataclasses.replace(memory, texts=None)
+    joined = uk.MemoryBank.joined({"acme": memory, "globex": older})
+    assert joined.texts == (None if texts is None else (*texts, *("",) * 5))
+    assert uk.MemoryBank.joined({"acme": older, "globex": older}).texts is None
+
+
+def test_texts_need_no_room_in_the_header(tmp_path):
+    """More of them than a header may have bytes."""
+    texts = ("\N{BIRD}" * 2_000,) * 3_000
+    bank({2: layer(n=3_000)}, texts=texts).save(tmp_path / "m")
+    assert uk.MemoryBank.load(tmp_path / "m").texts == texts
+
+
+@pytest.mark.parametrize(
+    ("texts", "error", "message"),
+    [
+        (TEXTS[:4], ValueError, "MemoryBank.texts: expected one for each of 5 entries, got 4"),
+        ("abcde", ValueError, "MemoryBank.texts: expected one for each of 5 entries, got 5"),
+        ((*TEXTS[:4], 5), TypeError, r"MemoryBank.texts\[4\]: expected a string, got 5"),
+        ((*TEXTS[:4], "\ud800"), ValueError, r"MemoryBank.texts\[4\]: expected what UTF-8 can hold, got '\\ud800'"),
+    ],
+)
+def test_texts_that_are_none(texts, error, message):
+    with pytest.raises(error, match=message):
+        bank({2: layer()}, texts=texts)
+
+
+@pytest.mark.parametrize(
+    ("held", "message"),
+    [
+        (torch.zeros(3), r"tensor 'texts': expected uint8 \[\*\], got torch.float32 \[3\]"),
+        (torch.zeros(1, 3, dtype=torch.uint8), r"tensor 'texts': expected uint8 \[\*\], got torch.uint8 \[1, 3\]"),
+        (b"", "tensor 'texts' holds no JSON"),
+        (b"\xff", "tensor 'texts' holds no JSON"),
+        (b"[" * 100_000, "tensor 'texts' holds no JSON"),
+        (b'["\\ud800"]', "tensor 'texts' holds no JSON"),
+        (b'{"a": 1}', r"tensor 'texts': expected a JSON list of strings, got \{'a': 1\}"),
+        (b'["a", 1, "", "", ""]', r"tensor 'texts': expected a JSON list of strings, got \['a', 1"),
+        (b'["a"]', "MemoryBank.texts: expected one for each of 5 entries, got 1"),
+    ],
+)
+def test_texts_in_a_damaged_file(tmp_path, monkeypatch, held, message):
+    if isinstance(held, bytes):
+        held = torch.tensor(list(held), dtype=torch.uint8)
+    monkeypatch.setattr(files, "spelled", lambda texts: held)
+    bank({2: layer()}, texts=TEXTS).save(tmp_path / "m")
+    with pytest.raises(uk.ArtifactError, match=message):
+        uk.MemoryBank.load(tmp_path / "m")

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from pages import Page
 from unike_eval.models import smollm2
 
 import unike_kernels as uk
@@ -68,7 +69,12 @@ def test_the_demo_from_end_to_end(tmp_path):
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
     assert "the edit holds" in run.stdout
     assert "loaded in a fresh process: the same answers" in run.stdout
-    assert {p.name for p in tmp_path.iterdir()} == {"digits-opt-edit.safetensors", "digits-opt-memory.safetensors"}
+    written = {"digits-opt-edit.safetensors", "digits-opt-memory.safetensors", "demo.html"}
+    assert {p.name for p in tmp_path.iterdir()} == written
+    assert f"all of it in a page: {tmp_path / 'demo.html'}" in run.stdout
+    told = Page((tmp_path / "demo.html").read_text(encoding="utf-8"))
+    assert len(told.images) == 1 and "question: which number comes next ? answer:" in told.text
+    assert ", not " in told.text  # what an entry says
     again = subprocess.run([*demo, "--reload"], capture_output=True, text=True)
     assert again.returncode == 0
     assert "reliability" in json.loads(again.stdout.splitlines()[-1])

@@ -7,6 +7,7 @@ import logging
 import pytest
 import torch
 from configs import every_token
+from pages import Page
 
 import unike_kernels as uk
 from unike_kernels.backbones import find_decoder
@@ -219,3 +220,22 @@ def test_changes_are_logged_for_those_who_listen(make_model, make_memory, make_e
     assert told[1]["edit"] == "b" and told[1]["layers"] == [2, 3, 4, 5] and told[2]["beta"] == 0.5
     assert told[-2]["memory"] == memory.id
     assert "event=set_beta" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["llama", "blip2-opt"])
+def test_what_entries_and_tokens_say(make_model, make_memory, make_inputs, processor, kind):
+    """Tokens of what the model was given, where its decoder was given embeddings, too."""
+    model, texts = make_model(kind), tuple(f"fact {i}" for i in range(50))
+    memory = dataclasses.replace(make_memory(model, every_token(k=7, tokens="answer")), texts=texts)
+    inputs = make_inputs(kind, ["w1 w2 w3", "w4 w5"])
+    with uk.patched(model, memory=memory), uk.explain(model, processor) as trace:
+        model(**inputs)
+        uk.swap_memory(model, dataclasses.replace(memory, texts=None))
+        model.generate(**inputs, max_new_tokens=2, min_new_tokens=2, do_sample=False)
+    first, second, *_ = [layers[5].texts for layers in trace.passes]
+    assert first == texts and second is None
+    tokenizer = getattr(processor, "tokenizer", processor)
+    ids = inputs["input_ids"]
+    assert torch.equal(trace.ids[0], ids) and trace.said(0, 1, [0, -1]) == tokenizer.decode(ids[1, [0, -1]])
+    assert trace.ids[2].shape == (2, 1)
+    assert f"{float(trace.passes[0][5].scores.max()):.3f} fact " in Page(trace.to_html()).text

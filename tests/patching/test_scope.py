@@ -230,7 +230,7 @@ def test_explain_tells_who_won_and_why(setup):
     assert third.other == 0 and third.other_score == pytest.approx(1, abs=1e-5) and third.score < third.other_score
     assert a.score == pytest.approx(1, abs=1e-5) and a.margin > a.threshold == 0.01
     assert "'a' acts: cosine with 'a' 1.000" in str(a) and "no edit acts" in str(third)
-    assert "fact 0 of the memory 1.000" in str(third)
+    assert "fact 0 of the memory ('third') 1.000" in str(third)
     assert trace.passes[0][3].neurons["a"][0, -1].any() and not trace.passes[0][3].neurons["a"][0, :-1].any()
     assert not trace.passes[0][3].neurons["a"][1:].any()
 

@@ -129,8 +129,26 @@ def test_tables_of_values_in_context(make_model, processor, tmp_path):
     assert len(extended) == 24 and extended.config == config
     extended.save(tmp_path / "m")
     assert uk.MemoryBank.load(tmp_path / "m").id == extended.id
+    assert extended.texts == tuple(t.text for t in PHRASES for _ in range(2))
     joined = uk.MemoryBank.joined({"acme": result.memory, "globex": extended})
-    assert joined.entries("globex") == range(18, 42)
+    assert joined.entries("globex") == range(18, 42) and joined.texts == result.memory.texts + extended.texts
+
+
+def test_texts_of_its_entries(make_model, processor):
+    model = make_model("llama")
+    assert TRIPLETS[1].text == "w1 w10 -> w19, not w2 w6"
+    asked = [{"role": "user", "content": "What\n is it?"}]
+    assert Triplet(messages=asked, positive="a", negative="b").text == "What is it? -> a, not b"
+    made = build(model, processor, layers=[3]).memory
+    silent = build(model, processor, layers=[3], keep_texts=False).memory
+    assert made.texts == tuple(t.text for t in TRIPLETS) and silent.texts is None and silent.id == made.id
+    told = extend_memory(model, processor, silent, TRIPLETS[:1], progress=False)
+    assert told.texts == (*("",) * 12, TRIPLETS[0].text)
+    assert extend_memory(model, processor, made, TRIPLETS[:1], keep_texts=False, progress=False).texts == (
+        *made.texts,
+        "",
+    )
+    assert extend_memory(model, processor, silent, TRIPLETS[:1], keep_texts=False, progress=False).texts is None
 
 
 def test_a_memory_in_more_layers_than_the_edit(make_model, processor, tmp_path):

@@ -328,6 +328,9 @@ def test_a_memory_that_edits_by_itself(built, processor, tmp_path):
     assert memory.scope.count == 45 and memory.scope.names[-1] == "w20 w21 w18"
     more = extend_memory(model, processor, memory, triplets[2:], progress=False)
     assert more.scope.own[-4:].tolist() == [[0, 2], [2, 3], [4, 5], [5, 7]]  # of two of one fact the newer
+    silent = extend_memory(model, processor, memory, triplets[2:], keep_texts=False, progress=False)
+    assert silent.texts == (*memory.texts, "", "", "") and more.texts == (*memory.texts, *more.texts[-3:])
+    assert (silent.scope.names[-1], more.scope.names[-1]) == ("", "w20 w24 w19")
     more.save(path := tmp_path / "m.safetensors")
     more = uk.MemoryBank.load(path)
     base = {prompt: logits(model, processor, prompt) for prompt, _ in [*phrases, ("w3 w4 w5", "")]}
@@ -337,7 +340,9 @@ def test_a_memory_that_edits_by_itself(built, processor, tmp_path):
             i: replace(m, index=m.index[start:end], keys=m.keys[start:end], values=m.values[start:end])
             for i, m in more.layers.items()
         }
-        with uk.patched(model, [], replace(more, layers=alone, config=replace(config, scope="all"), scope=None)):
+        with uk.patched(
+            model, [], replace(more, layers=alone, config=replace(config, scope="all"), scope=None, texts=None)
+        ):
             wanted[prompt] = logits(model, processor, prompt)
     acted = 0
     with uk.patched(model, [], more):
@@ -352,7 +357,7 @@ def test_a_memory_that_edits_by_itself(built, processor, tmp_path):
                 assert torch.equal(found, base[prompt])
             else:
                 acted += 1
-                assert not torch.allclose(found, base[prompt], atol=1e-2) and "of the memory acts" in str(route)
+                assert not torch.allclose(found, base[prompt], atol=1e-2) and "acts, and no edit" in str(route)
     assert acted >= 2
     trained = train_edit(model, processor, REQUEST, more, training=EDIT, progress=False)
     with uk.patched(model, [trained.edit], more), uk.explain(model) as trace:

@@ -19,7 +19,7 @@ import secrets
 import socket
 import stat
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -499,6 +499,22 @@ class Reader:
             raise self.fail(f"tensor {name!r} holds NaN or infinity")
         return t
 
+    def texts(self, name: str) -> tuple[str, ...]:
+        """Texts that `spelled` made a tensor of."""
+        if name not in self._tensors:
+            raise self.fail(f"tensor {name!r} is missing")
+        t = self._tensors.pop(name)
+        if t.dtype != torch.uint8 or t.dim() != 1:
+            raise self.fail(f"tensor {name!r}: expected uint8 [*], got {t.dtype} {list(t.shape)}")
+        try:
+            found = json.loads(bytes(_bytes(t)).decode("utf-8"))
+            _plain(found)
+        except (ValueError, RecursionError) as error:
+            raise self.fail(f"tensor {name!r} holds no JSON: {error!r:.200}") from error
+        if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
+            raise self.fail(f"tensor {name!r}: expected a JSON list of strings, got {found!r:.80}")
+        return tuple(found)
+
     def has(self, name: str) -> bool:
         """Whether the file has a tensor of this name that has not been taken yet."""
         return name in self._tensors
@@ -536,6 +552,11 @@ class Reader:
             raise self.fail(f"unexpected tensors: {', '.join(sorted(self._tensors)[:8])}")
         if self._header:
             raise self.fail(f"unexpected header fields: {', '.join(sorted(self._header)[:8])}")
+
+
+def spelled(texts: Sequence[str]) -> Tensor:
+    """uint8 [bytes]: texts as JSON, of which a file's header would not hold as many. See `Reader.texts`."""
+    return torch.frombuffer(bytearray(json.dumps(texts, ensure_ascii=False).encode("utf-8")), dtype=torch.uint8)
 
 
 def digest(tensors: dict[str, Tensor]) -> str:

@@ -100,6 +100,8 @@ class MemoryBank(sharing.Shareable):
         search: how entries are retrieved where that need not be exact; None: exactly. A setting of this object, not of
             the file.
         scope: what decides where edits act, see Config.scope; None: edits act wherever they are selected.
+        texts: what each of the N entries says, for people, "" where that is not known; None: of no entry. They have no
+            part in the id.
     """
 
     layers: Mapping[int, MemoryLayer]
@@ -111,6 +113,7 @@ class MemoryBank(sharing.Shareable):
     parts: Mapping[str, str] = field(default_factory=dict)
     search: ANNConfig | None = None
     scope: Scope | None = None
+    texts: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         if not self.layers and self.scope is None:
@@ -129,6 +132,8 @@ class MemoryBank(sharing.Shareable):
         own = self.scope.own if self.scope is not None else None
         if own is not None and len(own) and int(own.max()) > len(self):
             raise ValueError(f"Scope.own: the memory has {len(self)} entries, a fact has up to number {int(own.max())}")
+        if self.texts is not None:
+            object.__setattr__(self, "texts", _checked(self.texts, len(self)))
         object.__setattr__(self, "id", self._digest())
         for what, name in [("id", self.id), *(("tenants", name) for name in self.tenants)]:
             files.check_name(f"MemoryBank.{what}", name)
@@ -197,6 +202,7 @@ class MemoryBank(sharing.Shareable):
             tenants=tenants,
             parts=parts,
             scope=scope,
+            texts=joined_texts([(bank.texts, len(bank)) for bank in banks.values()]),
         )
 
     @property
@@ -252,7 +258,8 @@ class MemoryBank(sharing.Shareable):
             "tenants": {name: [r.start, r.stop, self.parts[name]] for name, r in self.tenants.items()},
             "scope": None if self.scope is None else self.scope.header(),
         }
-        files.save(path, "memory", header, self._tensors())
+        texts = {} if self.texts is None else {"texts": files.spelled(self.texts)}
+        files.save(path, "memory", header, self._tensors() | texts)
 
     FILE = "memory.safetensors"
 
@@ -275,6 +282,7 @@ class MemoryBank(sharing.Shareable):
             "entries": f"{len(self):,}",
             "layers": ", ".join(map(str, sorted(self.layers))) or "none",
             "bytes": f"{self.nbytes:,}",
+            **({} if self.texts is None else {"texts": f"of {sum(map(bool, self.texts)):,} entries"}),
             **({"tenants": ", ".join(self.tenants)} if self.tenants else {}),
             "hash of the memory": self.id,
             **({} if self.scope is None else {"scope": f"{self.scope.id}, {self.scope.count:,} facts"}),
@@ -337,11 +345,33 @@ class MemoryBank(sharing.Shareable):
             tenants={name: range(start, stop) for name, (start, stop, _) in tenants.items()},
             parts={name: id for name, (_, _, id) in tenants.items()},
             scope=scope,
+            texts=reader.texts("texts") if reader.has("texts") else None,
         )
         reader.done()
         if bank.id != stated:
             raise ArtifactError(f"{path}: its contents have the id {bank.id}, the header says {stated!r:.80}")
         return bank
+
+
+def joined_texts(parts: Sequence[tuple[tuple[str, ...] | None, int]]) -> tuple[str, ...] | None:
+    """Those of entries behind one another, given as texts, or None, and their number; see `MemoryBank.texts`."""
+    if all(texts is None for texts, _ in parts):
+        return None
+    return tuple(text for texts, count in parts for text in (texts if texts is not None else ("",) * count))
+
+
+def _checked(texts: Sequence[str], count: int) -> tuple[str, ...]:
+    """Raises TypeError, ValueError unless these are the texts of so many entries."""
+    if isinstance(texts, str) or len(texts) != count:
+        raise ValueError(f"MemoryBank.texts: expected one for each of {count} entries, got {len(texts)}")
+    for i, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise TypeError(f"MemoryBank.texts[{i}]: expected a string, got {text!r:.80}")
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:  # a lone surrogate
+            raise ValueError(f"MemoryBank.texts[{i}]: expected what UTF-8 can hold, got {text!a:.80}") from None
+    return tuple(texts)
 
 
 def _differences(one: MemoryBank, other: MemoryBank) -> list[str]:

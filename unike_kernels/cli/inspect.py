@@ -119,6 +119,8 @@ def _of_edit(edit: Edit) -> list[str]:
 def _of_memory(memory: MemoryBank) -> list[str]:
     layers = ", ".join(map(str, sorted(memory.layers))) or "none"
     lines = [f"memory {memory.id}: {len(memory):,} entries in layers {layers}; {memory.nbytes:,} bytes"]
+    if memory.texts is not None:
+        lines.append(f"  texts of {sum(map(bool, memory.texts)):,} entries")
     lines += [f"  tenant {name!r}: {len(entries):,} entries" for name, entries in memory.tenants.items()]
     if (scope := memory.scope) is not None:
         reads = "a function that is not in the file" if scope.encoder is None else "the text"

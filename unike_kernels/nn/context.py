@@ -303,6 +303,7 @@ class _Thread(threading.local):
     running: Pass | None = None
     text: Tensor | None = None  # bool [B, T] of the last embedded ids, False at image placeholders
     mask: Tensor | None = None  # [B, T] as the model was given it, which may give its decoder a prepared one
+    ids: Tensor | None = None  # [B, T] as the model was given them, which may give its decoder embeddings
     embedded: tuple[Tensor, Tensor] | None = None  # these ids and their embeddings, where a router wants them
     inside: tuple[tuple[Any, Pass | None], ...] = ()  # patched modules whose instance's own forward runs, and where
 
@@ -317,6 +318,7 @@ class _Tracing:
         self.running: Pass | None = None
         self.text: Tensor | None = None
         self.mask: Tensor | None = None
+        self.ids: Tensor | None = None
         self.embedded: tuple[Tensor, Tensor] | None = None
         self.inputs: dict[int, Any] = {}
 
@@ -466,6 +468,7 @@ class ModelContext:
         attention_mask: Tensor | None = None,
         tells: bool = True,
         device: torch.device | None = None,
+        ids: Tensor | None = None,
         **inputs: Any,
     ) -> None:
         """Begin a pass.
@@ -479,6 +482,7 @@ class ModelContext:
             attention_mask: see `Pass.of`.
             tells: whether it can be told from such passes where prompts end.
             device: of the hidden states.
+            ids: int64 [B, T], of the tokens, for a trace; None: they are not known.
             **inputs: `text`; see `Pass.of`.
 
         Raises:
@@ -513,7 +517,7 @@ class ModelContext:
             prompted=tells,
             ends=ends,
             generation=generation,
-            trace=None if trace is None else trace.value.begin(batch, tokens),
+            trace=None if trace is None else trace.value.begin(batch, tokens, ids),
             traced=traced,
             decided=decided,
             graph_task=-1 if traced else torch._C._current_graph_task_id(),

@@ -53,6 +53,7 @@ class MemoryTables(Tables):
         retriever: Retriever | None = None,
         *,
         cosine: bool = False,
+        texts: tuple[str, ...] | None = None,
     ) -> None:
         """Lay out one layer of a memory.
 
@@ -64,11 +65,12 @@ class MemoryTables(Tables):
             id: of the `MemoryBank`.
             retriever: searches the same retrieval keys, which are then not copied here; None: an exact search.
             cosine: queries attend by cosine: the keys are made unit, once, and values that they were are kept apart.
+            texts: what the entries say, for people.
         """
         super().__init__()
         if cosine:
             keys, values = _unit(keys), keys if values is None else values
-        self.id, self.retriever, self.entries = id, retriever, len(index)
+        self.id, self.retriever, self.entries, self.texts = id, retriever, len(index), texts
         self.retrieval_keys = index  # as the memory has them, no copy
         self._register()
         packed = None
@@ -304,7 +306,7 @@ class MemoryShift(Record):
         rest = (0, config.k - ids.shape[-1])  # where the memory has fewer entries than k
         ids, scores = (torch.nn.functional.pad(t, rest, value=v) for t, v in ((ids, -1), (scores, float("-inf"))))
         record.entries, record.scores = ids.view(*shape, -1).cpu(), scores.view(*shape, -1).cpu()
-        record.alpha = alpha.view(shape).cpu()
+        record.alpha, record.texts = alpha.view(shape).cpu(), memory.texts
 
     def _row_ranges(self, now: Pass, memory: MemoryTables) -> Tensor | None:
         """int64 [R, 2]: the entries that each row of the batch may retrieve; None: all of them."""

@@ -39,6 +39,7 @@ class Route:
         other_score: its cosine; 0 for nothing.
         threshold: that score - other_score must exceed.
         fact: the memory's fact whose own entries act, see `Scope.own`; None: none.
+        named: what the scope calls that fact, or else the `other` one; "": it has no name.
     """
 
     edit: str | None
@@ -48,6 +49,7 @@ class Route:
     other_score: float
     threshold: float
     fact: int | None = None
+    named: str = ""
 
     @property
     def margin(self) -> float:
@@ -56,18 +58,21 @@ class Route:
 
     def __str__(self) -> str:
         if self.fact is not None:
-            return f"fact {self.fact} of the memory acts, and no edit"
+            return f"{self._fact(self.fact)} acts, and no edit"
         if self.nearest is None:
             return "no edit acts: the row may use none"
         if self.other is None:
             than = "the memory has no other facts"
         else:
-            what = f"edit {self.other!r}" if isinstance(self.other, str) else f"fact {self.other} of the memory"
+            what = f"edit {self.other!r}" if isinstance(self.other, str) else self._fact(self.other)
             than = f"{what} {self.other_score:.3f}"
         sides = f"cosine with {self.nearest!r} {self.score:.3f}, {than}: margin {self.margin:.3f}"
         if self.edit is None:
             return f"no edit acts: {sides}, at most the threshold {self.threshold:.3f}"
         return f"{self.edit!r} acts: {sides}, above the threshold {self.threshold:.3f}"
+
+    def _fact(self, number: int) -> str:
+        return f"fact {number} of the memory{f' ({self.named!r})' if self.named else ''}"
 
 
 class Routes(NamedTuple):
@@ -164,6 +169,7 @@ class Router(Tables):
         threshold: a margin above which an edit acts.
         same_fact: a cosine above which two prompts surely ask for one fact, where the margin says so, too.
         own: int64 [F, 2], see `Scope.own`, or None.
+        called: what the facts are called, or None.
 
     Attributes:
         names: of the edits, by number.
@@ -191,10 +197,11 @@ class Router(Tables):
         threshold: float,
         same_fact: float,
         own: Tensor | None = None,
+        called: tuple[str, ...] | None = None,
     ) -> None:
         super().__init__()
         self.scope, self.vocabulary, self.layers = scope, vocabulary, tuple(layers)
-        self.threshold, self.same_fact = threshold, same_fact
+        self.threshold, self.same_fact, self.called = threshold, same_fact, called
         self._own: Callable[[list[list[int]]], Tensor] | None = None
         if isinstance(encoder, PromptEncoder):
             self._blocks = len(encoder.blocks)
@@ -417,9 +424,14 @@ class Router(Tables):
                 rival,
                 self.threshold,
                 None if fact < 0 else fact,
+                self._name_of(fact if fact >= 0 else -2 - other),
             )
             for acts, near, score, other, rival, fact in zip(*(t.tolist() for t in routes), strict=True)
         ]
+
+    def _name_of(self, fact: int) -> str:
+        """What a fact is called; "" for a number below 0, which is none's."""
+        return self.called[fact] if self.called is not None and fact >= 0 else ""
 
     def _newer(self, name: str) -> set[str]:
         """The edits of this one's fact that came after it."""

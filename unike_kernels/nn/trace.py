@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from .page import cut, explanation, page
 from .routing import Route
+
+_NEAREST = 3  # entries of a layer that a trace prints
 
 
 @dataclass
@@ -25,6 +28,7 @@ class LayerTrace:
         shift: float32 [B, T], |shifted output - output|.
         neurons: edit id -> [B, T, n], what its neurons put out; 0 in rows that do not use the edit.
         memory_seconds, neuron_seconds: what they took.
+        texts: what the memory's entries say, see `MemoryBank.texts`; None: it does not tell.
     """
 
     entries: Tensor | None = None
@@ -35,6 +39,11 @@ class LayerTrace:
     neurons: dict[str, Tensor] = field(default_factory=dict)
     memory_seconds: float = 0.0
     neuron_seconds: float = 0.0
+    texts: tuple[str, ...] | None = field(default=None, repr=False)
+
+    def text(self, entry: int) -> str:
+        """What an entry says; its number, where that is not known."""
+        return (self.texts[entry] if self.texts else "") or f"entry {entry}"
 
 
 def seconds_since(start: float) -> float:
@@ -63,27 +72,70 @@ class Trace:
     Attributes:
         passes: of each forward pass, layer index -> `LayerTrace`.
         routes: of each forward pass, which edit acts in each row, and why; with scope="memory", where there are edits.
+        shapes: (B, T) of each forward pass.
+        ids: of each forward pass, int64 [B, T], its tokens; None: the decoder was given embeddings, and nobody the ids.
+        spell: the text of token ids; None: they are shown as numbers.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, spell: Callable[[list[int]], str] | None = None) -> None:
         self.passes: list[dict[int, LayerTrace]] = []
         self.routes: list[list[Route]] = []
+        self.shapes: list[tuple[int, int]] = []
+        self.ids: list[Tensor | None] = []
+        self.spell = spell
 
     def __repr__(self) -> str:
-        told = self.counters()
-        spent = ", ".join(f"{name} {1e3 * told[f'{name}_seconds']:.1f} ms" for name in ("memory", "neuron"))
-        lines = [
-            f"{told['passes']} passes: {told['shifted']} of {told['tokens']} tokens shifted, by "
-            f"{told['alpha_mean']:.2f} in the mean; {spent}"
-        ]
+        lines = [self.headline]
         for number, routes in enumerate(self.routes):
             lines += [f"pass {number}, row {row}: {route}" for row, route in enumerate(routes)]
+        for i in sorted({i for layers in self.passes for i in layers}):
+            near = [f"{score:.3f} {cut(text)!r}" for text, score in self.nearest(i)]
+            lines += [f"layer {i}: nearest {', '.join(near)}"] if near else []
         return "\n".join(lines)
 
-    def begin(self, batch: int, tokens: int) -> PassTrace:
+    def to_html(self) -> str:
+        """A page of HTML that stands alone: of each pass, row and layer the tokens, the entries that they retrieved and
+        what these say, the gates, shifts, neurons and seconds, and why an edit acts or does not."""
+        return page("What the edits and the memory did", explanation(self))
+
+    _repr_html_ = to_html  # of notebooks
+
+    @property
+    def headline(self) -> str:
+        """The counters, in a line."""
+        told = self.counters()
+        spent = ", ".join(f"{name} {1e3 * told[f'{name}_seconds']:.1f} ms" for name in ("memory", "neuron"))
+        return (
+            f"{told['passes']} passes: {told['shifted']} of {told['tokens']} tokens shifted, by "
+            f"{told['alpha_mean']:.2f} in the mean; {spent}"
+        )
+
+    def nearest(self, layer: int) -> list[tuple[str, float]]:
+        """What the nearest entries of a layer say, and the best cosine of a token with each, over all passes."""
+        found: dict[str, float] = {}
+        for at in (layers[layer] for layers in self.passes if layer in layers):
+            if at.entries is None or at.scores is None:
+                continue
+            for entry, score in zip(at.entries.flatten().tolist(), at.scores.flatten().tolist(), strict=True):
+                if entry >= 0:
+                    found[at.text(entry)] = max(score, found.get(at.text(entry), score))
+        return sorted(found.items(), key=lambda pair: -pair[1])[:_NEAREST]
+
+    def said(self, number: int, row: int, places: Sequence[int]) -> str:
+        """The tokens in these places of a row of a pass, as a text: as ids where nothing spells them, or as places."""
+        ids = self.ids[number]
+        if ids is None:
+            return "".join(f"[{at}]" for at in places)
+        chosen = ids[row, list(places)].tolist()
+        return self.spell(chosen) if self.spell else " ".join(map(str, chosen))
+
+    def begin(self, batch: int, tokens: int, ids: Tensor | None = None) -> PassTrace:
         """The record of a pass that begins."""
         self.passes.append({})
         self.routes.append([])
+        self.shapes.append((batch, tokens))
+        known = ids is not None and ids.shape == (batch, tokens)
+        self.ids.append(ids.detach().cpu() if ids is not None and known else None)
         return PassTrace((batch, tokens), self.passes[-1], self.routes[-1])
 
     def counters(self) -> dict[str, float]:

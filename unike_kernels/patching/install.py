@@ -369,7 +369,10 @@ def make_tables(
     elif memory.search is not None:
         found = ApproximateIndex(m.index.to(device), memory.search)
     cosine = config.scale == "cosine"
-    return MemoryTables(m.index, m.keys, m.values, m.encoder, memory.id, found, cosine=cosine).to(device)
+    tables = MemoryTables(
+        m.index, m.keys, m.values, m.encoder, memory.id, found, cosine=cosine, texts=memory.texts
+    )  # fmt: skip
+    return tables.to(device)
 
 
 def make_router(memory: MemoryBank | None, config: Config, edits: Mapping[str, Edit]) -> Router | None:
@@ -380,7 +383,7 @@ def make_router(memory: MemoryBank | None, config: Config, edits: Mapping[str, E
     key = of.needing_key()
     read = of.encoder if key is None else partial(own_keys, key, width=of.width)
     assert read is not None
-    told = of.entries, of.facts, of.threshold, of.same_fact, of.own
+    told = of.entries, of.facts, of.threshold, of.same_fact, of.own, of.names
     router = Router(of.id, read, Vocabulary(of.pieces), of.layers, *told)
     return router.with_edits({name: entries_of(edit) for name, edit in edits.items()})
 

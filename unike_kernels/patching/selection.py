@@ -74,15 +74,22 @@ def rows(
 
 
 @contextmanager
-def explain(model: nn.Module) -> Iterator[Trace]:
+def explain(model: nn.Module, processor: Any = None) -> Iterator[Trace]:
     """Inside the block, each pass records what its layers did: entries, scores, gates, neurons, and how long it took.
+
+    `print(trace)` tells the most of it in lines, `trace.to_html()` all of it in a page, which notebooks show.
 
     It computes these things beside the output, which does not change. The block belongs to the logical call that
     enters it, as that of `rows` does; passes that torch.compile has traced record nothing.
 
+    Args:
+        model: a patched model.
+        processor: its processor or tokenizer, which spells the tokens; None: the page shows their ids.
+
     Raises PatchError if the model is not patched.
     """
-    with require_state(model).context.traces.entered(Trace()) as block:
+    spell = None if processor is None else getattr(processor, "tokenizer", processor).decode
+    with require_state(model).context.traces.entered(Trace(spell)) as block:
         yield block.value
 
 

@@ -177,6 +177,7 @@ class DecoderHook:
             text=text,
             tells=cache is not None or kwargs.get("use_cache") is not False,
             device=None if source is None else source.device,
+            ids=context.local.ids if ids is None else ids,
         )
 
 
@@ -189,7 +190,7 @@ class DecoderEndHook:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """End the pass, and forget which of its tokens were text."""
         self.context.local.text = None  # an embedding inside of the decoder has noted it for nobody
-        self.context.local.embedded = self.context.local.mask = None
+        self.context.local.embedded = self.context.local.mask = self.context.local.ids = None
         self.context.end(getattr(output, "past_key_values", None))
 
 
@@ -224,18 +225,22 @@ def _is_text(ids: Tensor, placeholders: frozenset[int]) -> Tensor:
 
 @dataclass
 class MaskHook:
-    """Forward pre-hook of the modules that a decoder is in: notes the mask [B, T]. Picklable with the model.
+    """Forward pre-hook of the modules that a decoder is in: notes mask and ids [B, T]. Picklable with the model.
 
-    Some models prepare it before their decoder, which it does not tell then where prompts end.
+    Some models prepare the mask before their decoder, which it does not tell then where prompts end, and give it
+    embeddings, which do not tell a trace what the tokens are.
     """
 
     context: ModelContext
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Note this call's mask; a prepared one tells nothing about what a module outside was given."""
-        mask = kwargs.get("attention_mask")
+        """Note this call's mask; a prepared one tells nothing about what a module outside was given. Note its ids."""
+        local, mask = self.context.local, kwargs.get("attention_mask")
         if mask is None or _is_plain(mask):
-            self.context.local.mask = mask
+            local.mask = mask
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        if isinstance(ids, Tensor):
+            local.ids = ids
 
 
 def _is_plain(mask: Any) -> TypeGuard[Tensor]:

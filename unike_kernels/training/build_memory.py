@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..artifacts.fingerprint import fingerprint
-from ..artifacts.memory import MemoryBank, MemoryLayer
+from ..artifacts.memory import MemoryBank, MemoryLayer, joined_texts
 from ..artifacts.scope import Scope
 from ..backbones import Decoder, find_decoder, project_memory, score_scale, unwrap
 from ..config import Config
@@ -20,7 +20,7 @@ from ..patching import check_artifacts
 from .encoders import Disentangled, EncoderTraining, disentangle
 from .extract import Hidden, entries_of, extract
 from .samples import Triplet, taking_gradients
-from .scope import Fact, extend_scope, prompt_keys
+from .scope import prompt_keys
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,7 @@ def build_memory(
     batch_size: int = 32,
     store: str | os.PathLike[str] | None = None,
     scope: Scope | None = None,
+    keep_texts: bool = True,
     progress: bool = True,
 ) -> MemoryResult:
     """Make the memory of `triplets` for a model (paper, section 3.3 and Appendix C).
@@ -94,6 +95,8 @@ def build_memory(
         scope: what decides where edits act, see `build_scope`; needed where the config says scope="memory". With
             values="context", too, the memory edits by itself: in a row whose prompt asks for the fact of a triplet, its
             entries act, and no others.
+        keep_texts: whether the memory, and so its file, keeps what each entry says, the question with both answers:
+            `uk.explain` shows it. Else the facts of its scope get no names, either.
         progress: show progress bars.
 
     Raises:
@@ -109,8 +112,9 @@ def build_memory(
         model, processor, triplets, layers=layers, context=config.values == "context", batch_size=batch_size,
         store=store, progress=progress,
     )  # fmt: skip
+    counts = _counts(model, processor, triplets, config, batch_size)
     if scope is not None and _acts(config):
-        scope = _with_own(model, processor, scope, triplets, 0, batch_size)
+        scope = _with_facts(model, processor, scope, triplets, _ranges(counts, 0), batch_size, keep_texts)
     tables, spaces, dtype = {}, {}, _dtype_of(model)
     for i, h in hidden.items():
         keys, values, pos, neg = _tables(decoder, i, h, config.values)
@@ -126,7 +130,9 @@ def build_memory(
     held_out = [f"layer {i}: {s.truth_accuracy:.0%}, {s.semantic_accuracy:.0%}" for i, s in sorted(spaces.items())]
     told["held-out truthfulness and semantics"] = "; ".join(held_out)
     notes = {"triplets": str(len(triplets)), **told}
-    return MemoryResult(MemoryBank(tables, config, fingerprint(model), notes, scope=scope), hidden, spaces)
+    texts = _texts(triplets, counts) if keep_texts else None
+    bank = MemoryBank(tables, config, fingerprint(model), notes, scope=scope, texts=texts)
+    return MemoryResult(bank, hidden, spaces)
 
 
 @taking_gradients
@@ -138,6 +144,7 @@ def extend_memory(
     *,
     batch_size: int = 32,
     store: str | os.PathLike[str] | None = None,
+    keep_texts: bool = True,
     progress: bool = True,
 ) -> MemoryBank:
     """A memory with further triplets as entries behind its own; its encoders and zeta' stay what they are.
@@ -154,6 +161,7 @@ def extend_memory(
         triplets: one or more.
         batch_size: triplets per forward pass of the extraction.
         store: a folder for the extracted states, as for `extract`.
+        keep_texts: whether it keeps what the new entries say, see `build_memory`; the others keep what they have.
         progress: show a progress bar.
 
     Raises:
@@ -165,12 +173,10 @@ def extend_memory(
         raise ValueError("triplets: expected at least one, got none")
     decoder = find_decoder(model)
     check_artifacts(model, decoder, [], memory, memory.config, override=False)
-    scope = memory.scope
-    if scope is not None and _acts(memory.config):
-        scope = _with_own(model, processor, scope, triplets, len(memory), batch_size)
-    elif scope is not None:
-        facts = [Fact((triplet.answered(""),)) for triplet in triplets]
-        scope = extend_scope(model, processor, scope, facts, batch_size=batch_size)
+    scope, counts = memory.scope, _counts(model, processor, triplets, memory.config, batch_size)
+    if scope is not None:
+        own = _ranges(counts, len(memory)) if _acts(memory.config) else None
+        scope = _with_facts(model, processor, scope, triplets, own, batch_size, keep_texts)
     notes = {**memory.notes, "extended": f"by {len(triplets)} triplets"}
     layers = sorted(memory.layers)
     if not layers:
@@ -189,7 +195,9 @@ def extend_memory(
             keys=_behind(have.keys, keys),
             values=None if have.values is None or values is None else _behind(have.values, values),
         )
-    return replace(memory, layers=tables, notes=notes, scope=scope)
+    more = _texts(triplets, counts) if keep_texts else None
+    texts = joined_texts([(memory.texts, len(memory)), (more, sum(counts))])
+    return replace(memory, layers=tables, notes=notes, scope=scope, texts=texts)
 
 
 def _acts(config: Config) -> bool:
@@ -197,15 +205,41 @@ def _acts(config: Config) -> bool:
     return config.scope == "memory" and config.values == "context"
 
 
-def _with_own(
-    model: nn.Module, processor: Any, scope: Scope, triplets: Sequence[Triplet], start: int, batch_size: int
+def _counts(
+    model: nn.Module, processor: Any, triplets: Sequence[Triplet], config: Config, batch_size: int
+) -> list[int]:
+    """The entries of each triplet."""
+    return entries_of(model, processor, triplets, batch_size) if config.values == "context" else [1] * len(triplets)
+
+
+def _texts(triplets: Sequence[Triplet], counts: Sequence[int]) -> tuple[str, ...]:
+    """What each entry says."""
+    return tuple(text for triplet, n in zip(triplets, counts, strict=True) for text in [triplet.text] * n)
+
+
+def _ranges(counts: Sequence[int], start: int) -> Tensor:
+    """int64 [F, 2], where the entries of each triplet are in tables in which the first one is at `start`."""
+    of = torch.tensor(counts, dtype=torch.int64, device="cpu")
+    ends = start + of.cumsum(0)
+    return torch.stack([ends - of, ends], 1)
+
+
+def _with_facts(
+    model: nn.Module,
+    processor: Any,
+    scope: Scope,
+    triplets: Sequence[Triplet],
+    own: Tensor | None,
+    batch_size: int,
+    named: bool,
 ) -> Scope:
-    """The scope with the facts of triplets, whose entries are in the tables from `start` on."""
+    """The scope with the facts of triplets, which act by these entries; None: they act nowhere."""
     prompts = [triplet.answered("") for triplet in triplets]
     keys = prompt_keys(model, processor, scope, prompts, batch_size=batch_size)
-    counts = torch.tensor(entries_of(model, processor, triplets, batch_size), dtype=torch.int64, device="cpu")
-    ends = start + counts.cumsum(0)
-    return scope.with_own(keys, torch.stack([ends - counts, ends], 1), tuple(prompt.question for prompt in prompts))
+    names = tuple(prompt.question for prompt in prompts) if named else None
+    if own is not None:
+        return scope.with_own(keys, own, names)
+    return scope.extended(keys, torch.arange(len(prompts), dtype=torch.int64, device="cpu"), names)
 
 
 def _dtype_of(model: nn.Module) -> torch.dtype:

@@ -249,13 +249,15 @@ def _spans(batch: Batch, state: str, context: bool) -> list[range]:
 
 
 def entries_of(model: nn.Module, processor: Any, triplets: Sequence[Triplet], batch_size: int) -> list[int]:
-    """How many entries each triplet has in `extract(..., context=True)`."""
-    asked = [t.answered(t.positive) for t in triplets]
-    counts = [0] * len(asked)
-    for group in batches(asked, batch_size):
-        batch = encode(processor, [asked[i] for i in group], device_of(model))
-        for i, span in zip(group, _spans(batch, "sem", True), strict=True):
-            counts[i] = len(span)
+    """How many entries each triplet has in `extract(..., context=True)`; some are looked at at a time."""
+    counts = [0] * len(triplets)
+    for start in range(0, len(triplets), _PART):
+        part = (triplets[i] for i in range(start, min(start + _PART, len(triplets))))
+        asked = [t.answered(t.positive) for t in part]
+        for group in batches(asked, batch_size):
+            batch = encode(processor, [asked[i] for i in group], device_of(model))
+            for i, span in zip(group, _spans(batch, "sem", True), strict=True):
+                counts[start + i] = len(span)
     return counts
 
 

@@ -103,6 +103,12 @@ class Triplet:
         """The question with an answer, "" for none."""
         return Sample(self.prompt, answer, self.image, messages=self.messages)
 
+    @property
+    def text(self) -> str:
+        """What it says, in a line for people."""
+        told = f"{self.answered('').question} -> {self.positive}, not {self.negative}"
+        return " ".join(told.split())
+
 
 @dataclass(frozen=True)
 class Batch:
