@@ -133,7 +133,7 @@ class Index(ABC):
         if not isinstance(threshold, int | float | np.floating) or math.isnan(threshold):
             raise ValueError(f"threshold: expected a number, got {threshold!r}")
         rows = self._asked(queries)
-        found: list[tuple[Tensor, Tensor]] = [(rows.new_empty(0), rows.new_empty(0))] * len(rows)
+        found: dict[int, tuple[Tensor, Tensor]] = {}
         asking, k = torch.arange(len(rows), dtype=torch.int64, device=rows.device), min(_FIRST_RESULTS, len(self)) or 1
         while len(asking):
             scores, ids = self._search(rows[asking], k, None, allowed)
@@ -142,9 +142,10 @@ class Index(ABC):
                 found[query] = scores[i, above[i]], ids[i, above[i]]
             asking = asking[above[:, -1]] if k < len(self) else asking[:0]
             k = min(4 * k, len(self))
-        lims = torch.tensor([0, *(len(ids) for _, ids in found)], dtype=torch.int64, device=rows.device).cumsum(0)
-        scores = torch.cat([rows.new_empty(0, dtype=torch.float32), *(scores for scores, _ in found)])
-        ids = torch.cat([torch.empty_like(lims[:0]), *(ids for _, ids in found)])
+        each = [found[query] for query in range(len(rows))]
+        lims = torch.tensor([0, *(len(ids) for _, ids in each)], dtype=torch.int64, device=rows.device).cumsum(0)
+        scores = torch.cat([rows.new_empty(0, dtype=torch.float32), *(scores for scores, _ in each)])
+        ids = torch.cat([torch.empty_like(lims[:0]), *(ids for _, ids in each)])
         return _like(queries, lims), _like(queries, scores), _like(queries, ids)
 
     def _given(self, name: str, values: object) -> Tensor:
@@ -190,7 +191,7 @@ class KeyedIndex(Index):
 
     def _chosen(self, allowed: Ids) -> Tensor:
         """The positions of the allowed keys, ascending. Raises TypeError, ValueError."""
-        given = torch.as_tensor(allowed, device=self.device)
+        given = torch.as_tensor(allowed, dtype=None, device=self.device)
         if given.dtype == torch.bool:
             _check.sized("allowed", given, (len(self),))
             return given.nonzero().flatten()

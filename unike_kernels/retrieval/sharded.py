@@ -84,7 +84,7 @@ class ShardedIndex(Index):
 
     def _own(self, allowed: Ids) -> Tensor:
         """What is allowed, of this rank's keys. Raises TypeError, ValueError."""
-        given = torch.as_tensor(allowed, device=self.device)
+        given = torch.as_tensor(allowed, dtype=None, device=self.device)
         if given.dtype == torch.bool:
             _check.sized("allowed", given, (len(self),))
             return given[self.first : self.first + len(self.index)]
