@@ -142,7 +142,7 @@ class Index(ABC):
                 found[query] = scores[i, above[i]], ids[i, above[i]]
             asking = asking[above[:, -1]] if k < len(self) else asking[:0]
             k = min(4 * k, len(self))
-        each = [found[query] for query in range(len(rows))]
+        each: list[tuple[Tensor, Tensor]] = [found[query] for query in range(len(rows))]
         lims = torch.tensor([0, *(len(ids) for _, ids in each)], dtype=torch.int64, device=rows.device).cumsum(0)
         scores = torch.cat([rows.new_empty(0, dtype=torch.float32), *(scores for scores, _ in each)])
         ids = torch.cat([torch.empty_like(lims[:0]), *(ids for _, ids in each)])
