@@ -53,6 +53,13 @@ def test_a_key_that_only_the_low_bits_of_a_query_see(scan, m):
     assert_finds(uk.CosineIndex(keys, scan), keys, k=1, queries=(large + small).expand(m, -1))
 
 
+@pytest.mark.parametrize("n", [40, 100])
+def test_few_keys_and_many_queries(n):
+    """There are fewer tiles of keys than threads: these share the queries."""
+    keys = torch.randn(n, 64)
+    assert_finds(uk.CosineIndex(keys), keys, queries=torch.randn(301, 64))
+
+
 @scans
 def test_no_keys(scan):
     index = uk.CosineIndex(torch.randn(0, 8), scan)
