@@ -1,6 +1,6 @@
 // Exact cosine top-k in two phases. The scan multiplies codes and keeps one number for each query and key: an upper bound of
 // the score, an estimate plus its proved error (EXACTNESS.md). Then the k keys of the highest bounds get canonical scores;
-// the worst of these is below no other key that is among the k best, so that of the others few are looked at again: their
+// a key whose bound is below the least of these is not among the k best, so that few others are looked at again: their
 // codes with all bits of the query, and, unless these rule them out, their rows. No threshold is needed while keys are
 // scanned, and the one that is used has seen all of them. cosine_pack.cpp makes the codes.
 #include "unike/cosine_topk.h"
@@ -71,7 +71,6 @@ class Best {
   // Nothing below this is among the k best.
   float threshold() const { return threshold_; }
   int64_t count() const { return count_; }
-  Scored* begin() const { return scored_; }
 
   // Room for a tile more.
   Scored* room() {
@@ -127,6 +126,7 @@ class CosineTopK {
     maxima_ = workspace.take<float>(times(threads_, tiles_));
     scored_ = workspace.take<Scored>(times(threads_, kept_ + Best::kMore));
     const double terms = (static_cast<double>(keys_.d) / kernels.lanes + kDepth) * 0x1p-24;
+    // Where sums are too long for the theorem nothing is ruled out; infinity times a norm of 0 would be no number.
     rounding_ = static_cast<float>(terms < 0.5 ? terms / (1 - terms) * 1.0001 : 0x1p96);
   }
 
@@ -335,7 +335,7 @@ class CosineTopK {
     if (count > 0) body(found, count);
   }
 
-  // Gives keys, at most kTile, the scores that count: canonical, or where there are no rows those of all codes.
+  // Gives keys the scores that count: canonical, or where there are no rows those of all codes.
   void score(int64_t q, Scored* keys, int64_t count) const {
     for (; count > 0; keys += kTile, count -= kTile) {
       const int64_t n = std::min(count, kTile);

@@ -4,8 +4,8 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "common/candidate.h"
 #include "cpu/scan_kernels.h"
+#include "cuda/candidate.h"
 
 namespace unike::cuda {
 

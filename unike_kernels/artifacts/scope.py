@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..ops import _check
 from ..ops.cosine_topk import cosine_topk
 from ..ops.prompt_encoder import SPELLING, PromptEncoder, StateBlock, TextBlock, nearest, surely_about
 from . import files
@@ -83,7 +84,7 @@ class Scope:
         for name, t in tensors.items():
             if t.dim() < 1 or tuple(t.shape) != expected[name]:
                 raise ValueError(f"Scope.{name}: expected shape {list(expected[name])}, got {list(t.shape)}")
-            if t.dtype != torch.float32 or not t.isfinite().all():
+            if t.dtype != torch.float32 or not _check.finite(t):
                 raise ValueError(f"Scope.{name}: expected finite float32, got {t.dtype} or NaN or infinity")
         if not ((self.entries.norm(dim=-1) - 1).abs() < 1e-3).all():
             raise ValueError("Scope.entries: expected unit rows")
@@ -304,7 +305,7 @@ def own_keys(key: OwnKey, prompts: Sequence[Sequence[int]], width: int | None = 
     shape = [len(prompts), "c" if width is None else width]
     if not isinstance(found, Tensor) or found.dim() != 2 or found.shape[0] != len(prompts) or not found.shape[1]:
         raise ValueError(f"key: expected a function that returns a tensor {shape}, got {_told(found)}")
-    if width not in (None, found.shape[1]) or not found.is_floating_point() or not found.isfinite().all():
+    if width not in (None, found.shape[1]) or not found.is_floating_point() or not _check.finite(found):
         raise ValueError(f"key: expected a function that returns finite numbers {shape}, got {_told(found)}")
     return F.normalize(found.detach().float(), dim=-1)
 

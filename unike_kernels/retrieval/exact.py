@@ -161,9 +161,8 @@ class CosineIndex(KeyedIndex):
         """Of the keys at these ascending positions: in their range where they fill it, else in a copy of them."""
         start, stop = (int(chosen[0]), int(chosen[-1]) + 1) if len(chosen) else (0, 0)
         if stop - start == len(chosen):
-            return self._nearest(
-                queries, k, chosen.new_tensor([[start, stop]], dtype=torch.int64).repeat(len(queries), 1), None
-            )
+            ranges = chosen.new_tensor([[start, stop]], dtype=torch.int64).repeat(len(queries), 1)
+            return self._nearest(queries, k, ranges, None)
         part, fewer = self._part(chosen), min(k, len(chosen))
         scores, found = part._nearest(queries, fewer, None, None)
         pad = torch.nn.functional.pad

@@ -191,11 +191,9 @@ class KeyedIndex(Index):
 
     def _chosen(self, allowed: Ids) -> Tensor:
         """The positions of the allowed keys, ascending. Raises TypeError, ValueError."""
-        given = torch.as_tensor(allowed, dtype=None, device=self.device)
-        if given.dtype == torch.bool:
-            _check.sized("allowed", given, (len(self),))
-            return given.nonzero().flatten()
-        wanted = _check.ids("allowed", given).to(self.device)
+        wanted = mask_or_ids(self, allowed)
+        if wanted.dtype == torch.bool:
+            return wanted.nonzero().flatten()
         if self._ids is None:
             return wanted[(wanted >= 0) & (wanted < len(self))].unique()
         return torch.isin(self._ids, wanted).nonzero().flatten()
@@ -210,6 +208,15 @@ class KeyedIndex(Index):
         if not found:
             raise IndexError(f"id: expected that of a key, got {id}")
         return int(found[0])
+
+
+def mask_or_ids(index: Index, allowed: Ids) -> Tensor:
+    """What may be found in an index: a mask bool [N], or ids int64 [n], on its device. Raises TypeError, ValueError."""
+    given = torch.as_tensor(allowed, dtype=None, device=index.device)
+    if given.dtype != torch.bool:
+        return _check.ids("allowed", given).to(index.device)
+    _check.sized("allowed", given, (len(index),))
+    return given
 
 
 def taken(table: Tensor, positions: Tensor) -> Tensor:

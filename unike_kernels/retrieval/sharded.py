@@ -9,9 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..ops import _check
 from .exact import CosineIndex
-from .index import Ids, Index
+from .index import Ids, Index, mask_or_ids
 
 
 class ShardedIndex(Index):
@@ -84,11 +83,10 @@ class ShardedIndex(Index):
 
     def _own(self, allowed: Ids) -> Tensor:
         """What is allowed, of this rank's keys. Raises TypeError, ValueError."""
-        given = torch.as_tensor(allowed, dtype=None, device=self.device)
+        given = mask_or_ids(self, allowed)
         if given.dtype == torch.bool:
-            _check.sized("allowed", given, (len(self),))
             return given[self.first : self.first + len(self.index)]
-        return _check.ids("allowed", given) - (self.first if self._counted else 0)
+        return given - (self.first if self._counted else 0)
 
     def reconstruct(self, id: int) -> Tensor:
         """See `CosineIndex.reconstruct`; all ranks call it together."""

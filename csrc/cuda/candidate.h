@@ -1,4 +1,4 @@
-// What a search keeps of the keys, on the CPU and on a GPU.
+// What a search keeps of the keys.
 #pragma once
 
 #include <cstdint>
