@@ -47,6 +47,7 @@ AVX512 = f"{AVX2} -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-wid
 ISA_FLAGS = {
     "x86_64": {
         "avx2": AVX2,
+        "avxvnni": f"{AVX2} -mavxvnni",
         "avx512": AVX512,
         "avx512vnni": f"{AVX512} -mavx512vnni",
         "avx512bf16": f"{AVX512} -mavx512vnni -mavx512bf16",

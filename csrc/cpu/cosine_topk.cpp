@@ -28,6 +28,8 @@ constexpr float kSlack = 0x1p-17f;
 constexpr int64_t kQueryBlock = 128;
 // Fewer where the bounds of so many would need more than this, but no less than a quarter.
 constexpr int64_t kBoundsBytes = 128 << 20;
+// Tiles whose bounds are on their way.
+constexpr int64_t kFetched = 4;
 // Up to so many, `low` is multiplied with all keys: high and low then fill one register block.
 constexpr int64_t kWideQueries = 3;
 
@@ -320,17 +322,28 @@ class CosineTopK {
     const auto [first, last] = tiles_of(queries_[q].range);
     Scored found[2 * kTile];
     int64_t count = 0;
-    for (int64_t tile = first; tile < last; ++tile) {
+    for (int64_t group = first; group < last; group += kTile) {
+      // Which tiles have such a key, so that the bounds of the next ones are fetched meanwhile.
       const float threshold = std::max(least(), std::numeric_limits<float>::lowest());  // -inf is no key
-      if (largest(q)[tile] < threshold) continue;
-      const float* of_tile = bounds(q) + tile * kTile;
-      int32_t reaching[kTile];
-      const int64_t n = kernels_.at_least(of_tile, threshold, reaching);
-      for (int64_t i = 0; i < n; ++i) found[count++] = {of_tile[reaching[i]], tile * kTile + reaching[i]};
-      if (count < kTile) continue;
-      body(found, kTile);
-      count -= kTile;
-      std::copy_n(found + kTile, count, found);
+      int32_t tiles[kTile + 16], keys[kTile + 16];                                      // room for a register more
+      const int64_t of_group = kernels_.at_least(largest(q) + group, std::min(kTile, last - group), threshold, tiles);
+      const auto fetch = [&](int64_t i) {
+        if (i >= of_group) return;
+        const float* of_tile = bounds(q) + (group + tiles[i]) * kTile;
+        for (int64_t j = 0; j < kTile; j += 16) __builtin_prefetch(of_tile + j);
+      };
+      for (int64_t i = 0; i < kFetched; ++i) fetch(i);
+      for (int64_t i = 0; i < of_group; ++i) {
+        fetch(i + kFetched);
+        const int64_t tile = group + tiles[i];
+        const float* of_tile = bounds(q) + tile * kTile;
+        const int64_t n = kernels_.at_least(of_tile, kTile, std::max(least(), threshold), keys);
+        for (int64_t j = 0; j < n; ++j) found[count++] = {of_tile[keys[j]], tile * kTile + keys[j]};
+        if (count < kTile) continue;
+        body(found, kTile);
+        count -= kTile;
+        std::copy_n(found + kTile, count, found);
+      }
     }
     if (count > 0) body(found, count);
   }

@@ -33,6 +33,10 @@ bool has_f16c() {  // clang has no name for it before 19
   return __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & bit_F16C) != 0;
 }
 bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c(); }
+bool has_avxvnni() {
+  unsigned a, b, c, d;
+  return has_avx2() && __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 && (a & 1u << 4) != 0;
+}
 bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
@@ -64,6 +68,7 @@ constexpr Level kLevels[] = {
 #if defined(UNIKE_ONLY_BASELINE)
 #elif defined(__x86_64__)
     {"avx2", has_avx2, &kernels_avx2},
+    {"avxvnni", has_avxvnni, &kernels_avxvnni},
     {"avx512", has_avx512, &kernels_avx512},
     {"avx512vnni", has_vnni, &kernels_avx512vnni},
     {"avx512bf16", has_bf16, &kernels_avx512bf16},

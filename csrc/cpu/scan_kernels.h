@@ -76,8 +76,8 @@ struct ScanKernels {
   float (*upper_bounds)(const void* high, const int32_t* low, bool integers, const TileBounds& keys,
                         const QueryBounds& query, int64_t first, int64_t last, float* out);
 
-  // Writes the i < kTile with x[i] >= threshold, and returns how many there are.
-  int64_t (*at_least)(const float* x, float threshold, int32_t* out);
+  // Writes the i < n with x[i] >= threshold, and returns how many there are; n <= kTile.
+  int64_t (*at_least)(const float* x, int64_t n, float threshold, int32_t* out);
 
   // out[i] = the canonical product of `query` and keys[i], rounded to float32, -0.0 as 0.0.
   void (*canonical)(const float* query, const float* const* keys, int64_t count, int64_t d, float* out);

@@ -6,6 +6,9 @@
 // in chunks of 4 KB: those of a group of queries stay in the L1 cache for all keys of the tile, and the keys' chunks
 // (256 KB for 64 keys) come from the L2 cache for all groups but the first. That one fetches ahead.
 //
+// dot_columns: for many queries, codes whose products an instruction sums four by four are transposed on their way from
+// memory, so that each lane has the sum of a key and nothing is folded together.
+//
 // dot_tile: a few queries, all in the L1 cache, wait for the keys. Where these lie in memory one behind the other, they are read
 // one after the other, as memory delivers a single stream faster than four that are a row apart, and far ahead.
 #pragma once
@@ -31,6 +34,9 @@ constexpr int kQueries = 6;  // of 32 registers 4 + 1 for the operands
 constexpr int kQueries = 2;  // of 16
 #endif
 
+constexpr int64_t kColumns = 640;       // codes of a key that are transposed at once: 40 KB of a tile, in the L1 cache
+constexpr int64_t kColumnQueries = 12;  // for fewer, transposing takes longer than folding
+
 using FourFloats = float __attribute__((vector_size(16)));
 using FourInts = int32_t __attribute__((vector_size(16)));
 
@@ -44,6 +50,7 @@ struct Floats {
   using Four = FourFloats;
   static constexpr int64_t kStep = kLanes;
   static constexpr bool kPadded = false;
+  static constexpr bool kFours = false;
 
   static Vec load_key(const T* p) { return load(p); }
   static Vec load_query(const float* p) { return load(p); }
@@ -61,6 +68,7 @@ struct Pairs {
   using Four = FourFloats;
   static constexpr int64_t kStep = 32;
   static constexpr bool kPadded = true;  // rows are whole steps long
+  static constexpr bool kFours = false;
 
   static __m512i load_key(const BFloat16* p) { return _mm512_loadu_si512(p); }
   static __m512i load_query(const BFloat16* p) { return _mm512_loadu_si512(p); }
@@ -78,6 +86,12 @@ struct Bytes {
   using Element = int32_t;
   using Four = FourInts;
   static constexpr bool kPadded = true;
+
+  static int32_t load_int(const int8_t* p) {
+    int32_t four;
+    __builtin_memcpy(&four, p, sizeof four);
+    return four;
+  }
 #if defined(__ARM_FEATURE_DOTPROD) && !defined(__ARM_FEATURE_MATMUL_INT8)
   static constexpr int kOffset = 0;  // both operands are signed there
 #else
@@ -92,6 +106,16 @@ struct Bytes {
     asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(key), "v"(query));
     return sum;
   }
+  static __m512i repeat(const int8_t* p) { return _mm512_set1_epi32(load_int(p)); }
+#elif defined(__AVXVNNI__)
+  static constexpr int64_t kStep = 32;
+  static __m256i load_key(const uint8_t* p) { return _mm256_loadu_si256((const __m256i*)p); }
+  static __m256i load_query(const int8_t* p) { return _mm256_loadu_si256((const __m256i*)p); }
+  static Ints add_product(Ints sum, __m256i key, __m256i query) {
+    asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum) : "x"(key), "x"(query));
+    return sum;
+  }
+  static __m256i repeat(const int8_t* p) { return _mm256_set1_epi32(load_int(p)); }
 #elif defined(__AVX512BW__)
   static constexpr int64_t kStep = 32;
   static __m512i load_key(const uint8_t* p) { return _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)p)); }
@@ -119,6 +143,7 @@ struct Bytes {
   static Ints add_product(Ints sum, uint8x16_t key, int8x16_t query) {
     return (Ints)vusdotq_s32((int32x4_t)sum, key, query);
   }
+  static int8x16_t repeat(const int8_t* p) { return vreinterpretq_s8_s32(vdupq_n_s32(load_int(p))); }
 #elif defined(__ARM_FEATURE_DOTPROD)
   static constexpr int64_t kStep = 16;
   static int8x16_t load_key(const uint8_t* p) {
@@ -128,6 +153,7 @@ struct Bytes {
   static Ints add_product(Ints sum, int8x16_t key, int8x16_t query) {
     return (Ints)vdotq_s32((int32x4_t)sum, key, query);
   }
+  static int8x16_t repeat(const int8_t* p) { return vreinterpretq_s8_s32(vdupq_n_s32(load_int(p))); }
 #elif defined(__aarch64__)
   static constexpr int64_t kStep = 8;
   static int16x8_t load_key(const uint8_t* p) { return vreinterpretq_s16_u16(vmovl_u8(vld1_u8(p))); }
@@ -146,6 +172,7 @@ struct Bytes {
   static Ints load_query(const int8_t* p) { return __builtin_convertvector(*reinterpret_cast<const Signed*>(p), Ints); }
   static Ints add_product(Ints sum, Ints key, Ints query) { return sum + key * query; }
 #endif
+  static constexpr bool kFours = kStep == 4 * kLanes;  // each lane of a sum adds the products of four neighbours
 };
 
 // Four sums, those of the lanes of s[0], ..., s[3].
@@ -296,15 +323,101 @@ void dot_blocks(const typename C::Query* const* queries, int64_t count, const ty
   }
 }
 
-// The same, but a float sum may have another order for a few queries than for many.
+// Transposes kLanes rows of kLanes numbers.
+template <int W = kLanes / 2>
+inline void transpose(Ints* rows) {
+  const auto first = [](int l) { return l & W ? kLanes + l - W : l; };
+  const auto second = [](int l) { return l & W ? kLanes + l : l + W; };
+  for (int i = 0; i < kLanes; ++i) {
+    if (i & W) continue;
+    const Ints a = rows[i], b = rows[i + W];
+    rows[i] = shuffle(a, b, first);
+    rows[i + W] = shuffle(a, b, second);
+  }
+  if constexpr (W > 1) transpose<W / 2>(rows);
+}
+
+// The codes start, ..., start + chunk - 1 of n <= kTile keys as columns [chunk / 4, kTile, 4]; the last key stands for those
+// that are not there.
+template <typename C>
+inline void transpose_keys(const typename C::Key* const* keys, int64_t n, int64_t start, int64_t chunk,
+                           typename C::Key* columns) {
+  for (int64_t i = 0; i < kTile; i += kLanes) {
+    for (int64_t j = 0; j < chunk; j += C::kStep) {
+      Ints rows[kLanes];
+      for (int64_t l = 0; l < kLanes; ++l) rows[l] = load_ints(keys[i + l < n ? i + l : n - 1] + start + j);
+      transpose(rows);
+      for (int64_t l = 0; l < kLanes; ++l) store_ints(columns + (j + 4 * l) * kTile + 4 * i, rows[l]);
+    }
+  }
+}
+
+// out[q * kTile + i], for Q queries and kKeys registers of keys, of the columns [steps, kTile, 4], or is raised by it. Calls
+// fetch() at each step.
+template <typename C, int Q>
+inline void columns_block(const typename C::Query* const* queries, const typename C::Key* columns, int64_t steps,
+                          const auto& fetch, bool add, int32_t* out) {
+  Ints s[Q][kKeys];
+  for (int q = 0; q < Q; ++q) {
+    for (int i = 0; i < kKeys; ++i) s[q][i] = add ? load_ints(out + q * kTile + i * kLanes) : Ints{};
+  }
+  for (int64_t step = 0; step < steps; ++step) {
+    decltype(C::load_key(columns)) key[kKeys];
+    for (int i = 0; i < kKeys; ++i) key[i] = C::load_key(columns + 4 * (step * kTile + i * kLanes));
+    fetch();
+    for (int q = 0; q < Q; ++q) {
+      const auto query = C::repeat(queries[q] + 4 * step);
+      for (int i = 0; i < kKeys; ++i) s[q][i] = C::add_product(s[q][i], key[i], query);
+    }
+  }
+  for (int q = 0; q < Q; ++q) {
+    for (int i = 0; i < kKeys; ++i) store_ints(out + q * kTile + i * kLanes, s[q][i]);
+  }
+}
+
+// out[q * kTile + i] = queries[q] . keys[i] for n <= kTile keys that lie in memory at equal distances, with more behind them.
+template <typename C>
+void dot_columns(const typename C::Query* const* queries, int64_t count, const typename C::Key* const* keys, int64_t n,
+                 int64_t length, int32_t* out) {
+  alignas(64) typename C::Key columns[kTile * kColumns];
+  const int64_t stride = n > 1 ? keys[1] - keys[0] : 0;
+  for (int64_t start = 0; start < length; start += kColumns) {
+    const int64_t chunk = length - start < kColumns ? length - start : kColumns;
+    transpose_keys<C>(keys, n, start, chunk, columns);
+    // What is transposed next comes from memory meanwhile, a line at each step.
+    const int64_t left = length - start - chunk, lines = (left > 0 ? left : length) / 64 * kTile;
+    const typename C::Key* next = left > 0 ? keys[0] + start + chunk : keys[0] + n * stride;
+    int64_t line = 0;
+    const auto fetch = [&] {
+      if (line >= lines || line >= kTile * kColumns / 64) return;
+      __builtin_prefetch(next + line % kTile * stride + line / kTile * 64, 0, 2);
+      ++line;
+    };
+    for (int64_t q = 0; q < count; q += kQueries) {
+      const typename C::Query* query[kQueries];
+      for (int64_t l = 0; l < kQueries; ++l) query[l] = queries[q + l < count ? q + l : q] + start;
+      with_constant(count - q < kQueries ? count - q : kQueries, [&]<int Q> {
+        for (int64_t i = 0; i < kTile; i += kKeys * kLanes) {
+          columns_block<C, Q>(query, columns + 4 * i, chunk / 4, fetch, start > 0, out + q * kTile + i);
+        }
+      });
+    }
+  }
+}
+
+// out[q * kTile + i] = queries[q] . keys[i] for n <= kTile keys; `prefetch_next` as in dot_blocks. A float sum may have
+// another order for a few queries than for many.
 template <typename C>
 void dot_tile(const typename C::Query* const* queries, int64_t count, const typename C::Key* const* keys, int64_t n,
-              int64_t length, bool prefetch_next, typename C::Element* out, int64_t ld) {
+              int64_t length, bool prefetch_next, typename C::Element* out) {
+  if constexpr (C::kFours) {
+    if (prefetch_next && count >= kColumnQueries) return dot_columns<C>(queries, count, keys, n, length, out);
+  }
   const bool in_cache = count * length * static_cast<int64_t>(sizeof(typename C::Query)) <= kStreamBytes;
   if (prefetch_next && count <= kQueries && in_cache) {
-    with_constant(count, [&]<int Q> { dot_stream<C, Q>(queries, keys, n, length, out, ld); });
+    with_constant(count, [&]<int Q> { dot_stream<C, Q>(queries, keys, n, length, out, kTile); });
   } else {
-    dot_blocks<C>(queries, count, keys, n, length, prefetch_next, out, ld);
+    dot_blocks<C>(queries, count, keys, n, length, prefetch_next, out, kTile);
   }
 }
 

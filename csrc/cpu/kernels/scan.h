@@ -119,6 +119,14 @@ void normalize(const void* row, int64_t d, float* out) {
 
 inline Vec abs(Vec v) { return (Vec)((Bits)v & 0x7fffffff); }
 inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
+template <int W = kLanes / 2>
+inline float largest_of(Vec v) {
+  if constexpr (W > 0) {
+    return largest_of<W / 2>(larger(v, shuffle(v, v, [](int l) { return (l + W) % static_cast<int>(kLanes); })));
+  } else {
+    return v[0];
+  }
+}
 
 // To the nearest integer, for |v| < 2^22.
 inline Vec nearest(Vec v) { return (v + 0x1.8p23f) - 0x1.8p23f; }
@@ -145,9 +153,7 @@ float subtract(const float* x, float b, const float* u, int64_t d, float* rest) 
     store(rest + i, v);
     largest = larger(largest, abs(v));
   });
-  float result = 0.0f;
-  for (int j = 0; j < kLanes; ++j) result = largest[j] > result ? largest[j] : result;
-  return result;
+  return largest_of(largest);
 }
 
 void take_out(const float* x, const float* u, int64_t d, float* rest, QueryBounds* bounds) {
@@ -164,9 +170,7 @@ void quantize(const float* rest, int64_t d, int8_t* high, int8_t* low, QueryBoun
   typedef int8_t Codes __attribute__((vector_size(kLanes), aligned(1), may_alias));
   Vec largest{};
   for (int64_t i = 0; i < d; i += kLanes) largest = larger(largest, abs(load(rest + i)));
-  float most = 0.0f;
-  for (int j = 0; j < kLanes; ++j) most = largest[j] > most ? largest[j] : most;
-  const float step = step_of(most), inverse = inverse_of(step);
+  const float step = step_of(largest_of(largest)), inverse = inverse_of(step);
   Ints high_sum{}, low_sum{};
   Pair left_by_high{}, left_by_low{};
   for (int64_t i = 0; i < d; i += kLanes) {
@@ -298,12 +302,6 @@ inline unsigned lanes_set(Ints mask) {
 #endif
 }
 
-inline Ints load_ints(const void* p) {
-  Ints v;
-  __builtin_memcpy(&v, p, sizeof v);
-  return v;
-}
-
 // Wraps: lanes beyond the keys of a tile hold anything.
 inline Vec without(Ints products, int32_t offset) {
   return __builtin_convertvector((Ints)((Bits)products - static_cast<uint32_t>(offset)), Vec);
@@ -324,18 +322,25 @@ float upper_bounds(const void* high, const int32_t* low, bool integers, const Ti
   for (int64_t i = last; i < kTile; ++i) out[i] = -__builtin_inff();
   Vec most = load(out);
   for (int64_t i = kLanes; i < kTile; i += kLanes) most = larger(most, load(out + i));
-  float largest = most[0];
-  for (int j = 1; j < kLanes; ++j) largest = most[j] > largest ? most[j] : largest;
-  return largest;
+  return largest_of(most);
 }
 
-int64_t at_least(const float* x, float threshold, int32_t* out) {
+int64_t at_least(const float* x, int64_t n, float threshold, int32_t* out) {
   int64_t count = 0;
-  for (int64_t i = 0; i < kTile; i += kLanes) {
-    for (unsigned set = lanes_set((Ints)(load(x + i) >= threshold)); set != 0; set &= set - 1) {
-      out[count++] = static_cast<int32_t>(i) + __builtin_ctz(set);
-    }
-  }
+  const auto add = [&](Vec v, int64_t i, unsigned lanes) {
+    unsigned set = lanes_set((Ints)(v >= threshold)) & lanes;
+#if defined(__AVX512F__)
+    const __m512i of_lanes = _mm512_add_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
+                                              _mm512_set1_epi32(static_cast<int32_t>(i)));
+    _mm512_storeu_si512(out + count, _mm512_maskz_compress_epi32(static_cast<__mmask16>(set), of_lanes));
+    count += __builtin_popcount(set);
+#else
+    for (; set != 0; set &= set - 1) out[count++] = static_cast<int32_t>(i) + __builtin_ctz(set);
+#endif
+  };
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) add(load(x + i), i, ~0u);
+  if (i < n) add(load_first(x + i, n - i), i, (1u << (n - i)) - 1);
   return count;
 }
 
@@ -344,7 +349,7 @@ void tile(const void* const* queries, int64_t count, const void* const* keys, in
           bool prefetch_next, void* out) {
   dot_tile<C>(reinterpret_cast<const typename C::Query* const*>(queries), count,
               reinterpret_cast<const typename C::Key* const*>(keys), n, length, prefetch_next,
-              static_cast<typename C::Element*>(out), kTile);
+              static_cast<typename C::Element*>(out));
 }
 
 uint64_t read(const void* data, int64_t bytes) {

@@ -51,6 +51,13 @@ inline V shuffle(V a, V b, Lane lane) {
 inline Vec load(const float* p) { return *reinterpret_cast<const Unaligned*>(p); }
 inline void store(float* p, Vec v) { *reinterpret_cast<Unaligned*>(p) = v; }
 
+inline Ints load_ints(const void* p) {
+  Ints v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+inline void store_ints(void* p, Ints v) { __builtin_memcpy(p, &v, sizeof v); }
+
 // One element as float32, and back.
 inline float get(const float* p) { return *p; }
 inline float get(const BFloat16* p) { return __builtin_bit_cast(float, static_cast<uint32_t>(p->bits) << 16); }

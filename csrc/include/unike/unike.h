@@ -80,7 +80,7 @@ UNIKE_API void unike_set_poll(unike_poll poll);
  * UNIKE_ISA named at the first call of anything that has kernels, else the best that this machine has. */
 UNIKE_API const char* unike_cpu_isa(void);
 
-/* Those that this machine has, from "baseline" to the best; null for an index beyond. On x86-64 "avx2", "avx512",
+/* Those that this machine has, from "baseline" to the best; null for an index beyond. On x86-64 "avx2", "avxvnni", "avx512",
  * "avx512vnni" and "avx512bf16". */
 UNIKE_API const char* unike_available_isa(int index);
 
