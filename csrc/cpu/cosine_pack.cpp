@@ -6,22 +6,36 @@
 #include "common/status.h"
 #include "common/workspace.h"
 #include "cpu/isa.h"
+#include "cpu/leading.h"
 
 namespace unike {
 namespace {
 
-// Calls body(row, thread) for row = 0, ..., rows - 1, in runs of neighbours.
-void each_row(int64_t rows, double work_per_row, int threads, const auto& body) {
-  constexpr int64_t kRun = 16;
+constexpr int64_t kRun = kLeadingRows;
+
+// Calls body(from, to, thread) for runs of at most kRun of `rows` neighbours.
+void each_run(int64_t rows, double work_per_row, int threads, const auto& body) {
   threads = useful_threads(static_cast<double>(rows) * work_per_row, threads_of_call(threads));
-  parallel_for((rows + kRun - 1) / kRun, threads, [&](int64_t run, int thread) {
-    for (int64_t row = run * kRun; row < rows && row < (run + 1) * kRun; ++row) body(row, thread);
+  parallel_for((rows + kRun - 1) / kRun, threads,
+               [&](int64_t run, int thread) { body(run * kRun, std::min(rows, (run + 1) * kRun), thread); });
+}
+
+// Calls body(row, thread) for row = 0, ..., rows - 1.
+void each_row(int64_t rows, double work_per_row, int threads, const auto& body) {
+  each_run(rows, work_per_row, threads, [&](int64_t from, int64_t to, int thread) {
+    for (int64_t row = from; row < to; ++row) body(row, thread);
   });
 }
 
 float* take_rest(Workspace& workspace, int64_t d, int threads) {
   return workspace.take<float>(times(padded_bytes(sizeof(float), d), threads) / static_cast<int64_t>(sizeof(float)));
 }
+
+void check_leading(int64_t p) {
+  require(0 < p && p <= kMostLeading && p % 64 == 0, "p must be a multiple of 64, at most 512");
+}
+
+int64_t tiles_of(int64_t n) { return (n + kTile - 1) / kTile; }
 
 }  // namespace
 }  // namespace unike
@@ -87,6 +101,54 @@ extern "C" unike_status unike_pack_keys(const float* rows, int64_t n, int64_t d,
           pack(rows + row * stride, direction, uu, d, rest + thread * (padded_bytes(sizeof(float), d) / 4),
                static_cast<char*>(codes) + row * bytes);
       __builtin_memcpy(bounds + row * UNIKE_KEY_BOUNDS, &of, sizeof of);
+    });
+  });
+}
+
+extern "C" int64_t unike_leading_bytes(int64_t n, int64_t p) {
+  using namespace unike;
+  return guarded_bytes([&] {
+    check_size("n", n, 0);
+    check_leading(p);
+    return times(tiles_of(n), kTile, p);
+  });
+}
+
+extern "C" unike_status unike_pack_leading(const float* rows, int64_t first, int64_t n, int64_t d, int64_t stride,
+                                           int64_t p, const float* directions, void* codes, float* bounds,
+                                           int threads) {
+  using namespace unike;
+  return guarded([&] {
+    check_size("first", first, 0);
+    check_size("n", n, 0);
+    check_size("stride", stride, 0);
+    check_size("d", d, 1);
+    check_leading(p);
+    times(n, std::max(d, stride), sizeof(float));
+    check_array("directions", directions, times(1 + p, d));
+    check_array("rows", rows, n == 0 ? 0 : (n - 1) * stride + d);
+    const int64_t tiles = tiles_of(plus(first, n));
+    check_memory("codes", codes, times(tiles, kTile, p), 1);
+    check_array("bounds", bounds, times(tiles, kTile, UNIKE_LEADING_BOUNDS));
+    const ScanKernels& kernels = scan_kernels();
+    const double rounding = leading_rounding(p, d);
+    each_run(n, 2.0 * static_cast<double>(times(1 + p, d)), threads, [&](int64_t from, int64_t to, int) {
+      const float* run[kLeadingRows];
+      float y[kLeadingRows * (1 + kMostLeading)];
+      for (int64_t row = from; row < to; ++row) run[row - from] = rows + row * stride;
+      multiply_directions(kernels, run, to - from, directions, p, d, y);
+      for (int64_t row = from; row < to; ++row) {
+        const float* of_row = y + (row - from) * (1 + p);
+        const int64_t tile = (first + row) / kTile, i = (first + row) % kTile;
+        KeyBounds of;
+        kernels.pack_leading(of_row + 1, p, static_cast<char*>(codes) + tile * kTile * p + i * 4, &of);
+        auto& of_tile = reinterpret_cast<TileBounds*>(bounds)[tile];
+        of_tile.scale[i] = of.scale;
+        of_tile.projection[i] = of_row[0];
+        of_tile.residual[i] = of.residual;
+        of_tile.norm[i] = of.norm;
+        of_tile.tail[i] = tail_of(of_row, p, rounding);
+      }
     });
   });
 }

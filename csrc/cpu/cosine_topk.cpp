@@ -15,6 +15,7 @@
 #include "common/status.h"
 #include "common/workspace.h"
 #include "cpu/isa.h"
+#include "cpu/leading.h"
 
 namespace unike {
 namespace {
@@ -32,6 +33,10 @@ constexpr int64_t kBoundsBytes = 128 << 20;
 constexpr int64_t kFetched = 4;
 // Up to so many, `low` is multiplied with all keys: high and low then fill one register block.
 constexpr int64_t kWideQueries = 3;
+// Up to so many read the leading codes first.
+constexpr int64_t kLeadingQueries = 8;
+// For each key that is wanted, so many are looked at with all codes before others are ruled out.
+constexpr int64_t kLikely = 4;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -39,11 +44,17 @@ struct Range {
   int64_t start, stop;
 };
 
-struct Query {
-  Range range;  // the keys that it sees
+// What a scan reads of a query.
+struct Coded {
   const void* codes;
   const void* low_codes;  // of an int8 scan
   QueryBounds bounds;
+};
+
+struct Query {
+  Range range;  // the keys that it sees
+  Coded whole, leading;
+  float reached;  // of the scores, by k keys; -inf: nothing is known
 };
 
 struct Problem {
@@ -73,6 +84,7 @@ class Best {
   // Nothing below this is among the k best.
   float threshold() const { return threshold_; }
   int64_t count() const { return count_; }
+  int64_t k() const { return k_; }
 
   // Room for a tile more.
   Scored* room() {
@@ -106,6 +118,7 @@ class CosineTopK {
         integers_(keys_.scan == UNIKE_SCAN_I8),
         narrow_(keys_.scan == UNIKE_SCAN_BF16 && kernels.narrow_queries),
         length_(keys_.scan == UNIKE_SCAN_F32 ? keys_.d : unike_code_bytes(keys_.scan, keys_.d) / (integers_ ? 1 : 2)),
+        p_leading_(keys_.leading.p),
         // Rows that lie whole pages apart would share a few sets of the caches.
         code_bytes_(padded_bytes(integers_ ? 1
                                  : narrow_ ? sizeof(BFloat16)
@@ -121,12 +134,13 @@ class CosineTopK {
     queries_ = workspace.take<Query>(block_);
     rows_ = workspace.take<char>(times(block_, row_bytes_));
     codes_ = workspace.take<char>(times(block_, code_bytes_, integers_ ? 2 : 1));
+    leading_codes_ = workspace.take<char>(times(std::min(block_, kLeadingQueries), 2 * p_leading_));
     bounds_ = workspace.take<float>(times(block_, tiles_, kTile));
     largest_ = workspace.take<float>(times(block_, tiles_));
     rests_ = workspace.take<char>(times(threads_, row_bytes_));
     raw_ = workspace.take<int32_t>(times(threads_, raw_size()));
     maxima_ = workspace.take<float>(times(threads_, tiles_));
-    scored_ = workspace.take<Scored>(times(threads_, kept_ + Best::kMore));
+    scored_ = workspace.take<Scored>(times(threads_, scored_size()));
     const double terms = (static_cast<double>(keys_.d) / kernels.lanes + kDepth) * 0x1p-24;
     // Where sums are too long for the theorem nothing is ruled out; infinity times a norm of 0 would be no number.
     rounding_ = static_cast<float>(terms < 0.5 ? terms / (1 - terms) * 1.0001 : 0x1p96);
@@ -138,9 +152,19 @@ class CosineTopK {
       const int64_t count = std::min(block_, active - first);
       const int64_t* of_block = active_ + first;
       wide_ = integers_ && count <= kWideQueries;
+      by_leading_ = p_leading_ > 0 && count <= kLeadingQueries;
       parallel_for(count, useful_threads(8.0 * static_cast<double>(count * keys_.d), threads_),
                    [&](int64_t q, int thread) { pack(of_block[q], q, thread); });
-      scan(count);
+      if (by_leading_) {
+        scan(count, &Query::leading);
+        parallel_for(count, threads_,
+                     [&](int64_t q, int thread) { queries_[q].reached = reached_by_codes(q, thread); });
+        each_run(count, [&](int64_t first, int64_t last, int64_t from, int64_t to, int) {
+          for (int64_t q = from; q < to; ++q) look_again(q, first, last);
+        });
+      } else {
+        scan(count, &Query::whole);
+      }
       parallel_for(count, threads_, [&](int64_t q, int thread) {
         finish(q, thread, scores + of_block[q] * p_.k, ids + of_block[q] * p_.k);
       });
@@ -175,6 +199,8 @@ class CosineTopK {
     std::fill(ids + count, ids + p_.k, -1);
   }
 
+  int64_t scored_size() const { return (p_leading_ > 0 ? kLikely : 1) * kept_ + Best::kMore; }
+  Scored* scored(int thread) const { return scored_ + thread * scored_size(); }
   float* row(int64_t q) const { return reinterpret_cast<float*>(rows_ + q * row_bytes_); }
   float* bounds(int64_t q) const { return bounds_ + q * tiles_ * kTile; }
   float* largest(int64_t q) const { return largest_ + q * tiles_; }
@@ -189,43 +215,75 @@ class CosineTopK {
     query = {};
     if (std::isnan(row(q)[0])) return;  // not finite: it sees no keys
     query.range = range_of(index);
-    QueryBounds& bounds = query.bounds;
+    QueryBounds& bounds = query.whole.bounds;
     bounds.slack = kSlack;
     const float* direction = keys_.scan == UNIKE_SCAN_F32 ? nullptr : keys_.direction;
     char* codes = codes_ + q * code_bytes_ * (integers_ ? 2 : 1);
-    query.codes = codes;
+    query.whole.codes = codes;
     std::fill_n(codes, code_bytes_ * (integers_ ? 2 : 1), 0);
     const bool as_they_are = !integers_ && !narrow_;
     auto* rest = reinterpret_cast<float*>(as_they_are ? codes : rests_ + thread * row_bytes_);
     kernels_.take_out(row(q), direction, keys_.d, rest, &bounds);
     if (integers_) {
-      auto *high = reinterpret_cast<int8_t*>(codes), *low = high + code_bytes_;
-      kernels_.quantize(rest, keys_.d, high, low, &bounds);
-      query.low_codes = low;
+      quantize(rest, keys_.d, codes, code_bytes_, query.whole);
     } else {
       bounds.scale = 1.0f;
       if (narrow_) kernels_.narrow(rest, keys_.d, reinterpret_cast<BFloat16*>(codes), &bounds);
       bounds.norm = bounds.low_norm = (1 + rounding_) * bounds.norm + rounding_ * bounds.residual;
     }
     if (keys_.rows == nullptr) bounds.norm += bounds.low_norm;  // from one estimate to the other: the second is final
+    if (by_leading_) {
+      pack_leading(q, query.leading);
+    }
   }
 
-  // Fills in the bounds. The keys are shared out among the threads, so that memory is read once for all queries; where there
-  // are few, the queries too. Several tasks for each thread, in case one is held up.
-  void scan(int64_t count) {
+  void pack_leading(int64_t q, Coded& query) const {
+    float y[1 + kMostLeading];
+    const float* of_query = row(q);
+    multiply_directions(kernels_, &of_query, 1, keys_.leading.directions, p_leading_, keys_.d, y);
+    const double rounding = leading_rounding(p_leading_, keys_.d);
+    double squares = 0;
+    for (int64_t j = 1; j <= p_leading_; ++j) squares += static_cast<double>(y[j]) * static_cast<double>(y[j]);
+    QueryBounds& bounds = query.bounds;
+    bounds.projection = y[0];
+    bounds.residual = static_cast<float>(std::sqrt(squares) * (1 + 0x1p-20));
+    bounds.tail = tail_of(y, p_leading_, rounding);
+    bounds.slack = static_cast<float>((kLeadingSlack + 2.2 * rounding) * (1 + 0x1p-20));
+    quantize(y + 1, p_leading_, leading_codes_ + q * 2 * p_leading_, p_leading_, query);
+  }
+
+  // Makes the codes of `length` numbers, the low ones `room` bytes behind the high ones.
+  void quantize(const float* rest, int64_t length, char* codes, int64_t room, Coded& query) const {
+    auto *high = reinterpret_cast<int8_t*>(codes), *low = high + room;
+    kernels_.quantize(rest, length, high, low, &query.bounds);
+    query.codes = high;
+    query.low_codes = low;
+  }
+
+  // Calls body(first, last, from, to, thread) for the tiles first, ..., last - 1 and the queries from, ..., to - 1, all of both. The keys are shared out among the
+  // threads, so that memory is read once for all queries; where there are few, the queries too. Several tasks for each
+  // thread, in case one is held up.
+  void each_run(int64_t count, const auto& body) {
     const int64_t run = std::max<int64_t>(1, tiles_ / (8 * threads_)), runs = ceil_div(tiles_, run);
     const int64_t groups = runs >= threads_ ? 1 : std::min(count, ceil_div(2 * threads_, runs));
     parallel_for(runs * groups, threads_, [&](int64_t task, int thread) {
       const int64_t group = task % groups, first = task / groups * run;
-      for (int64_t tile = first; tile < std::min(tiles_, first + run); ++tile) {
+      body(first, std::min(tiles_, first + run), group * count / groups, (group + 1) * count / groups, thread);
+    });
+  }
+
+  // The bounds of all queries and keys, by the whole or the leading codes.
+  void scan(int64_t count, Coded Query::* coded) {
+    each_run(count, [&](int64_t first, int64_t last, int64_t from, int64_t to, int thread) {
+      for (int64_t tile = first; tile < last; ++tile) {
         poll();
-        scan_tile(tile, group * count / groups, (group + 1) * count / groups, thread);
+        scan_tile(coded, tile, from, to, thread);
       }
     });
   }
 
   // The bounds of the queries from, ..., to - 1 and the keys of a tile.
-  void scan_tile(int64_t tile, int64_t from, int64_t to, int thread) {
+  void scan_tile(Coded Query::* coded, int64_t tile, int64_t from, int64_t to, int thread) {
     const int64_t start = tile * kTile, n = std::min(kTile, keys_.n - start);
     int64_t seeing[kQueryBlock], count = 0;
     for (int64_t q = from; q < to; ++q) {
@@ -235,22 +293,30 @@ class CosineTopK {
     if (count == 0) return;
     const void* codes[std::max(kQueryBlock, 2 * kWideQueries)];
     for (int64_t i = 0; i < count; ++i) {
-      codes[i] = queries_[seeing[i]].codes;
-      if (wide_) codes[count + i] = queries_[seeing[i]].low_codes;
+      codes[i] = (queries_[seeing[i]].*coded).codes;
+      if (wide_) codes[count + i] = (queries_[seeing[i]].*coded).low_codes;
     }
-    const void* keys[kTile];
-    for (int64_t i = 0; i < n; ++i) keys[i] = key_codes(start + i);
     int32_t* raw = raw_ + thread * raw_size();
-    kernels_.tile[keys_.scan](codes, wide_ ? 2 * count : count, keys, n, length_, true, raw);
-    TileBounds of_keys;
-    load_bounds(start, n, of_keys);
+    const int64_t coded_queries = wide_ ? 2 * count : count;
+    TileBounds padded;
+    const TileBounds* of_keys = &padded;
+    if (coded == &Query::leading) {
+      of_keys = reinterpret_cast<const TileBounds*>(keys_.leading.bounds) + tile;
+      const char* columns = static_cast<const char*>(keys_.leading.codes) + start * p_leading_;
+      kernels_.leading_tile(codes, coded_queries, columns, p_leading_, raw);
+    } else {
+      const void* keys[kTile];
+      for (int64_t i = 0; i < n; ++i) keys[i] = key_codes(start + i);
+      kernels_.tile[keys_.scan](codes, coded_queries, keys, n, length_, true, raw);
+      load_bounds(start, n, padded);
+    }
     for (int64_t i = 0; i < count; ++i) {
       const Query& query = queries_[seeing[i]];
       const int64_t first = std::max<int64_t>(0, query.range.start - start),
                     last = std::min(n, query.range.stop - start);
       largest(seeing[i])[tile] =
-          kernels_.upper_bounds(raw + i * kTile, wide_ ? raw + (count + i) * kTile : nullptr, integers_, of_keys,
-                                query.bounds, first, last, bounds(seeing[i]) + start);
+          kernels_.upper_bounds(raw + i * kTile, wide_ ? raw + (count + i) * kTile : nullptr, integers_, *of_keys,
+                                (query.*coded).bounds, first, last, bounds(seeing[i]) + start);
     }
   }
 
@@ -274,13 +340,56 @@ class CosineTopK {
     kernels_.load_bounds(of_keys, &out);
   }
 
-  // Writes the k best of a query.
-  void finish(int64_t q, int thread, float* scores, int64_t* ids) {
+  // A score that k keys reach: the k-th of what those whose leading codes promise most have at least, by all codes.
+  float reached_by_codes(int64_t q, int thread) {
     const Range range = queries_[q].range;
     const int64_t k = std::min(kept_, range.stop - range.start);
-    Scored* memory = scored_ + thread * (kept_ + Best::kMore);
-    Best likely(memory, k);
-    const float reached = reached_by(q, k, maxima_ + thread * tiles_);
+    Best likely(scored(thread), std::min(kLikely * kept_, range.stop - range.start));
+    take_likely(q, thread, likely);
+    Scored* keys = scored(thread);
+    if (k == 0 || likely.count() < k) return -kInfinity;
+    for (int64_t i = 0; i < likely.count(); i += kTile) {
+      estimate(q, keys + i, std::min(kTile, likely.count() - i),
+               [&](int64_t j, float score, float error) { keys[i + j].score = score - error; });
+    }
+    Best best(keys, k);
+    best.added(likely.count());
+    best.prune();
+    return best.threshold();
+  }
+
+  // Replaces the bounds of a query and the keys of some tiles by those of all codes, where the leading ones leave a key.
+  void look_again(int64_t q, int64_t first, int64_t last) {
+    const Range seen = tiles_of(queries_[q].range);
+    const float reached = std::max(queries_[q].reached, std::numeric_limits<float>::lowest());
+    Scored left[2 * kTile];
+    int64_t count = 0;
+    const auto replace = [&](int64_t n) {
+      estimate(q, left, n, [&](int64_t i, float score, float error) {
+        const int64_t id = left[i].id;
+        bounds(q)[id] = score + error;
+        largest(q)[id / kTile] = std::max(largest(q)[id / kTile], score + error);
+      });
+    };
+    for (int64_t tile = std::max(first, seen.start); tile < std::min(last, seen.stop); ++tile) {
+      if (largest(q)[tile] < reached) continue;
+      float* of_tile = bounds(q) + tile * kTile;
+      int32_t found[kTile + 16];
+      const int64_t n = kernels_.at_least(of_tile, kTile, reached, found);
+      for (int64_t i = 0; i < n; ++i) left[count++].id = tile * kTile + found[i];
+      std::fill_n(of_tile, kTile, -kInfinity);
+      largest(q)[tile] = -kInfinity;
+      if (count < kTile) continue;
+      replace(kTile);
+      count -= kTile;
+      std::copy_n(left + kTile, count, left);
+    }
+    replace(count);
+  }
+
+  // Adds the keys of the highest bounds.
+  void take_likely(int64_t q, int thread, Best& likely) const {
+    const float reached = reached_by(q, likely.k(), maxima_ + thread * tiles_);
     each_bound(
         q, [&] { return std::max(reached, likely.threshold()); },
         [&](const Scored* found, int64_t n) {
@@ -288,6 +397,15 @@ class CosineTopK {
           likely.added(n);
         });
     likely.prune();
+  }
+
+  // Writes the k best of a query.
+  void finish(int64_t q, int thread, float* scores, int64_t* ids) {
+    const Range range = queries_[q].range;
+    const int64_t k = std::min(kept_, range.stop - range.start);
+    Scored* memory = scored(thread);
+    Best likely(memory, k);
+    take_likely(q, thread, likely);
     for (int64_t i = 0; i < likely.count(); ++i) bounds(q)[memory[i].id] = -kInfinity;  // done with
     score(q, memory, likely.count());
     Best best(memory, k);
@@ -296,7 +414,7 @@ class CosineTopK {
     each_bound(
         q, [&] { return best.threshold(); },
         [&](Scored* found, int64_t n) {
-          if (integers_ && !wide_ && keys_.rows != nullptr) n = refine(q, found, n, best.threshold());
+          if (integers_ && !wide_ && !by_leading_ && keys_.rows != nullptr) n = refine(q, found, n, best.threshold());
           score(q, found, n);
           std::copy_n(found, n, best.room());
           best.added(n);
@@ -375,7 +493,7 @@ class CosineTopK {
 
   // Calls body(i, score, error) for at most kTile keys: with all bits of the query.
   void estimate(int64_t q, const Scored* keys, int64_t n, const auto& body) const {
-    const Query& query = queries_[q];
+    const Coded& query = queries_[q].whole;
     const QueryBounds& of = query.bounds;
     const void *codes[2] = {query.codes, query.low_codes}, *of_keys[kTile] = {};
     int32_t raw[2 * kTile];
@@ -401,18 +519,22 @@ class CosineTopK {
   int64_t kept_;  // keys that are found for a query, at most
   int64_t tiles_;
   int threads_;
-  int64_t block_;                // queries that the workspace has room for
-  bool integers_;                // of the products
-  bool narrow_;                  // bfloat16 queries
-  bool wide_ = false;            // the block at work has the bounds of all bits of its queries
-  int64_t length_, code_bytes_;  // of a query's codes: elements, and their room
-  int64_t row_bytes_;            // of a query's unit row
-  float rounding_;               // of float products: relative to the norms
+  int64_t block_;            // queries that the workspace has room for
+  bool integers_;            // of the products
+  bool narrow_;              // bfloat16 queries
+  bool wide_ = false;        // the block at work has the bounds of all bits of its queries
+  bool by_leading_ = false;  // the block at work reads the leading codes first
+  int64_t length_;           // elements of a key's codes
+  int64_t p_leading_;        // leading codes of a key; 0: there are none
+  int64_t code_bytes_;       // room of a query's codes
+  int64_t row_bytes_;        // of a query's unit row
+  float rounding_;           // of float products: relative to the norms
 
   int64_t* active_;  // [m]: the queries that see a key
   Query* queries_;
-  char* rows_;      // [block, row_bytes]: unit rows
-  char* codes_;     // [block, code_bytes], twice for an int8 scan
+  char* rows_;   // [block, row_bytes]: unit rows
+  char* codes_;  // [block, code_bytes], twice for an int8 scan
+  char* leading_codes_;
   float* bounds_;   // [block, tiles, kTile]: of the scores; only those of the tiles that a query sees
   float* largest_;  // [block, tiles]
   char* rests_;     // [threads, row_bytes]
@@ -429,6 +551,8 @@ void check_sizes(const unike_keys& keys, int64_t m, int64_t k) {
   require(UNIKE_SCAN_F32 <= keys.scan && keys.scan <= UNIKE_SCAN_I8, "scan names none of the scans");
   require(keys.n == 0 || keys.scan == UNIKE_SCAN_F32 || unike_code_bytes(keys.scan, keys.d) > 0,
           "d is too large for an int8 scan");
+  require(0 <= keys.leading.p && keys.leading.p <= kMostLeading && keys.leading.p % 64 == 0,
+          "keys.leading.p must be a multiple of 64, at most 512");
   check_size("m", m, 0);
   check_size("k", k, 0);
   times(m, k, sizeof(int64_t));
@@ -448,6 +572,15 @@ void check(const unike_keys& keys) {
     check_array("keys.bounds", keys.bounds, times(keys.n, UNIKE_KEY_BOUNDS));
     check_array("keys.direction", keys.direction, keys.d);
   }
+  const unike_leading& leading = keys.leading;
+  if (leading.p == 0) return;
+  require(keys.scan == UNIKE_SCAN_I8 && keys.rows != nullptr, "leading codes are for an int8 scan of keys with rows");
+  require(leading.codes != nullptr && leading.bounds != nullptr && leading.directions != nullptr,
+          "codes, bounds and directions of leading must not be null");
+  const int64_t padded = ceil_div(keys.n, kTile) * kTile;
+  check_memory("keys.leading.codes", leading.codes, times(padded, leading.p), 1);
+  check_array("keys.leading.bounds", leading.bounds, times(padded, UNIKE_LEADING_BOUNDS));
+  check_array("keys.leading.directions", leading.directions, times(1 + leading.p, keys.d));
 }
 
 }  // namespace

@@ -29,18 +29,20 @@ struct KeyBounds {
 };
 static_assert(sizeof(KeyBounds) == UNIKE_KEY_BOUNDS * sizeof(float));
 
-// The bounds of a tile of keys, transposed.
+// The bounds of a tile of keys, transposed; tail: of what lies outside of the leading directions, 0 for all of a key.
 struct TileBounds {
-  float scale[kTile], projection[kTile], residual[kTile], norm[kTile];
+  float scale[kTile], projection[kTile], residual[kTile], norm[kTile], tail[kTile];
 };
+static_assert(sizeof(TileBounds) == UNIKE_LEADING_BOUNDS * kTile * sizeof(float));
 
 // A query as the scan knows it: q = projection u + w, with w = scale (high + low / kLowSteps) + z for an int8 scan. The
 // score of a key is projection key.projection + scale key.scale (codes . key codes), within residual key.residual +
-// norm key.norm + slack.
+// norm key.norm + tail key.tail + slack.
 struct QueryBounds {
   float scale, projection;
   float residual;        // >= |w|
   float norm, low_norm;  // >= |z| without and with the low codes, or the rounding of float products
+  float tail;            // >= what lies outside of the leading directions; 0 for all of a query
   float slack;
   int32_t high_offset, low_offset;  // the part of the raw products with keys that comes from kCodeOffset
 };
@@ -51,6 +53,9 @@ struct ScanKernels {
 
   // Packs a unit row, with uu = u.u, into `codes` padded to unike_code_bytes; rest: d floats, padded to 64 bytes.
   KeyBounds (*pack_key[4])(const float* x, const float* u, double uu, int64_t d, float* rest, void* codes);  // by scan
+
+  // Packs what a unit row is in p leading directions as one of the columns [p / 4, kTile, 4]; projection is left.
+  void (*pack_leading)(const float* y, int64_t p, void* column, KeyBounds* bounds);
 
   // Takes u (null: nothing) out of a unit row. rest = w, padded to 64 bytes; fills in projection and residual.
   void (*take_out)(const float* x, const float* u, int64_t d, float* rest, QueryBounds* bounds);
@@ -67,8 +72,10 @@ struct ScanKernels {
   using Tile = void (*)(const void* const* queries, int64_t count, const void* const* keys, int64_t n, int64_t length,
                         bool prefetch_next, void* out);
   Tile tile[4];  // by scan
+  // The same for kTile keys of leading codes [length / 4, kTile, 4].
+  void (*leading_tile)(const void* const* queries, int64_t count, const void* columns, int64_t length, int32_t* out);
 
-  // Transposes the bounds of kTile keys.
+  // Transposes the bounds of kTile keys, which have no tails.
   void (*load_bounds)(const KeyBounds* keys, TileBounds* out);
 
   // out[i] = the upper bound of the score of key i of a tile for first <= i < last, else -inf; returns the largest. high: the

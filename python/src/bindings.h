@@ -43,7 +43,8 @@ struct Keys {
   unike_keys table;
 
   Keys(int64_t n, int64_t d, std::uintptr_t rows, int64_t stride, int scan, std::uintptr_t codes, std::uintptr_t bounds,
-       std::uintptr_t direction)
+       std::uintptr_t direction, int64_t p, std::uintptr_t directions, std::uintptr_t leading_codes,
+       std::uintptr_t leading_bounds)
       : table{n,
               d,
               pointer<const float>(rows),
@@ -51,7 +52,9 @@ struct Keys {
               static_cast<unike_scan>(scan),
               pointer<const void>(codes),
               pointer<const float>(bounds),
-              pointer<const float>(direction)} {}
+              pointer<const float>(direction),
+              {p, pointer<const float>(directions), pointer<const void>(leading_codes),
+               pointer<const float>(leading_bounds)}} {}
 };
 
 // While a call works, other threads of Python run, and signals are handled.

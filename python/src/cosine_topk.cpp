@@ -34,9 +34,21 @@ void bind_cosine_topk(pybind11::module_& module) {
       release_gil, arg("rows"), arg("n"), arg("d"), arg("stride"), arg("scan"), arg("direction"), arg("codes"),
       arg("bounds"), arg("threads"));
 
+  module.def(
+      "pack_leading",
+      [](Address rows, int64_t first, int64_t n, int64_t d, int64_t stride, int64_t p, Address directions,
+         Address codes, Address bounds, int threads) {
+        check(unike_pack_leading(pointer<const float>(rows), first, n, d, stride, p, pointer<const float>(directions),
+                                 pointer<void>(codes), pointer<float>(bounds), threads));
+      },
+      release_gil, arg("rows"), arg("first"), arg("n"), arg("d"), arg("stride"), arg("p"), arg("directions"),
+      arg("codes"), arg("bounds"), arg("threads"));
+
   pybind11::class_<Keys>(module, "Keys")
-      .def(pybind11::init<int64_t, int64_t, Address, int64_t, int, Address, Address, Address>(), arg("n"), arg("d"),
-           arg("rows"), arg("stride"), arg("scan"), arg("codes"), arg("bounds"), arg("direction"));
+      .def(pybind11::init<int64_t, int64_t, Address, int64_t, int, Address, Address, Address, int64_t, Address, Address,
+                          Address>(),
+           arg("n"), arg("d"), arg("rows"), arg("stride"), arg("scan"), arg("codes"), arg("bounds"), arg("direction"),
+           arg("p") = 0, arg("directions") = 0, arg("leading_codes") = 0, arg("leading_bounds") = 0);
 
   module.def(
       "cosine_topk",

@@ -18,6 +18,7 @@ from ..ops import PackedKeys, SemanticEncoder, cosine_topk, latent_attention, no
 from ..ops._backend import compiles
 from ..ops._library import differentiated, looped
 from ..ops._workspace import capturing
+from ..ops.cosine_topk import Leading, leading_of
 from ..ops.latent_attention import blend_of
 from ..ops.memory_attention import MemoryOperands, PreparedMemory, attend
 from ..retrieval import Retriever
@@ -29,10 +30,13 @@ from .trace import LayerTrace, seconds_since
 class MemoryTables(Tables):
     """One layer of a memory as the operators take it."""
 
-    index: Tensor  # float32 [N, d], unit rows; none of it and of the next three where a retriever has the keys
+    index: Tensor  # float32 [N, d], unit rows; none of it and of the next six where a retriever has the keys
     codes: Tensor | None  # of the index, as `pack_keys` makes them; None where there is no native scan
     code_bounds: Tensor | None
     direction: Tensor | None
+    leading_directions: Tensor | None  # of the index, as `leading_of` makes it; None where it would not pay
+    leading_codes: Tensor | None
+    leading_bounds: Tensor | None
     all: Tensor  # int64 [1, 2], the bounds of all entries
     keys: Tensor  # [N, H, c]; unit ones for Config(scale="cosine")
     values: Tensor | None  # [N, H, d]; None: keys
@@ -73,12 +77,15 @@ class MemoryTables(Tables):
         self.id, self.retriever, self.entries, self.texts = id, retriever, len(index), texts
         self.retrieval_keys = index  # as the memory has them, no copy
         self._register()
-        packed = None
+        packed, leading = None, None
         if retriever is None:
             self.table("index", normalize_rows(index.detach()))
             packed = pack_keys(self.index, "int8") if index.shape[1] <= 65536 else None
+            leading = leading_of(self.index, packed)
         for name, t in zip(("codes", "code_bounds", "direction"), packed or (None,) * 3, strict=True):
             self.table(name, t)
+        for name, t in zip(("directions", "codes", "bounds"), leading or (None,) * 3, strict=True):
+            self.table(f"leading_{name}", t)
         self.table("all", torch.tensor([[0, len(index)]], dtype=torch.int64, device=index.device))
         self.table("keys", keys)
         self.table("values", values)
@@ -126,7 +133,9 @@ class MemoryTables(Tables):
         """The tables, laid out for many calls of the operator."""
         if self._plan is None:
             values = self.keys if self.values is None else self.values
-            self._plan = PreparedMemory(self.index, self.packed, self.keys, values, self.projected, self.encoder)
+            self._plan = PreparedMemory(
+                self.index, self.packed, self.keys, values, self.projected, self.encoder, self.leading
+            )
         prepared: PreparedMemory = self._plan
         return prepared
 
@@ -136,6 +145,13 @@ class MemoryTables(Tables):
         if self.codes is None or self.code_bounds is None or self.direction is None:
             return None
         return PackedKeys(self.codes, self.code_bounds, self.direction)
+
+    @property
+    def leading(self) -> Leading | None:
+        """What a native scan of few tokens reads first; None: there is nothing of this."""
+        if self.leading_directions is None or self.leading_codes is None or self.leading_bounds is None:
+            return None
+        return Leading(self.leading_directions, self.leading_codes, self.leading_bounds)
 
     @property
     def encoder(self) -> SemanticEncoder:

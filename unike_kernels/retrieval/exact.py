@@ -13,7 +13,19 @@ from .. import _native, _pages
 from ..artifacts import files
 from ..errors import ArtifactError, BackendUnavailableError
 from ..ops import _backend, _check
-from ..ops.cosine_topk import SCANS, PackedKeys, check_retrieval, cosine_topk, cpu, cuda, normalize_rows, pack_keys
+from ..ops.cosine_topk import (
+    SCANS,
+    Leading,
+    PackedKeys,
+    check_retrieval,
+    cosine_topk,
+    cpu,
+    cuda,
+    leading_of,
+    normalize_rows,
+    pack_keys,
+)
+from ..ops.cosine_topk.leading import appended, pack_leading
 from .index import Ids, KeyedIndex, own_ids, taken, tensor_of
 
 
@@ -84,15 +96,23 @@ class CosineIndex(KeyedIndex):
         if isinstance(keys, int | np.integer):
             keys = torch.empty(0, _check.count("keys", keys), dtype=torch.float32, device="cpu")
         rows, packed = _prepare(keys, scan, None)
-        self._set(scan, rows, packed, exact, own_ids(ids, len(rows)))
+        leading = leading_of(rows, packed) if exact else None
+        self._set(scan, rows, packed, exact, own_ids(ids, len(rows)), leading)
 
     def _set(
-        self, scan: str, rows: Tensor | None, packed: PackedKeys | None, exact: bool, ids: Tensor | None = None
+        self,
+        scan: str,
+        rows: Tensor | None,
+        packed: PackedKeys | None,
+        exact: bool,
+        ids: Tensor | None = None,
+        leading: Leading | None = None,
     ) -> None:
         self.scan, self.exact = scan, exact
         self._own_ids = None if ids is None else _Rows(ids)
         self._rows = None if rows is None or not exact else _Rows(rows)
         self._codes = None if packed is None else (_Rows(packed.codes), _Rows(packed.error_bounds), packed.direction)
+        self._leading, self._led = leading, 0 if rows is None else len(rows)
         self._lay_out()
 
     def _lay_out(self) -> None:
@@ -104,7 +124,8 @@ class CosineIndex(KeyedIndex):
             codes, error_bounds, direction = self._codes
             self._packed = PackedKeys(codes(), error_bounds(), direction)
         on_cpu = self.device.type == "cpu"
-        self._native = cpu.Keys(self._keys, self._packed) if on_cpu and _native.available() else None
+        native = on_cpu and _native.available()
+        self._native = cpu.Keys(self._keys, self._packed, self._leading) if native else None
 
     def _table(self) -> Tensor:
         """[N, d], or the codes in its place."""
@@ -133,9 +154,11 @@ class CosineIndex(KeyedIndex):
     def nbytes(self) -> int:
         """Bytes of all tables: for each key 4 d of its row (if exact), d or 2 d, padded to 64, of its codes, and 16.
 
-        8 more where it has an id of the caller's. Room for keys to come is not counted.
+        8 more where it has an id of the caller's; where keys have leading directions, p + 20 for p of them. Room for keys
+        to come is not counted.
         """
-        return sum(t.nbytes for t in self._tensors().values())
+        leading = 0 if self._leading is None else len(self) * (len(self._leading.directions) + 19)
+        return leading + sum(t.nbytes for t in self._tensors().values())
 
     def _tensors(self) -> dict[str, Tensor]:
         named = {} if self._keys is None else {"rows": self._keys}
@@ -214,7 +237,8 @@ class CosineIndex(KeyedIndex):
             rows = _aligned(rows.to(wanted)) if packed is None and wanted.type == "cuda" else rows.to(wanted)
         packed = None if packed is None else PackedKeys(*(t.to(wanted) for t in packed))
         index = type(self).__new__(type(self))
-        index._set(self.scan, rows, packed, self.exact, None if self._ids is None else self._ids.to(wanted))
+        ids = None if self._ids is None else self._ids.to(wanted)
+        index._set(self.scan, rows, packed, self.exact, ids, None if rows is None else leading_of(rows, packed))
         return index
 
     def _on_cpu(self) -> None:
@@ -243,12 +267,20 @@ class CosineIndex(KeyedIndex):
         rows, packed = _prepare(keys, self.scan, self._packed.direction if self._packed and len(self) else None)
         added = self._ids_to_add(ids, len(rows))
         if not len(self):
-            return self._set(self.scan, rows, packed, self.exact, added)
+            return self._set(
+                self.scan, rows, packed, self.exact, added, leading_of(rows, packed) if self.exact else None
+            )
         own = self._own_ids if added is None or self._own_ids is None else self._own_ids.appended(added)
         grown = None if self._rows is None else self._rows.appended(rows)
         codes = self._codes
         if codes is not None and packed is not None:
             codes = (codes[0].appended(packed.codes), codes[1].appended(packed.error_bounds), codes[2])
+        if (
+            grown is not None and (count := len(self) + len(rows)) >= 2 * self._led
+        ):  # what leads may be another thing now
+            self._leading, self._led = leading_of(grown(), packed), count
+        elif self._leading is not None:
+            self._leading = appended(self._leading, rows, len(self))
         self._rows, self._codes, self._own_ids = grown, codes, own
         self._lay_out()
 
@@ -293,7 +325,8 @@ class CosineIndex(KeyedIndex):
         if packed is not None:
             packed = PackedKeys(_kept(packed.codes, keep), _kept(packed.error_bounds, keep), packed.direction)
         rows, own = (None if table is None else _kept(table, keep) for table in (self._keys, self._ids))
-        self._set(self.scan, rows, packed, self.exact, own)
+        leading = None if rows is None or self._leading is None else pack_leading(rows, self._leading.directions)
+        self._set(self.scan, rows, packed, self.exact, own, leading)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file, atomically, with checksums of all that is in it."""
@@ -339,13 +372,16 @@ class CosineIndex(KeyedIndex):
             reader.build(own_ids, tensors.get("ids"), n)
         index = cls.__new__(cls)
         try:
-            index._restore(scan, tensors)
+            index._restore(scan, tensors, in_memory=not mmap)
         except BackendUnavailableError as error:
             raise ArtifactError(f"{path}: {error}") from error
         return index
 
-    def _restore(self, scan: str, tensors: dict[str, Tensor]) -> None:
-        """From what `_tensors` gave, here or on a machine that packs as this one does, or packs nothing."""
+    def _restore(self, scan: str, tensors: dict[str, Tensor], in_memory: bool = True) -> None:
+        """From what `_tensors` gave, here or on a machine that packs as this one does, or packs nothing.
+
+        Leading directions are for tables in memory: to find them all keys are read.
+        """
         rows = tensors.get("rows")
         packed = PackedKeys(*(tensors[f] for f in ("codes", "bounds", "direction"))) if "codes" in tensors else None
         if not _native.available():
@@ -356,7 +392,8 @@ class CosineIndex(KeyedIndex):
             packed = None
         elif packed is None and rows is not None and rows.device.type == "cpu":
             packed = pack_keys(rows, scan)
-        self._set(scan, rows, packed, rows is not None, tensors.get("ids"))
+        leading = leading_of(rows, packed) if rows is not None and in_memory else None
+        self._set(scan, rows, packed, rows is not None, tensors.get("ids"), leading)
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickling and copying: the tables, without the room for keys to come."""

@@ -175,6 +175,44 @@ struct Bytes {
   static constexpr bool kFours = kStep == 4 * kLanes;  // each lane of a sum adds the products of four neighbours
 };
 
+// The products of a register of keys, each lane with four codes of one, and four codes of a query.
+struct Columns {
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__) || defined(__ARM_FEATURE_DOTPROD)
+  static auto load_keys(const uint8_t* p) { return Bytes::load_key(p); }
+  static auto repeat(const int8_t* p) { return Bytes::repeat(p); }
+  static Ints add_products(Ints sum, auto keys, auto query) { return Bytes::add_product(sum, keys, query); }
+#else
+  // Codes 0 and 2, and 1 and 3, as numbers of 16 bits.
+  struct Halved {
+    Ints even, odd;
+  };
+  static Halved load_keys(const uint8_t* p) {
+    const Bits four = (Bits)load_ints(p);
+    return {(Ints)(four & 0x00ff00ff), (Ints)(four >> 8 & 0x00ff00ff)};
+  }
+  static Halved repeat(const int8_t* p) {
+    const auto two = [](int a, int b) {
+      return Ints{} + static_cast<int32_t>((a & 0xffff) | static_cast<uint32_t>(b) << 16);
+    };
+    return {two(p[0], p[2]), two(p[1], p[3])};
+  }
+  static Ints add_products(Ints sum, const Halved& keys, const Halved& query) {
+    return sum + (multiply(keys.even, query.even) + multiply(keys.odd, query.odd));
+  }
+  static Ints multiply(Ints a, Ints b) {
+#if defined(__AVX512BW__)
+    return (Ints)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+    return (Ints)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#elif defined(__SSE2__)
+    return (Ints)_mm_madd_epi16((__m128i)a, (__m128i)b);
+#else
+    return (a & 0xffff) * ((b << 16) >> 16) + (a >> 16) * (b >> 16);
+#endif
+  }
+#endif
+};
+
 // Four sums, those of the lanes of s[0], ..., s[3].
 template <typename C>
 inline typename C::Four fold(const typename C::Sum* s) {
@@ -354,20 +392,20 @@ inline void transpose_keys(const typename C::Key* const* keys, int64_t n, int64_
 
 // out[q * kTile + i], for Q queries and kKeys registers of keys, of the columns [steps, kTile, 4], or is raised by it. Calls
 // fetch() at each step.
-template <typename C, int Q>
-inline void columns_block(const typename C::Query* const* queries, const typename C::Key* columns, int64_t steps,
-                          const auto& fetch, bool add, int32_t* out) {
+template <int Q>
+inline void columns_block(const int8_t* const* queries, const uint8_t* columns, int64_t steps, const auto& fetch,
+                          bool add, int32_t* out) {
   Ints s[Q][kKeys];
   for (int q = 0; q < Q; ++q) {
     for (int i = 0; i < kKeys; ++i) s[q][i] = add ? load_ints(out + q * kTile + i * kLanes) : Ints{};
   }
   for (int64_t step = 0; step < steps; ++step) {
-    decltype(C::load_key(columns)) key[kKeys];
-    for (int i = 0; i < kKeys; ++i) key[i] = C::load_key(columns + 4 * (step * kTile + i * kLanes));
+    decltype(Columns::load_keys(columns)) keys[kKeys];
+    for (int i = 0; i < kKeys; ++i) keys[i] = Columns::load_keys(columns + 4 * (step * kTile + i * kLanes));
     fetch();
     for (int q = 0; q < Q; ++q) {
-      const auto query = C::repeat(queries[q] + 4 * step);
-      for (int i = 0; i < kKeys; ++i) s[q][i] = C::add_product(s[q][i], key[i], query);
+      const auto query = Columns::repeat(queries[q] + 4 * step);
+      for (int i = 0; i < kKeys; ++i) s[q][i] = Columns::add_products(s[q][i], keys[i], query);
     }
   }
   for (int q = 0; q < Q; ++q) {
@@ -375,33 +413,39 @@ inline void columns_block(const typename C::Query* const* queries, const typenam
   }
 }
 
+// out[q * kTile + i] = queries[q] . keys[i], from columns [length / 4, kTile, 4], or is raised by it. Calls fetch() many times.
+void columns_tile(const int8_t* const* queries, int64_t count, int64_t start, const uint8_t* columns, int64_t length,
+                  const auto& fetch, bool add, int32_t* out) {
+  for (int64_t q = 0; q < count; q += kQueries) {
+    const int8_t* query[kQueries];
+    for (int64_t l = 0; l < kQueries; ++l) query[l] = queries[q + l < count ? q + l : q] + start;
+    with_constant(count - q < kQueries ? count - q : kQueries, [&]<int Q> {
+      for (int64_t i = 0; i < kTile; i += kKeys * kLanes) {
+        columns_block<Q>(query, columns + 4 * i, length / 4, fetch, add, out + q * kTile + i);
+      }
+    });
+  }
+}
+
 // out[q * kTile + i] = queries[q] . keys[i] for n <= kTile keys that lie in memory at equal distances, with more behind them.
 template <typename C>
-void dot_columns(const typename C::Query* const* queries, int64_t count, const typename C::Key* const* keys, int64_t n,
-                 int64_t length, int32_t* out) {
-  alignas(64) typename C::Key columns[kTile * kColumns];
+void dot_columns(const int8_t* const* queries, int64_t count, const uint8_t* const* keys, int64_t n, int64_t length,
+                 int32_t* out) {
+  alignas(64) uint8_t columns[kTile * kColumns];
   const int64_t stride = n > 1 ? keys[1] - keys[0] : 0;
   for (int64_t start = 0; start < length; start += kColumns) {
     const int64_t chunk = length - start < kColumns ? length - start : kColumns;
     transpose_keys<C>(keys, n, start, chunk, columns);
     // What is transposed next comes from memory meanwhile, a line at each step.
     const int64_t left = length - start - chunk, lines = (left > 0 ? left : length) / 64 * kTile;
-    const typename C::Key* next = left > 0 ? keys[0] + start + chunk : keys[0] + n * stride;
+    const uint8_t* next = left > 0 ? keys[0] + start + chunk : keys[0] + n * stride;
     int64_t line = 0;
     const auto fetch = [&] {
       if (line >= lines || line >= kTile * kColumns / 64) return;
       __builtin_prefetch(next + line % kTile * stride + line / kTile * 64, 0, 2);
       ++line;
     };
-    for (int64_t q = 0; q < count; q += kQueries) {
-      const typename C::Query* query[kQueries];
-      for (int64_t l = 0; l < kQueries; ++l) query[l] = queries[q + l < count ? q + l : q] + start;
-      with_constant(count - q < kQueries ? count - q : kQueries, [&]<int Q> {
-        for (int64_t i = 0; i < kTile; i += kKeys * kLanes) {
-          columns_block<C, Q>(query, columns + 4 * i, chunk / 4, fetch, start > 0, out + q * kTile + i);
-        }
-      });
-    }
+    columns_tile(queries, count, start, columns, chunk, fetch, start > 0, out);
   }
 }
 

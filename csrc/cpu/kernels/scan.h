@@ -266,6 +266,29 @@ KeyBounds pack_key(const float* x, const float* u, double uu, int64_t d, float* 
           raised(scale * ::sqrt(total(cc)))};
 }
 
+void pack_leading(const float* y, int64_t p, void* column, KeyBounds* bounds) {
+  Vec largest{};
+  for (int64_t i = 0; i < p; i += kLanes) largest = larger(largest, abs(load(y + i)));
+  const float scale = step_of(largest_of(largest)), inverse = inverse_of(scale);
+  Pair rr{}, cc{};
+  for (int64_t i = 0; i < p; i += kLanes) {
+    uint8_t codes[kLanes];
+    ByteCodes::encode(load(y + i), inverse, codes);
+    for (int64_t j = 0; j < kLanes; j += 4) {
+      __builtin_memcpy(static_cast<uint8_t*>(column) + (i + j) * kTile, codes + j, 4);
+    }
+    const Pair value = widen(load(y + i)), c = widen(ByteCodes::decode(codes));
+    for (int half = 0; half < 2; ++half) {
+      const Wide r = value.half[half] - c.half[half] * scale;
+      rr.half[half] += r * r;
+      cc.half[half] += c.half[half] * c.half[half];
+    }
+  }
+  bounds->scale = scale;
+  bounds->residual = raised(::sqrt(total(rr)));
+  bounds->norm = raised(scale * ::sqrt(total(cc)));
+}
+
 // Transposes the bounds of kTile keys.
 void load_bounds(const KeyBounds* keys, TileBounds* out) {
   static_assert(sizeof(KeyBounds) == 4 * sizeof(float));
@@ -285,6 +308,7 @@ void load_bounds(const KeyBounds* keys, TileBounds* out) {
     store(out->projection + i, shuffle(first[0], first[1], high));
     store(out->residual + i, shuffle(second[0], second[1], low));
     store(out->norm + i, shuffle(second[0], second[1], high));
+    store(out->tail + i, Vec{});
   }
 }
 
@@ -316,7 +340,7 @@ float upper_bounds(const void* high, const int32_t* low, bool integers, const Ti
     if (low) product += without(load_ints(low + i), query.low_offset) * (1.0f / kLowSteps);
     const Vec score = query.projection * load(keys.projection + i) + query.scale * load(keys.scale + i) * product;
     const Vec error = query.residual * load(keys.residual + i) + left * load(keys.norm + i) + query.slack;
-    store(out + i, score + error);
+    store(out + i, score + (error + query.tail * load(keys.tail + i)));
   }
   for (int64_t i = 0; i < first; ++i) out[i] = -__builtin_inff();
   for (int64_t i = last; i < kTile; ++i) out[i] = -__builtin_inff();
@@ -350,6 +374,17 @@ void tile(const void* const* queries, int64_t count, const void* const* keys, in
   dot_tile<C>(reinterpret_cast<const typename C::Query* const*>(queries), count,
               reinterpret_cast<const typename C::Key* const*>(keys), n, length, prefetch_next,
               static_cast<typename C::Element*>(out));
+}
+
+// What is read next lies behind the columns.
+void leading_tile(const void* const* queries, int64_t count, const void* columns, int64_t length, int32_t* out) {
+  const auto* codes = static_cast<const uint8_t*>(columns);
+  const uint8_t* next = codes + kTile * length;
+  const auto fetch = [&] {
+    for (int64_t i = 0; i < 4 * kTile; i += 64) __builtin_prefetch(next + i);
+    next += 4 * kTile;
+  };
+  columns_tile(reinterpret_cast<const int8_t* const*>(queries), count, 0, codes, length, fetch, false, out);
 }
 
 uint64_t read(const void* data, int64_t bytes) {
@@ -403,11 +438,13 @@ using BFloat16Scan = Floats<BFloat16>;
 constexpr ScanKernels scan{
     {normalize<float>, normalize<BFloat16>},
     {nullptr, pack_key<HalfCodes<Float16>>, pack_key<HalfCodes<BFloat16>>, pack_key<ByteCodes>},
+    pack_leading,
     take_out,
     quantize,
     narrow,
     sizeof(BFloat16Scan::Query) == sizeof(BFloat16),
     {tile<Floats<float>>, tile<Floats<Float16>>, tile<BFloat16Scan>, tile<Bytes>},
+    leading_tile,
     load_bounds,
     upper_bounds,
     at_least,

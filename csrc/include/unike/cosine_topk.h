@@ -26,6 +26,17 @@ typedef enum unike_scan UNIKE_ENUM {
   UNIKE_SCAN_I8 = 3, /* d <= 65536 */
 } unike_scan;
 
+/* What the keys are in a few directions: where these hold most of the keys, few queries read this of all keys, and the codes
+ * of some. The result is the same without it. */
+typedef struct unike_leading {
+  int64_t p;               /* directions, a multiple of 64; 0: there is nothing of this */
+  const float* directions; /* [1 + p, d]: `direction` of the keys, then others; see unike_pack_leading */
+  const void* codes;       /* [ceil(n / 64), p / 4, 64, 4] bytes: four codes of 64 keys, then their next four */
+  const float* bounds;     /* [ceil(n / 64), UNIKE_LEADING_BOUNDS, 64] */
+} unike_leading;
+
+#define UNIKE_LEADING_BOUNDS 5
+
 /* The keys of a search: normalised finite rows, and for all scans but UNIKE_SCAN_F32 what unike_pack_keys made of them. */
 typedef struct unike_keys {
   int64_t n, d;
@@ -35,6 +46,7 @@ typedef struct unike_keys {
   const void* codes;      /* [n, unike_code_bytes(scan, d)] bytes */
   const float* bounds;    /* [n, UNIKE_KEY_BOUNDS] */
   const float* direction; /* [d] */
+  unike_leading leading;  /* for UNIKE_SCAN_I8 with rows, else of p = 0 */
 } unike_keys;
 
 #define UNIKE_KEY_BOUNDS 4
@@ -50,6 +62,15 @@ UNIKE_API unike_status unike_pack_keys(const float* rows, int64_t n, int64_t d, 
                                        const float* direction, void* codes, float* bounds, void* workspace,
                                        int64_t workspace_bytes, int threads);
 UNIKE_API int64_t unike_pack_keys_workspace(int64_t d, int threads);
+
+/* Fills in codes and bounds of a unike_leading for the keys first, ..., first + n - 1; those of others stay as they are.
+ *
+ * rows: [n, d], of these keys, as in unike_pack_keys. directions: [1 + p, d]; all of norm 1 and at right angles to each other, but for the
+ * first, which may be zero: their products with each other are off by at most 2^-19 in the root of the sum of the squares. */
+UNIKE_API unike_status unike_pack_leading(const float* rows, int64_t first, int64_t n, int64_t d, int64_t stride,
+                                          int64_t p, const float* directions, void* codes, float* bounds, int threads);
+/* Bytes of the codes of n keys; -1 with unike_last_error() for sizes that cannot be. */
+UNIKE_API int64_t unike_leading_bytes(int64_t n, int64_t p);
 
 /* The k best keys of each query by score = float32(canonical dot product of the normalised query and the key), -0.0
  * counted and returned as 0.0.

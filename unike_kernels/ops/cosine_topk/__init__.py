@@ -12,13 +12,16 @@ from .api import (
     pack_keys,
     packed_of,
 )
+from .leading import Leading, leading_of
 
 __all__ = [
     "SCANS",
+    "Leading",
     "PackedKeys",
     "PreparedSearch",
     "check_retrieval",
     "cosine_topk",
+    "leading_of",
     "normalize_rows",
     "pack_keys",
     "packed_of",

@@ -13,6 +13,7 @@ from torch import Tensor
 from ... import _native, _pages
 from .. import _backend, _check, _library
 from . import cpu, cuda, reference
+from .leading import Leading
 from .reference import SearchOperands
 from .reference import normalize_rows as _normalize_rows
 
@@ -184,24 +185,25 @@ def pack_keys(keys: Tensor, scan: str, direction: Tensor | None = None) -> Packe
 class PreparedSearch:
     """The keys of a retrieval for many calls: laid out once for the native kernel, where that can be."""
 
-    def __init__(self, keys: Tensor, packed: PackedKeys | None) -> None:
+    def __init__(self, keys: Tensor, packed: PackedKeys | None, leading: Leading | None = None) -> None:
         """Shapes are checked by the caller.
 
         Args:
             keys: [N, d], unit rows.
             packed: of these.
+            leading: of these, where few queries are to read it first.
         """
-        self._tables = keys, packed
+        self._tables = keys, packed, leading
         self._native = self._laid_out()
         self._launches = _backend.Launches("cosine_topk", (keys,))
 
     def _laid_out(self) -> cpu.Keys | None:
-        keys, packed = self._tables
+        keys, packed, leading = self._tables
         native = _native.available() and keys.device.type == "cpu" and keys.dtype != torch.float64
         if not native or _library.wrapped(keys):
             return None
         with _library.outside():
-            return cpu.Keys(keys, packed)
+            return cpu.Keys(keys, packed, leading)
 
     def __reduce__(self) -> Any:  # a copy is laid out anew, at addresses of its own
         return type(self), self._tables
@@ -219,7 +221,7 @@ class PreparedSearch:
             native = self._native = self._laid_out()
         if native is not None and _library.direct(queries) and _backend.takes_native(queries):
             return native.search(queries, k, ranges)
-        keys, packed = self._tables
+        keys, packed, _ = self._tables
         if _library.direct(queries) and len(queries) and _library.in_place(queries, ranges):
             form = queries.shape, queries.dtype, k, ranges is None
             launch = self._launches.of(form, lambda: SearchOperands(queries, keys, k, True, ranges, packed))

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ... import _native, _pages
+from .leading import Leading
 
 # The scans of csrc/include/unike/cosine_topk.h, by the dtype of the codes, and the bytes of a code.
 SCANS = {torch.float16: (1, 2), torch.bfloat16: (2, 2), torch.uint8: (3, 1)}
@@ -64,12 +65,18 @@ def pack_keys(rows: Tensor, direction: Tensor, codes: Tensor, bounds: Tensor) ->
 class Keys:
     """The keys of a search, checked and laid out once (unike_keys); keeps the tensors alive."""
 
-    def __init__(self, rows: Tensor | None, packed: tuple[Tensor, Tensor, Tensor] | None) -> None:
+    def __init__(
+        self,
+        rows: Tensor | None,
+        packed: tuple[Tensor, Tensor, Tensor] | None,
+        leading: Leading | None = None,
+    ) -> None:
         """
         Args:
             rows: float32 [n, d] on the CPU, normalised and finite, any strides; None: `packed` alone decides, and
                 scores and ids are those of the scan.
             packed: codes and bounds of `pack_keys` for all rows, and the direction; scanned instead of the rows.
+            leading: of all rows, with an int8 scan of keys that have rows; None: there is nothing of this.
 
         Raises:
             ValueError: for another device, dtype or shape.
@@ -82,13 +89,15 @@ class Keys:
             n, self.d = packed[0].shape[0], packed[2].shape[0]
         else:
             raise ValueError("keys or packed must be given")
-        self.tensors = (rows, packed)
+        self.tensors = (rows, packed, leading)
         addresses = [0 if rows is None else rows.data_ptr(), 0 if rows is None else rows.stride(0), 0, 0, 0, 0]
         if packed is not None:
             codes, bounds, direction = packed
             scan = _check_codes(codes, bounds, direction, n, self.d)
             addresses[2:] = scan, codes.data_ptr(), bounds.data_ptr(), direction.data_ptr()
         self.anchor = _native.Anchor(packed[0] if rows is None and packed is not None else rows)
+        if leading is not None:
+            addresses += len(leading.directions) - 1, *(t.data_ptr() for t in leading)
         self.native = _native.core().Keys(n, self.d, *addresses)
 
     def search(self, queries: Tensor, k: int, ranges: Tensor | None = None) -> tuple[Tensor, Tensor]:

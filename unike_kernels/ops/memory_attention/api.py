@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ... import _native
 from .. import _backend, _check, _library
-from ..cosine_topk import PackedKeys, PreparedSearch, check_retrieval, packed_of
+from ..cosine_topk import Leading, PackedKeys, PreparedSearch, check_retrieval, packed_of
 from ..cosine_topk.cpu import Keys
 from ..cosine_topk.reference import SearchOperands
 from ..latent_attention import reference as latent
@@ -172,6 +172,7 @@ class PreparedMemory:
         values: Tensor,
         projected: Tensor | None,
         encoder: SemanticEncoder,
+        leading: Leading | None = None,
     ) -> None:
         """Shapes are checked by the caller.
 
@@ -182,20 +183,21 @@ class PreparedMemory:
             values: [N, H, d].
             projected: [N, H, r].
             encoder: Enc_sem.
+            leading: of the index, where few tokens are to read it first.
         """
-        self._tables = index, packed, keys, values, projected, encoder
-        self.search = PreparedSearch(index, packed)
+        self._tables = index, packed, keys, values, projected, encoder, leading
+        self.search = PreparedSearch(index, packed, leading)
         self._native = self._laid_out()
         self._launches = _backend.Launches("memory_attention", (index, keys, values, projected, *encoder))
 
     def _laid_out(self) -> tuple[Keys, Memory] | None:
-        index, packed, keys, values, projected, encoder = self._tables
+        index, packed, keys, values, projected, encoder, leading = self._tables
         given = [t for t in (index, keys, values, projected, *encoder) if t is not None]
         native = _native.available() and index.device.type == "cpu" and not any(map(_library.wrapped, given))
         if not native or any(t.dtype == torch.float64 for t in given):
             return None
         with _library.outside():
-            return Keys(index, packed), Memory(keys, values, projected, encoder)
+            return Keys(index, packed, leading), Memory(keys, values, projected, encoder)
 
     def __reduce__(self) -> Any:  # a copy is laid out anew, at addresses of its own
         return type(self), self._tables
@@ -233,7 +235,7 @@ class PreparedMemory:
             gate = Gate.of(blend, alpha, anchor)
             flat = queries.flatten(1)
             return cpu.attend(hidden, flat, inputs, k, ranges, *native, gate, out=out, details=False)[0]
-        index, packed, keys, values, projected, encoder = self._tables
+        index, packed, keys, values, projected, encoder, _ = self._tables
         operands = MemoryOperands(
             hidden, index, k, ranges, queries, inputs, keys, values, encoder, alpha, anchor, blend, packed, projected
         )
