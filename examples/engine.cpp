@@ -243,7 +243,7 @@ std::vector<float> shifted(const std::map<std::string, Tensor>& memory, const st
   const Tensor& keys = at(memory, layer + "keys", {n, 1, d});
   std::vector<float> unit(n * d), out(m * d), alpha(m);
   check(unike_normalize_rows({index.data.data(), UNIKE_F32, d}, n, d, unit.data(), kThreads));
-  const unike_keys searched{n, d, unit.data(), d, UNIKE_SCAN_F32, nullptr, nullptr, nullptr};
+  const unike_keys searched{n, d, unit.data(), d, UNIKE_SCAN_F32, nullptr, nullptr, nullptr, {}};
 
   const bool apart = memory.count(layer + "values") > 0;
   const Tensor& values = apart ? at(memory, layer + "values", {n, 1, d}) : keys;

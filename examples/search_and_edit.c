@@ -51,7 +51,7 @@ int main(void) {
   void* room = workspace(bytes);
   check(unike_pack_keys(rows, N, D, D, UNIKE_SCAN_I8, direction, codes, bounds, room, bytes, THREADS), "pack");
   free(room);
-  const unike_keys keys = {N, D, rows, D, UNIKE_SCAN_I8, codes, bounds, direction};
+  const unike_keys keys = {N, D, rows, D, UNIKE_SCAN_I8, codes, bounds, direction, {0}};
 
   /* For each token: the K nearest entries. Entry 7 asks for itself. */
   float* states = numbers(TOKENS * D, 2);

@@ -186,7 +186,7 @@ struct Keys {
       std::vector<float> row(rows + i * stride, rows + i * stride + d);
       unike_normalize_rows({row.data(), UNIKE_F32, d}, 1, d, rows + i * stride, 1);
     }
-    table = {n, d, rows, stride, scan, nullptr, nullptr, nullptr};
+    table = {n, d, rows, stride, scan, nullptr, nullptr, nullptr, {}};
     if (scan == UNIKE_SCAN_F32) return;
     const int64_t bytes = unike_code_bytes(scan, d);
     char* codes = call.bytes(n * bytes);
@@ -199,6 +199,15 @@ struct Keys {
       fault("packing");
     }
     table.codes = codes, table.bounds = bounds, table.direction = direction;
+    if (scan != UNIKE_SCAN_I8 || n == 0 || one_in(2)) return;
+    const int64_t p = 64 * pick(1, 2), tiles = (n + 63) / 64;
+    auto* directions = call.array<float>((1 + p) * d);
+    char* leading = call.bytes(unike_leading_bytes(n, p));
+    auto* leading_bounds = call.array<float>(tiles * UNIKE_LEADING_BOUNDS * 64);
+    if (unike_pack_leading(rows, 0, n, d, stride, p, directions, leading, leading_bounds, 1) != UNIKE_OK) {
+      fault("packing what leads");
+    }
+    table.leading = {p, directions, leading, leading_bounds};
   }
   void faults(Call& call) {
     call.size("keys.n", table.n);
@@ -217,6 +226,13 @@ struct Keys {
     }
     call.pointer("keys.bounds", table.bounds, table.n);
     call.pointer("keys.direction", table.direction, table.n);
+    unike_leading& leading = table.leading;
+    if (leading.p == 0) return;
+    call.wrong("keys.leading.codes null", [&] { leading.codes = nullptr; });
+    call.wrong("keys.leading.p", [&] { leading.p = std::vector<int64_t>{-64, 1, 63, 576, INT64_MAX}[pick(0, 4)]; });
+    call.wrong("leading without rows", [this] { table.rows = nullptr; });
+    call.pointer("keys.leading.bounds", leading.bounds, table.n);
+    call.pointer("keys.leading.directions", leading.directions, table.n);
   }
 };
 
@@ -260,6 +276,30 @@ void pack() {
       false, [&] { return unike_pack_keys_workspace(d, threads); },
       [&](void* workspace, int64_t bytes) {
         return unike_pack_keys(rows, n, d, stride, scan, direction, codes, bounds, workspace, bytes, threads);
+      });
+}
+
+void lead() {
+  Call call("pack_leading");
+  int64_t first = pick(0, 70), n = pick(0, 5), d = pick(1, 70), stride = d + pick(0, 2), p = 64 * pick(1, 2);
+  const float *rows = call.array<float>(n > 0 ? (n - 1) * stride + d : 0), *directions = call.array<float>((1 + p) * d);
+  void* codes = call.bytes(unike_leading_bytes(first + n, p));
+  auto* bounds = call.array<float>((first + n + 63) / 64 * 64 * UNIKE_LEADING_BOUNDS);
+  call.pointer("rows", rows, n);
+  call.pointer("directions", directions, d);
+  call.pointer("bounds", bounds, first + n);
+  if (first + n > 0) call.wrong("codes null", [&] { codes = nullptr; });
+  call.size("first", first);
+  call.size("n", n);
+  call.size("d", d);
+  call.size("stride", stride);
+  call.wrong("p", [&] { p = std::vector<int64_t>{-64, 0, 1, 63, 576, INT64_MAX}[pick(0, 5)]; });
+  call.product("n and stride", n, stride);
+  const int threads = any_threads();
+  call.go(
+      true, [] { return 0; },
+      [&](void*, int64_t) {
+        return unike_pack_leading(rows, first, n, d, stride, p, directions, codes, bounds, threads);
       });
 }
 
@@ -627,7 +667,7 @@ int main(int argc, char** argv) {
   bits.seed(argc > 2 ? std::atoll(argv[2]) : 1);
   nothing();
   for (int64_t i = 0; i < tries; ++i) {
-    switch (i % 9) {
+    switch (i % 10) {
       case 0: normalize(); break;
       case 1: pack(); break;
       case 2: search(); break;
@@ -636,6 +676,7 @@ int main(int argc, char** argv) {
       case 5: attention(Kind::kForward); break;
       case 6: attention(Kind::kBackward); break;
       case 7: attention(Kind::kWithSearch); break;
+      case 8: lead(); break;
       default: machine(); break;
     }
   }

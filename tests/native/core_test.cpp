@@ -94,7 +94,7 @@ void topk(unike_scan scan, int threads) {
   ok(unike_normalize_rows({mean.data(), UNIKE_F32, d}, 1, d, direction.data(), 1), "direction");
   std::vector<char> codes(n * unike_code_bytes(scan, d));
   Floats bounds(n * UNIKE_KEY_BOUNDS);
-  unike_keys keys{n, d, rows.data(), d, scan, codes.data(), bounds.data(), direction.data()};
+  unike_keys keys{n, d, rows.data(), d, scan, codes.data(), bounds.data(), direction.data(), {}};
   if (scan != UNIKE_SCAN_F32) {
     std::vector<char> room(unike_pack_keys_workspace(d, threads));
     ok(unike_pack_keys(rows.data(), n, d, d, scan, direction.data(), codes.data(), bounds.data(), room.data(),
@@ -303,8 +303,8 @@ void large_topk(int threads) {
                      static_cast<int64_t>(room.size()), threads),
      "pack");
   Ids ids(m * k), ids_alone(m * k);
-  const unike_keys packed{n, d, rows.data(), d, UNIKE_SCAN_I8, codes.data(), bounds.data(), direction.data()};
-  const unike_keys plain{n, d, rows.data(), d, UNIKE_SCAN_F32, nullptr, nullptr, nullptr};
+  const unike_keys packed{n, d, rows.data(), d, UNIKE_SCAN_I8, codes.data(), bounds.data(), direction.data(), {}};
+  const unike_keys plain{n, d, rows.data(), d, UNIKE_SCAN_F32, nullptr, nullptr, nullptr, {}};
   for (const int64_t count : {m, int64_t{3}}) {
     for (const auto& [keys, with, to_scores, to_ids] : {std::tuple(&packed, threads, scores.data(), ids.data()),
                                                         std::tuple(&plain, 1, alone.data(), ids_alone.data())}) {
@@ -333,6 +333,79 @@ void large_topk(int threads) {
   }
 }
 
+// Keys near a space of few dimensions, whose directions few queries read first.
+void leading_topk(int threads) {
+  const int64_t n = 3 * 64 * 9 + pick(1, 63), d = pick(66, 150), p = 64, k = pick(1, 12), most = 9;
+  std::vector<double> axes((1 + p) * d);  // by Gram and Schmidt
+  Floats directions((1 + p) * d);
+  for (int64_t j = 0; j <= p; ++j) {
+    double* axis = axes.data() + j * d;
+    const Floats start = numbers(d);
+    std::copy(start.begin(), start.end(), axis);
+    for (int round = 0; round < 2; ++round) {
+      for (int64_t l = 0; l < j; ++l) {
+        double dot = 0;
+        for (int64_t i = 0; i < d; ++i) dot += axis[i] * axes[l * d + i];
+        for (int64_t i = 0; i < d; ++i) axis[i] -= dot * axes[l * d + i];
+      }
+    }
+    double squares = 0;
+    for (int64_t i = 0; i < d; ++i) squares += axis[i] * axis[i];
+    for (int64_t i = 0; i < d; ++i) axis[i] /= std::sqrt(squares);
+    for (int64_t i = 0; i < d; ++i) directions[j * d + i] = static_cast<float>(axis[i]);
+  }
+  const auto near_the_space = [&](int64_t rows) {
+    Floats x = numbers(rows * d);
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t i = 0; i < d; ++i) x[r * d + i] *= 0.05f;
+      for (int64_t j = 0; j <= p; j += 5) {
+        const float much = numbers(1)[0];
+        for (int64_t i = 0; i < d; ++i) x[r * d + i] += much * directions[j * d + i];
+      }
+    }
+    return x;
+  };
+  Floats raw = near_the_space(n), queries = near_the_space(most), rows(n * d), bounds(n * UNIKE_KEY_BOUNDS);
+  ok(unike_normalize_rows({raw.data(), UNIKE_F32, d}, n, d, rows.data(), threads), "normalize");
+  std::copy_n(rows.data(), d, rows.data() + 70 * d);  // a tie
+  std::fill_n(rows.data() + 71 * d, d, 0.0f);
+  queries[(most - 1) * d] = std::nanf("");
+  std::vector<char> codes(n * unike_code_bytes(UNIKE_SCAN_I8, d)), room(unike_pack_keys_workspace(d, threads));
+  ok(unike_pack_keys(rows.data(), n, d, d, UNIKE_SCAN_I8, directions.data(), codes.data(), bounds.data(), room.data(),
+                     static_cast<int64_t>(room.size()), threads),
+     "pack");
+  const int64_t tiles = (n + 63) / 64, first = pick(0, n);
+  std::vector<char> leading_codes(unike_leading_bytes(n, p));
+  Floats leading_bounds(tiles * 64 * UNIKE_LEADING_BOUNDS);
+  for (const auto& [from, to] : {std::pair(int64_t{0}, first), std::pair(first, n)}) {
+    ok(unike_pack_leading(rows.data() + from * d, from, to - from, d, d, p, directions.data(), leading_codes.data(),
+                          leading_bounds.data(), threads),
+       "pack leading");
+  }
+  unike_keys led{n, d, rows.data(), d, UNIKE_SCAN_I8, codes.data(), bounds.data(), directions.data(), {}};
+  led.leading = {p, directions.data(), leading_codes.data(), leading_bounds.data()};
+  const unike_keys plain{n, d, rows.data(), d, UNIKE_SCAN_F32, nullptr, nullptr, nullptr, {}};
+  Ids ranges(2 * most);
+  for (int64_t q = 0; q < most; ++q) {
+    ranges[2 * q] = pick(0, n);
+    ranges[2 * q + 1] = pick(ranges[2 * q], n);
+  }
+  for (int64_t m = 1; m <= most; ++m) {
+    for (const int64_t* seen : {static_cast<const int64_t*>(nullptr), static_cast<const int64_t*>(ranges.data())}) {
+      Floats scores[2] = {Floats(m * k), Floats(m * k)};
+      Ids ids[2] = {Ids(m * k), Ids(m * k)};
+      for (int i = 0; i < 2; ++i) {
+        const unike_keys& keys = i == 0 ? led : plain;
+        room.resize(unike_cosine_topk_workspace(&keys, m, k, threads));
+        ok(unike_cosine_topk(&keys, {queries.data() + (most - m) * d, UNIKE_F32, d}, m, k, seen, scores[i].data(),
+                             ids[i].data(), room.data(), static_cast<int64_t>(room.size()), threads),
+           "search");
+      }
+      expect(ids[0] == ids[1] && scores[0] == scores[1], "leading directions change nothing");
+    }
+  }
+}
+
 // The search's results are the same bits on every machine, from every compiler and with every scan.
 void bits(unike_scan scan, int threads) {
   const int64_t n = 400, d = 70, m = 5, k = 9;
@@ -349,7 +422,7 @@ void bits(unike_scan scan, int threads) {
                        static_cast<int64_t>(room.size()), threads),
        "pack");
   }
-  const unike_keys keys{n, d, rows.data(), d, scan, codes.data(), bounds.data(), direction.data()};
+  const unike_keys keys{n, d, rows.data(), d, scan, codes.data(), bounds.data(), direction.data(), {}};
   room.resize(unike_cosine_topk_workspace(&keys, m, k, threads));
   ok(unike_cosine_topk(&keys, {queries.data(), UNIKE_F32, d}, m, k, nullptr, scores.data(), ids.data(), room.data(),
                        static_cast<int64_t>(room.size()), threads),
@@ -380,6 +453,7 @@ int main() {
       attention(threads);
       neurons(threads);
     }
+    for (int threads = 1; threads <= 3; ++threads) leading_topk(threads);
     large_topk(3);
     std::printf("%s passed\n", isa);
   }

@@ -154,8 +154,8 @@ class CosineIndex(KeyedIndex):
     def nbytes(self) -> int:
         """Bytes of all tables: for each key 4 d of its row (if exact), d or 2 d, padded to 64, of its codes, and 16.
 
-        8 more where it has an id of the caller's; where keys have leading directions, p + 20 for p of them. Room for keys
-        to come is not counted.
+        8 more where it has an id of the caller's, and p + 20 where p directions lead. Room for keys to come is not
+        counted.
         """
         leading = 0 if self._leading is None else len(self) * (len(self._leading.directions) + 19)
         return leading + sum(t.nbytes for t in self._tensors().values())
@@ -275,13 +275,12 @@ class CosineIndex(KeyedIndex):
         codes = self._codes
         if codes is not None and packed is not None:
             codes = (codes[0].appended(packed.codes), codes[1].appended(packed.error_bounds), codes[2])
-        if (
-            grown is not None and (count := len(self) + len(rows)) >= 2 * self._led
-        ):  # what leads may be another thing now
-            self._leading, self._led = leading_of(grown(), packed), count
-        elif self._leading is not None:
-            self._leading = appended(self._leading, rows, len(self))
-        self._rows, self._codes, self._own_ids = grown, codes, own
+        count, leading = len(self) + len(rows), self._leading
+        if grown is not None and count >= 2 * self._led:  # other directions may lead now
+            leading, self._led = leading_of(grown(), packed), count
+        elif leading is not None:
+            leading = appended(leading, rows, len(self))
+        self._rows, self._codes, self._own_ids, self._leading = grown, codes, own, leading
         self._lay_out()
 
     def _ids_to_add(self, ids: Ids | None, count: int) -> Tensor | None:

@@ -1,7 +1,7 @@
 """Leading directions of keys: where a few hold most of what distinguishes them, a search reads these first.
 
-Hidden states of language models are of this kind, random vectors are not. Whatever the directions are, results are exact
-(csrc/cpu/EXACTNESS.md); they only decide how many keys must be looked at again.
+Hidden states of language models are of this kind, random vectors are not. Whatever the directions are, results are
+exact (csrc/cpu/EXACTNESS.md); they only decide how many keys must be looked at again.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ _MOST = 256  # directions
 _SAMPLE = 4096  # keys that tell the directions
 _PROBES = 64  # of them, which play the queries
 _K = 40  # keys that a query wants
-# What reading all codes of one key costs, in bytes that are read in their order, as the threshold of a search leaves more of
-# them than the one that is meant here; and the share of a whole scan that must not be exceeded.
+# What a key costs whose codes are all read, for each of its bytes: the threshold of a search leaves more keys than the
+# one that is meant here. And the share of a whole scan that must not be exceeded.
 _SCATTERED, _WORTH = 4.0, 0.6
 _ORTHONORMAL = 2.0**-19  # csrc/include/unike/cosine_topk.h
 
@@ -81,7 +81,7 @@ def pack_leading(keys: Tensor, directions: Tensor) -> Leading:
 
 
 def appended(leading: Leading, keys: Tensor, first: int) -> Leading:
-    """With the keys, float32 [M, d], behind the `first` that are there, whose memory is shared as long as it has room."""
+    """With the keys, float32 [M, d], behind the `first` that are there; their memory is shared while it has room."""
     there, tiles = -(-first // TILE), -(-(first + len(keys)) // TILE)
     grown = leading
     if tiles > len(leading.codes):
@@ -122,7 +122,7 @@ def _principal(sample: Tensor, direction: Tensor, count: int) -> Tensor:
 
 
 def _mixed(directions: Tensor) -> Tensor:
-    """float32: the same space but for the first, which stays; what a key is in each is of one size, as codes want it."""
+    """float32: others of the same space, behind the first; what a key is in each is of one size, as codes want it."""
     p = len(directions) - 1
     generator = torch.Generator().manual_seed(1)
     turn = torch.linalg.qr(torch.randn(p, p, generator=generator, dtype=torch.float64, device="cpu")).Q
