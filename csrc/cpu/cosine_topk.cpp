@@ -347,7 +347,6 @@ class CosineTopK {
     Best likely(scored(thread), std::min(kLikely * kept_, range.stop - range.start));
     take_likely(q, thread, likely);
     Scored* keys = scored(thread);
-    if (k == 0 || likely.count() < k) return -kInfinity;
     for (int64_t i = 0; i < likely.count(); i += kTile) {
       estimate(q, keys + i, std::min(kTile, likely.count() - i),
                [&](int64_t j, float score, float error) { keys[i + j].score = score - error; });

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 import unike_kernels as uk
 from unike_kernels import _native
-from unike_kernels.ops.cosine_topk import leading, normalize_rows
+from unike_kernels.ops.cosine_topk import cpu, leading, normalize_rows, pack_keys
 
 pytestmark = pytest.mark.skipif(not _native.available(), reason="needs the native extension")
 D, FEWEST = 192, 1500
@@ -86,6 +86,42 @@ def test_a_key_that_only_its_tail_tells(keys, m):
     both = torch.cat([keys, outside.float().unsqueeze(0)]).double()
     assert int(F.cosine_similarity(both, query.double().unsqueeze(0)).argmax()) == len(keys)
     assert found.tolist() == [[len(keys)]] * m
+
+
+def directed(keys: torch.Tensor, directions: torch.Tensor) -> cpu.Keys:
+    """Keys, float32 [n, d], with directions [1 + p, d] that nobody has chosen for them."""
+    rows = normalize_rows(keys)
+    packed = pack_keys(rows, "int8", directions[0].contiguous())
+    assert packed is not None
+    return cpu.Keys(rows, packed, leading.pack_leading(rows, directions))
+
+
+@pytest.mark.parametrize("tail", [0.05, 0.1, 0.2, 0.4])
+def test_directions_that_leave_much(tail):
+    """Of a run of several tiles more keys are looked at again than a tile has."""
+    keys, queries = near_a_space(FEWEST, tail=tail), near_a_space(3, 1, tail)
+    axes = leading._principal(keys, torch.zeros(D), 64).float()
+    index, threads = directed(keys, axes), torch.get_num_threads()
+    torch.set_num_threads(1)  # which then has longer runs
+    try:
+        got, expected = index.search(queries, 5), uk.CosineIndex(keys, "float32").search(queries, 5)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(got[1], expected[1]) and torch.equal(got[0], expected[0])
+
+
+def test_a_key_whose_codes_are_all_too_small():
+    """By its codes it is below another key, whose codes are exact: only the bound of what they leave keeps it."""
+    axes = torch.cat([torch.zeros(1, 64), torch.eye(64)])
+    query = torch.ones(1, 64)
+    exact, best = torch.ones(64), torch.full((64,), 20.49)
+    exact[:5], best[0] = -1.0, 127.0
+    others = torch.randn(FEWEST, 64)
+    keys = torch.cat([others, exact.unsqueeze(0), best.unsqueeze(0)])
+    cosines = F.cosine_similarity(keys.double(), query.double())
+    rounded = F.cosine_similarity(best.floor().double(), query.double()) * best.floor().norm() / best.norm()
+    assert cosines.argsort(descending=True)[:2].tolist() == [FEWEST + 1, FEWEST] and rounded < cosines[FEWEST]
+    assert directed(keys, axes).search(query, 1)[1].tolist() == [[FEWEST + 1]]
 
 
 def test_keys_come_and_go(keys):
