@@ -127,3 +127,10 @@ def test_the_reference_has_every_public_name():
         for name in set(module.__all__) - modules:
             made = getattr(module, name)
             assert f"{made.__module__}.{made.__qualname__}" in told, name
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
+def test_links_lead_somewhere(name):
+    """Those of docs/ the site's generator checks."""
+    links = re.findall(r"\]\((?!https?:)([^)#]+)", (ROOT / name).read_text())
+    assert links and [link for link in links if not (ROOT / link).exists()] == []
