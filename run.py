@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Runs the demo, tests, benchmarks, the check of a GPU or linters in .venv, which the first run creates.
+"""Runs the demo, tests, benchmarks, the check of a GPU or linters, or builds the site, in .venv, which it creates.
 
 It needs Python and a C++ compiler.
 
@@ -9,6 +9,7 @@ python3 run.py ptxsim [arguments of pytest]
 python3 run.py bench [arguments of pytest]
 python3 run.py gpu [--out FOLDER]
 python3 run.py lint
+python3 run.py docs
 """
 
 from __future__ import annotations
@@ -122,12 +123,24 @@ def lint() -> None:
     step("mypy", PYTHON, "-m", "mypy")
 
 
+def docs() -> int:
+    """Builds the site into site/, warnings being errors, with its notebooks executed; returns the exit status."""
+    quiet = {
+        "NO_MKDOCS_2_WARNING": "1",
+        "PYTHONWARNINGS": "ignore:IProgress",  # what tqdm says of notebooks without widgets
+        "UNIKE_PROGRESS": "0",
+        "OMP_NUM_THREADS": "1",
+    }
+    build = [str(PYTHON), "-m", "mkdocs", "build", "--strict"]
+    return subprocess.run(build, cwd=ROOT, env=os.environ | quiet).returncode
+
+
 def main() -> int:
     """Installs what is missing, runs the command and returns its exit status."""
     if sys.version_info < (3, 10):
         sys.exit(f"unike_kernels needs Python 3.10 or later; this is {sys.version.split()[0]}.")
     command, arguments = (sys.argv[1:2] or [""])[0], sys.argv[2:]
-    if command not in ("demo", "test", "ptxsim", "bench", "gpu", "lint"):
+    if command not in ("demo", "test", "ptxsim", "bench", "gpu", "lint", "docs"):
         sys.exit((__doc__ or "").strip())
     if command == "gpu" and (reason := driver_missing()):
         sys.exit(f"run.py gpu: {reason}")
@@ -135,6 +148,8 @@ def main() -> int:
     if command == "lint":
         lint()
         return 0
+    if command == "docs":
+        return docs()
     if command in ("bench", "gpu") or (command == "demo" and "smollm2" in " ".join(arguments)):
         install_smollm2()
     modules = {

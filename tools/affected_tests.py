@@ -32,6 +32,8 @@ EXERCISED_BY: dict[str, tuple[str, ...]] = {
     "pyproject.toml": ("tests/test_packaging.py",),
     "constraints.txt": ("tests/test_other_packages.py",),
     "evaluation/scripts/": ("evaluation/tests/toy",),
+    "docs/tutorials/": ("tests/test_docs.py",),
+    "docs/how-to/": ("tests/test_docs.py",),
     "docs/gpu-bounds.md": ("tests/ops/gpu",),
     "tests/native/": ("tests/test_core.py",),
     "unike_kernels/backbones/": ("tests/test_other_packages.py",),

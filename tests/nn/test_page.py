@@ -92,3 +92,27 @@ def test_long_texts_are_cut_in_the_middle():
 def test_tables():
     found = Page(table(["<a>", ("b", "number")], [["1", "2"], ["<i>both</i>"]]))
     assert found.text.split() == ["<a>b", "12", "both"]
+
+
+def test_a_trace_as_a_figure(tmp_path):
+    """What it shows are the trace's own values; words of formulas and of other lines stay words."""
+    pytest.importorskip("matplotlib")
+    trace, begun = told(words=["The", " $x", "\n"])
+    begun.at(8).neurons = {"a": torch.tensor([[[0.0], [0.0], [-3.0]]])}
+    figure = trace.plot()
+    figure.savefig(tmp_path / "a.png")
+    panels = {place.get_title(loc="left"): place for place in figure.axes if place.get_title(loc="left")}
+    assert list(panels) == ["alpha", "shift", "neurons of a"]  # nothing of the idle edit
+    shown = panels["neurons of a"].images[0].get_array()
+    assert shown.tolist() == [[0.0, 2.0, 0.125], [0.0, 0.0, 3.0]]
+    assert panels["alpha"].images[0].get_array()[0].tolist() == [0.0, 0.0, 0.4375]
+    assert [label.get_text() for label in panels["alpha"].get_xticklabels()] == ["The", " $x", "↵"]
+    assert [label.get_text() for label in panels["alpha"].get_yticklabels()] == ["layer 7", "layer 8"]
+    with pytest.raises(ValueError, match="row: expected one of the 1 of pass 0, got 1"):
+        trace.plot(row=1)
+    with pytest.raises(IndexError):
+        trace.plot(1)
+    empty = Trace()
+    empty.begin(1, 2)
+    with pytest.raises(ValueError, match="number: expected a pass in which something acts"):
+        empty.plot()

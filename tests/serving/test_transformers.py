@@ -225,6 +225,10 @@ def test_each_name_has_its_edits(server, make_model, make_edit, processor):
     with pytest.raises(openai.NotFoundError):
         asked("c")
     assert asked().choices[0].text == texts[0]
+    cards = {card.id: getattr(card, "parent", None) for card in client.models.list()}
+    assert cards[name] is None and cards[f"{name}+a"] == cards[f"{name}+b"] == name and f"{name}+c" not in cards
+    with urllib.request.urlopen(f"{client.base_url}edits", timeout=60) as answer:
+        assert json.load(answer)["data"] == [{"id": "a"}, {"id": "b"}]
     check_hostile_names(client, name, folder)
     make_edit(make_model("opt"), "other").save(folder / "other.safetensors")
     assert refused(client, f"{name}+other")[0] == 400

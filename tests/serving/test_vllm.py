@@ -271,27 +271,39 @@ def test_over_http(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    told = json.dumps({"unike": {"edits": str(tmp_path / "edits")}})
+    (tmp_path / "hooks.py").write_text(
+        "def check(access):\n    if access.headers.get('x-banned'):\n        raise PermissionError('not yours')\n"
+    )
+    told = {"edits": str(tmp_path / "edits"), "updating": True, "authorize": "hooks:check"}
+    told = json.dumps({"unike": told})
     command = [
         sys.executable, "-m", "vllm.entrypoints.openai.api_server", f"--model={tmp_path / 'model'}", f"--port={port}",
         "--served-model-name=digits", "--dtype=float32", "--max-model-len=256", "--enforce-eager",
-        f"--additional-config={told}",
+        f"--additional-config={told}", "--middleware=unike_kernels.serving.vllm_http.EditMiddleware",
+        "--api-key=key",
     ]  # fmt: skip
 
-    def ask(**more):
+    def fetch(path, body=None, **headers):
+        headers = {"Content-Type": "application/json", "Authorization": "Bearer key"} | headers
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", data, headers)
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return answer.read().decode()
+
+    def complete(headers={}, **more):  # noqa: B006
         body = {"model": "digits", "prompt": "what is two plus three ?", "max_tokens": NEW, "temperature": 0, **more}
         body |= {"ignore_eos": True, "return_token_ids": True}
-        request = urllib.request.Request(
-            f"http://127.0.0.1:{port}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
-        )
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            return json.load(answer)["choices"][0]["token_ids"]
+        return json.loads(fetch("/v1/completions", body, **headers))
+
+    def ask(**more):
+        return complete(**more)["choices"][0]["token_ids"]
 
     processor = digits.load_processor()
     inputs = processor("what is two plus three ?")
     settings = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "eos_token_id": None}
     log = (tmp_path / "log").open("w")
-    server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
+    server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
     try:
         deadline = time.monotonic() + 240
         while True:
@@ -312,10 +324,39 @@ def test_over_http(tmp_path):
         assert error.value.code == 400
         assert "there is no edit 'nobody'" in error.value.read().decode()
         assert ask(vllm_xargs={"unike_edit": "a"}) != ask()
+        beside_lora(fetch, complete, ask, tmp_path)
     finally:
         server.terminate()
         server.wait(30)
         log.close()
+
+
+def beside_lora(fetch, complete, ask, folder):
+    """What a server has for LoRA adapters, for edits: as models, loaded and unloaded, counted, and refused."""
+    cards = {card["id"]: card["parent"] for card in json.loads(fetch("/v1/models"))["data"]}
+    assert cards == {"digits": None, "a": "digits", "b": "digits"}
+    by_name = complete(model="a")
+    assert by_name["model"] == "a" and by_name["choices"][0]["token_ids"] == ask(vllm_xargs={"unike_edit": "a"})
+    assert ask(model="b+a") == ask(vllm_xargs={"unike_edit": ["b", "a"]})
+    loaded = {"edit_name": "c", "edit_path": str(folder / "edits" / "a.safetensors")}
+    assert "added successfully" in fetch("/v1/load_edit", loaded)
+    assert ask(model="c") == ask(model="a")
+    assert "removed successfully" in fetch("/v1/unload_edit", {"edit_name": "c"})
+    refused = [
+        (404, lambda: complete(model="c")),
+        (401, lambda: fetch("/v1/load_edit", loaded, Authorization="Bearer other")),
+        (403, lambda: fetch("/v1/load_edit", loaded, **{"X-Banned": "1"})),
+        (403, lambda: complete(model="a", headers={"X-Banned": "1"})),
+    ]
+    for status, request in refused:
+        with pytest.raises(urllib.error.HTTPError) as error:
+            request()
+        assert error.value.code == status
+    metrics = dict(line.rsplit(" ", 1) for line in fetch("/metrics").splitlines() if line.startswith("unike_"))
+    assert float(metrics['unike_requests_total{edit="a"}']) >= 4
+    assert float(metrics["unike_edits_resident"]) == 3
+    stream = fetch("/v1/completions", {"model": "a", "prompt": "what is", "max_tokens": 2, "stream": True})
+    assert {json.loads(line[6:])["model"] for line in stream.splitlines() if line.startswith("data: {")} == {"a"}
 
 
 def resident_memory():

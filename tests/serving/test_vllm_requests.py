@@ -10,6 +10,7 @@ from configs import every_token
 
 import unike_kernels as uk
 from unike_kernels.serving import vllm
+from unike_kernels.serving.access import headers, load_hook
 
 
 @pytest.fixture
@@ -98,6 +99,30 @@ def test_nobody_takes_a_tenants_prefix(served):
 def test_all_tenants_at_once_cannot_be_asked_for(served, use):
     with pytest.raises(ValueError, match="unike_memory: this memory has tenants: expected false or the name of one"):
         asked(served(), {"unike_memory": use})
+
+
+def nobody_but_acme(access):
+    """A hook of an operator's own."""
+    if access.headers.get("x-tenant") != "acme" or access.tenant not in (None, "acme"):
+        raise PermissionError("not yours")
+
+
+def test_a_hook_decides_who_may_have_what(served):
+    """It is asked before anything is looked up; a request that came by no HTTP has no headers."""
+    server = served(authorize=f"{__name__}:nobody_but_acme")
+    with pytest.raises(PermissionError, match="not yours"):
+        asked(server, {"unike_edit": "a"})
+    token = headers.set({"x-tenant": "acme"})
+    try:
+        asked(server, {"unike_edit": ["a", "b"], "unike_memory": "acme"})
+        with pytest.raises(PermissionError, match="not yours"):
+            asked(server, {"unike_memory": "globex"})
+    finally:
+        headers.reset(token)
+    assert server.asked == {"a": 1, "b": 1}
+    for name in ("json", "json:nothing", "no_such_module:f", "json:__doc__"):
+        with pytest.raises(ValueError, match=r"^authorize: "):
+            load_hook(name)
 
 
 def test_an_unknown_tenant_is_the_only_one_that_is_named(served):
@@ -206,7 +231,7 @@ def test_what_a_compiled_model_is_kept_by(make_model, make_memory, tmp_path):
 
 def test_settings_of_a_server(served, make_model, make_memory):
     with pytest.raises(
-        ValueError, match=r"expected edits, memory, layers, max_edits and search, got \['edit', 'memories'\]"
+        ValueError, match=r"expected authorize, edits, layers, max_edits, .*, got \['edit', 'memories'\]"
     ):
         served("one", edit="x", memories="y")
     assert served("none").layers == [2, 3, 4, 5]  # the last ones

@@ -17,7 +17,7 @@ from typing import Any
 from .._version import __version__
 from ..errors import BackendUnavailableError, UnsupportedModelError
 
-_OURS = {"edit": "edit", "info": "inspect", "memory": "memory", "serve": "serve"}
+_OURS = {"edit": "edit", "fold": "fold", "info": "inspect", "memory": "memory", "serve": "serve"}
 # Commands of packages that may not be installed.
 _ELSEWHERE = {"bench": "unike-bench", "tune": "unike-bench", "demo": "unike-eval", "eval": "unike-eval"}
 

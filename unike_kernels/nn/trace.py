@@ -5,11 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .page import cut, explanation, page
+from .plot import plot
 from .routing import Route
 
 _NEAREST = 3  # entries of a layer that a trace prints
@@ -99,6 +101,21 @@ class Trace:
         return page("What the edits and the memory did", explanation(self))
 
     _repr_html_ = to_html  # of notebooks
+
+    def plot(self, number: int = 0, row: int = 0) -> Any:
+        """A figure of matplotlib: for each layer and token of a row of a pass the gate, the shift, and the most that a
+        neuron of each edit puts out. What is zero everywhere is left out.
+
+        Args:
+            number: of the pass.
+            row: of its batch.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+            IndexError: there is no such pass.
+            ValueError: there is no such row, or nothing acts in the pass.
+        """
+        return plot(self, number, row)
 
     @property
     def headline(self) -> str:

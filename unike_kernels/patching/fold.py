@@ -145,6 +145,8 @@ def _widened(model: nn.Module, width: int, new: int, biases: bool) -> Any:
             f"found { {name: getattr(text, name) for name in _SIZES if hasattr(text, name)} }"
         )
     setattr(text, known[0], new)
+    if hasattr(config, "quantization_config"):  # of the file that the weights came from; they are plain ones now
+        del config.quantization_config
     for name in _BIASES:
         if biases and hasattr(text, name):
             setattr(text, name, True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -81,6 +82,19 @@ class RaggedRuntime:
         self._tokens: tuple[int, ...] = ()
         self._shifted = False
         self._bounds: Tensor | None = None
+        self._routed = {True: 0, False: 0}
+        self._memory_seconds = 0.0
+
+    @property
+    def stats(self) -> dict[str, float]:
+        """For a monitor: `edits_resident`; `prompts_routed` to an edit by a scope and `prompts_not_routed`;
+        `memory_seconds`, what retrieval and attention over it took, on a GPU until they were launched."""
+        return {
+            "edits_resident": len(self.bank),
+            "prompts_routed": self._routed[True],
+            "prompts_not_routed": self._routed[False],
+            "memory_seconds": self._memory_seconds,
+        }
 
     @property
     def layers(self) -> list[int]:
@@ -124,6 +138,7 @@ class RaggedRuntime:
         ids = torch.tensor([list(prompt)], dtype=torch.int64, device=self._device)
         key = router.key(ids, embed(ids[0]).unsqueeze(0), torch.ones_like(ids, dtype=torch.bool))
         (route,) = router.explained(router.decide(key, [None]))
+        self._routed[route.edit is not None] += 1
         return tuple(version for version in versions if version.key == route.edit)
 
     def begin(self, shares: Sequence[RequestSlice]) -> None:
@@ -210,7 +225,9 @@ class RaggedRuntime:
         if tables is None or not self._shifted or self.memory is None:
             return
         h, o = self._own(hidden, out)
+        begun = time.perf_counter()
         shift_tokens(tables, self.memory.config, h, h.unsqueeze(1), o, self._bounds, out=o)
+        self._memory_seconds += time.perf_counter() - begun
 
 
 _ROUTERS = 256  # sets of edits whose entries are kept together

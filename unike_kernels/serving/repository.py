@@ -162,6 +162,35 @@ class EditRepository:
             os.close(self._own.descriptor)  # the lock is the parent's alone
         self._begin()
 
+    def ids(self) -> list[str]:
+        """Of the edits that are there now, in order. What their files hold is not looked at."""
+        return sorted(file.stem for file in self.path.glob("*.safetensors") if _NAME.fullmatch(file.stem))
+
+    def add(self, edit: Edit, *, replacing: bool = False) -> None:
+        """Put an edit there under its id; `replacing` the one that has it.
+
+        Raises:
+            ValueError: no id, or there is an edit of this id.
+            MismatchError: it does not fit.
+        """
+        file = self.path / f"{_check_id(edit.id)}.safetensors"
+        self._check(edit)
+        if file.exists() and not replacing:
+            raise ValueError(f"edit: there is an edit {edit.id!r} already; replacing it has to be asked for")
+        edit.save(file)
+
+    def remove(self, id: str) -> None:
+        """Revoke an edit. Requests that have begun keep the version that they have.
+
+        Raises:
+            NoSuchEditError: there is no edit of this id.
+            ValueError: no id.
+        """
+        try:
+            (self.path / f"{_check_id(id)}.safetensors").unlink()
+        except FileNotFoundError:
+            raise NoSuchEditError(f"edit: there is no edit {id!r}") from None
+
     def get(self, id: str) -> Version:
         """The version of an edit that is there now; one that was asked for lately need not be loaded again.
 

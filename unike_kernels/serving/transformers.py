@@ -66,7 +66,7 @@ def sharing_weights(model: M) -> M:
 
 
 class EditedModels:
-    """Resolves the names of edited models for a server.
+    """Resolves the names of edited models for a server; `folder` has the edits.
 
     Args:
         edits: the folder with the edits.
@@ -79,7 +79,7 @@ class EditedModels:
     def __init__(self, edits: EditRepository, memory: MemoryBank | None = None, max_edits: int = MOST_EDITS) -> None:
         if memory is not None and memory.tenants:
             raise ValueError("memory: expected one without tenants: the name of an edited model does not name a tenant")
-        self._folder, self._memory, self._most = edits, memory, check_most(max_edits)
+        self.folder, self._memory, self._most = edits, memory, check_most(max_edits)
         # By the model, with which all that shares its weights shall go.
         self._made: WeakKeyDictionary[Any, dict[tuple[str, ...], Any]] = WeakKeyDictionary()
 
@@ -95,7 +95,7 @@ class EditedModels:
         """
         base, *ids = name.split("+")
         ids = check_ids("edits", ids, self._most)
-        return base, [self._folder.get(id) for id in ids]
+        return base, [self.folder.get(id) for id in ids]
 
     def edited(self, model: Any, versions: list[Version]) -> Any:
         """The model with these edits, or itself with none. Raises as `patch` does."""
@@ -114,7 +114,7 @@ class EditedModels:
 
     def manager(self, model: Any, **settings: Any) -> Any:
         """Of continuous batching: its requests have the edits of the HTTP requests that they come from."""
-        return _Manager(model, self._folder.path, self._memory, **settings)
+        return _Manager(model, self.folder.path, self._memory, **settings)
 
 
 def _knowing_prompts(model: Any) -> Callable[..., Any]:
@@ -193,18 +193,42 @@ def _managing(original: Callable[..., Any]) -> Callable[..., Any]:
     return get_manager
 
 
-def _answering(original: Callable[..., Any]) -> Callable[..., Any]:
-    """For transformers' maker of the application: with answers to what cannot be had."""
+def _listing(manager: Any, models: EditedModels) -> dict[str, Any]:
+    """All models: transformers' cached ones, those that are loaded, and these with each edit."""
+    from huggingface_hub.errors import CacheNotFound
+
+    try:
+        cards = {card["id"]: card for card in manager.get_gen_models()}
+    except CacheNotFound:  # models of folders need none
+        cards = {}
+    loaded = [name.rpartition("@")[0] or name for name in manager.loaded_models]
+    for name in loaded:
+        cards.setdefault(name, {"id": name, "object": "model", "owned_by": "", "created": 0})
+    edited = [{**cards[name], "id": f"{name}+{id}", "parent": name} for name in loaded for id in models.folder.ids()]
+    return {"object": "list", "data": [*cards.values(), *edited]}
+
+
+def _answering(original: Callable[..., Any], models: EditedModels) -> Callable[..., Any]:
+    """For transformers' maker of the application: with answers to what cannot be had, and a list of what can."""
 
     @functools.wraps(original)
-    def build(*args: Any, **kwargs: Any) -> Any:
+    def build(manager: Any, *args: Any, **kwargs: Any) -> Any:
         from fastapi.responses import JSONResponse
+        from fastapi.routing import APIRoute
+
+        from .access import anybody
+        from .http import edit_routes
+
+        def listed() -> Any:
+            return JSONResponse(_listing(manager, models))
 
         async def answer(request: Any, error: Any) -> Any:
             return JSONResponse(error.body(), status_code=error.status)
 
-        app = original(*args, **kwargs)
+        app = original(manager, *args, **kwargs)
         app.add_exception_handler(RequestError, answer)
+        app.include_router(edit_routes(models.folder, anybody, updating=False))
+        app.router.routes.insert(0, APIRoute("/v1/models", listed, methods=["GET"]))  # before transformers' own
         return app
 
     return build
@@ -281,6 +305,6 @@ def serve(
     # Handlers and managers are made by the server itself.
     _replace(BaseHandler, "_resolve_model", _resolving, models)
     _replace(GenerationState, "get_manager", _managing)
-    _replace(server, "build_server", _answering)
+    _replace(server, "build_server", _answering, models)
     CBGenerateManager.init_cb = _starting(models)  # type: ignore[method-assign]
     return Serve(**options)

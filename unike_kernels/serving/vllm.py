@@ -1,11 +1,13 @@
 """A plugin of vLLM: each request with its own edits, and a memory for all (entry point `vllm.general_plugins`).
 
 Start vLLM with `--additional-config '{"unike": {"edits": "FOLDER", "memory": "FILE"}}'`; both are optional, and so is
-"layers", the decoder layers that edits may name (the last four), "max_edits", of one request (16), and "search", how
-the memory is retrieved from where that need not be exact, such as {"kind": "hnsw"} (see `ANNConfig`). A request names
-its edits in `SamplingParams(extra_args={"unike_edit": "capital-of-peru"})`, several as a list, over HTTP in the field
-`vllm_xargs`; `"unike_memory": 0` declines the memory, `"unike_memory": "acme"` lets a tenant's entries alone shift it.
-Clients are not told apart: who may name which edit or tenant is for what stands before the server to decide.
+"layers", the decoder layers that edits may name (the last four), "max_edits", of one request (16), "search", how
+the memory is retrieved from where that need not be exact, such as {"kind": "hnsw"} (see `ANNConfig`), and "authorize",
+"package.module:function", which is asked whether a client may name these edits and this tenant (see `access`); without
+it clients are not told apart. A request names its edits in `SamplingParams(extra_args={"unike_edit":
+"capital-of-peru"})`, several as a list, over HTTP in the field `vllm_xargs`; `"unike_memory": 0` declines the memory,
+`"unike_memory": "acme"` lets a tenant's entries alone shift it. What a server tells over HTTP of its edits is in
+`vllm_http`.
 
 * In the front-end a request's edits are looked up. An unknown one is an error of that request alone. Versions of edits
   and the use of the memory enter its cache salt, hashed with the client's own: no two requests share a prefix whose
@@ -27,10 +29,11 @@ import json
 import os
 import time
 import warnings
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from http import HTTPStatus
 from typing import Any
 
 import torch
@@ -44,12 +47,14 @@ from ..artifacts.memory import MemoryBank
 from ..backbones import Part, configured_activation, find_decoder
 from ..config import ANNConfig
 from ..errors import UnsupportedModelError
+from .access import Access, anybody, headers, load_hook
 from .hooks import hook_attention, hook_ffn
 from .ragged import RaggedRuntime, RequestSlice, check_memory, in_force, remembers
 from .repository import MOST_EDITS, EditRepository, VersionPin, check_ids, check_most
 
 KEY = "unike"  # in additional_config, and of what the front-end tells the worker about a request
 _LAYERS = 4
+_SETTINGS = {"edits", "memory", "layers", "max_edits", "search", "authorize", "updating"}
 _ON_ITS_WAY = 60.0  # seconds that a request may take from the front-end to the engine
 
 # --- the operators ----------------------------------------------------------------------------------------------------
@@ -136,11 +141,12 @@ class _Served:
     """A server's settings, as a process of it needs them."""
 
     def __init__(self, vllm_config: Any, settings: dict[str, Any]) -> None:
-        unknown = sorted(set(settings) - {"edits", "memory", "layers", "max_edits", "search"})
+        unknown = sorted(set(settings) - _SETTINGS)
         if unknown:
-            raise ValueError(
-                f"additional_config.unike: expected edits, memory, layers, max_edits and search, got {unknown}"
-            )
+            raise ValueError(f"additional_config.unike: expected {', '.join(sorted(_SETTINGS))}, got {unknown}")
+        self.authorize = load_hook(settings["authorize"]) if settings.get("authorize") else anybody
+        self.updating = bool(settings.get("updating"))
+        self.asked: Counter[str] = Counter()  # requests by edit, "" for none
         self._most = check_most(settings.get("max_edits", MOST_EDITS))
         self.config = vllm_config.model_config.hf_config
         text = vllm_config.model_config.hf_text_config
@@ -183,16 +189,20 @@ class _Served:
     def admit(self, request: Any) -> None:
         """Look up what a request asks for, and note it in the request and in its cache salt.
 
-        Raises ValueError for what is not there or does not fit, and for anything else than ids, or too many.
+        Raises:
+            ValueError: what is not there or does not fit, anything else than ids, or too many.
+            PermissionError: the client may not have it.
         """
         params = request.sampling_params
         extra = (params.extra_args or {}) if params is not None else {}
         memory = remembers(self.memory, extra.get("unike_memory"))
         ids = check_ids("unike_edit", extra.get("unike_edit", []), self._most)
+        self.authorize(Access("use", tuple(ids), memory if isinstance(memory, str) else None, headers.get()))
         if ids and self.folder is None:
             raise ValueError("unike_edit: this server was started without a folder of edits")
         versions = [self.folder.get(id) for id in ids] if self.folder is not None else []
         keys = [version.key for version in versions]
+        self.asked.update(ids or [""])
         if self.folder is not None:
             # Whatever becomes of the files until the engine's process has got hold of them.
             now = time.monotonic()
@@ -287,7 +297,7 @@ def _compute_hash(original: Callable[..., Any], self: Any) -> str:
 
 
 def _process_inputs(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
-    from vllm.exceptions import VLLMValidationError
+    from vllm.exceptions import GracefulHTTPError, VLLMValidationError
 
     request = original(self, *args, **kwargs)
     served = _served(self.vllm_config)
@@ -297,6 +307,8 @@ def _process_inputs(original: Callable[..., Any], self: Any, *args: Any, **kwarg
             served.admit(request)
         elif params is not None and {"unike_edit", "unike_memory"} & set(params.extra_args or {}):
             raise ValueError("unike_edit: this server was started without additional_config.unike")
+    except PermissionError as error:
+        raise GracefulHTTPError(str(error), HTTPStatus.FORBIDDEN) from error
     except ValueError as error:
         raise VLLMValidationError(str(error)) from error  # what the servers answer with the status 400
     return request
@@ -362,6 +374,12 @@ def _acting(runner: Any, state: Any, keys: Sequence[str], served: _Served, flat:
     return found
 
 
+def _stats(worker: Any) -> dict[str, float]:
+    """What a worker tells a monitor, see `RaggedRuntime.stats`; nothing where the server was not told of edits."""
+    served = _served(worker.vllm_config)
+    return served.flat().stats if served is not None and served.model is not None else {}
+
+
 def _shares(runner: Any, served: _Served, flat: RaggedRuntime) -> Sequence[RequestSlice]:
     """The requests of a step in their order, their edits made resident."""
     batch, starts, shares = runner.input_batch, runner.query_start_loc.np, []
@@ -386,6 +404,7 @@ def register() -> None:
     from vllm.v1.engine.input_processor import InputProcessor
     from vllm.v1.worker.cpu_model_runner import CPUModelRunner
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+    from vllm.v1.worker.worker_base import WorkerBase
 
     _wrap(VllmConfig, "__post_init__", _post_init)
     _wrap(VllmConfig, "compute_hash", _compute_hash)
@@ -395,3 +414,4 @@ def register() -> None:
     _wrap(GPUModelRunner, "load_model", _load_model)
     _wrap(CPUModelRunner, "load_model", _load_model)
     _wrap(GPUModelRunner, "_model_forward", _model_forward)
+    WorkerBase.unike_stats = _stats
