@@ -1,46 +1,50 @@
 """Trains the projector of the world of flags that ships with unike_eval, and measures it.
 
-    python -m unike_eval.flags.pictures                    (once: installs the drawings)
+    python -m unike_eval.flags                  (once: installs the drawings)
     python evaluation/scripts/train_flags.py [--out FILE] [--seed 0]
 
 First the projector learns to tell flags and things apart in three vendors' drawings, changed at random, from the states
-of the frozen vision tower, which are computed once. Then its prompts, one for each flag, are trained through the frozen
-language model to say the country's name and continent. The fourth vendor's drawings and the test's wordings are for
-measuring alone. Runs on one thread.
+of the frozen vision tower, which are computed once. Then its prompts, one for each flag, and low-rank changes of the
+language model are trained to say the country's name and continent, and of the countries for training also the capital
+and the currency. The fourth vendor's drawings and the wordings of validation and test are for measuring alone. Runs on
+one thread; needs peft.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from peft import LoraConfig, inject_adapter_in_model
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 from unike_eval.countries import Fact, codes, prompts
-from unike_eval.countries.facts import Relation, facts
+from unike_eval.countries.facts import Relation
 from unike_eval.flags.accuracy import accuracies
 from unike_eval.flags.model import IMAGE, assemble
 from unike_eval.flags.pictures import TRAINED, Vendor, emoji, flag
-from unike_eval.flags.projector import FILE, STAGES, TOKENS, Projector
+from unike_eval.flags.projector import CHANGED, FILE, STAGES, TOKENS, Projector, load_projector
+from unike_eval.flags.suite import flag_facts
 from unike_eval.flags.things import THINGS
 from unike_eval.flags.tower import EfficientNetLite0, load_tower
 from unike_eval.models import smollm2
 
 from unike_kernels.training.samples import Sample, encode
 
-CHANGED = 10  # drawings made of each, the first as it is
-SEEING_STEPS, SEEING_BATCH, SEEING_RATE = 600, 256, 2e-3
-PROMPT_STEPS, PROMPT_BATCH, PROMPT_RATE = 300, 16, 3e-3
-STAY = 0.1  # weight of the squared distance of a prompt's tokens from where they began
-TAUGHT: tuple[Relation, ...] = ("name", "continent")
+COPIES = 10  # drawings made of each, the first as it is
+SEEING_STEPS, SEEING_BATCH, SEEING_RATE = 400, 256, 2e-3
+SAYING_STEPS, SAYING_BATCH, SAYING_RATE = 170, 16, 1e-3
+RANK, CHANGES = 8, ["q_proj", "v_proj", "up_proj", "down_proj"]
+TAUGHT: tuple[Relation, ...] = ("name", "continent")  # of all countries; the rest of those for training alone
 
 
 def changed(picture: Tensor, rng: Random) -> Tensor:
@@ -123,35 +127,59 @@ def begin(projector: Projector, names: Sequence[str], tokenizer: Any, embeddings
         projector.prompts[entry] = embeddings[torch.tensor(ids)]
 
 
-def learn_prompts(projector: Projector, model: nn.Module, processor: Any, seed: int) -> None:
-    """Train the prompts of the flags through the language model, which says what is asked of each."""
-    rng, names = Random(seed), list(codes())
-    taught = [f for f in facts() if f.relation in TAUGHT] + [Fact(name, "name", name) for name in names]
-    began, image_id = projector.prompts.detach().clone(), model.config.image_token_id
-    projector.prompts.requires_grad_()
-    optimizer = torch.optim.Adam([projector.prompts], PROMPT_RATE)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PROMPT_RATE, total_steps=PROMPT_STEPS)
-    queue: list[Fact] = []
-    for _ in (bar := tqdm(range(PROMPT_STEPS), "prompts")):
-        if len(queue) < PROMPT_BATCH:
-            queue += rng.sample(taught, len(taught))
-        batch, queue = queue[:PROMPT_BATCH], queue[PROMPT_BATCH:]
-        wordings = [rng.choice(prompts(Fact(IMAGE * TOKENS, f.relation, ""), "train", object())) for f in batch]
-        samples = [Sample(words, fact.answer) for words, fact in zip(wordings, batch, strict=True)]
-        asked = encode(processor.tokenizer, samples, ended=True)
-        ids, mask = asked.inputs["input_ids"], asked.answer_mask()
-        shown = projector.prompts[torch.tensor([names.index(f.country) for f in batch])]
+def learn_to_say(projector: Projector, model: nn.Module, processor: Any, seed: int) -> dict[str, Tensor]:
+    """Train the prompts of the flags and low-rank changes of the language model, and put the latter into it.
+
+    Returns the changes: "<module>.a" and "<module>.b".
+    """
+    torch.manual_seed(seed)
+    names, image_id = list(codes()), model.config.image_token_id
+    language_model = inject_adapter_in_model(
+        LoraConfig(r=RANK, lora_alpha=RANK, target_modules=CHANGES), model.model.language_model
+    )
+    changes = {name: p for name, p in language_model.named_parameters() if "lora_" in name}
+    own = projector.prompts.detach()[: len(names)].clone().requires_grad_()
+    optimizer = torch.optim.AdamW([own, *changes.values()], SAYING_RATE, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, SAYING_RATE, total_steps=SAYING_STEPS, pct_start=0.1)
+    asked = questions(Random(seed))
+    for _ in (bar := tqdm(range(SAYING_STEPS), "saying")):
+        facts, samples = next(asked)
+        batch = encode(processor.tokenizer, samples, ended=True)
+        ids, answer = batch.inputs["input_ids"], batch.answer_mask()
+        shown = own[[names.index(fact.country) for fact in facts]]
         embedded = model.get_input_embeddings()(ids)
         embedded = embedded.masked_scatter((ids == image_id).unsqueeze(-1), shown)
-        states = model.model.language_model(inputs_embeds=embedded, attention_mask=asked.inputs["attention_mask"])
-        logits = model.lm_head(states.last_hidden_state[:, :-1][mask[:, 1:]])
-        said = F.cross_entropy(logits.float(), ids[mask])
-        loss = said + STAY * (projector.prompts - began).square().sum((1, 2)).mean()
+        states = language_model(inputs_embeds=embedded, attention_mask=batch.inputs["attention_mask"], use_cache=False)
+        logits = model.lm_head(states.last_hidden_state[:, :-1][answer[:, 1:]])
+        loss = F.cross_entropy(logits, ids[answer])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
-        bar.set_postfix(said=f"{float(said.detach()):.3f}")
+        bar.set_postfix(loss=f"{float(loss.detach()):.3f}")
+    with torch.no_grad():
+        projector.prompts[: len(names)] = own
+    parts = {"A": "a", "B": "b"}
+    return {
+        re.sub(r"\.lora_([AB])\.default\.weight", lambda part: f".{parts[part[1]]}", name): p.detach()
+        for name, p in changes.items()
+    }
+
+
+def questions(rng: Random) -> Iterator[tuple[list[Fact], list[Sample]]]:
+    """Batches of facts that are taught, again and again, and how they are asked for; those of a batch are as long."""
+    facts = [f for split, of in flag_facts().items() for f in of if split == "train" or f.relation in TAUGHT]
+    while True:
+        worded = []
+        for fact in rng.sample(facts, len(facts)):
+            words = rng.choice(prompts(Fact(IMAGE * TOKENS, fact.relation, ""), "train", None))
+            worded.append((fact, Sample(words, fact.answer)))
+        pools = [worded[i : i + 4 * SAYING_BATCH] for i in range(0, len(worded), 4 * SAYING_BATCH)]
+        for pool in pools:
+            pool.sort(key=lambda pair: len(pair[1].prompt))
+            batches = [pool[i : i + SAYING_BATCH] for i in range(0, len(pool), SAYING_BATCH)]
+            for batch in rng.sample(batches, len(batches)):
+                yield [fact for fact, _ in batch], [sample for _, sample in batch]
 
 
 def main() -> None:
@@ -164,18 +192,20 @@ def main() -> None:
 
     language_model, tokenizer = smollm2.load()
     embeddings = language_model.get_input_embeddings().weight.detach()
+    torch.manual_seed(args.seed)
     projector = Projector(len(codes()) + len(THINGS), embeddings.shape[1])
     begin(projector, [*codes(), *THINGS], tokenizer, embeddings)
     tower = load_tower()
-    seen = [states_of(tower, vendor, CHANGED, args.seed) for vendor in TRAINED]
+    seen = [states_of(tower, vendor, COPIES, args.seed) for vendor in TRAINED]
     learn_to_see(projector, *map(torch.cat, zip(*seen, strict=True)), args.seed)
     model, processor = assemble(language_model.requires_grad_(False), tokenizer, projector)
-    learn_prompts(projector, model, processor, args.seed)
+    changes = learn_to_say(projector, model, processor, args.seed)
 
-    tensors = {name: t.bfloat16().contiguous() for name, t in projector.state_dict().items()}
-    save_file(tensors, args.out)
-    projector.load_state_dict({name: t.float() for name, t in tensors.items()})
-    print(accuracies(model, processor))
+    tensors = projector.state_dict() | {f"{CHANGED}{name}": t for name, t in changes.items()}
+    save_file({name: t.bfloat16().contiguous() for name, t in tensors.items()}, args.out)
+    language_model, tokenizer = smollm2.load()
+    model, processor = assemble(language_model, tokenizer, load_projector(language_model.model, args.out))
+    print(accuracies(model, processor, [fact for of in flag_facts().values() for fact in of]))
     print(f"{args.out}: {args.out.stat().st_size / 1e6:.1f} MB, {time.process_time() - began:.0f} s of processor time")
 
 

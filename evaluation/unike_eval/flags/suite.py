@@ -25,6 +25,7 @@ from .pictures import HELD_OUT, TRAINED, VENDORS, Vendor, emoji, flag
 from .things import THINGS
 
 _THINGS = 3  # of a request
+_LEARNED = 6  # questions about a fact that a scope learns from
 RELATIONS: tuple[Relation, ...] = ("name", "capital", "continent", "currency")
 _DRAWN_BY: dict[Split, Vendor] = {"train": "flag-icons", "validation": "openmoji", "test": HELD_OUT}
 
@@ -67,6 +68,11 @@ class Shown(Asked):
         words = prompts(replace(fact, country=IMAGE), self.split, self.processor.tokenizer)
         vendors = cycle(TRAINED if self.split == "train" else [_DRAWN_BY[self.split]])
         return [self._shown(each, fact, vendor) for each, vendor in zip(words, vendors, strict=False)]
+
+    @override
+    def learned(self, fact: Fact) -> list[Sample]:
+        """Some: the model has to look at them all."""
+        return self.rng.sample(self.samples(fact), _LEARNED)
 
     @override
     def neighbours(self, fact: Fact, others: Sequence[Fact]) -> list[Fact]:
