@@ -27,7 +27,7 @@ from .things import THINGS
 _THINGS = 3  # of a request
 _LEARNED = 6  # questions about a fact that a scope learns from
 RELATIONS: tuple[Relation, ...] = ("name", "capital", "continent", "currency")
-_DRAWN_BY: dict[Split, Vendor] = {"train": "flag-icons", "validation": "openmoji", "test": HELD_OUT}
+_DRAWN_BY: dict[Split, tuple[Vendor, ...]] = {"train": TRAINED, "validation": ("openmoji",), "test": (HELD_OUT,)}
 
 
 def flag_facts() -> dict[Split, list[Fact]]:
@@ -60,14 +60,11 @@ class Shown(Asked):
     A request of the test, its rephrasings and what is near are drawn by the vendor whose drawings no training has seen.
     """
 
-    def _shown(self, words: str, fact: Fact, vendor: Vendor) -> Sample:
-        return Sample(words, "", flag(codes()[fact.country], vendor))
-
     @override
     def samples(self, fact: Fact) -> list[Sample]:
         words = prompts(replace(fact, country=IMAGE), self.split, self.processor.tokenizer)
-        vendors = cycle(TRAINED if self.split == "train" else [_DRAWN_BY[self.split]])
-        return [self._shown(each, fact, vendor) for each, vendor in zip(words, vendors, strict=False)]
+        drawn = [flag(codes()[fact.country], vendor) for vendor in _DRAWN_BY[self.split]]
+        return [Sample(each, "", picture) for each, picture in zip(words, cycle(drawn), strict=False)]
 
     @override
     def learned(self, fact: Fact) -> list[Sample]:
