@@ -119,13 +119,16 @@ def test_a_baseline_that_fails_is_marked(tmp_path):
         ("4c", 4),
         ("easyvqa", 22),
         ("countries", 6),
+        ("flags", 4),
         ("search", 84),
     ],
 )
 def test_the_papers_tables(name, runs):
     found = table(name)
     assert len(found) == len({run.name for run in found}) == runs
-    with pytest.raises(ValueError, match=r"table: expected one of 1, 2, 3, .*, easyvqa, countries, search; got '5'"):
+    with pytest.raises(
+        ValueError, match=r"table: expected one of 1, 2, 3, .*, easyvqa, countries, flags, search; got '5'"
+    ):
         table("5")
 
 

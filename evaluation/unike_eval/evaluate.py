@@ -15,14 +15,16 @@ from unike_kernels.artifacts.files import replacing, write_text
 
 from . import figures, speed, tables
 from .editors import EDITORS, UniKE
-from .experiments import BACKBONES, perform, table
+from .experiments import BACKBONES, load, perform, table
+from .flags import flag_facts
+from .flags.accuracy import accuracies
 from .metrics import PROTOCOLS
 
 _PERCENTAGES = "Percentages with 95% confidence intervals over requests."
 
 
 HELP = "the paper's tables: editing systems on real images, measured"
-_TABLES = ("1", "2", "3", "4", "4a", "4b", "4c", "5a", "easyvqa", "countries", "search", "speed")
+_TABLES = ("1", "2", "3", "4", "4a", "4b", "4c", "5a", "easyvqa", "countries", "flags", "search", "speed")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=["1"],
         help="1: one step; 2: sequences of one task; 3: of both; 4: ablation; 4a to 5a: the figures; easyvqa: one "
         "step, about coloured shapes; countries: facts about them in a language model, 1, 10 and 100 in force; "
+        "flags: the same of pictures of flags, one step; "
         "search: settings, on validation requests; speed: of editing (default: 1)",
     )
     parser.add_argument("--systems", nargs="+", metavar="NAME", help="only these, such as FT MEND UniKE")
@@ -104,6 +107,8 @@ def write_tables(
         text = f"# Table {name}\n\n{_environment(split, seed)}. {_PERCENTAGES}\n"
         if name == "search":
             text += f"\n{tables.choice(found)}"
+        if name == "flags":
+            text += f"\n## The unedited model\n\n{accuracies(*load('flags-smollm2'), flag_facts()['test'])}"
         for protocol in PROTOCOLS:
             text += f"\n## Protocol {protocol}\n\n{tables.markdown(found, protocol)}"
             write_text(out / f"table-{name}-{protocol}.csv", tables.as_csv(found, protocol))

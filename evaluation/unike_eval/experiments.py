@@ -23,13 +23,14 @@ from .builtin_suite import WORLDS, world_suite
 from .countries import countries_suite
 from .editors import EDITORS, IKE, FineTune, IntrinsicIKE, TPatcher, UniKE
 from .editors.base import Editor
+from .flags import flags_suite, load_flags
 from .measure import Measured, Observed, before, measure
 from .metrics import PROTOCOLS
 from .models import smollm2
 from .settings import CANDIDATES, DEFAULTS, SCOPED, Settings, told
 from .suite import Request, Suite, Task
 
-Backbone = Literal["digits-opt", "digits-llama", "easyvqa-opt", "easyvqa-llama", "countries-smollm2"]
+Backbone = Literal["digits-opt", "digits-llama", "easyvqa-opt", "easyvqa-llama", "countries-smollm2", "flags-smollm2"]
 Tasks = Literal["vqa", "caption", "both"]
 BACKBONES: tuple[Backbone, ...] = ("digits-opt", "digits-llama")  # of the paper's tables
 SECOND: tuple[Backbone, ...] = ("easyvqa-opt", "easyvqa-llama")
@@ -75,6 +76,8 @@ def suite(backbone: Backbone, model: nn.Module, processor: Any, tasks: Tasks) ->
     world = backbone.split("-")[0]
     if world == "countries":
         return countries_suite(model, processor)
+    if world == "flags":
+        return flags_suite(model, processor)
     if tasks != "both":
         return world_suite(world, tasks, model, processor)
     parts = [world_suite(world, task, model, processor) for task in get_args(Task)]
@@ -111,6 +114,8 @@ def load(backbone: Backbone) -> tuple[nn.Module, Any]:
     world, decoder = backbone.split("-")
     if world == "countries":
         return smollm2.load()
+    if world == "flags":
+        return load_flags()
     return WORLDS[world].load_model(decoder), WORLDS[world].load_processor()
 
 
@@ -260,6 +265,8 @@ _COUNTRIES = [
     (UniKE.name, "UniKE, edits act everywhere", _REAL),
     (UniKE.name, "UniKE, scope", {**_REAL, "scope": ScopeTraining()}),
 ]
+# KE, MEND and SERAC learn for long on a model of this size; IKE would have to show the pictures of its examples.
+_FLAGS = [(FineTune.name, "", {}), (TPatcher.name, "", {}), *_COUNTRIES]
 
 
 def table(name: str) -> list[Run]:
@@ -281,6 +288,7 @@ def table(name: str) -> list[Run]:
         "4c": (Run("digits-llama", "vqa", *_system(1, s)) for s in _DIRECTIONS),
         "easyvqa": (Run(b, "vqa", *_system(1, s)) for b in SECOND for s in _SYSTEMS),
         "countries": (Run("countries-smollm2", "vqa", *_system(n, s)) for n in (1, 10, 100) for s in _COUNTRIES),
+        "flags": (Run("flags-smollm2", "vqa", *_system(1, s)) for s in _FLAGS),
         "search": (
             Run(b, "both", name, variant=told(c), settings=c)
             for name, candidates in CANDIDATES.items()

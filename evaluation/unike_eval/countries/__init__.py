@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from .facts import RELATIONS, Fact, facts
+from .facts import RELATIONS, Fact, codes, facts
 from .suite import countries_suite, split_facts
 from .wordings import prompts
 
-__all__ = ["RELATIONS", "Fact", "countries_suite", "facts", "prompts", "split_facts"]
+__all__ = ["RELATIONS", "Fact", "codes", "countries_suite", "facts", "prompts", "split_facts"]

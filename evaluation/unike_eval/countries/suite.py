@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from random import Random
 from typing import Any
 
@@ -19,7 +20,7 @@ from .facts import Fact, facts
 from .wordings import Split, prompts
 
 _COUNTRIES: dict[Split, slice] = {"train": slice(100), "validation": slice(100, 121), "test": slice(121, None)}
-_NEAR = 6  # neighbours of a request: the same relation of other countries
+NEAR = 6  # neighbours of a request: the same relation of other countries
 _FAR, _TEXT = 4, 2
 _WORDINGS = 8  # that a fact of the training split is asked for in
 
@@ -31,8 +32,43 @@ def split_facts() -> dict[Split, list[Fact]]:
     return {split: [f for f in facts() if f.country in names[part]] for split, part in _COUNTRIES.items()}
 
 
+class Asked:
+    """How facts of a split are asked for: in a text that names the country.
+
+    Args:
+        split: whose words.
+        processor: of the model, for its chat template.
+    """
+
+    def __init__(self, split: Split, processor: Any) -> None:
+        self.split, self.processor, self.rng = split, processor, Random(f"countries {split}")
+
+    def samples(self, fact: Fact) -> list[Sample]:
+        """A question for each wording, without its answer."""
+        return [Sample(words, "") for words in prompts(fact, self.split, self.processor)]
+
+    def learned(self, fact: Fact) -> list[Sample]:
+        """The questions from which a scope learns what the fact is."""
+        return self.samples(fact)
+
+    def neighbours(self, fact: Fact, others: Sequence[Fact]) -> list[Fact]:
+        """Those of the others that are told to be near."""
+        return self.rng.sample(others, NEAR)
+
+    def pictures(self, fact: Fact, request: Sample) -> dict[str, tuple[Sample, ...]]:
+        """Metrics of a `Case` that are about pictures, and what they are measured on: text has none."""
+        return {}
+
+
 def countries_suite(model: nn.Module, tokenizer: Any) -> Suite:
-    """The suite for a model.
+    """The suite for a language model, see `unike_eval.models.smollm2`, and its tokenizer; see `fact_suite`."""
+    return fact_suite("countries", model, tokenizer, split_facts(), Asked)
+
+
+def fact_suite(
+    name: str, model: nn.Module, processor: Any, split: Mapping[Split, Sequence[Fact]], asked: type[Asked]
+) -> Suite:
+    """The suite of facts for a model.
 
     Each fact is a request once: in one wording, with the right answer if the model says another one, else with that of
     another country (a counterfactual). Of the facts for training that the model knows, half are no requests but what is
@@ -41,46 +77,47 @@ def countries_suite(model: nn.Module, tokenizer: Any) -> Suite:
     free text. No two splits share any of these.
 
     Args:
-        model: a language model, see `unike_eval.models.smollm2`.
-        tokenizer: its tokenizer.
+        name: of the suite.
+        model: that is asked what it knows.
+        processor: its processor or tokenizer.
+        split: the facts of each.
+        asked: how they are asked for.
     """
     preserve = list(of_split(FAR, "train"))
-    split = {name: list(_requests(name, of, model, tokenizer, preserve)) for name, of in split_facts().items()}
-    asked = [
-        training.Fact([Sample(words, "") for words in prompts(fact, "train", tokenizer)], fact.country, fact.relation)
-        for fact in split_facts()["train"]
-    ]
-    return Suite("countries", split["train"], split["validation"], split["test"], preserve, asked)
+    requests = {part: list(_requests(asked(part, processor), of, model, preserve)) for part, of in split.items()}
+    learning = asked("train", processor)
+    known = [training.Fact(learning.learned(fact), fact.country, fact.relation) for fact in split["train"]]
+    return Suite(name, requests["train"], requests["validation"], requests["test"], preserve, known)
 
 
-def _requests(
-    split: Split, of: Sequence[Fact], model: nn.Module, tokenizer: Any, preserve: list[Sample]
-) -> Iterator[Request]:
+def _requests(asked: Asked, of: Sequence[Fact], model: nn.Module, preserve: list[Sample]) -> Iterator[Request]:
     """Half of what the model is right about in training is no request, but goes to what is preserved."""
-    rng = Random(f"countries {split}")
-    worded = {fact: prompts(fact, split, tokenizer) for fact in of}
-    asked = {fact: rng.sample(words, min(len(words), _WORDINGS)) for fact, words in worded.items()}
-    said = answers(model, tokenizer, [Sample(words[0], "") for words in asked.values()])
+    split, rng = asked.split, asked.rng
+    worded = {fact: asked.samples(fact) for fact in of}
+    chosen = {fact: rng.sample(samples, min(len(samples), _WORDINGS)) for fact, samples in worded.items()}
+    said = answers(model, asked.processor, [samples[0] for samples in chosen.values()])
 
     def other(fact: Fact) -> Sample:
-        return Sample(rng.choice(worded[fact]), fact.answer)
+        return replace(rng.choice(worded[fact]), answer=fact.answer)
 
-    for (fact, (prompt, *rest)), found in zip(asked.items(), said, strict=True):
+    for (fact, (first, *rest)), found in zip(chosen.items(), said, strict=True):
         right = found.lower().startswith(fact.answer.lower())
         if right and split == "train" and rng.random() < 0.5:
-            preserve.append(Sample(prompt, fact.answer))
+            preserve.append(replace(first, answer=fact.answer))
             continue
         choices = sorted({f.answer for f in of if f.relation == fact.relation} - {fact.answer})
         wanted = rng.choice(choices) if right else fact.answer
         far = (*rng.sample(of_split(FAR, split), _FAR), *rng.sample(of_split(TEXT, split), _TEXT))
-        neighbours = rng.sample([f for f in of if f.relation == fact.relation and f != fact], _NEAR)
+        neighbours = asked.neighbours(fact, [f for f in of if f.relation == fact.relation and f != fact])
         siblings = [f for f in of if f.country == fact.country and f != fact]
+        request = replace(first, answer=wanted)
         case = Case(
-            Sample(prompt, wanted),
-            rephrasings=tuple(Sample(words, wanted) for words in rest),
+            request,
+            rephrasings=tuple(replace(sample, answer=wanted) for sample in rest),
             text_locality=far,
             near_locality=tuple(map(other, neighbours)),
             subject_locality=tuple(map(other, siblings)),
+            **asked.pictures(fact, request),
         )
         about = {
             "near_locality": [_id(split, f) for f in neighbours],

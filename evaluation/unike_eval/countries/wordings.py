@@ -20,6 +20,7 @@ _PHRASES: dict[Relation, tuple[str, ...]] = {
     "currency": ("currency", "official currency", "money", "legal tender", "unit of money"),
     "language": ("language", "official language", "main language", "mother tongue of most people"),
     "continent": ("continent", "part of the world", "home continent", "continental region"),
+    "name": ("name", "English name", "usual name", "country's name"),
 }
 _FRAMES: tuple[Wording, ...] = (
     "The {phrase} of {country} is",
@@ -50,6 +51,7 @@ _SENTENCES: dict[Relation, tuple[Wording, ...]] = {
     "currency": ("People in {country} pay with the", "You can buy things in {country} with the"),
     "language": ("People in {country} speak", "Newspapers in {country} are written in"),
     "continent": ("{country} lies in", "The country of {country} can be found in"),
+    "name": ("{country} is the country called", "A ship under the flag of {country} comes from"),
 }
 _HELD_OUT: dict[Relation, dict[Split, tuple[Wording, ...]]] = {
     "capital": {
@@ -114,6 +116,22 @@ _HELD_OUT: dict[Relation, dict[Split, tuple[Wording, ...]]] = {
             "Geography question: the continent of {country}? Answer:",
             "Do you know on which continent {country} lies? Yes, it lies in",
             ("Which continent would I have to travel to for seeing {country}?", "That would be"),
+        ),
+    },
+    "name": {
+        "validation": (
+            "{country} is what stands for the country of",
+            "As everybody at school learns, {country} is",
+            "Quiz: name the country {country}. Solution:",
+            "Which country is {country}? It is",
+            ("I have seen {country} on a ship. Which country is that?", "That is"),
+        ),
+        "test": (
+            "{country} is the flag of",
+            "The country that has {country} as its flag is",
+            "Geography question: whose flag is {country}? Answer:",
+            "Do you know which country {country} belongs to? Yes, it is",
+            ("Which country does {country} stand for?", "It stands for"),
         ),
     },
 }
