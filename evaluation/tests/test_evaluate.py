@@ -3,7 +3,7 @@
 import csv
 
 import pytest
-from unike_eval.metrics import METRICS
+from unike_eval.metrics import METRICS, PROTOCOLS
 from unike_eval.settings import DEFAULTS
 
 from unike_kernels.cli import main
@@ -15,8 +15,9 @@ def test_a_table_of_one_system(tmp_path, capsys):
     assert main([*command, "--out", str(tmp_path)]) == 0
     text = (tmp_path / "table-1.md").read_text()
     assert "validation requests, seed 0" in text
-    for protocol in ("mmedit", "unike"):
-        part = text.split(f"## Protocol {protocol}\n")[1].split("##")[0]
+    assert text.index("## Protocol generated: greedy answers to their natural end") < text.index("teacher forcing")
+    for protocol in PROTOCOLS:
+        part = text.split(f"## Protocol {protocol}: {PROTOCOLS[protocol]}\n")[1].split("##")[0]
         assert [line.split(" | ")[0].strip("| ") for line in part.splitlines()[3:11]] == [
             *["digits-opt"] * 4,
             *["digits-llama"] * 4,
@@ -65,7 +66,7 @@ def test_a_smoke_run(tmp_path):
     assert main(["eval", "--table", "3", "--requests", "10", *options]) == 0
     assert main(["eval", "--table", "4", "--requests", "2", *options]) == 0
     for name, runs in (("3", 10), ("4", 16)):
-        for protocol in ("mmedit", "unike", "exact"):
+        for protocol in PROTOCOLS:
             rows = list(csv.DictReader((tmp_path / f"table-{name}-{protocol}.csv").open()))
             assert len(rows) == runs
             shares = [float(row[metric]) for row in rows for metric in METRICS]

@@ -199,10 +199,10 @@ def test_the_choice_is_the_best_mean_over_backbones_and_protocols():
         return [Measured("r", {p: dict.fromkeys(METRICS, v) for p, v in zip(PROTOCOLS, value, strict=True)}, 1.0)]
 
     runs = [
-        (Run("digits-opt", "both", "FT", variant="slow"), measured((0.5, 0.7, 0.0))),
-        (Run("digits-llama", "both", "FT", variant="slow"), measured((0.9, 0.9, 0.0))),
-        (Run("digits-opt", "both", "FT", variant="fast"), measured((0.8, 0.8, 1.0))),
-        (Run("digits-llama", "both", "FT", variant="fast"), measured((0.6, 0.6, 1.0))),
+        (Run("digits-opt", "both", "FT", variant="slow"), measured((0.0, 0.5, 0.7, 0.0))),
+        (Run("digits-llama", "both", "FT", variant="slow"), measured((0.0, 0.9, 0.9, 0.0))),
+        (Run("digits-opt", "both", "FT", variant="fast"), measured((1.0, 0.8, 0.8, 1.0))),
+        (Run("digits-llama", "both", "FT", variant="fast"), measured((1.0, 0.6, 0.6, 1.0))),
     ]
     assert tables.choice(runs).splitlines()[2:] == ["| FT | slow | 75.0 |", "| FT | fast | 70.0 |"]
 

@@ -46,4 +46,4 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     assert not list(tmp_path.iterdir())
     assert main(command) == 0
     assert (tmp_path / "figure-4a.png").read_bytes().startswith(PNG)
-    assert (tmp_path / "table-4a.md").read_text().count("| digits-llama |") == 3 * 9
+    assert (tmp_path / "table-4a.md").read_text().count("| digits-llama |") == len(PROTOCOLS) * 9

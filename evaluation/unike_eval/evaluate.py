@@ -105,7 +105,7 @@ def write_tables(
         if name == "search":
             text += f"\n{tables.choice(found)}"
         for protocol in PROTOCOLS:
-            text += f"\n## Protocol {protocol}\n\n{tables.markdown(found, protocol)}"
+            text += f"\n## Protocol {protocol}: {PROTOCOLS[protocol]}\n\n{tables.markdown(found, protocol)}"
             write_text(out / f"table-{name}-{protocol}.csv", tables.as_csv(found, protocol))
         write_text(out / f"table-{name}.md", text)
         if name in ("4a", "4b", "4c") and importlib.util.find_spec("matplotlib"):

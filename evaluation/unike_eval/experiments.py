@@ -87,7 +87,8 @@ def suite(backbone: Backbone, model: nn.Module, processor: Any, tasks: Tasks) ->
         for name in ("train", "validation", "test")
     }
     preserve = [*parts[0].preserve, *parts[1].preserve]
-    return Suite(f"{world}-both", **split, preserve=preserve, facts=parts[0].facts)  # those of the world
+    requests = split["train"], split["validation"], split["test"]
+    return Suite(f"{world}-both", *requests, preserve, parts[0].facts, parts[0].ended)  # those of the world
 
 
 @dataclass
@@ -255,7 +256,7 @@ _NEIGHBOURS = [
 
 
 # The share of 0.3 and 0.4 that is best on validation requests; where the memory decides, nothing else is held on to.
-_REAL: Settings = {"latent": False, "preserve": False, "training": EditTraining(end=False, prompt_dropout=0.4)}
+_REAL: Settings = {"latent": False, "preserve": False, "training": EditTraining(prompt_dropout=0.4)}
 _COUNTRIES = [
     (UniKE.name, "UniKE, edits act everywhere", _REAL),
     (UniKE.name, "UniKE, scope", {**_REAL, "scope": ScopeTraining()}),

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from .editors.base import Editor
-from .metrics import PROTOCOLS, Observation, observe_case, score
+from .metrics import PROTOCOLS, Observation, in_groups, observe_case, score
 from .suite import Request
 
 _TOGETHER = 8  # one-step edits that a system may make at once
@@ -91,7 +91,7 @@ def measure(
             for request, took in zip(sequence, seconds, strict=True):
                 groups, before = request.case.groups(), unedited[request.id]
                 kept = {name: places for name, places in request.apart(edited).items() if places}
-                after = {name: editor.observe([groups[name][i] for i in at]) for name, at in kept.items()}
+                after = in_groups(editor.observe, {name: [groups[name][i] for i in at] for name, at in kept.items()})
                 said = {name: [before[name][i] for i in at] for name, at in kept.items()}
                 scores = {protocol: score(said, after, protocol) for protocol in PROTOCOLS}
                 yield Measured(request.id, scores, took)

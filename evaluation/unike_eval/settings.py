@@ -18,12 +18,12 @@ Settings = Mapping[str, Any]
 
 
 def _unike(*, patching: bool = True, **training: Any) -> Settings:
-    """patching: with T-Patcher's activation and memory losses. Logits are the paper's, answers have no end."""
+    """patching: with T-Patcher's activation and memory losses. Logits are the paper's."""
     weights: dict[str, Any] = {"activation_weight": 0.1, "memory_weight": 1.0} if patching else {}
     return {
         "encoders": EncoderTraining(),
         "config": Config(scale=None),
-        "training": EditTraining(**{"end": False, "stop_preserve": 0.01, "prompt_dropout": 0.0, **weights, **training}),
+        "training": EditTraining(**{"stop_preserve": 0.01, "prompt_dropout": 0.0, **weights, **training}),
     }
 
 

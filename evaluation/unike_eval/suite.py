@@ -59,6 +59,8 @@ class Suite:
         test: for the figures that are reported.
         preserve: questions that the model answers, on which training may hold it; none of them is measured.
         facts: for training, each asked for in several ways, from which a scope learns to tell facts apart.
+        ended: edits are trained to end the model's turn after their answer, without which generated answers may go on;
+            in the paper's worlds they are not.
     """
 
     name: str
@@ -67,6 +69,7 @@ class Suite:
     test: Sequence[Request]
     preserve: Sequence[Sample]
     facts: Sequence[Fact] = ()
+    ended: bool = False
 
     def __post_init__(self) -> None:
         ids = [r.id for split in (self.train, self.validation, self.test) for r in split]

@@ -50,7 +50,7 @@ def countries_suite(model: nn.Module, tokenizer: Any) -> Suite:
         training.Fact([Sample(words, "") for words in prompts(fact, "train", tokenizer)], fact.country, fact.relation)
         for fact in split_facts()["train"]
     ]
-    return Suite("countries", split["train"], split["validation"], split["test"], preserve, asked)
+    return Suite("countries", split["train"], split["validation"], split["test"], preserve, asked, ended=True)
 
 
 def _requests(

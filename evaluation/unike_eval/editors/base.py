@@ -29,16 +29,23 @@ class Editor(ABC):
     Attributes:
         independent: whether an edit is what it is whatever others are in force, so that those of a sequence may be
             prepared, too.
+        ended: whether edits are trained to end the model's turn after their answer, see `Suite`.
     """
 
     name: ClassVar[str]
     independent: bool = False
+    ended: bool = False
 
     def __init__(self, model: nn.Module, processor: Any) -> None:
         self.model, self.processor = model, processor
 
-    def fit(self, suite: Suite) -> None:  # noqa: B027 (some systems learn nothing)
+    def fit(self, suite: Suite) -> None:
         """Learn what the system needs to know before it edits, from suite.train and suite.preserve."""
+        self.ended = suite.ended
+        self.learn(suite)
+
+    def learn(self, suite: Suite) -> None:  # noqa: B027 (some systems learn nothing)
+        """What `fit` does for this system."""
 
     def prepare(self, requests: Sequence[Sample]) -> None:  # noqa: B027 (most systems gain nothing by it)
         """Prepare for edits that will be made of these requests, each without the others: several may be faster."""
@@ -58,6 +65,10 @@ class Editor(ABC):
     def encode(self, samples: Sequence[Sample]) -> Batch:
         """As tokens, where the model is."""
         return encode(self.processor, samples, device_of(self.model))
+
+    def targets(self, requests: Sequence[Sample]) -> Batch:
+        """The same of what an edit shall make the model say, with the end of its turn where that is trained."""
+        return encode(self.processor, requests, device_of(self.model), ended=self.ended)
 
 
 def answer_loss(model: nn.Module, batch: Batch) -> Tensor:

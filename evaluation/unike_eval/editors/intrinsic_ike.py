@@ -32,7 +32,7 @@ class IntrinsicIKE(Editor):
         self._neurons, self._prompts = UniKE(model, processor, latent=False, **intrinsic), IKE(model, processor, k=k)
 
     @override
-    def fit(self, suite: Suite) -> None:
+    def learn(self, suite: Suite) -> None:
         self._neurons.fit(suite)
         self._prompts.fit(suite)
 

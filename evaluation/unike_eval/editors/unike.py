@@ -43,7 +43,8 @@ class UniKE(Editor):
 
     Args:
         config: the semantics.
-        encoders, training: how the memory's encoders and an edit are trained.
+        encoders, training: how the memory's encoders and an edit are trained; whether an edit ends the model's turn is
+            the suite's.
         intrinsic: train neurons for each edit; False: the memory alone.
         latent: shift the attention by the memory; False: neurons alone, zeta' as ever.
         steer: zeta' from the truthfulness space, "truth"; or as long, but a direction at random, "random", or that from
@@ -97,7 +98,8 @@ class UniKE(Editor):
         self._zeta: dict[int, Tensor] | None = None
 
     @override
-    def fit(self, suite: Suite) -> None:
+    def learn(self, suite: Suite) -> None:
+        self.training = replace(self.training, end=suite.ended)
         self._preserve = list(suite.preserve) if self.preserve else []
         scope = None if self.scope is None else self._scope(suite)
         if scope is not None and not self.latent:  # a memory of the scope alone
