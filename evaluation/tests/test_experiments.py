@@ -10,8 +10,9 @@ import torch
 from unike_eval import experiments, tables
 from unike_eval.editors import EDITORS
 from unike_eval.experiments import Run, perform, table
-from unike_eval.measure import Measured
+from unike_eval.measure import Measured, figures
 from unike_eval.metrics import METRICS, PROTOCOLS
+from unike_eval.results import Results
 from unike_eval.settings import CANDIDATES, DEFAULTS, SCOPED, told
 
 RUN = Run("digits-opt", "vqa", "FT")
@@ -38,7 +39,7 @@ def test_what_is_done_is_not_done_again(tmp_path, edits):
 
 def test_an_interrupted_run_goes_on(tmp_path, monkeypatch, edits):
     whole = perform(RUN, tmp_path / "whole", split="validation", limit=4)
-    monkeypatch.setattr(experiments, "_append", stop_after(2))
+    monkeypatch.setattr(Results, "add", stop_after(2))
     with pytest.raises(KeyboardInterrupt):
         perform(RUN, tmp_path / "parts", split="validation", limit=4)
     monkeypatch.undo()
@@ -49,25 +50,28 @@ def test_an_interrupted_run_goes_on(tmp_path, monkeypatch, edits):
     assert len(file.read_text().splitlines()) == 1 + 4
 
 
-def stop_after(count, append=experiments._append):
+def stop_after(count, add=Results.add):
+    """`Results.add`, for so many new ones."""
     done = []
 
-    def write(*args):
+    def write(self, measured):
+        if measured.id in self.rows:
+            return
         if len(done) == count:
             raise KeyboardInterrupt
-        append(*args)
-        done.append(args)
+        add(self, measured)
+        done.append(measured)
 
     return write
 
 
 def test_sequences_are_begun_anew(tmp_path, monkeypatch, edits):
     run = Run("digits-opt", "vqa", "FT", steps=2)
-    monkeypatch.setattr(experiments, "_append", stop_after(3))
+    monkeypatch.setattr(Results, "add", stop_after(3))
     with pytest.raises(KeyboardInterrupt):
         perform(run, tmp_path, split="validation", limit=5)
     assert len(edits) == 4
-    monkeypatch.setattr(experiments, "_append", stop_after(1))
+    monkeypatch.setattr(Results, "add", stop_after(1))
     assert len(perform(run, tmp_path, split="validation", limit=5)) == 4  # the fifth has no sequence
     assert len(edits) == 4 + 2
 
@@ -132,7 +136,7 @@ def test_the_papers_tables(name, runs):
 def test_with_a_scope_an_edit_acts_where_it_is_meant(tmp_path):
     run = Run("digits-opt", "vqa", "UniKE", 2, "scope", {**SCOPED, "scope": replace(SCOPED["scope"], steps=60)})
     rows = perform(run, tmp_path, split="validation", limit=4)
-    found = {name: estimate.mean for name, estimate in tables.figures(rows, "mmedit").items()}
+    found = {name: estimate.mean for name, estimate in figures(rows, "mmedit").items()}
     assert found["reliability"] == 1
     assert found["t_generality"] > 0.9 and found["m_generality"] > 0.9
     assert found["t_locality"] > 0.98 and found["m_locality"] > 0.98  # without, 0.95 and 0.77

@@ -63,6 +63,8 @@ def test_score_takes_means_over_samples_and_leaves_out_what_is_empty():
     assert score(before, after, "unike") == pytest.approx({"reliability": 0.0, "t_locality": 0.5, "m_locality": 1.0})
     half = {"reliability": [seen([1, 2], [1, 1], [1, 3]), seen([1, 3], [1, 1], [1, 3])]}
     assert (score({}, half, "unike"), score({}, half, "exact")) == ({"reliability": 0.75}, {"reliability": 0.5})
+    silent = {"near_locality": [seen([1, 2], [0, 0])]}  # without an answer there is nowhere to look
+    assert (score(silent, silent, "unike"), score(silent, silent, "mmedit")) == ({}, {"near_locality": 1.0})
     said = {"reliability": [seen([], [], said="Lima", right=True), seen([], [], said="Lima Lima")]}
     said |= {"t_locality": [seen([], [], said="The peso."), seen([], [], said="cold", right=True)]}
     was = {"t_locality": [seen([], [], said="a Peso"), seen([], [], said="hot")]}
@@ -134,7 +136,7 @@ def test_a_case_from_before_to_after(make_model, make_edit, processor):
     case = Case(SAMPLES[0], rephrasings=(SAMPLES[1],), text_locality=(SAMPLES[2], SAMPLES[3]))
     assert list(case.groups()) == list(METRICS)
     before = observe_case(model, processor, case)
-    assert {name: len(o) for name, o in before.items()} == dict(zip(METRICS, (1, 1, 0, 2, 0, 0, 0), strict=True))
+    assert {name: len(o) for name, o in before.items()} == dict(zip(METRICS, (1, 1, 0, 2, 0, 0, 0, 0), strict=True))
     with uk.patched(model, [make_edit(model, "a")]):
         after = observe_case(model, processor, case)
     for protocol in PROTOCOLS:

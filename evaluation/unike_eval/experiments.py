@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
-import json
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,18 +12,17 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
-from unike_kernels.artifacts.files import write_text
 from unike_kernels.training import EditTraining, ScopeTraining
 
 from .builtin_suite import WORLDS, world_suite
 from .countries import countries_suite
-from .editors import EDITORS, IKE, FineTune, IntrinsicIKE, TPatcher, UniKE
+from .editors import IKE, FineTune, IntrinsicIKE, TPatcher, UniKE, make_editor
 from .editors.base import Editor
-from .measure import Measured, Observed, before, measure
+from .measure import Measured, Observed, before
 from .metrics import PROTOCOLS
 from .models import smollm2
+from .results import Results, resumed
 from .settings import CANDIDATES, DEFAULTS, SCOPED, Settings, told
 from .suite import Request, Suite, Task
 
@@ -64,10 +61,7 @@ class Run:
 
     def editor(self, model: nn.Module, processor: Any, seed: int = 0) -> Editor:
         """The system, not fitted."""
-        system, settings = EDITORS[self.system], {**DEFAULTS.get(self.system, {}), **self.settings}
-        if "seed" in inspect.signature(system).parameters:
-            settings["seed"] = seed
-        return system(model, processor, **settings)
+        return make_editor(self.system, model, processor, seed, **{**DEFAULTS.get(self.system, {}), **self.settings})
 
 
 def suite(backbone: Backbone, model: nn.Module, processor: Any, tasks: Tasks) -> Suite:
@@ -140,26 +134,16 @@ def perform(
     wanted = list(getattr(setting.suite, split))[:limit]
     if len(wanted) < run.steps:
         raise ValueError(f"requests: expected at least {run.steps} for a sequence of {run.name}, got {len(wanted)}")
-    wanted = wanted[: len(wanted) // run.steps * run.steps]
-    file = out / split / f"{run.name}.jsonl"
-    done = _load(file, run, seed)
-    # Sequences are begun anew: what was edited before is not kept.
-    start = len([r for r in wanted if r.id in done]) // run.steps * run.steps
-    left = wanted[start:]
-    if left:
+
+    def fitted() -> Editor:
         editor = run.editor(setting.model, setting.processor, seed)
         _sow(seed)
         editor.fit(setting.suite)
-        unedited = setting.before(left)
         _sow(seed)
-        out_of = tqdm(
-            measure(editor, left, unedited, steps=run.steps), run.name, len(wanted), initial=start, leave=False
-        )
-        for measured in out_of:
-            if measured.id not in done:
-                _append(file, measured)
-                done[measured.id] = measured
-    return [done[r.id] for r in wanted]
+        return editor
+
+    results = Results(out / split / f"{run.name}.jsonl", _header(run, seed))
+    return resumed(results, wanted, fitted, setting.before, steps=run.steps, name=run.name)
 
 
 def _sow(seed: int) -> None:
@@ -175,31 +159,6 @@ def _header(run: Run, seed: int) -> dict[str, str]:
         "settings": repr(sorted(settings.items())),
         "protocols": " ".join(PROTOCOLS),
     }
-
-
-def _load(file: Path, run: Run, seed: int) -> dict[str, Measured]:
-    """What is there of the run; a new file gets its first line. A line that was cut off is dropped."""
-    header = _header(run, seed)
-    if not file.exists():
-        write_text(file, json.dumps(header) + "\n")
-        return {}
-    text = file.read_text(encoding="utf-8")
-    whole = text[: text.rfind("\n") + 1]
-    try:
-        first, *lines = [json.loads(line) for line in whole.splitlines()]
-        found = {line["id"]: Measured(line["id"], line["scores"], line["seconds"]) for line in lines}
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file}: not a file of results: {error}") from error
-    if first != header:
-        raise ValueError(f"{file}: holds results of {first}, not of {header}; give another folder")
-    if whole != text:
-        write_text(file, whole)
-    return found
-
-
-def _append(file: Path, measured: Measured) -> None:
-    with open(file, "a", encoding="utf-8") as stream:
-        stream.write(json.dumps(dataclasses.asdict(measured)) + "\n")
 
 
 # As the paper trains an edit: each step sees the whole prompt.

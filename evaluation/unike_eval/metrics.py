@@ -43,6 +43,7 @@ METRICS = (
     "m_locality",
     "near_locality",
     "subject_locality",
+    "portability",
 )
 
 
@@ -58,6 +59,7 @@ class Case:
         image_locality: unrelated questions about unrelated images.
         near_locality: the same question about other subjects.
         subject_locality: other questions about the same subject.
+        portability: questions whose answers follow from the edit; told apart, not in the mean of the metrics.
     """
 
     request: Sample
@@ -67,11 +69,13 @@ class Case:
     image_locality: tuple[Sample, ...] = ()
     near_locality: tuple[Sample, ...] = ()
     subject_locality: tuple[Sample, ...] = ()
+    portability: tuple[Sample, ...] = ()
 
     def groups(self) -> dict[str, tuple[Sample, ...]]:
         """Metric -> samples."""
         generality, locality = (self.rephrasings, self.images), (self.text_locality, self.image_locality)
-        samples = ((self.request,), *generality, *locality, self.near_locality, self.subject_locality)
+        near = (self.near_locality, self.subject_locality)
+        samples = ((self.request,), *generality, *locality, *near, self.portability)
         return dict(zip(METRICS, samples, strict=True))
 
 
@@ -149,7 +153,10 @@ def agreement(before: Observation, after: Observation, protocol: str, images: bo
 def score(
     before: Mapping[str, list[Observation]], after: Mapping[str, list[Observation]], protocol: str
 ) -> dict[str, float]:
-    """Metric -> share in 0..1; a metric without samples is left out. `before` must come from before the edit."""
+    """Metric -> share in 0..1; a metric without samples is left out. `before` must come from before the edit.
+
+    What must stay is looked at where its answer is in "unike" and "exact": a sample without one does not count there.
+    """
     if protocol not in PROTOCOLS:
         raise ValueError(f"protocol: expected one of {', '.join(PROTOCOLS)}; got {protocol!r}")
     scores = {}
@@ -157,11 +164,14 @@ def score(
         if not observed:
             continue
         if name.endswith("locality"):
-            pairs = zip(before[name], observed, strict=True)
+            pairs = list(zip(before[name], observed, strict=True))
+            if protocol in ("unike", "exact"):
+                pairs = [(b, a) for b, a in pairs if b.answer.any()]
             values = [agreement(b, a, protocol, name == "m_locality") for b, a in pairs]
         else:
             values = [accuracy(o, protocol) for o in observed]
-        scores[name] = sum(values) / len(values)
+        if values:
+            scores[name] = sum(values) / len(values)
     return scores
 
 

@@ -8,20 +8,12 @@ import statistics
 from collections.abc import Sequence
 
 from .experiments import Run
-from .measure import Estimate, Measured, estimate
+from .measure import Measured, figures
 from .metrics import METRICS
 
 Results = Sequence[tuple[Run, Sequence[Measured]]]
-_COLUMNS = ("backbone", "tasks", "steps", "system", *METRICS, "mean", "requests", "seconds an edit")
 _NEEDED = 0.9  # reliability of the systems that the paper has there; below it the reason is to be found
 _EXPECTED = ("KE", "MEND", "IKE", "SERAC")
-
-
-def figures(rows: Sequence[Measured], protocol: str) -> dict[str, Estimate]:
-    """Metric, and "mean" of the metrics of a request -> its estimate over requests."""
-    scores = [r.scores[protocol] for r in rows]
-    found = {m: estimate(values) for m in METRICS if (values := [s[m] for s in scores if m in s])}
-    return found | {"mean": estimate([statistics.fmean(r.scores[protocol].values()) for r in rows])}
 
 
 def _cells(run: Run, rows: Sequence[Measured], protocol: str) -> dict[str, str]:
@@ -39,10 +31,11 @@ def _cells(run: Run, rows: Sequence[Measured], protocol: str) -> dict[str, str]:
 
 def markdown(results: Results, protocol: str) -> str:
     """A line for each run; percentages with their 95% confidence intervals over requests."""
-    lines = ["| " + " | ".join(_COLUMNS) + " |", "|" + " --- |" * len(_COLUMNS)]
-    for run, rows in results:
-        cells = _cells(run, rows, protocol)
-        lines.append("| " + " | ".join(cells.get(column, "") for column in _COLUMNS) + " |")
+    table = [_cells(run, rows, protocol) for run, rows in results]
+    measured = [m for m in METRICS if any(m in cells for cells in table)]
+    columns = ("backbone", "tasks", "steps", "system", *measured, "mean", "requests", "seconds an edit")
+    lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
+    lines += ["| " + " | ".join(cells.get(column, "") for column in columns) + " |" for cells in table]
     return "\n".join(lines) + "\n"
 
 

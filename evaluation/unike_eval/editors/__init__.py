@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
+from typing import Any
+
+from torch import nn
+
 from .base import Editor
 from .fine_tune import FineTune
 from .ike import IKE
@@ -16,6 +21,15 @@ EDITORS: dict[str, type[Editor]] = {
     editor.name: editor for editor in (FineTune, KnowledgeEditor, TPatcher, MEND, IKE, SERAC, UniKE, IntrinsicIKE)
 }
 
+
+def make_editor(name: str, model: nn.Module, processor: Any, seed: int = 0, **settings: Any) -> Editor:
+    """A system, not fitted; the seed is of what is random in it, if anything."""
+    system = EDITORS[name]
+    if "seed" in inspect.signature(system).parameters:
+        settings["seed"] = seed
+    return system(model, processor, **settings)
+
+
 __all__ = [
     "EDITORS",
     "IKE",
@@ -27,4 +41,5 @@ __all__ = [
     "KnowledgeEditor",
     "TPatcher",
     "UniKE",
+    "make_editor",
 ]

@@ -29,12 +29,14 @@ class Editor(ABC):
     Attributes:
         independent: whether an edit is what it is whatever others are in force, so that those of a sequence may be
             prepared, too.
+        learns: whether `fit` needs training requests.
         ended: whether edits are trained to end the model's turn after their answer, see `Suite`.
     """
 
     name: ClassVar[str]
     independent: bool = False
-    ended: bool = False
+    learns: ClassVar[bool] = False
+    ended: bool = True
 
     def __init__(self, model: nn.Module, processor: Any) -> None:
         self.model, self.processor = model, processor

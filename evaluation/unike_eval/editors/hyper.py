@@ -34,6 +34,7 @@ class HyperEditor(Editor):
         seed: of the network and the order of requests.
     """
 
+    learns = True
     network: nn.Module
 
     def __init__(

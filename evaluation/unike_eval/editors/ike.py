@@ -29,6 +29,7 @@ class IKE(Editor):
     """
 
     name = "IKE"
+    learns = True
 
     def __init__(self, model: nn.Module, processor: Any, *, k: int = 8) -> None:
         super().__init__(model, processor)

@@ -26,6 +26,7 @@ class IntrinsicIKE(Editor):
     """
 
     name = "Intrin + IKE"
+    learns = True
 
     def __init__(self, model: nn.Module, processor: Any, *, k: int = 8, **intrinsic: Any) -> None:
         super().__init__(model, processor)

@@ -39,6 +39,7 @@ class SERAC(Editor):
     """
 
     name = "SERAC"
+    learns = True
 
     def __init__(
         self,

@@ -71,7 +71,7 @@ class TPatcher(Editor):
         samples = suite.preserve[: self.remembered]
         with evaluating(self.model), patched(self.model, layers=[self._layer]):
             groups = [self._inputs(self.encode([samples[i] for i in group])) for group in batches(samples, 32)]
-        self._kept = torch.cat([q[mask] for q, mask in groups])
+        self._kept = torch.cat([self._kept, *(q[mask] for q, mask in groups)])
 
     @override
     def edit(self, request: Sample) -> None:

@@ -52,7 +52,8 @@ class UniKE(Editor):
         scope: how a scope is trained that decides where an edit acts; None: edits act in every row.
         scope_layers: whose states it reads, see `build_scope`.
         layers: of the edits; None: those of the memory.
-        preserve: hold the model to what it says to the suite's preserved questions, and to other edits' requests.
+        preserve: hold the model to what it says to the suite's preserved questions (without a suite, to neutral ones),
+            and to other edits' requests.
         seed: of the encoders, the edits, the scope and a direction at random.
     """
 
@@ -92,7 +93,8 @@ class UniKE(Editor):
         self._edits: list[Edit] = []
         self._requests: list[Sample] = []  # of the edits in force: those to come shall not answer for them
         self._prepared: dict[int, Edit] = {}
-        self.preserve, self._preserve = preserve, list[Sample]()
+        self.preserve = preserve
+        self._preserve: list[Sample] | None = None if preserve else []  # None: neutral questions
         self.independent = scope is not None and not preserve
         self._memory: MemoryBank | None = None
         self._zeta: dict[int, Tensor] | None = None
@@ -100,6 +102,8 @@ class UniKE(Editor):
     @override
     def learn(self, suite: Suite) -> None:
         self.training = replace(self.training, end=suite.ended)
+        if not suite.train:  # nothing to make a memory of: the neurons alone
+            return
         self._preserve = list(suite.preserve) if self.preserve else []
         scope = None if self.scope is None else self._scope(suite)
         if scope is not None and not self.latent:  # a memory of the scope alone
