@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from unike_kernels.backbones import device_of
 from unike_kernels.training.samples import (
+    Batch,
     Sample,
     accepted,
     batches,
@@ -38,13 +40,35 @@ def answers(
     return found
 
 
+Within = Callable[[Batch], AbstractContextManager[None]]
+
+
+def nothing(batch: Batch) -> AbstractContextManager[None]:
+    """What most systems need to do around a pass."""
+    return nullcontext()
+
+
 @torch.no_grad()
-def ended_answers(model: nn.Module, processor: Any, samples: Sequence[Sample], *, batch_size: int = 32) -> list[str]:
+def ended_answers(
+    model: nn.Module,
+    processor: Any,
+    samples: Sequence[Sample],
+    *,
+    batch_size: int = 32,
+    within: Within = nothing,
+) -> list[str]:
     """The greedy answer to each sample's prompt as far as it goes by itself.
 
     It ends where the model ends its turn, or with its first line or sentence; for a wanted answer of several sentences
     with as many of them, so that "St. Louis" can be said. What has not ended after 8 tokens more than twice those of
     the wanted answer is cut off there.
+
+    Args:
+        model: patched or not.
+        processor: its processor or tokenizer.
+        samples: their answers tell how many sentences and tokens may be said.
+        batch_size: samples at a time.
+        within: batch of prompts -> what the model answers in, for systems that look at where a prompt ends.
     """
     found = [""] * len(samples)
     tokenizer = getattr(processor, "tokenizer", processor)
@@ -58,7 +82,7 @@ def ended_answers(model: nn.Module, processor: Any, samples: Sequence[Sample], *
             return [cut or tokens.shape[1] >= limit for cut, limit in zip(short, limits, strict=True)]
 
         with evaluating(model):
-            out = _continued(model, processor, asked, max(limits), over)
+            out = _continued(model, processor, asked, max(limits), over, within)
         for i, tokens, sample, limit in zip(group, out, asked, limits, strict=True):
             found[i] = _sentences(sample.answer, _spelled(processor, tokens[:limit]))
     return found
@@ -94,6 +118,7 @@ def _continued(
     samples: Sequence[Sample],
     most: int,
     over: Callable[[Tensor], list[bool]] | None = None,
+    within: Within = nothing,
 ) -> Tensor:
     """The tokens [B, n] that follow the prompts, `most` at most; a row that is over by what it says is padded."""
     from transformers import StoppingCriteriaList
@@ -116,5 +141,5 @@ def _continued(
     settings = {"max_new_tokens": most, "do_sample": False, "pad_token_id": tokenizer.pad_token_id}
     if over:
         settings["stopping_criteria"] = StoppingCriteriaList([criterion])
-    with prompt_lengths_for(model, batch):
+    with prompt_lengths_for(model, batch), within(batch):
         return new(into.generate(**accepted(into, batch.inputs), **settings))

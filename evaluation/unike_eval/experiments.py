@@ -23,7 +23,7 @@ from .measure import Measured, Observed, before
 from .metrics import PROTOCOLS
 from .models import smollm2
 from .results import Results, resumed
-from .settings import CANDIDATES, DEFAULTS, SCOPED, Settings, told
+from .settings import CANDIDATES, DEFAULTS, REAL_CANDIDATES, SCOPED, Settings, told
 from .suite import Request, Suite, Task
 
 Backbone = Literal["digits-opt", "digits-llama", "easyvqa-opt", "easyvqa-llama", "countries-smollm2"]
@@ -241,6 +241,11 @@ def table(name: str) -> list[Run]:
         "4c": (Run("digits-llama", "vqa", *_system(1, s)) for s in _DIRECTIONS),
         "easyvqa": (Run(b, "vqa", *_system(1, s)) for b in SECOND for s in _SYSTEMS),
         "countries": (Run("countries-smollm2", "vqa", *_system(n, s)) for n in (1, 10, 100) for s in _COUNTRIES),
+        "countries-search": (
+            Run("countries-smollm2", "vqa", name, variant=told(c), settings=c)
+            for name, candidates in REAL_CANDIDATES.items()
+            for c in candidates
+        ),
         "search": (
             Run(b, "both", name, variant=told(c), settings=c)
             for name, candidates in CANDIDATES.items()

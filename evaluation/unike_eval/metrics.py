@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from unike_kernels.backbones import device_of
 from unike_kernels.training.samples import Sample, batches, encode, evaluating, forward, prompt_lengths_for
 
-from .answers import ended_answers, same_answer
+from .answers import Within, ended_answers, nothing, same_answer
 
 PROTOCOLS = {
     "generated": "greedy answers to their natural end, exact match",
@@ -99,14 +99,19 @@ class Observation:
 
 
 @torch.no_grad()
-def observe(model: nn.Module, processor: Any, samples: Sequence[Sample], batch_size: int = 32) -> list[Observation]:
-    """Ask the model, patched or not, for each answer, and run each sample with its answer through it."""
+def observe(
+    model: nn.Module, processor: Any, samples: Sequence[Sample], batch_size: int = 32, within: Within = nothing
+) -> list[Observation]:
+    """Ask the model, patched or not, for each answer, and run each sample with its answer through it.
+
+    `within` is as in `answers.ended_answers`.
+    """
     found: list[Observation | None] = [None] * len(samples)
-    said = ended_answers(model, processor, samples, batch_size=batch_size)
+    said = ended_answers(model, processor, samples, batch_size=batch_size, within=within)
     with evaluating(model):
         for group in batches(samples, batch_size):
             batch = encode(processor, [samples[i] for i in group], device_of(model))
-            with prompt_lengths_for(model, batch):
+            with prompt_lengths_for(model, batch), within(batch):
                 logits = forward(model, batch.inputs)
             ids, mask = batch.inputs["input_ids"], batch.inputs["attention_mask"].bool()
             answers = batch.answer_mask()

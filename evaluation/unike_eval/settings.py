@@ -27,6 +27,11 @@ def _unike(*, patching: bool = True, **training: Any) -> Settings:
     }
 
 
+def _scoped(dropout: float, neurons: int) -> Settings:
+    training = EditTraining(prompt_dropout=dropout, neurons=neurons)
+    return {"latent": False, "preserve": False, "scope": ScopeTraining(), "training": training}
+
+
 CANDIDATES: dict[str, Sequence[Settings]] = {
     "FT": [{"lr": lr, "stop_loss": loss} for lr in (1e-3, 3e-3, 1e-2) for loss in (0.05, 0.2)],
     "KE": [{"lr": lr, "locality": weight} for lr in (1e-3, 3e-3, 1e-2) for weight in (1.0, 0.1)],
@@ -67,6 +72,27 @@ SCOPED: Settings = {
     "scope_layers": (3,),
     "layers": (3, 4, 5),
     "latent": False,
+}
+
+# The same for facts about countries in SmolLM2 (`unike eval --table countries-search --split validation`), where the mean
+# of the protocol "generated" decides. UniKE's memory decides where its edits act, and nothing else is held on to.
+REAL_CANDIDATES: dict[str, Sequence[Settings]] = {
+    "FT": [{"lr": lr, "stop_loss": loss} for lr in (1e-4, 3e-4, 1e-3) for loss in (0.05, 0.2)],
+    "KE": [{"lr": lr, "locality": weight, "steps": 300} for lr in (3e-4, 1e-3, 3e-3) for weight in (1.0, 0.1)],
+    "T-Patcher": [{"lr": lr, "memory": weight} for lr in (3e-3, 1e-2, 3e-2) for weight in (1.0, 0.1)],
+    "MEND": [{"lr": lr, "locality": weight, "steps": 300} for lr in (3e-5, 1e-4, 3e-4) for weight in (1.0, 0.1)],
+    "IKE": [{"k": k} for k in (1, 2, 4, 8, 16, 32)],
+    "SERAC": [
+        {"counterfactual_lr": lr, "counterfactual_steps": steps} for lr in (1e-5, 3e-5, 1e-4) for steps in (30, 100)
+    ],
+    "LoRA": [{"lr": lr, "rank": rank} for lr in (3e-4, 1e-3, 5e-3) for rank in (4, 8)],
+    "GRACE": [{"radius": radius, "lr": lr} for radius in (0.15, 0.3, 0.5) for lr in (0.1, 1.0)],
+    "WISE": [{"margin": margin, "lr": lr} for margin in (1.0, 3.0, 10.0) for lr in (0.1, 1.0)],
+    "MEMIT": [{"weight": weight, "lr": lr} for weight in (15.0, 150.0, 1500.0) for lr in (0.1, 0.5)],
+    "AlphaEdit": [
+        {"threshold": share, "ridge": ridge, "lr": 0.5} for share in (1e-3, 1e-2, 1e-1) for ridge in (0.1, 1)
+    ],
+    "UniKE": [_scoped(dropout, neurons) for dropout in (0.3, 0.4, 0.5) for neurons in (10, 20)],
 }
 
 

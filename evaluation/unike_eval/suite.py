@@ -31,6 +31,7 @@ class Request:
     case: Case
     wrong: str
     about: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    subject: str = ""
 
     def apart(self, edited: Collection[str]) -> dict[str, list[int]]:
         """Metric -> which of its samples are not about facts of other edited requests."""
@@ -70,6 +71,11 @@ class Suite:
     preserve: Sequence[Sample]
     facts: Sequence[Fact] = ()
     ended: bool = False
+
+    def subjects(self) -> dict[str, str]:
+        """Prompt of a request -> its subject, where that is known."""
+        requests = [*self.train, *self.validation, *self.test]
+        return {r.case.request.prompt: r.subject for r in requests if r.subject}
 
     def __post_init__(self) -> None:
         ids = [r.id for split in (self.train, self.validation, self.test) for r in split]

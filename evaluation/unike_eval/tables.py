@@ -53,15 +53,14 @@ def as_csv(results: Results, protocol: str) -> str:
     return out.getvalue()
 
 
-def choice(results: Results) -> str:
-    """Each system's candidates, best first, by the mean over backbones, metrics and the protocols of the tables.
+def choice(results: Results, protocols: Sequence[str]) -> str:
+    """Each system's candidates, best first, by the mean over backbones, metrics and these protocols.
 
-    A backbone counts as much as another. "exact" is left out, as it says what "unike" says, and "generated", as edits
-    of these suites are not trained to end.
+    A backbone counts as much as another.
     """
     scores: dict[tuple[str, str], list[float]] = {}
     for run, rows in results:
-        means = [figures(rows, protocol)["mean"].mean for protocol in ("unike", "mmedit")]
+        means = [figures(rows, protocol)["mean"].mean for protocol in protocols]
         scores.setdefault((run.system, run.variant), []).append(statistics.fmean(means))
     lines = ["| system | settings | mean |", "| --- | --- | --- |"]
     for system in dict.fromkeys(system for system, _ in scores):

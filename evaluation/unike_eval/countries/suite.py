@@ -86,7 +86,7 @@ def _requests(
             "near_locality": [_id(split, f) for f in neighbours],
             "subject_locality": [_id(split, f) for f in siblings],
         }
-        yield Request(_id(split, fact), "vqa", case, found.split("\n")[0].strip(), about)
+        yield Request(_id(split, fact), "vqa", case, found.split("\n")[0].strip(), about, fact.country)
 
 
 def _id(split: Split, fact: Fact) -> str:
