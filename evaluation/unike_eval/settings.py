@@ -74,8 +74,8 @@ SCOPED: Settings = {
     "latent": False,
 }
 
-# The same for facts about countries in SmolLM2 (`unike eval --table countries-search --split validation`), where the mean
-# of the protocol "generated" decides. UniKE's memory decides where its edits act, and nothing else is held on to.
+# The same for facts about countries in SmolLM2 (`unike eval --table countries-search --split validation`), where the
+# mean of the protocol "generated" decides. UniKE's memory decides where its edits act, and nothing else is held on to.
 REAL_CANDIDATES: dict[str, Sequence[Settings]] = {
     "FT": [{"lr": lr, "stop_loss": loss} for lr in (1e-4, 3e-4, 1e-3) for loss in (0.05, 0.2)],
     "KE": [{"lr": lr, "locality": weight, "steps": 300} for lr in (3e-4, 1e-3, 3e-3) for weight in (1.0, 0.1)],
