@@ -13,7 +13,7 @@ from unike_eval.experiments import Run, perform, table
 from unike_eval.measure import Measured, figures
 from unike_eval.metrics import METRICS, PROTOCOLS
 from unike_eval.results import Results
-from unike_eval.settings import CANDIDATES, DEFAULTS, SCOPED, told
+from unike_eval.settings import CANDIDATES, DEFAULTS, REAL, REAL_CANDIDATES, SCOPED, told
 
 RUN = Run("digits-opt", "vqa", "FT")
 
@@ -122,14 +122,17 @@ def test_a_baseline_that_fails_is_marked(tmp_path):
         ("4b", 6),
         ("4c", 4),
         ("easyvqa", 22),
-        ("countries", 6),
+        ("countries", 3 * 13),
+        ("countries-search", 72),
         ("search", 84),
     ],
 )
 def test_the_papers_tables(name, runs):
     found = table(name)
     assert len(found) == len({run.name for run in found}) == runs
-    with pytest.raises(ValueError, match=r"table: expected one of 1, 2, 3, .*, easyvqa, countries, search; got '5'"):
+    with pytest.raises(
+        ValueError, match=r"table: expected one of 1, 2, 3, .*, easyvqa, countries, countries-search, search; got '5'"
+    ):
         table("5")
 
 
@@ -192,10 +195,12 @@ def test_the_seed_reaches_the_system():
 
 
 def test_every_system_has_as_many_candidates_and_its_default_is_one_of_them():
-    assert {len(candidates) for candidates in CANDIDATES.values()} == {6}
-    for name, candidates in CANDIDATES.items():
-        assert DEFAULTS[name] in candidates
-        assert len({told(c) for c in candidates}) == 6
+    for found, chosen in ((CANDIDATES, DEFAULTS), (REAL_CANDIDATES, REAL)):
+        assert found.keys() == chosen.keys()
+        for name, candidates in found.items():
+            assert chosen[name] in candidates
+            assert len({told(c) for c in candidates}) == len(candidates) == 6
+    assert CANDIDATES.keys() < REAL_CANDIDATES.keys() == EDITORS.keys() - {"Intrin + IKE"}
 
 
 def test_the_choice_is_the_best_mean_over_backbones_and_protocols():

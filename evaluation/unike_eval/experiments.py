@@ -13,8 +13,6 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
-from unike_kernels.training import EditTraining, ScopeTraining
-
 from .builtin_suite import WORLDS, world_suite
 from .countries import countries_suite
 from .editors import IKE, FineTune, IntrinsicIKE, TPatcher, UniKE, make_editor
@@ -23,7 +21,7 @@ from .measure import Measured, Observed, before
 from .metrics import PROTOCOLS
 from .models import smollm2
 from .results import Results, resumed
-from .settings import CANDIDATES, DEFAULTS, REAL_CANDIDATES, SCOPED, Settings, told
+from .settings import CANDIDATES, DEFAULTS, REAL, REAL_CANDIDATES, SCOPED, Settings, told
 from .suite import Request, Suite, Task
 
 Backbone = Literal["digits-opt", "digits-llama", "easyvqa-opt", "easyvqa-llama", "countries-smollm2"]
@@ -214,11 +212,10 @@ _NEIGHBOURS = [
 ]
 
 
-# The share of 0.3 and 0.4 that is best on validation requests; where the memory decides, nothing else is held on to.
-_REAL: Settings = {"latent": False, "preserve": False, "training": EditTraining(prompt_dropout=0.4)}
-_COUNTRIES = [
-    (UniKE.name, "UniKE, edits act everywhere", _REAL),
-    (UniKE.name, "UniKE, scope", {**_REAL, "scope": ScopeTraining()}),
+# On real facts every system, each with the settings that its search found; and UniKE's edits without a scope.
+_COUNTRIES: list[tuple[str, str, Settings]] = [
+    *((name, "UniKE, scope" if name == UniKE.name else "", settings) for name, settings in REAL.items()),
+    (UniKE.name, "UniKE, edits act everywhere", {**REAL[UniKE.name], "scope": None}),
 ]
 
 
@@ -227,8 +224,9 @@ def table(name: str) -> list[Run]:
 
     Args:
         name: "1" (one step), "2" (10 and 20 steps), "3" (both tasks in one sequence), "4" (ablation), "4a" (K), "4b"
-            (fixed alphas), "4c" (directions of zeta); "easyvqa" (one step, the second world); "search" (all candidates
-            for the settings of each system).
+            (fixed alphas), "4c" (directions of zeta); "easyvqa" (one step, the second world); "countries" (real facts:
+            one edit, ten and a hundred in force); "search" and "countries-search" (all candidates for the settings of
+            each system).
     """
     both: Sequence[Tasks] = ("vqa", "caption")
     runs: dict[str, Iterable[Run]] = {

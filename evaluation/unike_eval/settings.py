@@ -95,6 +95,21 @@ REAL_CANDIDATES: dict[str, Sequence[Settings]] = {
     "UniKE": [_scoped(dropout, neurons) for dropout in (0.3, 0.4, 0.5) for neurons in (10, 20)],
 }
 
+REAL: dict[str, Settings] = {
+    "FT": REAL_CANDIDATES["FT"][2],
+    "KE": REAL_CANDIDATES["KE"][2],
+    "T-Patcher": REAL_CANDIDATES["T-Patcher"][2],
+    "MEND": REAL_CANDIDATES["MEND"][2],
+    "IKE": REAL_CANDIDATES["IKE"][2],
+    "SERAC": REAL_CANDIDATES["SERAC"][2],
+    "LoRA": REAL_CANDIDATES["LoRA"][2],
+    "GRACE": REAL_CANDIDATES["GRACE"][2],
+    "WISE": REAL_CANDIDATES["WISE"][2],
+    "MEMIT": REAL_CANDIDATES["MEMIT"][2],
+    "AlphaEdit": REAL_CANDIDATES["AlphaEdit"][2],
+    "UniKE": _scoped(0.4, 10),
+}
+
 
 def told(settings: Settings) -> str:
     """Settings in words; of a group, what is not the library's own default."""
