@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .answers import answers
 from .evaluate import Evaluation, evaluate
-from .files import read_requests
+from .files import Form, read_requests
 from .latency import LatencyRow, LatencyTable, measure_latency
 from .metrics import METRICS, PROTOCOLS, Case, Observation, observe, observe_case, score
 
@@ -13,6 +13,7 @@ __all__ = [
     "PROTOCOLS",
     "Case",
     "Evaluation",
+    "Form",
     "LatencyRow",
     "LatencyTable",
     "Observation",

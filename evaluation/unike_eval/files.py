@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from unike_kernels.artifacts.files import write_text
@@ -14,6 +15,8 @@ from .editors import EDITORS, UniKE, make_editor
 from .evaluate import evaluate
 from .metrics import Case
 from .suite import Request, Suite
+
+__all__ = ["Form", "evaluate_file", "read_requests"]
 
 
 def read_requests(file: Path | str, form: Form | None = None) -> list[Request]:
@@ -46,7 +49,7 @@ def _request(row: rows.Request) -> Request:
         subject_locality=row.subject_locality,
         portability=row.portability,
     )
-    return Request(row.id, "vqa", case, row.wrong)
+    return Request(row.id, "vqa", case, row.wrong, subject=row.subject)
 
 
 def evaluate_file(
@@ -86,7 +89,8 @@ def evaluate_file(
             raise ValueError(f"--train: {system} learns from other requests than those of --data; expected a file")
     model, processor = load(name, device)
     kept = [sample for request in learnt for sample in (*request.case.text_locality, *request.case.image_locality)]
-    suite = Suite(str(train), learnt, [], [], kept, ended=True)
+    learnt = [replace(request, id=f"train-{request.id}") for request in learnt]  # files count their rows alike
+    suite = Suite(str(train), learnt, [], requests, kept, ended=True)
     told = [f"# {data.name}", f"{name}, {len(requests)} requests, {steps} in force together, seed {seed}."]
     for system in names:
         editor = make_editor(system, model, processor, seed)

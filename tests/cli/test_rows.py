@@ -58,7 +58,7 @@ def grey(sample: Sample) -> int:
 def test_mmedit_and_vlkeb(images: Path, tmp_path: Path) -> None:
     rows = [MMEDIT, MMEDIT | {"port_new": PORTABLE}]
     plain, row = read(rows, tmp_path, images=images, template=QUESTION)
-    assert (plain.id, row.id, row.wrong, plain.portability) == ("edit-0", "edit-1", "no", ())
+    assert (plain.id, row.id, row.wrong, plain.portability, row.subject) == ("edit-0", "edit-1", "no", (), "")
     asked = QUESTION.format(MMEDIT["src"])
     assert (row.sample.prompt, row.sample.answer, grey(row.sample)) == (asked, "2", 0)
     ((words,), (other,)) = row.rephrasings, row.images
@@ -97,7 +97,7 @@ def test_knowedit(tmp_path: Path) -> None:
         },
     }  # fmt: skip
     (found,) = read([row], tmp_path)
-    assert (found.sample, found.wrong) == (Sample("Leo lives in", "Rome"), "Paris")
+    assert (found.sample, found.wrong, found.subject) == (Sample("Leo lives in", "Rome"), "Paris", "Leo")
     assert found.portability == (Sample("Leo's mayor is", "Ann"), Sample("The lion lives in", "Rome"))
     assert found.subject_locality == (Sample("Leo speaks", "Latin"), Sample("Leo also lives in", "Oslo"))
     assert (found.near_locality, found.text_locality) == ((), (Sample("Snow is"),))

@@ -24,6 +24,7 @@ _PORTABILITY = ("portability", "port_new")
 _POSITIVE = ("positive", *_TARGET)
 _WRONG = ("pred", "ground_truth", "target_true")
 _NEGATIVE = ("negative", *_WRONG)
+_SUBJECT_OF = ("subject", "concept")
 _ID = ("id", "case_id")
 _ASKED = ("prompt", "Question", "New Question")  # within a group of samples
 _ANSWERED = ("answer", "ground_truth", "Answer", "New Answer")
@@ -45,6 +46,7 @@ class Request:
         text_locality, image_locality, near_locality, subject_locality: what must not change: unrelated, about an
             unrelated image, the same about other subjects, other questions about the subject.
         portability: what follows from the edit.
+        subject: what it is about, "" where the row does not tell.
     """
 
     id: str
@@ -57,6 +59,7 @@ class Request:
     near_locality: tuple[Sample, ...]
     subject_locality: tuple[Sample, ...]
     portability: tuple[Sample, ...]
+    subject: str
 
     @property
     def preserve(self) -> tuple[Sample, ...]:
@@ -212,11 +215,11 @@ def _request(row: _Row, number: int, form: Form) -> Request:
         image = form.file(row.text(("m_loc",)))
         unrelated.append(form.questioned(row.text(("m_loc_q",)), row.text(("m_loc_a",)), image))
     follows = _samples(row.get(_PORTABILITY), None, lambda q, a: form.asked(q, a, sample.image))
-    id, wrong = row.get(_ID), _one(row.get(_WRONG))
+    id, wrong, subject = row.get(_ID), _one(row.get(_WRONG)), row.get(_SUBJECT_OF)
     return Request(
         f"edit-{number}" if id is None else str(id), sample, wrong.strip() if isinstance(wrong, str) else "",
         tuple(words), tuple(images), tuple(kept.unrelated), tuple(unrelated), tuple(kept.near), tuple(kept.subject),
-        tuple(follows),
+        tuple(follows), subject if isinstance(subject, str) else "",
     )  # fmt: skip
 
 
@@ -230,7 +233,7 @@ def _sample(row: _Row, answer: str, form: Form, image_field: str = "image") -> S
     image = None if row.get((image_field,)) is None else form.file(row.text((image_field,)))
     messages = row.get(("messages",))
     if messages is None:
-        prompt, subject = row.text(_PROMPT), row.get(("subject", "concept"))
+        prompt, subject = row.text(_PROMPT), row.get(_SUBJECT_OF)
         if isinstance(subject, str):
             prompt = prompt.replace("{}", subject)
         return form.asked(prompt, answer, image)
