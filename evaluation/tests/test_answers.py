@@ -1,9 +1,13 @@
 """Answers: greedy, without the prompt and special tokens, whatever the batch."""
 
+import re
+import sys
+
 import pytest
 import torch
 from configs import every_token
 from unike_eval import answers
+from unike_eval.answers import _sentences, ended_answers, same_answer
 
 import unike_kernels as uk
 from unike_kernels.training import Sample
@@ -56,3 +60,45 @@ def test_prompts_ends_are_told_to_a_patched_model(make_model, make_memory, proce
 
 def test_nothing_asked(make_model, processor):
     assert answers(make_model("opt"), processor, []) == []
+
+
+@pytest.mark.parametrize(
+    ("wanted", "said", "ended"),
+    [
+        ("Lima", "Lima.\n\nThe capital", "Lima."),
+        ("Lima", "Lima, the capital of Peru. It is large", "Lima, the capital of Peru."),
+        ("Lima", "Lima\nBogota", "Lima"),
+        ("Lima", 'Lima." she said', 'Lima.'),
+        ("St. Louis", "St. Louis. It lies in", "St. Louis."),
+        ("3.5", "3.5 metres", "3.5 metres"),  # no end of a sentence
+        ("peso", "peso peso", "peso peso"),
+    ],
+)  # fmt: skip
+def test_an_answer_ends_with_its_line_or_sentence(wanted, said, ended):
+    assert _sentences(wanted, said) == ended
+
+
+def test_the_same_answer_in_other_letters():
+    assert same_answer("The  Peso.", "peso") and same_answer("N'Djamena", "n’djamena")
+    assert not same_answer("peso peso", "peso") and not same_answer("Theo", "o") and not same_answer("", "Lima")
+
+
+@pytest.mark.parametrize("padding_side", ["left", "right"])
+@pytest.mark.parametrize("kind", ["opt", "blip2-llama"])
+def test_an_answer_goes_on_until_it_ends_by_itself(make_model, make_processor, kind, padding_side, monkeypatch):
+    """Each sample for itself, whatever the batch and the side of its padding; the budget is that of its own answer."""
+    model, processor = make_model(kind, seed=3), make_processor(padding_side)
+    longer = " ".join(["w1"] * 4)
+    samples = [Sample(p, a) for p, a in zip(PROMPTS, ("w1", "w1", longer, "w1"), strict=True)]
+    said = ended_answers(model, processor, samples)
+    assert said == [greedy(model, processor, s, 8 + 2 * len(s.answer.split())) for s in samples]
+    assert processor.tokenizer.padding_side == padding_side
+    # With each word a sentence of its own, as many words as the wanted answer has, and no pass after them.
+    monkeypatch.setattr(sys.modules[ended_answers.__module__], "_END", re.compile(r"\s"))
+    passes = []
+    decoder = model.language_model if kind.startswith("blip2") else model
+    decoder.register_forward_hook(lambda *_: passes.append(1))
+    assert ended_answers(model, processor, [samples[0]]) == [said[0].split()[0]]
+    assert len(passes) == 2
+    ends = [" ".join(text.split()[: len(s.answer.split())]) for text, s in zip(said, samples, strict=True)]
+    assert ended_answers(model, processor, samples) == ends

@@ -8,7 +8,12 @@ from unike_eval.suite import Request, Suite
 
 from unike_kernels.training import Sample
 
-UNEDITED = Observation(torch.tensor([[7]]), torch.tensor([True]), torch.tensor([1]))
+
+def seen(said):
+    return Observation(torch.tensor([[said]]), torch.tensor([True]), torch.tensor([1]), str(said), said == 1)
+
+
+UNEDITED = seen(7)
 
 
 class Recorder:
@@ -33,8 +38,7 @@ class Recorder:
         self.edits.clear()
 
     def observe(self, samples):
-        said = 1 if any(s in self.edits for s in samples) else 7
-        return [Observation(torch.tensor([[said]]), torch.tensor([True]), torch.tensor([1])) for _ in samples]
+        return [seen(1 if s in self.edits else 7) for s in samples]
 
 
 def requests(n):
@@ -81,10 +85,10 @@ def test_what_another_edit_of_the_sequence_is_about_is_left_out():
     first, second = Request("r0", "vqa", case, "wrong", about), requests(2)[1]
     assert first.apart(["r0", "r1"])["near_locality"] == [1, 2]
     assert first.apart(["r0"])["near_locality"] == [0, 1, 2] and first.apart([])["reliability"] == [0]
-    other = Observation(torch.tensor([[3]]), torch.tensor([True]), torch.tensor([1]))
+    other = seen(3)
     said = {**unedited(2), "r0": {"reliability": [UNEDITED], "near_locality": [other, UNEDITED, UNEDITED]}}
     rows = list(measure(Recorder(), [first, second], said, steps=2))
-    assert rows[0].scores["unike"] == {"reliability": 1.0, "near_locality": 1.0}
+    assert rows[0].scores["unike"] == rows[0].scores["generated"] == {"reliability": 1.0, "near_locality": 1.0}
     alone = list(measure(Recorder(), [first], said))
     assert alone[0].scores["unike"]["near_locality"] == pytest.approx(2 / 3)
 

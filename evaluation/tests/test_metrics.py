@@ -11,11 +11,11 @@ from unike_kernels.training import Sample
 from unike_kernels.training.samples import encode, forward
 
 
-def seen(first, answer, wanted=(), others=0):
+def seen(first, answer, wanted=(), others=0, said="", right=False):
     """First choices at each position; the nine behind them are `others`, `others` + 1, ..."""
     behind = torch.arange(100 + others, 109 + others).expand(len(first), 9)
     best = torch.cat([torch.tensor(first)[:, None], behind], 1)
-    return Observation(best, torch.tensor(answer, dtype=torch.bool), torch.tensor(wanted))
+    return Observation(best, torch.tensor(answer, dtype=torch.bool), torch.tensor(wanted), said, right)
 
 
 def test_token_accuracy_is_of_the_answers_first_choices():
@@ -63,9 +63,15 @@ def test_score_takes_means_over_samples_and_leaves_out_what_is_empty():
     assert score(before, after, "unike") == pytest.approx({"reliability": 0.0, "t_locality": 0.5, "m_locality": 1.0})
     half = {"reliability": [seen([1, 2], [1, 1], [1, 3]), seen([1, 3], [1, 1], [1, 3])]}
     assert (score({}, half, "unike"), score({}, half, "exact")) == ({"reliability": 0.75}, {"reliability": 0.5})
-    with pytest.raises(ValueError, match="protocol: expected one of mmedit, unike, exact; got 'vqa'"):
+    silent = {"near_locality": [seen([1, 2], [0, 0])]}  # without an answer there is nowhere to look
+    assert (score(silent, silent, "unike"), score(silent, silent, "mmedit")) == ({}, {"near_locality": 1.0})
+    said = {"reliability": [seen([], [], said="Lima", right=True), seen([], [], said="Lima Lima")]}
+    said |= {"t_locality": [seen([], [], said="The peso."), seen([], [], said="cold", right=True)]}
+    was = {"t_locality": [seen([], [], said="a Peso"), seen([], [], said="hot")]}
+    assert score(was, said, "generated") == {"reliability": 0.5, "t_locality": 0.5}
+    with pytest.raises(ValueError, match="protocol: expected one of generated, unike, mmedit, exact; got 'vqa'"):
         score(before, after, "vqa")
-    with pytest.raises(ValueError, match="protocol: expected one of mmedit, unike, exact; got 'vqa'"):
+    with pytest.raises(ValueError, match="protocol: expected one of generated, unike, mmedit, exact; got 'vqa'"):
         agreement(BEFORE, BEFORE, "vqa", False)
 
 
@@ -98,6 +104,7 @@ def test_observations_in_batches_are_those_one_by_one(
             assert torch.equal(one.best, other.best)
             assert torch.equal(one.answer, other.answer)
             assert torch.equal(one.wanted, other.wanted)
+            assert (one.said, one.right) == (other.said, other.right)
             words, placeholders = s.answer.split(), 4 * (s.image is not None)
             assert one.wanted.tolist() == [4 + int(w[1:]) for w in words]
             assert one.best.shape == (len(s.prompt.split()) + len(words) + placeholders - 1, 10)
@@ -108,7 +115,7 @@ class AsDouble:
     """A processor whose images are float64."""
 
     def __init__(self, processor):
-        self.processor = processor
+        self.processor, self.tokenizer = processor, processor.tokenizer
 
     def __call__(self, **kwargs):
         features = self.processor(**kwargs)
@@ -129,7 +136,7 @@ def test_a_case_from_before_to_after(make_model, make_edit, processor):
     case = Case(SAMPLES[0], rephrasings=(SAMPLES[1],), text_locality=(SAMPLES[2], SAMPLES[3]))
     assert list(case.groups()) == list(METRICS)
     before = observe_case(model, processor, case)
-    assert {name: len(o) for name, o in before.items()} == dict(zip(METRICS, (1, 1, 0, 2, 0, 0, 0), strict=True))
+    assert {name: len(o) for name, o in before.items()} == dict(zip(METRICS, (1, 1, 0, 2, 0, 0, 0, 0), strict=True))
     with uk.patched(model, [make_edit(model, "a")]):
         after = observe_case(model, processor, case)
     for protocol in PROTOCOLS:

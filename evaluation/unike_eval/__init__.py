@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from .answers import answers
+from .evaluate import Evaluation, evaluate
+from .files import Form, read_requests
 from .latency import LatencyRow, LatencyTable, measure_latency
 from .metrics import METRICS, PROTOCOLS, Case, Observation, observe, observe_case, score
 
@@ -10,12 +12,16 @@ __all__ = [
     "METRICS",
     "PROTOCOLS",
     "Case",
+    "Evaluation",
+    "Form",
     "LatencyRow",
     "LatencyTable",
     "Observation",
     "answers",
+    "evaluate",
     "measure_latency",
     "observe",
     "observe_case",
+    "read_requests",
     "score",
 ]

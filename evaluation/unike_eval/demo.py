@@ -101,7 +101,7 @@ def show(name: str, out: Path, *, seed: int = 0, reload: bool = False) -> int:
     _print_changes(changes)
     scores = {protocol: score(before[1], after[1], protocol) for protocol in PROTOCOLS}
     for protocol, values in scores.items():
-        print(f"{protocol:7s} " + "  ".join(f"{metric} {value:.1%}" for metric, value in values.items()))
+        print(f"{protocol:9s} " + "  ".join(f"{metric} {value:.1%}" for metric, value in values.items()))
 
     request = encode(scenario.processor, [Sample(scenario.case.request.prompt, "", scenario.case.request.image)])
     print(f"\n{measure_latency(scenario.model, request.inputs, [result.edit], made.memory)}\n")

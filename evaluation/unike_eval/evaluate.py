@@ -1,149 +1,151 @@
-"""`unike eval`: the paper's tables on the built-in suite."""
+"""Measuring edits of a model of one's own, in one call that can be interrupted."""
 
 from __future__ import annotations
 
-import argparse
-import importlib.util
-import platform
+import dataclasses
+import hashlib
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
-import torch
+from torch import nn
+from typing_extensions import override
 
-from unike_kernels import __version__
-from unike_kernels.artifacts.files import replacing, write_text
+from unike_kernels.artifacts.edit import Edit
+from unike_kernels.artifacts.fingerprint import fingerprint
+from unike_kernels.artifacts.memory import MemoryBank
+from unike_kernels.patching import patched
+from unike_kernels.training.samples import Sample
 
-from . import figures, speed, tables
-from .editors import EDITORS, UniKE
-from .experiments import BACKBONES, load, perform, table
-from .flags import flag_facts
-from .flags.accuracy import accuracies
-from .metrics import PROTOCOLS
-
-_PERCENTAGES = "Percentages with 95% confidence intervals over requests."
-
-
-HELP = "the paper's tables: editing systems on real images, measured"
-_TABLES = ("1", "2", "3", "4", "4a", "4b", "4c", "5a", "easyvqa", "countries", "flags", "search", "speed")
+from .editors.base import Editor
+from .editors.unike import UniKE
+from .measure import Estimate, Measured, before, figures
+from .metrics import METRICS, PROTOCOLS, Observation
+from .results import Results, resumed
+from .suite import Request
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What the command takes."""
-    parser.add_argument(
-        "--table",
-        nargs="+",
-        choices=_TABLES,
-        default=["1"],
-        help="1: one step; 2: sequences of one task; 3: of both; 4: ablation; 4a to 5a: the figures; easyvqa: one "
-        "step, about coloured shapes; countries: facts about them in a language model, 1, 10 and 100 in force; "
-        "flags: the same of pictures of flags, one step; "
-        "search: settings, on validation requests; speed: of editing (default: 1)",
-    )
-    parser.add_argument("--systems", nargs="+", metavar="NAME", help="only these, such as FT MEND UniKE")
-    parser.add_argument("--split", choices=("validation", "test"), default="test", help="(default: %(default)s)")
-    parser.add_argument("--requests", type=int, help="at most so many of each suite (default: all)")
-    parser.add_argument("--seed", type=int, default=0, help="of all training (default: %(default)s)")
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path("unike-eval"),
-        help="folder of the results; a run that was interrupted goes on from there (default: %(default)s)",
-    )
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured.
+
+    Attributes:
+        rows: each request with its scores in all protocols, in the order of the requests.
+    """
+
+    rows: tuple[Measured, ...]
+
+    def figures(self, protocol: str = "generated") -> dict[str, Estimate]:
+        """Metric, and their "mean" -> its estimate over requests. Raises ValueError for an unknown protocol."""
+        if protocol not in PROTOCOLS:
+            raise ValueError(f"protocol: expected one of {', '.join(PROTOCOLS)}; got {protocol!r}")
+        return figures(self.rows, protocol)
+
+    def __str__(self) -> str:
+        """A Markdown table, a protocol a line: percentages with their 95% confidence intervals over requests."""
+        found = {protocol: self.figures(protocol) for protocol in PROTOCOLS}
+        names = [m for m in (*METRICS, "mean") if any(m in of for of in found.values())]
+        lines = ["| protocol | " + " | ".join(names) + " |", "|" + " --- |" * (len(names) + 1)]
+        for protocol, of in found.items():
+            cells = (str(of[m]) if m in of else "" for m in names)
+            lines.append(f"| {protocol}: {PROTOCOLS[protocol]} | {' | '.join(cells)} |")
+        seconds = statistics.median(row.seconds for row in self.rows)
+        return "\n".join([*lines, "", f"{len(self.rows)} requests, {seconds:.2f} seconds an edit (median)."])
 
 
-def run(args: argparse.Namespace) -> int:
-    """See `write_tables`."""
-    chosen = {"names": args.table, "systems": args.systems, "split": args.split, "requests": args.requests}
-    return write_tables(args.out, **chosen, seed=args.seed)
-
-
-def write_tables(
-    out: Path,
+def evaluate(
+    model: nn.Module,
+    processor: Any,
+    requests: Sequence[Request],
+    edits: Sequence[Edit] | Editor | None = None,
     *,
-    names: list[str],
-    systems: list[str] | None = None,
-    split: Literal["validation", "test"] = "test",
-    requests: int | None = None,
-    seed: int = 0,
-) -> int:
-    """Perform the runs of these tables that are not yet in `out`, and write each as Markdown and CSV.
+    memory: MemoryBank | None = None,
+    steps: int = 1,
+    out: Path | str | None = None,
+    progress: bool = True,
+) -> Evaluation:
+    """Edit, measure and take back, request by request, in all protocols of `metrics`.
 
     Args:
-        out: a folder, created if it does not exist. What an interrupted run has measured stays there, and is not
-            measured again.
-        names: of tables, see `experiments.table`; "5a" is Figure 5a.
-        systems: only these; None: all.
-        split: "validation" or "test", whose requests are edited.
-        requests: at most so many of them, the first ones; None: all.
-        seed: of everything that is random.
-
-    Returns:
-        The exit status.
+        model: a Hugging Face model, not patched; it is as it was afterwards.
+        processor: its processor or tokenizer.
+        requests: see `read_requests`.
+        edits: trained ones, each with the id of its request; or a system that makes them, fitted if it learns from
+            other requests (`unike_eval.editors`); None: the library's own neurons, trained here without a memory.
+        memory: that is in force with trained edits.
+        steps: edits that are in force together when their requests are measured; what is left over is left out.
+        out: a folder, created if it does not exist, in which each request is kept in evaluation.jsonl once it is
+            measured: a second call goes on where the first one was interrupted. None: nothing is kept.
+        progress: show how far it is (see UNIKE_PROGRESS).
 
     Raises:
-        ValueError: an unknown table or system, no requests; or `out` holds results of other settings.
+        ValueError: fewer requests than steps, ids that are not distinct, requests without an edit; a memory without
+            trained edits; or `out` holds the results of another run.
     """
-    unknown = [name for name in systems or () if name not in EDITORS]
-    if unknown:
-        raise ValueError(f"systems: expected some of {', '.join(EDITORS)}; got {unknown[0]!r}")
-    if "search" in names and split != "validation":
-        raise ValueError("split: settings are searched for on validation requests alone; say --split validation")
-    if requests is not None and requests < 1:
-        raise ValueError(f"requests: expected a positive number, got {requests}")
-    for name in names:
-        if name == "5a":
-            _spaces(out, requests, seed)
-            continue
-        if name == "speed":
-            _speed(out, requests)
-            continue
-        runs = [r for r in table(name) if systems is None or r.system in systems]
-        if not runs:
-            raise ValueError(f"systems: table {name} has no run of {' or '.join(systems or ())}")
-        found = []
-        for number, each in enumerate(runs, 1):
-            print(f"[table {name}: {number}/{len(runs)}] {each.name}", flush=True)
-            found.append((each, perform(each, out, split=split, limit=requests, seed=seed)))
-        text = f"# Table {name}\n\n{_environment(split, seed)}. {_PERCENTAGES}\n"
-        if name == "search":
-            text += f"\n{tables.choice(found)}"
-        if name == "flags":
-            text += f"\n## The unedited model\n\n{accuracies(*load('flags-smollm2'), flag_facts()['test'])}"
-        for protocol in PROTOCOLS:
-            text += f"\n## Protocol {protocol}\n\n{tables.markdown(found, protocol)}"
-            write_text(out / f"table-{name}-{protocol}.csv", tables.as_csv(found, protocol))
-        write_text(out / f"table-{name}.md", text)
-        if name in ("4a", "4b", "4c") and importlib.util.find_spec("matplotlib"):
-            of_unike = [(run, rows) for run, rows in found if run.system == UniKE.name]
-            _write(out / f"figure-{name}.png", figures.sweep(of_unike, "unike"))
-        print(f"\n{text}\nwritten: table-{name}.md and .csv in {out}")
-    return 0
+    requests = list(requests)
+    ids = [request.id for request in requests]
+    if not 1 <= steps <= len(requests):
+        raise ValueError(f"steps: expected 1 to {len(requests)}, as there are so many requests; got {steps}")
+    if len(set(ids)) < len(ids):
+        raise ValueError(f"requests: expected distinct ids, got {next(id for id in ids if ids.count(id) > 1)!r} twice")
+    if isinstance(edits, Editor | None):
+        if memory is not None:
+            raise ValueError("memory: expected trained edits with it; systems make their own")
+        editor = edits or UniKE(model, processor, latent=False)
+    else:
+        by_id = {edit.id: edit for edit in edits}
+        missing = [id for id in ids if id not in by_id]
+        if missing:
+            raise ValueError(f"edits: expected one with the id of each request, got none for {', '.join(missing[:5])}")
+        made = {id(request.case.request): by_id[request.id] for request in requests}
+        editor = _Trained(model, processor, made, memory)
+    results = None if out is None else Results(Path(out) / "evaluation.jsonl", _header(editor, model, requests, steps))
+    rows = resumed(
+        results, requests, lambda: editor, lambda some: before(model, processor, some),
+        steps=steps, name="evaluate", progress=progress,
+    )  # fmt: skip
+    return Evaluation(tuple(rows))
 
 
-def _spaces(out: Path, requests: int | None, seed: int) -> None:
-    """Figure 5a of each backbone, of its training requests."""
-    for backbone in BACKBONES:
-        found, told = figures.spaces(backbone, limit=requests, seed=seed)
-        _write(out / f"figure-5a-{backbone}.png", figures.visualized(found, told, seed))
-        print(f"{told}\nwritten: figure-5a-{backbone}.png in {out}")
+class _Trained(Editor):
+    """Edits that were trained before: of the request with this `id()` that one."""
+
+    name = "trained edits"
+
+    def __init__(self, model: nn.Module, processor: Any, made: Mapping[int, Edit], memory: MemoryBank | None) -> None:
+        super().__init__(model, processor)
+        self._made, self._memory, self._edits = made, memory, list[Edit]()
+
+    @override
+    def edit(self, request: Sample) -> None:
+        self._edits.append(self._made[id(request)])
+
+    @override
+    def reset(self) -> None:
+        self._edits.clear()
+
+    @override
+    def observe(self, samples: Sequence[Sample]) -> list[Observation]:
+        with patched(self.model, self._edits, self._memory):
+            return super().observe(samples)
 
 
-def _speed(out: Path, requests: int | None) -> None:
-    """How long editing takes with the threads that torch has here."""
-    lines = [speed.editing_speed(backbone, requests or 24).markdown() for backbone in BACKBONES]
-    told = f"{_environment('validation', 0)}, {torch.get_num_threads()} threads."
-    text = "\n".join(["# Speed of editing", "", told, "", speed.HEADER, *lines, ""])
-    write_text(out / "table-speed.md", text)
-    print(f"{text}\nwritten: table-speed.md in {out}")
-
-
-def _write(path: Path, content: bytes) -> None:
-    with replacing(path) as file:
-        file.write(content)
-
-
-def _environment(split: str, seed: int) -> str:
-    return (
-        f"{split} requests, seed {seed}; unike-kernels {__version__}, torch {torch.__version__}, Python "
-        f"{platform.python_version()}, {platform.machine()}"
-    )
+def _header(editor: Editor, model: nn.Module, requests: Sequence[Request], steps: int) -> dict[str, str]:
+    """What tells a run from others."""
+    settings = {
+        name: value
+        for name, value in sorted(vars(editor).items())
+        if not name.startswith("_") and (isinstance(value, int | float | str) or dataclasses.is_dataclass(value))
+    }
+    asked = repr([(r.id, r.case.request.question, r.case.request.answer) for r in requests])
+    return {
+        "system": editor.name,
+        "settings": repr(settings),
+        "model": json.dumps(fingerprint(model), sort_keys=True),
+        "requests": hashlib.sha256(asked.encode()).hexdigest(),
+        "steps": str(steps),
+        "protocols": " ".join(PROTOCOLS),
+    }

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
-import json
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,20 +12,17 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
-
-from unike_kernels.artifacts.files import write_text
-from unike_kernels.training import EditTraining, ScopeTraining
 
 from .builtin_suite import WORLDS, world_suite
 from .countries import countries_suite
-from .editors import EDITORS, IKE, FineTune, IntrinsicIKE, TPatcher, UniKE
+from .editors import IKE, FineTune, IntrinsicIKE, TPatcher, UniKE, make_editor
 from .editors.base import Editor
 from .flags import flags_suite, load_flags
-from .measure import Measured, Observed, before, measure
+from .measure import Measured, Observed, before
 from .metrics import PROTOCOLS
 from .models import smollm2
-from .settings import CANDIDATES, DEFAULTS, SCOPED, Settings, told
+from .results import Results, resumed
+from .settings import CANDIDATES, DEFAULTS, REAL, REAL_CANDIDATES, SCOPED, Settings, told
 from .suite import Request, Suite, Task
 
 Backbone = Literal["digits-opt", "digits-llama", "easyvqa-opt", "easyvqa-llama", "countries-smollm2", "flags-smollm2"]
@@ -65,10 +60,7 @@ class Run:
 
     def editor(self, model: nn.Module, processor: Any, seed: int = 0) -> Editor:
         """The system, not fitted."""
-        system, settings = EDITORS[self.system], {**DEFAULTS.get(self.system, {}), **self.settings}
-        if "seed" in inspect.signature(system).parameters:
-            settings["seed"] = seed
-        return system(model, processor, **settings)
+        return make_editor(self.system, model, processor, seed, **{**DEFAULTS.get(self.system, {}), **self.settings})
 
 
 def suite(backbone: Backbone, model: nn.Module, processor: Any, tasks: Tasks) -> Suite:
@@ -90,7 +82,8 @@ def suite(backbone: Backbone, model: nn.Module, processor: Any, tasks: Tasks) ->
         for name in ("train", "validation", "test")
     }
     preserve = [*parts[0].preserve, *parts[1].preserve]
-    return Suite(f"{world}-both", **split, preserve=preserve, facts=parts[0].facts)  # those of the world
+    requests = split["train"], split["validation"], split["test"]
+    return Suite(f"{world}-both", *requests, preserve, parts[0].facts, parts[0].ended)  # those of the world
 
 
 @dataclass
@@ -144,26 +137,16 @@ def perform(
     wanted = list(getattr(setting.suite, split))[:limit]
     if len(wanted) < run.steps:
         raise ValueError(f"requests: expected at least {run.steps} for a sequence of {run.name}, got {len(wanted)}")
-    wanted = wanted[: len(wanted) // run.steps * run.steps]
-    file = out / split / f"{run.name}.jsonl"
-    done = _load(file, run, seed)
-    # Sequences are begun anew: what was edited before is not kept.
-    start = len([r for r in wanted if r.id in done]) // run.steps * run.steps
-    left = wanted[start:]
-    if left:
+
+    def fitted() -> Editor:
         editor = run.editor(setting.model, setting.processor, seed)
         _sow(seed)
         editor.fit(setting.suite)
-        unedited = setting.before(left)
         _sow(seed)
-        out_of = tqdm(
-            measure(editor, left, unedited, steps=run.steps), run.name, len(wanted), initial=start, leave=False
-        )
-        for measured in out_of:
-            if measured.id not in done:
-                _append(file, measured)
-                done[measured.id] = measured
-    return [done[r.id] for r in wanted]
+        return editor
+
+    results = Results(out / split / f"{run.name}.jsonl", _header(run, seed))
+    return resumed(results, wanted, fitted, setting.before, steps=run.steps, name=run.name)
 
 
 def _sow(seed: int) -> None:
@@ -179,31 +162,6 @@ def _header(run: Run, seed: int) -> dict[str, str]:
         "settings": repr(sorted(settings.items())),
         "protocols": " ".join(PROTOCOLS),
     }
-
-
-def _load(file: Path, run: Run, seed: int) -> dict[str, Measured]:
-    """What is there of the run; a new file gets its first line. A line that was cut off is dropped."""
-    header = _header(run, seed)
-    if not file.exists():
-        write_text(file, json.dumps(header) + "\n")
-        return {}
-    text = file.read_text(encoding="utf-8")
-    whole = text[: text.rfind("\n") + 1]
-    try:
-        first, *lines = [json.loads(line) for line in whole.splitlines()]
-        found = {line["id"]: Measured(line["id"], line["scores"], line["seconds"]) for line in lines}
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file}: not a file of results: {error}") from error
-    if first != header:
-        raise ValueError(f"{file}: holds results of {first}, not of {header}; give another folder")
-    if whole != text:
-        write_text(file, whole)
-    return found
-
-
-def _append(file: Path, measured: Measured) -> None:
-    with open(file, "a", encoding="utf-8") as stream:
-        stream.write(json.dumps(dataclasses.asdict(measured)) + "\n")
 
 
 # As the paper trains an edit: each step sees the whole prompt.
@@ -259,14 +217,13 @@ _NEIGHBOURS = [
 ]
 
 
-# The share of 0.3 and 0.4 that is best on validation requests; where the memory decides, nothing else is held on to.
-_REAL: Settings = {"latent": False, "preserve": False, "training": EditTraining(end=False, prompt_dropout=0.4)}
-_COUNTRIES = [
-    (UniKE.name, "UniKE, edits act everywhere", _REAL),
-    (UniKE.name, "UniKE, scope", {**_REAL, "scope": ScopeTraining()}),
+# On real facts every system, each with the settings that its search found; and UniKE's edits without a scope.
+_COUNTRIES: list[tuple[str, str, Settings]] = [
+    *((name, "UniKE, scope" if name == UniKE.name else "", settings) for name, settings in REAL.items()),
+    (UniKE.name, "UniKE, edits act everywhere", {**REAL[UniKE.name], "scope": None}),
 ]
 # KE, MEND and SERAC learn for long on a model of this size; IKE would have to show the pictures of its examples.
-_FLAGS = [(FineTune.name, "", {}), (TPatcher.name, "", {}), *_COUNTRIES]
+_FLAGS = [system for system in _COUNTRIES if system[0] in (FineTune.name, TPatcher.name, UniKE.name)]
 
 
 def table(name: str) -> list[Run]:
@@ -274,8 +231,9 @@ def table(name: str) -> list[Run]:
 
     Args:
         name: "1" (one step), "2" (10 and 20 steps), "3" (both tasks in one sequence), "4" (ablation), "4a" (K), "4b"
-            (fixed alphas), "4c" (directions of zeta); "easyvqa" (one step, the second world); "search" (all candidates
-            for the settings of each system).
+            (fixed alphas), "4c" (directions of zeta); "easyvqa" (one step, the second world); "countries" (real facts:
+            one edit, ten and a hundred in force); "search" and "countries-search" (all candidates for the settings of
+            each system).
     """
     both: Sequence[Tasks] = ("vqa", "caption")
     runs: dict[str, Iterable[Run]] = {
@@ -289,6 +247,11 @@ def table(name: str) -> list[Run]:
         "easyvqa": (Run(b, "vqa", *_system(1, s)) for b in SECOND for s in _SYSTEMS),
         "countries": (Run("countries-smollm2", "vqa", *_system(n, s)) for n in (1, 10, 100) for s in _COUNTRIES),
         "flags": (Run("flags-smollm2", "vqa", *_system(1, s)) for s in _FLAGS),
+        "countries-search": (
+            Run("countries-smollm2", "vqa", name, variant=told(c), settings=c)
+            for name, candidates in REAL_CANDIDATES.items()
+            for c in candidates
+        ),
         "search": (
             Run(b, "both", name, variant=told(c), settings=c)
             for name, candidates in CANDIDATES.items()

@@ -12,10 +12,10 @@ from typing import Any
 from torch import nn
 
 from .editors.base import Editor
-from .metrics import PROTOCOLS, Observation, observe_case, score
+from .metrics import METRICS, PROTOCOLS, Observation, in_groups, observe_case, score
 from .suite import Request
 
-_TOGETHER = 8  # one-step edits that a system may make at once
+TOGETHER = 8  # one-step edits that a system may make at once
 
 Observed = Mapping[str, list[Observation]]
 
@@ -55,6 +55,14 @@ def estimate(values: Sequence[float]) -> Estimate:
     return Estimate(statistics.fmean(values), 1.96 * error, len(values))
 
 
+def figures(rows: Sequence[Measured], protocol: str) -> dict[str, Estimate]:
+    """Metric, and "mean" of the metrics of a request but for portability -> its estimate over requests."""
+    scores = [r.scores[protocol] for r in rows]
+    found = {m: estimate(values) for m in METRICS if (values := [s[m] for s in scores if m in s])}
+    means = [statistics.fmean(value for m, value in s.items() if m != "portability") for s in scores]
+    return found | {"mean": estimate(means)}
+
+
 def before(model: nn.Module, processor: Any, requests: Sequence[Request]) -> dict[str, Observed]:
     """Request id -> what the model says before any edit."""
     return {r.id: observe_case(model, processor, r.case) for r in requests}
@@ -76,8 +84,8 @@ def measure(
 
     def edit(number: int) -> float:
         nonlocal foreseen
-        if number % _TOGETHER == 0 and (steps == 1 or editor.independent):
-            batch = requests[number : number + _TOGETHER]
+        if number % TOGETHER == 0 and (steps == 1 or editor.independent):
+            batch = requests[number : number + TOGETHER]
             began = time.perf_counter()
             editor.prepare([request.case.request for request in batch])
             foreseen = (time.perf_counter() - began) / len(batch)
@@ -91,7 +99,7 @@ def measure(
             for request, took in zip(sequence, seconds, strict=True):
                 groups, before = request.case.groups(), unedited[request.id]
                 kept = {name: places for name, places in request.apart(edited).items() if places}
-                after = {name: editor.observe([groups[name][i] for i in at]) for name, at in kept.items()}
+                after = in_groups(editor.observe, {name: [groups[name][i] for i in at] for name, at in kept.items()})
                 said = {name: [before[name][i] for i in at] for name, at in kept.items()}
                 scores = {protocol: score(said, after, protocol) for protocol in PROTOCOLS}
                 yield Measured(request.id, scores, took)

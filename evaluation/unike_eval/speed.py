@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from unike_kernels.training import EditResult, build_memory, extract, train_edits
 
@@ -64,6 +64,7 @@ def editing_speed(backbone: Backbone, edits: int = 24) -> Speed:
     extracting = time.perf_counter() - start
     start = time.perf_counter()
     config, encoders = settings["config"], settings["encoders"]
+    training = replace(settings["training"], end=tested.ended)
     memory = build_memory(model, processor, triplets, config=config, training=encoders, progress=False).memory
     building = time.perf_counter() - start
     requests = [request.case.request for request in tested.validation[:edits]]
@@ -72,7 +73,7 @@ def editing_speed(backbone: Backbone, edits: int = 24) -> Speed:
         began = time.perf_counter()
         results = train_edits(
             model, processor, [requests[i] for i in wanted], memory, preserve=tested.preserve,
-            training=settings["training"], batch_size=batch_size, progress=False,
+            training=training, batch_size=batch_size, progress=False,
         )  # fmt: skip
         return time.perf_counter() - began, results
 

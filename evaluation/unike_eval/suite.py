@@ -31,6 +31,7 @@ class Request:
     case: Case
     wrong: str
     about: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    subject: str = ""
 
     def apart(self, edited: Collection[str]) -> dict[str, list[int]]:
         """Metric -> which of its samples are not about facts of other edited requests."""
@@ -59,6 +60,8 @@ class Suite:
         test: for the figures that are reported.
         preserve: questions that the model answers, on which training may hold it; none of them is measured.
         facts: for training, each asked for in several ways, from which a scope learns to tell facts apart.
+        ended: edits are trained to end the model's turn after their answer, without which generated answers may go on;
+            in the paper's worlds they are not.
     """
 
     name: str
@@ -67,6 +70,12 @@ class Suite:
     test: Sequence[Request]
     preserve: Sequence[Sample]
     facts: Sequence[Fact] = ()
+    ended: bool = False
+
+    def subjects(self) -> dict[str, str]:
+        """Prompt of a request -> its subject, where that is known."""
+        requests = [*self.train, *self.validation, *self.test]
+        return {r.case.request.prompt: r.subject for r in requests if r.subject}
 
     def __post_init__(self) -> None:
         ids = [r.id for split in (self.train, self.validation, self.test) for r in split]

@@ -8,20 +8,12 @@ import statistics
 from collections.abc import Sequence
 
 from .experiments import Run
-from .measure import Estimate, Measured, estimate
+from .measure import Measured, figures
 from .metrics import METRICS
 
 Results = Sequence[tuple[Run, Sequence[Measured]]]
-_COLUMNS = ("backbone", "tasks", "steps", "system", *METRICS, "mean", "requests", "seconds an edit")
 _NEEDED = 0.9  # reliability of the systems that the paper has there; below it the reason is to be found
 _EXPECTED = ("KE", "MEND", "IKE", "SERAC")
-
-
-def figures(rows: Sequence[Measured], protocol: str) -> dict[str, Estimate]:
-    """Metric, and "mean" of the metrics of a request -> its estimate over requests."""
-    scores = [r.scores[protocol] for r in rows]
-    found = {m: estimate(values) for m in METRICS if (values := [s[m] for s in scores if m in s])}
-    return found | {"mean": estimate([statistics.fmean(r.scores[protocol].values()) for r in rows])}
 
 
 def _cells(run: Run, rows: Sequence[Measured], protocol: str) -> dict[str, str]:
@@ -39,10 +31,11 @@ def _cells(run: Run, rows: Sequence[Measured], protocol: str) -> dict[str, str]:
 
 def markdown(results: Results, protocol: str) -> str:
     """A line for each run; percentages with their 95% confidence intervals over requests."""
-    lines = ["| " + " | ".join(_COLUMNS) + " |", "|" + " --- |" * len(_COLUMNS)]
-    for run, rows in results:
-        cells = _cells(run, rows, protocol)
-        lines.append("| " + " | ".join(cells.get(column, "") for column in _COLUMNS) + " |")
+    table = [_cells(run, rows, protocol) for run, rows in results]
+    measured = [m for m in METRICS if any(m in cells for cells in table)]
+    columns = ("backbone", "tasks", "steps", "system", *measured, "mean", "requests", "seconds an edit")
+    lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
+    lines += ["| " + " | ".join(cells.get(column, "") for column in columns) + " |" for cells in table]
     return "\n".join(lines) + "\n"
 
 
@@ -60,14 +53,14 @@ def as_csv(results: Results, protocol: str) -> str:
     return out.getvalue()
 
 
-def choice(results: Results) -> str:
-    """Each system's candidates, best first, by the mean over backbones, metrics and the protocols of the tables.
+def choice(results: Results, protocols: Sequence[str]) -> str:
+    """Each system's candidates, best first, by the mean over backbones, metrics and these protocols.
 
-    A backbone counts as much as another; the protocol "exact" is left out, as it says what "unike" says.
+    A backbone counts as much as another.
     """
     scores: dict[tuple[str, str], list[float]] = {}
     for run, rows in results:
-        means = [figures(rows, protocol)["mean"].mean for protocol in ("unike", "mmedit")]
+        means = [figures(rows, protocol)["mean"].mean for protocol in protocols]
         scores.setdefault((run.system, run.variant), []).append(statistics.fmean(means))
     lines = ["| system | settings | mean |", "| --- | --- | --- |"]
     for system in dict.fromkeys(system for system, _ in scores):

@@ -46,7 +46,7 @@ def test_edits_are_trained_saved_and_told(model, tmp_path, capsys):
     out = tmp_path / "out"
     assert main(["edit", str(model), str(written(tmp_path, rows)), "--chat", "--out", str(out), "--steps", "60"]) == 0
     said = capsys.readouterr().out.splitlines()
-    assert said[0] == "fields that are not used: note"
+    assert said[0] == "fields that are not known: note"
     assert said[1].split() == ["edit", "prompt", "target", "met", "steps", "loss", "divergence", "rephrasings"]
     assert said[2].split()[:4] == ["ann", "Who?", "Ann", "yes"] and said[2].endswith("1 of 2")
     assert said[3].split()[:4] == ["edit-1", "Where?", "Bo", "yes"] and said[3].endswith("-")
@@ -130,10 +130,9 @@ def test_forms_of_rows(name, tmp_path):
         assert [s.prompt for s in request.rephrasings] == ["R", "S"][: 1 if name == "zsre" else 2]
         assert {s.answer for s in request.rephrasings} == {"T"}
         assert [s.prompt for s in request.preserve] == ["K", "L"][: 1 if name == "zsre" else 2]
-        assert [s.answer for s in request.preserve] == {"easyedit": ["k", "l"], "zsre": ["k"]}.get(name, ["", ""])
-        assert (
-            unused == {"own": [], "easyedit": ["ground_truth"], "counterfact": ["target_true"], "zsre": ["pred"]}[name]
-        )
+        wanted = {"own": ["", ""], "easyedit": ["k", "l"], "counterfact": ["N", "N"], "zsre": ["k"]}[name]
+        assert [s.answer for s in request.preserve] == wanted
+        assert (request.wrong, unused) == ("" if name == "own" else "N", [])
         if name != "own":
             ((triplet,), _) = read_triplets(file, form(tmp_path))
             assert (triplet.prompt, triplet.positive, triplet.negative) == ("P", "T", "N")
@@ -148,8 +147,11 @@ def test_rows_about_images_in_a_chat_and_in_a_template(tmp_path):
     }  # fmt: skip
     file = written(tmp_path, [row])
     ((request,), unused) = read_edits(file, form(tmp_path, template="Question: {} Answer:"))
-    assert request.sample.prompt == "Question: What is it? Answer:" and request.sample.image.size == (4, 4)
-    assert request.rephrasings[0].image is request.sample.image and unused == ["pred"]
+    assert (request.sample.prompt, request.sample.image) == (
+        "Question: What is it? Answer:",
+        str(tmp_path / "seen/a.png"),
+    )
+    assert request.rephrasings[0].image == request.sample.image and unused == []
     assert [len(sample.images) for sample in request.preserve] == [0, 1]
     ((request,), _) = read_edits(file, form(tmp_path, chat=True))
     assert request.sample.messages == [{"role": "user", "content": "What is it?"}] and len(request.sample.images) == 1
@@ -166,7 +168,7 @@ def test_rows_about_images_in_a_chat_and_in_a_template(tmp_path):
         ("a.yaml", "a: [", "a.yaml: while parsing a flow"),
         ("a.json", "[]", "a.json: expected at least one row, got none"),
         ("a.json", "[3]", "row 0: expected an object of fields, got 3"),
-        ("a.json", '[{"target": "b"}]', r"row 0: prompt: expected a text \(in one of prompt, src\), got None"),
+        ("a.json", '[{"target": "b"}]', r"row 0: prompt: expected a text \(in one of prompt, src, text\), got None"),
         ("a.json", '[{"prompt": "a", "target": 3}]', "row 0: target: expected a text .* got 3"),
         ("a.json", '[{"prompt": "a", "target": "b", "rephrase": 3}]', "rephrasings: expected a text or a list"),
         ("a.json", '[{"prompt": "a", "target": "b", "preserve": [3]}]', "preserve: expected texts, or objects"),

@@ -26,33 +26,43 @@ _SHOWN = 40  # characters of a prompt, and of a target
 
 _FIELDS = """
 A row has a prompt (or messages) and a target, and may have an image, rephrasings, preserve and an id. The names of
-EasyEdit's, ZsRE's, CounterFact's and MMEdit's files are understood as well: src, target_new, alt, rephrase_prompt,
-rephrase, subject, locality, loc, m_loc and others. All edits are held to what the model says to all that the file's
-rows preserve.
+EasyEdit's, KnowEdit's, ZsRE's, CounterFact's, MMEdit's and VLKEB's files are understood as well: src, target_new, alt,
+rephrase_prompt, rephrase, subject, locality, loc, m_loc and others. All edits are held to what the model says to all
+that the file's rows preserve.
 """
 
 
-def add_form(parser: argparse.ArgumentParser) -> None:
-    """What says how a file is meant, and the model; `unike memory` takes it too."""
+def add_arguments_of_files(parser: argparse.ArgumentParser) -> None:
+    """The model and the file; `unike memory` takes them too."""
     parser.add_argument("model", help=NAMES)
     parser.add_argument("file", type=Path, help="JSON, JSONL or YAML: a row or a list of rows")
+    add_form(parser)
+
+
+def add_form(parser: argparse._ActionsContainer) -> None:
+    """What says how a file is meant, and where the model is."""
     parser.add_argument("--images", type=Path, help="folder that images' paths start from (default: the file's)")
     parser.add_argument("--chat", action="store_true", help="prompts are what a user says in a chat")
     parser.add_argument(
         "--template", default="{}", help="that prompts are put into, such as 'Question: {} Short answer:'"
+    )
+    parser.add_argument(
+        "--question",
+        help="the same for questions about unrelated images, where prompts are no questions: MMEdit's captions "
+        "(default: --template)",
     )
     parser.add_argument("--device", help="(default: a GPU, if there is one)")
 
 
 def form_of(args: argparse.Namespace) -> Form:
     """How the file is meant."""
-    return Form(args.chat, args.template, args.images or args.file.parent)
+    return Form(args.chat, args.template, args.images or args.file.parent, args.question)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What the command takes."""
     parser.epilog = _FIELDS
-    add_form(parser)
+    add_arguments_of_files(parser)
     parser.add_argument("--out", type=Path, required=True, help="folder for <id>.safetensors and report.json")
     parser.add_argument(
         "--memory", type=Path, help="a memory, which is in force as at inference; its scope decides where edits act"
@@ -103,7 +113,7 @@ def run(args: argparse.Namespace) -> int:
         if Path(request.id).name != request.id or not request.id.isprintable():
             raise ArtifactError(f"{args.file}: id: expected a name for a file, got {request.id!r}")
     if unused:
-        print(f"fields that are not used: {', '.join(unused)}")
+        print(f"fields that are not known: {', '.join(unused)}")
     memory = None if args.memory is None else MemoryBank.load(args.memory)
     training = EditTraining(steps=args.steps)
     model, processor = load(args.model, args.device)

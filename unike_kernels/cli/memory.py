@@ -8,7 +8,7 @@ from pathlib import Path
 from ..artifacts.memory import MemoryBank
 from ..config import Config
 from ..training import build_memory, extend_memory
-from .edit import add_form, form_of
+from .edit import add_arguments_of_files, form_of
 from .models import load
 from .rows import read_triplets
 
@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "A row has a prompt (or messages), positive, the true answer, and negative, the model's wrong one, and may "
         "have an image; MMEdit's src, alt and pred are understood, too."
     )
-    add_form(parser)
+    add_arguments_of_files(parser)
     parser.add_argument("--out", type=Path, required=True, help="file of the memory")
     parser.add_argument("--extend", type=Path, help="a memory that is added to; its encoders stay as they are")
     parser.add_argument("--layers", type=int, nargs="+", help="(default: those of --extend, else the last four)")
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     triplets, unused = read_triplets(args.file, form_of(args))
     old = None if args.extend is None else MemoryBank.load(args.extend)
     if unused:
-        print(f"fields that are not used: {', '.join(unused)}")
+        print(f"fields that are not known: {', '.join(unused)}")
     model, processor = load(args.model, args.device)
     if old is not None:
         memory = extend_memory(model, processor, old, triplets, store=args.store)

@@ -87,7 +87,7 @@ def fact_suite(
     requests = {part: list(_requests(asked(part, processor), of, model, preserve)) for part, of in split.items()}
     learning = asked("train", processor)
     known = [training.Fact(learning.learned(fact), fact.country, fact.relation) for fact in split["train"]]
-    return Suite(name, requests["train"], requests["validation"], requests["test"], preserve, known)
+    return Suite(name, requests["train"], requests["validation"], requests["test"], preserve, known, ended=True)
 
 
 def _requests(asked: Asked, of: Sequence[Fact], model: nn.Module, preserve: list[Sample]) -> Iterator[Request]:
@@ -123,7 +123,7 @@ def _requests(asked: Asked, of: Sequence[Fact], model: nn.Module, preserve: list
             "near_locality": [_id(split, f) for f in neighbours],
             "subject_locality": [_id(split, f) for f in siblings],
         }
-        yield Request(_id(split, fact), "vqa", case, found.split("\n")[0].strip(), about)
+        yield Request(_id(split, fact), "vqa", case, found.split("\n")[0].strip(), about, fact.country)
 
 
 def _id(split: Split, fact: Fact) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -29,16 +29,25 @@ class Editor(ABC):
     Attributes:
         independent: whether an edit is what it is whatever others are in force, so that those of a sequence may be
             prepared, too.
+        learns: whether `fit` needs training requests.
+        ended: whether edits are trained to end the model's turn after their answer, see `Suite`.
     """
 
     name: ClassVar[str]
     independent: bool = False
+    learns: ClassVar[bool] = False
+    ended: bool = True
 
     def __init__(self, model: nn.Module, processor: Any) -> None:
         self.model, self.processor = model, processor
 
-    def fit(self, suite: Suite) -> None:  # noqa: B027 (some systems learn nothing)
+    def fit(self, suite: Suite) -> None:
         """Learn what the system needs to know before it edits, from suite.train and suite.preserve."""
+        self.ended = suite.ended
+        self.learn(suite)
+
+    def learn(self, suite: Suite) -> None:  # noqa: B027 (some systems learn nothing)
+        """What `fit` does for this system."""
 
     def prepare(self, requests: Sequence[Sample]) -> None:  # noqa: B027 (most systems gain nothing by it)
         """Prepare for edits that will be made of these requests, each without the others: several may be faster."""
@@ -53,11 +62,19 @@ class Editor(ABC):
 
     def observe(self, samples: Sequence[Sample]) -> list[Observation]:
         """What the edited model says; see `metrics.observe`."""
-        return observe(self.model, self.processor, samples)
+        return observe(self.model, self.processor, samples, within=self.within)
+
+    def within(self, batch: Batch) -> AbstractContextManager[None]:
+        """What a pass over these prompts, with answers or without, is made in."""
+        return nullcontext()
 
     def encode(self, samples: Sequence[Sample]) -> Batch:
         """As tokens, where the model is."""
         return encode(self.processor, samples, device_of(self.model))
+
+    def targets(self, requests: Sequence[Sample]) -> Batch:
+        """The same of what an edit shall make the model say, with the end of its turn where that is trained."""
+        return encode(self.processor, requests, device_of(self.model), ended=self.ended)
 
 
 def answer_loss(model: nn.Module, batch: Batch) -> Tensor:
@@ -89,11 +106,16 @@ def only(model: nn.Module, parameters: Sequence[nn.Parameter]) -> Iterator[None]
 
 
 class WeightEditor(Editor):
-    """A system that writes to the last layer's FFN."""
+    """A system that writes to some weights.
 
-    def __init__(self, model: nn.Module, processor: Any) -> None:
+    Args:
+        model, processor: see `Editor`.
+        parameters: these; None: the last layer's FFN.
+    """
+
+    def __init__(self, model: nn.Module, processor: Any, parameters: Sequence[nn.Parameter] | None = None) -> None:
         super().__init__(model, processor)
-        self.parameters = last_ffn(model)
+        self.parameters = last_ffn(model) if parameters is None else list(parameters)
         self._before = [p.detach().clone() for p in self.parameters]
 
     @override
@@ -101,3 +123,16 @@ class WeightEditor(Editor):
     def reset(self) -> None:
         for p, before in zip(self.parameters, self._before, strict=True):
             p.copy_(before)
+
+
+def down_projection(model: nn.Module, layer: int) -> nn.Linear:
+    """The matrix that ends a layer's FFN: its inputs are the keys, its outputs the values of what the layer knows.
+
+    Raises UnsupportedModelError if the FFN is not dense, and ValueError if the matrix is no nn.Linear.
+    """
+    found = find_decoder(model).layers[layer]
+    out = found.weights().w_out
+    for module in found.module.modules():
+        if isinstance(module, nn.Linear) and module.weight.data_ptr() == out.data_ptr():
+            return module
+    raise ValueError(f"model: expected the FFN of layer {layer} to end with an nn.Linear")

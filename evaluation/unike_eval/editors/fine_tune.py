@@ -43,7 +43,7 @@ class FineTune(WeightEditor):
 
     @override
     def edit(self, request: Sample) -> None:
-        batch = self.encode([request])
+        batch = self.targets([request])
         with evaluating(self.model), only(self.model, self.parameters):
             optimizer = torch.optim.Adam(self.parameters, self.lr)
             for step in range(self.steps):

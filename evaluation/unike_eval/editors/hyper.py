@@ -34,6 +34,7 @@ class HyperEditor(Editor):
         seed: of the network and the order of requests.
     """
 
+    learns = True
     network: nn.Module
 
     def __init__(
@@ -76,7 +77,7 @@ class HyperEditor(Editor):
         """Name of a linear -> what is added to its weight; differentiable in the network's parameters."""
 
     @override
-    def fit(self, suite: Suite) -> None:
+    def learn(self, suite: Suite) -> None:
         rng = Random(self.seed)
         optimizer = torch.optim.Adam(self.network.parameters(), self.lr)
         with evaluating(self.model), only(self.model, []):
@@ -94,7 +95,7 @@ class HyperEditor(Editor):
         with torch.no_grad():
             usual = self._log_probabilities(kept)
         with self._changed(self.changes(request)):
-            loss = answer_loss(self.model, self.encode([target]))
+            loss = answer_loss(self.model, self.targets([target]))
             apart = F.kl_div(self._log_probabilities(kept), usual, reduction="batchmean", log_target=True)
         return loss + self.locality * apart
 
@@ -150,7 +151,7 @@ class HyperEditor(Editor):
         handles = [m.register_forward_hook(keep(name)) for name, m in self.linears.items()]
         try:
             with torch.enable_grad():
-                loss = answer_loss(self.model, self.encode([request]))
+                loss = answer_loss(self.model, self.targets([request]))
         finally:
             for handle in handles:
                 handle.remove()

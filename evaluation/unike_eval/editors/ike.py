@@ -29,6 +29,7 @@ class IKE(Editor):
     """
 
     name = "IKE"
+    learns = True
 
     def __init__(self, model: nn.Module, processor: Any, *, k: int = 8) -> None:
         super().__init__(model, processor)
@@ -37,7 +38,7 @@ class IKE(Editor):
         self._edits: list[str] = []
 
     @override
-    def fit(self, suite: Suite) -> None:
+    def learn(self, suite: Suite) -> None:
         samples = [r.case.request for r in suite.train]
         self._lines = [_line(s) for s in samples]
         self._index = CosineIndex(torch.stack([self._embed(s.prompt) for s in samples]))
@@ -56,7 +57,7 @@ class IKE(Editor):
             return super().observe(samples)
         seen = observe(self.model, self.processor, [self._with_demonstrations(s) for s in samples], batch_size=8)
         plain = [self.encode([s]).inputs["input_ids"].shape[1] - 1 for s in samples]
-        return [Observation(o.best[-n:], o.answer[-n:], o.wanted) for o, n in zip(seen, plain, strict=True)]
+        return [replace(o, best=o.best[-n:], answer=o.answer[-n:]) for o, n in zip(seen, plain, strict=True)]
 
     def _with_demonstrations(self, sample: Sample) -> Sample:
         _, ids = self._index.search(self._embed(sample.prompt).unsqueeze(0), self.k)

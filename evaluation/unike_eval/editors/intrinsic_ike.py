@@ -26,13 +26,14 @@ class IntrinsicIKE(Editor):
     """
 
     name = "Intrin + IKE"
+    learns = True
 
     def __init__(self, model: nn.Module, processor: Any, *, k: int = 8, **intrinsic: Any) -> None:
         super().__init__(model, processor)
         self._neurons, self._prompts = UniKE(model, processor, latent=False, **intrinsic), IKE(model, processor, k=k)
 
     @override
-    def fit(self, suite: Suite) -> None:
+    def learn(self, suite: Suite) -> None:
         self._neurons.fit(suite)
         self._prompts.fit(suite)
 

@@ -36,14 +36,14 @@ class MEND(HyperEditor):
         return nn.ModuleList([self._transforms, self._layers])
 
     @override
-    def fit(self, suite: Suite) -> None:
+    def learn(self, suite: Suite) -> None:
         with evaluating(self.model), only(self.model, []):
             seen = [self.gradients(r.case.request) for r in suite.train[:_MEASURED]]
         for name, key in self._keys.items():
             factors = torch.cat([torch.cat(s[name], -1) for s in seen])
             inputs = self.linears[name].in_features
             self._layers[key].measure(factors[_counts(factors, inputs)], inputs)  # type: ignore[operator]
-        super().fit(suite)
+        super().learn(suite)
 
     @override
     def changes(self, request: Sample) -> dict[str, Tensor]:

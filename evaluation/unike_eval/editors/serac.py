@@ -39,6 +39,7 @@ class SERAC(Editor):
     """
 
     name = "SERAC"
+    learns = True
 
     def __init__(
         self,
@@ -64,7 +65,7 @@ class SERAC(Editor):
         self._edits: list[Sample] = []
 
     @override
-    def fit(self, suite: Suite) -> None:
+    def learn(self, suite: Suite) -> None:
         with evaluating(self.model):
             self._fit_classifier(suite)
             self._fit_counterfactual(suite)
@@ -91,7 +92,7 @@ class SERAC(Editor):
             sample = _in_the_light_of(self._edits[int(which[i])], samples[i])
             (seen,) = observe(self.counterfactual, self.processor, [sample])
             n = len(found[i].best)
-            found[i] = Observation(seen.best[-n:], seen.answer[-n:], seen.wanted)
+            found[i] = replace(seen, best=seen.best[-n:], answer=seen.answer[-n:])
         return found
 
     def _scores(self, states: Tensor, edits: Tensor) -> Tensor:
@@ -147,7 +148,7 @@ class SERAC(Editor):
             chosen: list[Request] = rng.sample(list(suite.train), min(self.batch_size, len(suite.train)))
             concerned = [rng.choice([r.case.request, *r.case.rephrasings, *r.case.images]) for r in chosen]
             batch = [_in_the_light_of(r.case.request, sample) for r, sample in zip(chosen, concerned, strict=True)]
-            loss = answer_loss(self.counterfactual, self.encode(batch))
+            loss = answer_loss(self.counterfactual, self.targets(batch))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -67,15 +67,15 @@ class TPatcher(Editor):
 
     @override
     @torch.no_grad()
-    def fit(self, suite: Suite) -> None:
+    def learn(self, suite: Suite) -> None:
         samples = suite.preserve[: self.remembered]
         with evaluating(self.model), patched(self.model, layers=[self._layer]):
             groups = [self._inputs(self.encode([samples[i] for i in group])) for group in batches(samples, 32)]
-        self._kept = torch.cat([q[mask] for q, mask in groups])
+        self._kept = torch.cat([self._kept, *(q[mask] for q, mask in groups)])
 
     @override
     def edit(self, request: Sample) -> None:
-        batch = self.encode([request])
+        batch = self.targets([request])
         name = f"patch-{len(self._edits)}"
         model = patched(self.model, self._edits, layers=[self._layer])
         with evaluating(self.model), only(self.model, []), model:

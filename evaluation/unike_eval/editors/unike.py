@@ -43,7 +43,8 @@ class UniKE(Editor):
 
     Args:
         config: the semantics.
-        encoders, training: how the memory's encoders and an edit are trained.
+        encoders, training: how the memory's encoders and an edit are trained; whether an edit ends the model's turn is
+            the suite's.
         intrinsic: train neurons for each edit; False: the memory alone.
         latent: shift the attention by the memory; False: neurons alone, zeta' as ever.
         steer: zeta' from the truthfulness space, "truth"; or as long, but a direction at random, "random", or that from
@@ -51,7 +52,8 @@ class UniKE(Editor):
         scope: how a scope is trained that decides where an edit acts; None: edits act in every row.
         scope_layers: whose states it reads, see `build_scope`.
         layers: of the edits; None: those of the memory.
-        preserve: hold the model to what it says to the suite's preserved questions, and to other edits' requests.
+        preserve: hold the model to what it says to the suite's preserved questions (without a suite, to neutral ones),
+            and to other edits' requests.
         seed: of the encoders, the edits, the scope and a direction at random.
     """
 
@@ -91,13 +93,17 @@ class UniKE(Editor):
         self._edits: list[Edit] = []
         self._requests: list[Sample] = []  # of the edits in force: those to come shall not answer for them
         self._prepared: dict[int, Edit] = {}
-        self.preserve, self._preserve = preserve, list[Sample]()
+        self.preserve = preserve
+        self._preserve: list[Sample] | None = None if preserve else []  # None: neutral questions
         self.independent = scope is not None and not preserve
         self._memory: MemoryBank | None = None
         self._zeta: dict[int, Tensor] | None = None
 
     @override
-    def fit(self, suite: Suite) -> None:
+    def learn(self, suite: Suite) -> None:
+        self.training = replace(self.training, end=suite.ended)
+        if not suite.train:  # nothing to make a memory of: the neurons alone
+            return
         self._preserve = list(suite.preserve) if self.preserve else []
         scope = None if self.scope is None else self._scope(suite)
         if scope is not None and not self.latent:  # a memory of the scope alone
