@@ -68,8 +68,9 @@ def leading_directions(keys: Tensor, direction: Tensor) -> Tensor | None:
         return None
     directions = _mixed(found[: 1 + p])
     wide = directions.double()
-    off = wide @ wide.T - torch.diag((torch.arange(1 + p) > 0).double())
-    off[0, 0] -= float(wide[0].any())
+    off = wide @ wide.T
+    off.diagonal().sub_(1)
+    off[0, 0] = off[0, 0] if wide[0].any() else 0
     return directions if float(off.norm()) <= _ORTHONORMAL else None
 
 
@@ -110,7 +111,7 @@ def _principal(sample: Tensor, direction: Tensor, count: int) -> Tensor:
     """float64 [1 + count, d]: `direction` and, behind it, those of most variance, by subspace iteration."""
     u = direction.double()
     rest = sample - (sample @ direction).unsqueeze(1) * direction
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     basis = torch.randn(rest.shape[1], count, generator=generator, dtype=torch.float32, device="cpu")
     for _ in range(3):
         basis = torch.linalg.qr(rest.T @ (rest @ basis)).Q
@@ -124,7 +125,7 @@ def _principal(sample: Tensor, direction: Tensor, count: int) -> Tensor:
 def _mixed(directions: Tensor) -> Tensor:
     """float32: others of the same space, behind the first; what a key is in each is of one size, as codes want it."""
     p = len(directions) - 1
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator("cpu").manual_seed(1)
     turn = torch.linalg.qr(torch.randn(p, p, generator=generator, dtype=torch.float64, device="cpu")).Q
     return torch.cat([directions[:1], turn @ directions[1:]]).float()
 
