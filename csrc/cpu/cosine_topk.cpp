@@ -3,6 +3,9 @@
 // a key whose bound is below the least of these is not among the k best, so that few others are looked at again: their
 // codes with all bits of the query, and, unless these rule them out, their rows. No threshold is needed while keys are
 // scanned, and the one that is used has seen all of them. cosine_pack.cpp makes the codes.
+//
+// Few queries of keys that have leading directions scan the codes of these instead, and replace the bounds of those keys that
+// this leaves by the ones of all their codes. What follows is the same.
 #include "unike/cosine_topk.h"
 
 #include <algorithm>
@@ -232,9 +235,7 @@ class CosineTopK {
       bounds.norm = bounds.low_norm = (1 + rounding_) * bounds.norm + rounding_ * bounds.residual;
     }
     if (keys_.rows == nullptr) bounds.norm += bounds.low_norm;  // from one estimate to the other: the second is final
-    if (by_leading_) {
-      pack_leading(q, query.leading);
-    }
+    if (by_leading_) pack_leading(q, query.leading);
   }
 
   void pack_leading(int64_t q, Coded& query) const {
