@@ -32,6 +32,10 @@ constexpr float kSlack = 0x1p-17f;
 constexpr int64_t kQueryBlock = 128;
 // Fewer where the bounds of so many would need more than this, but no less than a quarter.
 constexpr int64_t kBoundsBytes = 128 << 20;
+// So many queries may want enough of the same keys.
+constexpr int64_t kSharing = 16;
+// Codes of keys that stay in the L2 cache.
+constexpr int64_t kCachedBytes = 512 << 10;
 // Tiles whose bounds are on their way.
 constexpr int64_t kFetched = 4;
 // Up to so many, `low` is multiplied with all keys: high and low then fill one register block.
@@ -58,6 +62,8 @@ struct Query {
   Range range;  // the keys that it sees
   Coded whole, leading;
   float reached;  // of the scores, by k keys; -inf: nothing is known
+  int64_t found;  // k keys, or those that there are
+  bool many;      // of its tiles have keys that may be among the best
 };
 
 struct Problem {
@@ -131,8 +137,8 @@ class CosineTopK {
         row_bytes_(padded_bytes(sizeof(float), keys_.d)) {
     threads_ =
         useful_threads(static_cast<double>(p.m) * static_cast<double>(keys_.n) * static_cast<double>(keys_.d), threads);
-    const int64_t bound_bytes = times(std::max<int64_t>(tiles_, 1), kTile, sizeof(float));
-    block_ = std::min(p.m, std::clamp(kBoundsBytes / bound_bytes, kQueryBlock / 4, kQueryBlock));
+    const int64_t bytes = plus(times(std::max<int64_t>(tiles_, 1), kTile, sizeof(float)), times(kept_, sizeof(Scored)));
+    block_ = std::min(p.m, std::clamp(kBoundsBytes / bytes, kQueryBlock / 4, kQueryBlock));
     active_ = workspace.take<int64_t>(p.m);
     queries_ = workspace.take<Query>(block_);
     rows_ = workspace.take<char>(times(block_, row_bytes_));
@@ -143,6 +149,7 @@ class CosineTopK {
     rests_ = workspace.take<char>(times(threads_, row_bytes_));
     raw_ = workspace.take<int32_t>(times(threads_, raw_size()));
     maxima_ = workspace.take<float>(times(threads_, tiles_));
+    found_ = workspace.take<Scored>(times(block_, kept_));
     scored_ = workspace.take<Scored>(times(threads_, scored_size()));
     const double terms = (static_cast<double>(keys_.d) / kernels.lanes + kDepth) * 0x1p-24;
     // Where sums are too long for the theorem nothing is ruled out; infinity times a norm of 0 would be no number.
@@ -158,15 +165,26 @@ class CosineTopK {
       by_leading_ = p_leading_ > 0 && count <= kLeadingQueries;
       parallel_for(count, useful_threads(8.0 * static_cast<double>(count * keys_.d), threads_),
                    [&](int64_t q, int thread) { pack(of_block[q], q, thread); });
+      scan(count, by_leading_ ? &Query::leading : &Query::whole);
       if (by_leading_) {
-        scan(count, &Query::leading);
         parallel_for(count, threads_,
                      [&](int64_t q, int thread) { queries_[q].reached = reached_by_codes(q, thread); });
         each_run(count, [&](int64_t first, int64_t last, int64_t from, int64_t to, int) {
           for (int64_t q = from; q < to; ++q) look_again(q, first, last);
         });
-      } else {
-        scan(count, &Query::whole);
+      }
+      parallel_for(count, threads_, [&](int64_t q, int thread) { find_likely(q, thread, count >= kSharing); });
+      if (std::any_of(queries_, queries_ + count, [](const Query& query) { return query.many; })) {
+        // As many tiles at a time as stay in the L2 cache for all queries.
+        const int64_t some = std::max<int64_t>(1, kCachedBytes / (kTile * length_));
+        each_run(count, [&](int64_t first, int64_t last, int64_t from, int64_t to, int) {
+          for (; first < last; first += some) {
+            poll();
+            for (int64_t q = from; q < to; ++q) {
+              if (queries_[q].many) look_again(q, first, std::min(first + some, last));
+            }
+          }
+        });
       }
       parallel_for(count, threads_, [&](int64_t q, int thread) {
         finish(q, thread, scores + of_block[q] * p_.k, ids + of_block[q] * p_.k);
@@ -203,6 +221,9 @@ class CosineTopK {
   }
 
   int64_t scored_size() const { return (p_leading_ > 0 ? kLikely : 1) * kept_ + Best::kMore; }
+  // Whether the bounds are those of the high bits of queries, and others can rule out more keys.
+  bool only_high() const { return integers_ && !wide_ && !by_leading_ && keys_.rows != nullptr; }
+  Scored* found(int64_t q) const { return found_ + q * kept_; }
   Scored* scored(int thread) const { return scored_ + thread * scored_size(); }
   float* row(int64_t q) const { return reinterpret_cast<float*>(rows_ + q * row_bytes_); }
   float* bounds(int64_t q) const { return bounds_ + q * tiles_ * kTile; }
@@ -399,24 +420,39 @@ class CosineTopK {
     likely.prune();
   }
 
-  // Writes the k best of a query.
-  void finish(int64_t q, int thread, float* scores, int64_t* ids) {
-    const Range range = queries_[q].range;
-    const int64_t k = std::min(kept_, range.stop - range.start);
-    Scored* memory = scored(thread);
-    Best likely(memory, k);
+  // Gives the k keys of the highest bounds the scores that count; what these reach is what others must.
+  // `shared`: enough queries may want the same keys that these are looked at for all of them together.
+  void find_likely(int64_t q, int thread, bool shared) {
+    Query& query = queries_[q];
+    Best likely(scored(thread), std::min(kept_, query.range.stop - query.range.start));
     take_likely(q, thread, likely);
-    for (int64_t i = 0; i < likely.count(); ++i) bounds(q)[memory[i].id] = -kInfinity;  // done with
-    score(q, memory, likely.count());
-    Best best(memory, k);
-    best.added(likely.count());
+    Scored* keys = found(q);
+    query.found = likely.count();
+    std::copy_n(scored(thread), query.found, keys);
+    for (int64_t i = 0; i < query.found; ++i) bounds(q)[keys[i].id] = -kInfinity;  // done with
+    score(q, keys, query.found);
+    query.reached = kInfinity;
+    for (int64_t i = 0; i < query.found; ++i) query.reached = std::min(query.reached, keys[i].score);
+    const auto [first, last] = tiles_of(query.range);
+    const auto reaching =
+        std::count_if(largest(q) + first, largest(q) + last, [&](float most) { return most >= query.reached; });
+    query.many = shared && only_high() && 2 * reaching > last - first;
+  }
+
+  // Writes the k best of a query: of those that are found, and of all whose bounds reach them.
+  void finish(int64_t q, int thread, float* scores, int64_t* ids) {
+    const Query& query = queries_[q];
+    Scored* memory = scored(thread);
+    std::copy_n(found(q), query.found, memory);
+    Best best(memory, query.found);
+    best.added(query.found);
     best.prune();
     each_bound(
         q, [&] { return best.threshold(); },
-        [&](Scored* found, int64_t n) {
-          if (integers_ && !wide_ && !by_leading_ && keys_.rows != nullptr) n = refine(q, found, n, best.threshold());
-          score(q, found, n);
-          std::copy_n(found, n, best.room());
+        [&](Scored* keys, int64_t n) {
+          if (only_high() && !query.many) n = refine(q, keys, n, best.threshold());
+          score(q, keys, n);
+          std::copy_n(keys, n, best.room());
           best.added(n);
         });
     best.prune();
@@ -540,7 +576,8 @@ class CosineTopK {
   char* rests_;     // [threads, row_bytes]
   int32_t* raw_;    // [threads, raw_size]: products
   float* maxima_;   // [threads, tiles]
-  Scored* scored_;  // [threads, kept + Best::kMore]
+  Scored* found_;   // [block, kept]
+  Scored* scored_;  // [threads, scored_size]
 };
 
 void check_sizes(const unike_keys& keys, int64_t m, int64_t k) {
