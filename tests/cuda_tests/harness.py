@@ -23,6 +23,10 @@ SOURCES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "int8": "i8"}
 PARTS = ("counters", "query_bounds", "units", "codes", "lower", "counts", "candidates")
 
 
+class Leading(ctypes.Structure):
+    _fields_ = tuple((name, ctypes.c_void_p) for name in ("p", "directions", "codes", "bounds"))
+
+
 class Keys(ctypes.Structure):
     _fields_ = (
         ("n", ctypes.c_int64),
@@ -33,6 +37,7 @@ class Keys(ctypes.Structure):
         ("codes", ctypes.c_void_p),
         ("ranges", ctypes.c_void_p),
         ("direction", ctypes.c_void_p),
+        ("leading", Leading),
     )
 
 
