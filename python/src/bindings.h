@@ -89,7 +89,7 @@ inline thread_local KeptWorkspace kept_workspace;
 
 // Calls run(workspace, bytes) with as much memory as it needs, and raises what `check` does. A thread keeps its
 // workspace from call to call, as the system would clear it anew each time, which takes longer than many a call; more
-// than 64 MB are given back. Only a call that refuses what is there asks needed(), which looks at the arguments as the
+// than 192 MB are given back. Only a call that refuses what is there asks needed(), which looks at the arguments as the
 // call itself does.
 template <typename Needed, typename Run>
 void with_workspace(const Needed& needed, const Run& run) {
@@ -99,7 +99,7 @@ void with_workspace(const Needed& needed, const Run& run) {
     if (const int64_t bytes = needed(); bytes > kept.bytes) {
       KeptWorkspace grown{std::unique_ptr<char[]>(new char[bytes]), bytes};
       status = run(grown.memory.get(), bytes);
-      if (bytes <= 64 << 20) kept = std::move(grown);
+      if (bytes <= 192 << 20) kept = std::move(grown);
     }
   }
   check(status);

@@ -433,19 +433,25 @@ void dot_columns(const int8_t* const* queries, int64_t count, const uint8_t* con
                  int32_t* out) {
   alignas(64) uint8_t columns[kTile * kColumns];
   const int64_t stride = n > 1 ? keys[1] - keys[0] : 0;
-  for (int64_t start = 0; start < length; start += kColumns) {
-    const int64_t chunk = length - start < kColumns ? length - start : kColumns;
+  // Parts of nearly equal lengths, as each is computed while the next one comes from memory.
+  const int64_t parts = (length + kColumns - 1) / kColumns;
+  const auto begin = [&](int64_t part) { return length / 64 * part / parts * 64; };
+  for (int64_t part = 0; part < parts; ++part) {
+    const int64_t start = begin(part), chunk = begin(part + 1) - start;
     transpose_keys<C>(keys, n, start, chunk, columns);
-    // What is transposed next comes from memory meanwhile, a line at each step.
-    const int64_t left = length - start - chunk, lines = (left > 0 ? left : length) / 64 * kTile;
-    const uint8_t* next = left > 0 ? keys[0] + start + chunk : keys[0] + n * stride;
+    // What is transposed next comes from memory meanwhile, some lines at each step.
+    const bool last = part + 1 == parts;
+    const uint8_t* next = last ? keys[0] + n * stride : keys[0] + begin(part + 1);
+    const int64_t lines = (last ? begin(1) : begin(part + 2) - begin(part + 1)) / 64 * kTile;
+    const int64_t steps = (count + kQueries - 1) / kQueries * (kTile / (kKeys * kLanes)) * chunk / 4;
+    const int64_t at_once = (lines + steps - 1) / steps;
     int64_t line = 0;
     const auto fetch = [&] {
-      if (line >= lines || line >= kTile * kColumns / 64) return;
-      __builtin_prefetch(next + line % kTile * stride + line / kTile * 64, 0, 2);
-      ++line;
+      for (const int64_t end = line + at_once < lines ? line + at_once : lines; line < end; ++line) {
+        __builtin_prefetch(next + line % kTile * stride + line / kTile * 64, 0, 2);
+      }
     };
-    columns_tile(queries, count, start, columns, chunk, fetch, start > 0, out);
+    columns_tile(queries, count, start, columns, chunk, fetch, part > 0, out);
   }
 }
 
