@@ -131,11 +131,11 @@ def test_ids_survive_any_sequence_of_additions_and_removals(seed, steps):
     for step in steps:
         if step >= 0:
             keys = rng.standard_normal((step, 8)).astype("float32")
-            ids = np.array([i for i in rng.permutation(200) if i not in there][:step], dtype=np.int64)
+            ids = np.array([i for i in rng.permutation(300) if i not in there][:step], dtype=np.int64)
             index.add(keys, ids)
             there |= dict(zip(ids.tolist(), keys, strict=True))
         else:
-            gone = [i for i in rng.permutation(200).tolist() if i in there][:-step]
+            gone = [i for i in rng.permutation(300).tolist() if i in there][:-step]
             index.remove(gone)
             there = {i: key for i, key in there.items() if i not in gone}
         names, keys = np.array([*there], dtype=np.int64), np.array([*there.values()], dtype="float32").reshape(-1, 8)
