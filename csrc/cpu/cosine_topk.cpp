@@ -282,9 +282,9 @@ class CosineTopK {
     query.low_codes = low;
   }
 
-  // Calls body(first, last, from, to, thread) for the tiles first, ..., last - 1 and the queries from, ..., to - 1, all of both. The keys are shared out among the
-  // threads, so that memory is read once for all queries; where there are few, the queries too. Several tasks for each
-  // thread, in case one is held up.
+  // Calls body(first, last, from, to, thread) for the tiles first, ..., last - 1 and the queries from, ..., to - 1, until it
+  // was all of both. The keys are shared out among the threads, so that memory is read once for all queries; where there are
+  // few, the queries too. Several tasks for each thread, in case one is held up.
   void each_run(int64_t count, const auto& body) {
     const int64_t run = std::max<int64_t>(1, tiles_ / (8 * threads_)), runs = ceil_div(tiles_, run);
     const int64_t groups = runs >= threads_ ? 1 : std::min(count, ceil_div(2 * threads_, runs));
@@ -379,7 +379,7 @@ class CosineTopK {
     return best.threshold();
   }
 
-  // Replaces the bounds of a query and the keys of some tiles by those of all codes, where the leading ones leave a key.
+  // Replaces the bounds of a query and the keys of some tiles by those of all codes and bits, where they reach what k keys do.
   void look_again(int64_t q, int64_t first, int64_t last) {
     const Range seen = tiles_of(queries_[q].range);
     const float reached = std::max(queries_[q].reached, std::numeric_limits<float>::lowest());
@@ -433,10 +433,11 @@ class CosineTopK {
     score(q, keys, query.found);
     query.reached = kInfinity;
     for (int64_t i = 0; i < query.found; ++i) query.reached = std::min(query.reached, keys[i].score);
+    if (!shared || !only_high()) return;
     const auto [first, last] = tiles_of(query.range);
     const auto reaching =
         std::count_if(largest(q) + first, largest(q) + last, [&](float most) { return most >= query.reached; });
-    query.many = shared && only_high() && 2 * reaching > last - first;
+    query.many = 2 * reaching > last - first;
   }
 
   // Writes the k best of a query: of those that are found, and of all whose bounds reach them.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, ClassVar
 
@@ -82,6 +82,20 @@ def answer_loss(model: nn.Module, batch: Batch) -> Tensor:
     answer = batch.answer_mask()[:, 1:]
     predicted = forward(model, batch.inputs)[:, :-1][answer]
     return F.cross_entropy(predicted.float(), batch.inputs["input_ids"][:, 1:][answer])
+
+
+def descend(
+    parameters: Sequence[Tensor], lr: float, steps: int, stop_loss: float, loss: Callable[[int], Tensor]
+) -> None:
+    """Adam on these parameters, `steps` steps at most, until `loss` of a step's number is below `stop_loss`."""
+    optimizer = torch.optim.Adam(parameters, lr)
+    for step in range(steps):
+        found = loss(step)
+        if float(found.detach()) < stop_loss:
+            break
+        optimizer.zero_grad()
+        found.backward()
+        optimizer.step()
 
 
 def last_ffn(model: nn.Module) -> list[nn.Parameter]:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 from typing_extensions import override
 
 from unike_kernels.training.samples import Sample, evaluating, with_prompt_dropout
 
-from .base import WeightEditor, answer_loss, only
+from .base import WeightEditor, answer_loss, descend, only
 
 
 class FineTune(WeightEditor):
@@ -44,13 +43,10 @@ class FineTune(WeightEditor):
     @override
     def edit(self, request: Sample) -> None:
         batch = self.targets([request])
+
+        def loss(step: int) -> Tensor:
+            seen = with_prompt_dropout(self.model, batch, self.prompt_dropout, self.seed + step)
+            return answer_loss(self.model, seen)
+
         with evaluating(self.model), only(self.model, self.parameters):
-            optimizer = torch.optim.Adam(self.parameters, self.lr)
-            for step in range(self.steps):
-                seen = with_prompt_dropout(self.model, batch, self.prompt_dropout, self.seed + step)
-                loss = answer_loss(self.model, seen)
-                if float(loss.detach()) < self.stop_loss:
-                    break
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
+            descend(self.parameters, self.lr, self.steps, self.stop_loss, loss)

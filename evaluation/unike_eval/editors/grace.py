@@ -11,7 +11,7 @@ from typing_extensions import override
 from unike_kernels.backbones import find_decoder
 from unike_kernels.training.samples import Batch, Sample, evaluating
 
-from .base import answer_loss, only
+from .base import answer_loss, descend, only
 from .routed import RoutedEditor, late_layer
 
 
@@ -79,18 +79,15 @@ class GRACE(RoutedEditor):
     @override
     def edit(self, request: Sample) -> None:
         batch = self.targets([request])
+
+        def loss(_: int) -> Tensor:
+            with self.within(batch):
+                return answer_loss(self.model, batch)
+
         with evaluating(self.model), only(self.model, []), self.hooked():
             chosen = self._entry(self._key(batch), request.answer)
             value = self.values[chosen].requires_grad_()
-            optimizer = torch.optim.Adam([value], self.lr)
-            for _ in range(self.steps):
-                with self.within(batch):
-                    loss = answer_loss(self.model, batch)
-                if float(loss.detach()) < self.stop_loss:
-                    break
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
+            descend([value], self.lr, self.steps, self.stop_loss, loss)
             self.values[chosen] = value.detach()
 
     @override

@@ -10,7 +10,7 @@ from typing_extensions import override
 
 from unike_kernels.training.samples import Sample, evaluating
 
-from .base import Editor, answer_loss, only
+from .base import Editor, answer_loss, descend, only
 
 _TARGETS = ["q_proj", "v_proj"]  # as the paper chose
 
@@ -50,14 +50,7 @@ class LoRA(Editor):
         adapter = [p for name, p in self.model.named_parameters() if "lora_" in name]
         batch = self.targets([request])
         with evaluating(self.model), only(self.model, adapter):
-            optimizer = torch.optim.Adam(adapter, self.lr)
-            for _ in range(self.steps):
-                loss = answer_loss(self.model, batch)
-                if float(loss.detach()) < self.stop_loss:
-                    break
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
+            descend(adapter, self.lr, self.steps, self.stop_loss, lambda _: answer_loss(self.model, batch))
 
     @override
     def reset(self) -> None:
