@@ -96,7 +96,7 @@ class CosineIndex(KeyedIndex):
         if isinstance(keys, int | np.integer):
             keys = torch.empty(0, _check.count("keys", keys), dtype=torch.float32, device="cpu")
         rows, packed = _prepare(keys, scan, None)
-        leading = leading_of(rows, packed) if exact else None
+        leading = leading_of(rows if exact else None, packed)
         self._set(scan, rows, packed, exact, own_ids(ids, len(rows)), leading)
 
     def _set(
@@ -238,7 +238,7 @@ class CosineIndex(KeyedIndex):
         packed = None if packed is None else PackedKeys(*(t.to(wanted) for t in packed))
         index = type(self).__new__(type(self))
         ids = None if self._ids is None else self._ids.to(wanted)
-        index._set(self.scan, rows, packed, self.exact, ids, None if rows is None else leading_of(rows, packed))
+        index._set(self.scan, rows, packed, self.exact, ids, leading_of(rows, packed))
         return index
 
     def _on_cpu(self) -> None:
@@ -268,7 +268,7 @@ class CosineIndex(KeyedIndex):
         added = self._ids_to_add(ids, len(rows))
         if not len(self):
             return self._set(
-                self.scan, rows, packed, self.exact, added, leading_of(rows, packed) if self.exact else None
+                self.scan, rows, packed, self.exact, added, leading_of(rows if self.exact else None, packed)
             )
         own = self._own_ids if added is None or self._own_ids is None else self._own_ids.appended(added)
         grown = None if self._rows is None else self._rows.appended(rows)
@@ -391,7 +391,7 @@ class CosineIndex(KeyedIndex):
             packed = None
         elif packed is None and rows is not None and rows.device.type == "cpu":
             packed = pack_keys(rows, scan)
-        leading = leading_of(rows, packed) if rows is not None and in_memory else None
+        leading = leading_of(rows if in_memory else None, packed)
         self._set(scan, rows, packed, rows is not None, tensors.get("ids"), leading)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -34,14 +34,20 @@ class Leading(NamedTuple):
     bounds: Tensor  # float32 [ceil(N / 64) or more, 5, 64]
 
 
-def leading_of(keys: Tensor, packed: tuple[Tensor, Tensor, Tensor] | None) -> Leading | None:
+def leading_of(keys: Tensor | None, packed: tuple[Tensor, Tensor, Tensor] | None) -> Leading | None:
     """What a search of few queries reads first, or None where that would not pay.
 
     Args:
-        keys: float32 [N, d], unit rows.
+        keys: float32 [N, d], unit rows; None: there are none beside what is packed.
         packed: of these; None: nothing is.
     """
-    if packed is None or packed[0].dtype != torch.uint8 or keys.device.type != "cpu" or not _native.available():
+    if (
+        keys is None
+        or packed is None
+        or packed[0].dtype != torch.uint8
+        or keys.device.type != "cpu"
+        or not _native.available()
+    ):
         return None
     directions = leading_directions(keys, packed[2])
     return None if directions is None else pack_leading(keys, directions)
