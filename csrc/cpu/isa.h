@@ -16,8 +16,8 @@ struct Kernels {
 };
 
 extern const Kernels kernels_baseline;
-extern const Kernels kernels_avx2, kernels_avxvnni, kernels_avx512, kernels_avx512vnni,
-    kernels_avx512bf16;                                            // of x86-64
+extern const Kernels kernels_avx2, kernels_avxvnni, kernels_avx512, kernels_avx512vnni, kernels_avx512bf16,
+    kernels_amx;                                                   // of x86-64
 extern const Kernels kernels_neon, kernels_dotprod, kernels_i8mm;  // of aarch64
 
 // The kernels of the level in use: what unike_set_isa() chose, else what the environment variable UNIKE_ISA named when

@@ -47,6 +47,16 @@ struct QueryBounds {
   int32_t high_offset, low_offset;  // the part of the raw products with keys that comes from kCodeOffset
 };
 
+// Products of many int8 queries, whose codes are laid out once for all keys. Null: `tile` is what there is.
+struct Arranged {
+  int64_t group = 0;  // queries that are multiplied together
+  // The codes of `count` queries, null for one that sees no keys, into room for whole groups.
+  void (*arrange)(const void* const* queries, int64_t count, int64_t length, void* out) = nullptr;
+  // out[q * kTile + i] = queries[q] . keys[i] for kTile keys that lie one behind the other, with more behind them; out has
+  // room for whole groups.
+  void (*tile)(const void* arranged, int64_t count, const void* keys, int64_t length, int32_t* out) = nullptr;
+};
+
 struct ScanKernels {
   // The unit row of x, in canonical arithmetic.
   void (*normalize[2])(const void* x, int64_t d, float* out);  // by unike_dtype
@@ -74,6 +84,8 @@ struct ScanKernels {
   Tile tile[4];  // by scan
   // The same for kTile keys of leading codes [length / 4, kTile, 4].
   void (*leading_tile)(const void* const* queries, int64_t count, const void* columns, int64_t length, int32_t* out);
+
+  Arranged arranged;
 
   // Transposes the bounds of kTile keys, which have no tails.
   void (*load_bounds)(const KeyBounds* keys, TileBounds* out);

@@ -1,4 +1,4 @@
-"""Others that find the k nearest keys: faiss, usearch and plain torch, each as it is shipped and at its best."""
+"""Others that find the k nearest keys: faiss, usearch, NumKong and torch, each as it is shipped and at its best."""
 
 from __future__ import annotations
 
@@ -73,6 +73,43 @@ def usearch_exact(rows: Tensor, unit: Tensor, k: int) -> tuple[Search, Ids]:
         lambda: search(keys, queries, k, MetricKind.IP, exact=True, threads=threads),
         lambda found: torch.from_numpy(found.keys.astype("int64")).reshape(len(queries), -1),
     )
+
+
+def numkong_f32(rows: Tensor, unit: Tensor, k: int) -> tuple[Search, Ids]:
+    """NumKong's products of float32 rows, which it packs and sums in float64, then `topk`."""
+    return _numkong(rows, unit, k, lambda products: products)
+
+
+def numkong_int8(rows: Tensor, unit: Tensor, k: int) -> tuple[Search, Ids]:
+    """NumKong's products of int8 codes, which it packs, then `topk`."""
+    (keys, steps), (queries, _) = _codes(rows), _codes(unit)
+    return _numkong(keys, queries, k, lambda products: products * steps)
+
+
+def _numkong(keys: Tensor, queries: Tensor, k: int, score: Callable[[Tensor], Tensor]) -> tuple[Search, Ids]:
+    """A share of the keys for each thread: NumKong has none of its own."""
+    import numkong
+    import numpy
+
+    parts = [numkong.dots_pack(part.numpy()) for part in keys.chunk(torch.get_num_threads())]
+    asked, pool = queries.numpy(), ThreadPoolExecutor(len(parts))
+
+    def product(part: Any) -> Tensor:
+        return torch.from_numpy(numpy.asarray(numkong.dots_packed(asked, part)))
+
+    return lambda: score(torch.cat(list(pool.map(product, parts)), 1)).topk(k), _indices
+
+
+def torch_int8(rows: Tensor, unit: Tensor, k: int) -> tuple[Search, Ids]:
+    """K Q^T of int8 codes in int32, then `topk`; the other order of the product is slower."""
+    (keys, steps), (queries, _) = _codes(rows), _codes(unit)
+    return lambda: (torch._int_mm(keys, queries.T).T * steps).topk(k), _indices
+
+
+def _codes(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 [N, d] and the step of each row, float32 [N]."""
+    steps = rows.abs().amax(1) / 127
+    return (rows / steps.unsqueeze(1)).round().to(torch.int8), steps
 
 
 def torch_queries_first(rows: Tensor, unit: Tensor, k: int) -> tuple[Search, Ids]:

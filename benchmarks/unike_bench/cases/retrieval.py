@@ -1,4 +1,4 @@
-"""Retrieval: `CosineIndex` with every scan against faiss, usearch and torch."""
+"""Retrieval: `CosineIndex` with every scan against faiss, usearch, NumKong and torch."""
 
 from __future__ import annotations
 
@@ -61,7 +61,9 @@ def _scans(n: int, d: int) -> list[str]:
 def _ours(scan: str, t: Tables) -> Run:
     index = t.indices[scan]
     tables = index._tensors()
-    reads = [tables[name] for name in ("codes", "bounds") if name in tables] or [t.rows]
+    codes = [tables[name] for name in ("codes", "bounds") if name in tables]
+    # Beside the codes the rows of what is found, each once.
+    reads = [*codes, t.rows[: len(t.truth.ids.unique())]] if codes else [t.rows]
     multiply_adds = float(t.rows.shape[0] * t.rows.shape[1] * len(t.queries))
     return Run(
         lambda: index.search(t.queries, t.k),
@@ -90,6 +92,10 @@ def _systems(n: int, d: int, b: int) -> dict[str, System]:
             systems["faiss SQ 8bit"] = _peer(peers.faiss_8bit, exact=False)
     if installed("usearch"):
         systems["usearch exact"] = _peer(peers.usearch_exact)
+    if installed("numkong"):
+        systems["numkong f32"] = _peer(peers.numkong_f32)
+        systems["numkong int8"] = _peer(peers.numkong_int8, exact=False)
+    systems["torch int8"] = _peer(peers.torch_int8, exact=False)
     systems["torch Q @ K.T"] = _peer(peers.torch_queries_first)
     systems["torch K @ Q.T"] = _peer(peers.torch_keys_first)
     systems["torch Q @ Kt"] = _peer(peers.torch_transposed)

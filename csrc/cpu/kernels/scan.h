@@ -6,6 +6,9 @@
 
 #include "cpu/kernels/dot_tile.h"
 #include "cpu/scan_kernels.h"
+#if defined(__AMX_INT8__)
+#include "cpu/kernels/amx_tile.h"
+#endif
 
 namespace unike {
 namespace {
@@ -435,6 +438,14 @@ using BFloat16Scan = Pairs;
 using BFloat16Scan = Floats<BFloat16>;
 #endif
 
+#if defined(__AMX_INT8__)
+constexpr Arranged arranged{kAmxGroup, arrange, arranged_tile};
+constexpr auto multiply_add_bytes = multiply_add_tiles;
+#else
+constexpr Arranged arranged{};
+constexpr auto multiply_add_bytes = multiply_add<Bytes>;
+#endif
+
 constexpr ScanKernels scan{
     {normalize<float>, normalize<BFloat16>},
     {nullptr, pack_key<HalfCodes<Float16>>, pack_key<HalfCodes<BFloat16>>, pack_key<ByteCodes>},
@@ -445,12 +456,13 @@ constexpr ScanKernels scan{
     sizeof(BFloat16Scan::Query) == sizeof(BFloat16),
     {tile<Floats<float>>, tile<Floats<Float16>>, tile<BFloat16Scan>, tile<Bytes>},
     leading_tile,
+    arranged,
     load_bounds,
     upper_bounds,
     at_least,
     canonical,
     read,
-    {multiply_add<Floats<float>>, multiply_add<Floats<Float16>>, multiply_add<BFloat16Scan>, multiply_add<Bytes>},
+    {multiply_add<Floats<float>>, multiply_add<Floats<Float16>>, multiply_add<BFloat16Scan>, multiply_add_bytes},
     kLanes};
 
 }  // namespace

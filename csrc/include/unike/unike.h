@@ -81,7 +81,7 @@ UNIKE_API void unike_set_poll(unike_poll poll);
 UNIKE_API const char* unike_cpu_isa(void);
 
 /* Those that this machine has, from "baseline" to the best; null for an index beyond. On x86-64 "avx2", "avxvnni", "avx512",
- * "avx512vnni" and "avx512bf16". */
+ * "avx512vnni", "avx512bf16" and "amx". */
 UNIKE_API const char* unike_available_isa(int index);
 
 /* Another one for the whole process, or, with null, again what UNIKE_ISA says: for tests and measurements, between
