@@ -31,10 +31,6 @@ float* take_rest(Workspace& workspace, int64_t d, int threads) {
   return workspace.take<float>(times(padded_bytes(sizeof(float), d), threads) / static_cast<int64_t>(sizeof(float)));
 }
 
-void check_leading(int64_t p) {
-  require(0 < p && p <= kMostLeading && p % 64 == 0, "p must be a multiple of 64, at most 512");
-}
-
 int64_t tiles_of(int64_t n) { return (n + kTile - 1) / kTile; }
 
 }  // namespace
@@ -109,7 +105,7 @@ extern "C" int64_t unike_leading_bytes(int64_t n, int64_t p) {
   using namespace unike;
   return guarded_bytes([&] {
     check_size("n", n, 0);
-    check_leading(p);
+    check_leading("p", p);
     return times(tiles_of(n), kTile, p);
   });
 }
@@ -123,7 +119,7 @@ extern "C" unike_status unike_pack_leading(const float* rows, int64_t first, int
     check_size("n", n, 0);
     check_size("stride", stride, 0);
     check_size("d", d, 1);
-    check_leading(p);
+    check_leading("p", p);
     times(n, std::max(d, stride), sizeof(float));
     check_array("directions", directions, times(1 + p, d));
     check_array("rows", rows, n == 0 ? 0 : (n - 1) * stride + d);

@@ -10,23 +10,18 @@
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
 
 #include "common/checked.h"
 #include "common/parallel.h"
 #include "common/poll.h"
 #include "common/status.h"
 #include "common/workspace.h"
+#include "cpu/best.h"
 #include "cpu/isa.h"
-#include "cpu/leading.h"
+#include "cpu/query_coder.h"
 
 namespace unike {
 namespace {
-
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
-
-// What rounding may add to an error.
-constexpr float kSlack = 0x1p-17f;
 
 // Queries that share a pass over the keys: 512 KB of codes in the L2 cache at 4 KB each.
 constexpr int64_t kQueryBlock = 128;
@@ -52,13 +47,6 @@ struct Range {
   int64_t start, stop;
 };
 
-// What a scan reads of a query.
-struct Coded {
-  const void* codes;
-  const void* low_codes;  // of an int8 scan
-  QueryBounds bounds;
-};
-
 struct Query {
   Range range;  // the keys that it sees
   Coded whole, leading;
@@ -74,49 +62,6 @@ struct Problem {
   const int64_t* ranges;
 };
 
-// A key and its canonical score, or the bound of it.
-struct Scored {
-  float score;
-  int64_t id;
-};
-
-constexpr auto better = [](const Scored& a, const Scored& b) {
-  return a.score > b.score || (a.score == b.score && a.id < b.id);
-};
-
-// The k best of what is added, in memory for a few more.
-class Best {
- public:
-  static constexpr int64_t kMore = 8 * kTile;
-
-  Best(Scored* memory, int64_t k) : scored_(memory), k_(k) {}
-
-  // Nothing below this is among the k best.
-  float threshold() const { return threshold_; }
-  int64_t count() const { return count_; }
-  int64_t k() const { return k_; }
-
-  // Room for a tile more.
-  Scored* room() {
-    if (count_ + kTile > k_ + kMore) prune();
-    return scored_ + count_;
-  }
-  void added(int64_t count) { count_ += count; }
-
-  // Drops all but the k best.
-  void prune() {
-    if (count_ < k_ || k_ == 0) return;
-    std::nth_element(scored_, scored_ + k_ - 1, scored_ + count_, better);
-    count_ = k_;
-    threshold_ = scored_[k_ - 1].score;
-  }
-
- private:
-  Scored* scored_;
-  int64_t k_, count_ = 0;
-  float threshold_ = -kInfinity;
-};
-
 class CosineTopK {
  public:
   CosineTopK(const Problem& p, const ScanKernels& kernels, int threads, Workspace& workspace)
@@ -128,15 +73,9 @@ class CosineTopK {
         integers_(keys_.scan == UNIKE_SCAN_I8),
         arranged_(integers_ && kernels.arranged.tile != nullptr),
         wide_queries_(arranged_ ? kernels.arranged.group / 2 : kWideQueries),
-        narrow_(keys_.scan == UNIKE_SCAN_BF16 && kernels.narrow_queries),
         length_(keys_.scan == UNIKE_SCAN_F32 ? keys_.d : unike_code_bytes(keys_.scan, keys_.d) / (integers_ ? 1 : 2)),
         p_leading_(keys_.leading.p),
-        // Rows that lie whole pages apart would share a few sets of the caches.
-        code_bytes_(padded_bytes(integers_ ? 1
-                                 : narrow_ ? sizeof(BFloat16)
-                                           : sizeof(float),
-                                 length_) +
-                    64),
+        coder_(keys_, kernels, length_),
         row_bytes_(padded_bytes(sizeof(float), keys_.d)) {
     threads_ =
         useful_threads(static_cast<double>(p.m) * static_cast<double>(keys_.n) * static_cast<double>(keys_.d), threads);
@@ -145,8 +84,8 @@ class CosineTopK {
     active_ = workspace.take<int64_t>(p.m);
     queries_ = workspace.take<Query>(block_);
     rows_ = workspace.take<char>(times(block_, row_bytes_));
-    codes_ = workspace.take<char>(times(block_, code_bytes_, integers_ ? 2 : 1));
-    leading_codes_ = workspace.take<char>(times(std::min(block_, kLeadingQueries), 2 * p_leading_));
+    codes_ = workspace.take<char>(times(block_, coder_.bytes()));
+    leading_codes_ = workspace.take<char>(times(std::min(block_, kLeadingQueries), coder_.leading_bytes()));
     arranged_codes_ = workspace.take<char>(arranged_ ? times(coded_size(), length_) : 0);
     bounds_ = workspace.take<float>(times(block_, tiles_, kTile));
     largest_ = workspace.take<float>(times(block_, tiles_));
@@ -155,9 +94,6 @@ class CosineTopK {
     maxima_ = workspace.take<float>(times(threads_, tiles_));
     found_ = workspace.take<Scored>(times(block_, kept_));
     scored_ = workspace.take<Scored>(times(threads_, scored_size()));
-    const double terms = (static_cast<double>(keys_.d) / kernels.lanes + kDepth) * 0x1p-24;
-    // Where sums are too long for the theorem nothing is ruled out; infinity times a norm of 0 would be no number.
-    rounding_ = static_cast<float>(terms < 0.5 ? terms / (1 - terms) * 1.0001 : 0x1p96);
   }
 
   void run(float* scores, int64_t* ids) {
@@ -250,47 +186,9 @@ class CosineTopK {
     query = {};
     if (std::isnan(row(q)[0])) return;  // not finite: it sees no keys
     query.range = range_of(index);
-    QueryBounds& bounds = query.whole.bounds;
-    bounds.slack = kSlack;
-    const float* direction = keys_.scan == UNIKE_SCAN_F32 ? nullptr : keys_.direction;
-    char* codes = codes_ + q * code_bytes_ * (integers_ ? 2 : 1);
-    query.whole.codes = codes;
-    std::fill_n(codes, code_bytes_ * (integers_ ? 2 : 1), 0);
-    const bool as_they_are = !integers_ && !narrow_;
-    auto* rest = reinterpret_cast<float*>(as_they_are ? codes : rests_ + thread * row_bytes_);
-    kernels_.take_out(row(q), direction, keys_.d, rest, &bounds);
-    if (integers_) {
-      quantize(rest, keys_.d, codes, code_bytes_, query.whole);
-    } else {
-      bounds.scale = 1.0f;
-      if (narrow_) kernels_.narrow(rest, keys_.d, reinterpret_cast<BFloat16*>(codes), &bounds);
-      bounds.norm = bounds.low_norm = (1 + rounding_) * bounds.norm + rounding_ * bounds.residual;
-    }
-    if (keys_.rows == nullptr) bounds.norm += bounds.low_norm;  // from one estimate to the other: the second is final
-    if (by_leading_) pack_leading(q, query.leading);
-  }
-
-  void pack_leading(int64_t q, Coded& query) const {
-    float y[1 + kMostLeading];
-    const float* of_query = row(q);
-    multiply_directions(kernels_, &of_query, 1, keys_.leading.directions, p_leading_, keys_.d, y);
-    const double rounding = leading_rounding(p_leading_, keys_.d);
-    double squares = 0;
-    for (int64_t j = 1; j <= p_leading_; ++j) squares += static_cast<double>(y[j]) * static_cast<double>(y[j]);
-    QueryBounds& bounds = query.bounds;
-    bounds.projection = y[0];
-    bounds.residual = static_cast<float>(std::sqrt(squares) * (1 + 0x1p-20));
-    bounds.tail = tail_of(y, p_leading_, rounding);
-    bounds.slack = static_cast<float>((kLeadingSlack + 2.2 * rounding) * (1 + 0x1p-20));
-    quantize(y + 1, p_leading_, leading_codes_ + q * 2 * p_leading_, p_leading_, query);
-  }
-
-  // Makes the codes of `length` numbers, the low ones `room` bytes behind the high ones.
-  void quantize(const float* rest, int64_t length, char* codes, int64_t room, Coded& query) const {
-    auto *high = reinterpret_cast<int8_t*>(codes), *low = high + room;
-    kernels_.quantize(rest, length, high, low, &query.bounds);
-    query.codes = high;
-    query.low_codes = low;
+    query.whole =
+        coder_.whole(row(q), reinterpret_cast<float*>(rests_ + thread * row_bytes_), codes_ + q * coder_.bytes());
+    if (by_leading_) query.leading = coder_.leading(row(q), leading_codes_ + q * coder_.leading_bytes());
   }
 
   void arrange(int64_t count) const {
@@ -588,20 +486,18 @@ class CosineTopK {
   bool integers_;            // of the products
   bool arranged_;            // the codes of queries, for all keys
   int64_t wide_queries_;     // up to so many, all bits of queries are multiplied with all keys
-  bool narrow_;              // bfloat16 queries
   int64_t in_block_ = 0;     // queries of the block at work
   bool wide_ = false;        // the block at work has the bounds of all bits of its queries
   bool by_leading_ = false;  // the block at work reads the leading codes first
   int64_t length_;           // elements of a key's codes
   int64_t p_leading_;        // leading codes of a key; 0: there are none
-  int64_t code_bytes_;       // room of a query's codes
-  int64_t row_bytes_;        // of a query's unit row
-  float rounding_;           // of float products: relative to the norms
+  QueryCoder coder_;
+  int64_t row_bytes_;  // of a query's unit row
 
   int64_t* active_;  // [m]: the queries that see a key
   Query* queries_;
   char* rows_;   // [block, row_bytes]: unit rows
-  char* codes_;  // [block, code_bytes], twice for an int8 scan
+  char* codes_;  // [block, coder.bytes]
   char* leading_codes_;
   char* arranged_codes_;
   float* bounds_;   // [block, tiles, kTile]: of the scores; only those of the tiles that a query sees
@@ -621,8 +517,7 @@ void check_sizes(const unike_keys& keys, int64_t m, int64_t k) {
   require(UNIKE_SCAN_F32 <= keys.scan && keys.scan <= UNIKE_SCAN_I8, "scan names none of the scans");
   require(keys.n == 0 || keys.scan == UNIKE_SCAN_F32 || unike_code_bytes(keys.scan, keys.d) > 0,
           "d is too large for an int8 scan");
-  require(0 <= keys.leading.p && keys.leading.p <= kMostLeading && keys.leading.p % 64 == 0,
-          "keys.leading.p must be a multiple of 64, at most 512");
+  if (keys.leading.p != 0) check_leading("keys.leading.p", keys.leading.p);
   check_size("m", m, 0);
   check_size("k", k, 0);
   times(m, k, sizeof(int64_t));

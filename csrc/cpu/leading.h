@@ -3,6 +3,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <stdexcept>
+#include <string>
 
 #include "cpu/scan_kernels.h"
 
@@ -10,6 +12,12 @@ namespace unike {
 
 // Most directions.
 constexpr int64_t kMostLeading = 512;
+// Throws where there cannot be so many.
+inline void check_leading(const char* name, int64_t p) {
+  if (0 < p && p <= kMostLeading && p % 64 == 0) return;
+  throw std::invalid_argument(std::string(name) + " must be a multiple of 64, at most " + std::to_string(kMostLeading));
+}
+
 // Rows that are multiplied with the directions together.
 constexpr int64_t kLeadingRows = 16;
 
