@@ -453,6 +453,31 @@ def test_threads_change_nothing_in_any_scan(scan, count, threads):
         assert torch.equal(one[0], other[0]) and torch.equal(one[1], other[1])
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="protects a page by Linux's number")
+def test_nothing_behind_the_last_key_is_read():
+    """The codes end where a page begins that nobody may read."""
+    code = """
+import ctypes, mmap, torch
+from unike_kernels import _native
+from unike_kernels.ops.cosine_topk import cpu
+rows, page = cpu.normalize_rows(torch.randn(100, 50)), mmap.PAGESIZE
+room = mmap.mmap(-1, 3 * page)
+at = ctypes.addressof(ctypes.c_char.from_buffer(room))
+assert ctypes.CDLL(None, use_errno=True).mprotect(ctypes.c_void_p(at + 2 * page), page, 0) == 0
+codes = torch.frombuffer(room, dtype=torch.uint8, offset=2 * page - 100 * 64, count=100 * 64).view(100, 64)
+bounds, direction = torch.empty(100, cpu.KEY_BOUNDS), torch.zeros(50)
+cpu.pack_keys(rows, direction, codes, bounds)
+for level in _native.isas():
+    _native.set_isa(level)
+    for m in (1, 2, 5, 20, 70):
+        queries = torch.randn(m, 50)
+        expected = cpu.Keys(rows, None).search(queries, 9)
+        found = cpu.Keys(rows, (codes, bounds, direction)).search(queries, 9)
+        assert all(map(torch.equal, found, expected)), (level, m)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
 def test_a_child_process_searches_too():
     """After a fork the threads of OpenMP are gone; torch's own parallel operators would wait for them for ever."""
     code = """

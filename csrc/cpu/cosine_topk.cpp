@@ -233,8 +233,7 @@ class CosineTopK {
     if (count == 0) return;
     int32_t* raw = raw_ + thread * raw_size();
     int64_t coded_queries = wide_ ? 2 * count : count;
-    const bool arranged =
-        arranged_ && coded == &Query::whole && n == kTile && to - from == in_block_ && 2 * count >= in_block_;
+    const bool arranged = arranged_ && coded == &Query::whole && n == kTile && 2 * count >= in_block_;
     if (arranged) coded_queries = wide_ ? 2 * in_block_ : in_block_;
     const void* codes[kQueryBlock];
     for (int64_t i = 0; i < count && !arranged; ++i) {
