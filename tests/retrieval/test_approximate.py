@@ -55,6 +55,62 @@ def test_too_few_keys_and_queries_that_are_not_finite():
 ALL = [uk.ANNConfig(lists=8, probes=8), uk.ANNConfig("hnsw", breadth=500)]  # which leave nothing out
 
 
+@pytest.mark.parametrize("own", [False, True], ids=["positions", "own ids"])
+@pytest.mark.parametrize("how", ALL, ids=["ivf", "hnsw"])
+def test_keys_come_and_go_as_in_an_exact_index(how, own):
+    keys, queries = clustered(600), clustered(5, seed=1)
+    names = torch.randperm(5_000)[:600] if own else None
+    indexes = [make(keys[:400], **({"ids": names[:400]} if own else {})) for make in (
+        uk.CosineIndex, lambda keys, **more: uk.ApproximateIndex(keys, how, **more),
+    )]  # fmt: skip
+
+    def check():
+        exact, approximate = indexes
+        n = len(exact)
+        assert len(approximate) == n and torch.equal(approximate.ids, exact.ids)
+        ranges = torch.tensor([[0, n], [n // 3, n // 2], [n - 1, n], [0, 0], [5, n - 5]])
+        for more in ({}, {"ranges": ranges}, {"allowed": exact.ids[::3]}):
+            wanted, found = exact.search(queries, 8, **more), approximate.search(queries, 8, **more)
+            assert torch.equal(found[1], wanted[1])
+            torch.testing.assert_close(found[0], wanted[0], atol=1e-5, rtol=1e-5)
+        for i in exact.ids[[0, n // 2, -1]].tolist():
+            torch.testing.assert_close(approximate.reconstruct(i), exact.reconstruct(i))
+
+    def add(start, stop):
+        for index in indexes:
+            index.add(keys[start:stop], names[start:stop] if own else None)
+        check()
+
+    check()
+    add(400, 450)
+    if how.kind == "hnsw":
+        with pytest.raises(ValueError, match="remove: expected ANNConfig"):
+            indexes[1].remove([0])
+        return
+    for start, some in ((450, slice(0, 200, 7)), (500, slice(100, 101)), (550, slice(300, None))):
+        gone = indexes[0].ids[some]
+        for index in indexes:
+            index.remove(gone)
+        check()
+        add(start, start + 50)
+
+
+def test_wrong_additions_and_removals_change_nothing():
+    keys = clustered(50)
+    index = uk.ApproximateIndex(keys, uk.ANNConfig(lists=2, probes=2))
+    for wrong, message in (
+        ((keys[:2, :5],), "keys: expected"),
+        ((torch.full((1, 32), float("nan")),), "keys: expected finite numbers"),
+        ((keys[:2], [50, 51]), "ids: expected None, as the keys before these have none of their own"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            index.add(*wrong)
+    with pytest.raises(IndexError, match="ids: expected 0 to 49, got 50"):
+        index.remove([3, 50])
+    assert len(index) == 50
+    assert torch.equal(index.search(keys, 1)[1].flatten(), torch.arange(50))
+
+
 @pytest.mark.parametrize("how", ALL, ids=["ivf", "hnsw"])
 def test_a_range_holds_all_that_it_has(how):
     """Not only what a search of all keys would have left of it."""

@@ -43,10 +43,8 @@ class ApproximateIndex(KeyedIndex):
         keys = tensor_of("keys", keys)
         if keys.dim() != 2 or not len(keys):
             raise ValueError(f"keys: expected [N, d] with N at least 1, got {list(keys.shape)}")
-        if not _check.finite(keys):
-            raise ValueError("keys: expected finite numbers, got NaN or infinity")
         self.how, self._device = how or ANNConfig(), keys.device
-        rows, (self._count, self._d) = normalize_rows(keys.detach()).float().cpu().contiguous().numpy(), keys.shape
+        rows, (self._count, self._d) = _unit_rows(keys), keys.shape
         own = own_ids(ids, self._count)
         self._ids = None if own is None else own.to(keys.device)
         index: Any
@@ -62,7 +60,10 @@ class ApproximateIndex(KeyedIndex):
             index.train(rows)
             index.nprobe = min(self.how.probes, lists)
         index.add(rows)  # the only copy of the keys
-        self._index = index
+        self._index, self._next = index, self._count
+        self._numbers: Tensor | None = (
+            None  # int64 [N] on the CPU, ascending: of the keys in faiss; None: the positions
+        )
         if keys.is_cuda:
             self._index = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), keys.device.index or 0, index)
 
@@ -81,10 +82,62 @@ class ApproximateIndex(KeyedIndex):
 
     def reconstruct(self, id: int) -> Tensor:
         """See `CosineIndex.reconstruct`; on the CPU."""
-        position = self._position(id)
-        if self.how.kind == "ivf":
-            self._index.make_direct_map()  # where each key lies; once
-        return torch.from_numpy(self._index.reconstruct(position))
+        number = self._position(id) if self._numbers is None else int(self._numbers[self._position(id)])
+        if self.how.kind == "ivf":  # where each key lies; once
+            self._index.set_direct_map_type(importlib.import_module("faiss").DirectMap.Hashtable)
+        return torch.from_numpy(self._index.reconstruct(number))
+
+    def add(self, keys: Tensor | np.ndarray[Any, Any], ids: Ids | None = None) -> None:
+        """Append keys. On an error the index is as before.
+
+        The lists of "ivf" stay those of the first keys: of keys that are nothing like these, make a new index.
+
+        Args:
+            keys: [M, d], finite, any float dtype, where the first ones were.
+            ids: as of `CosineIndex.add`.
+
+        Raises:
+            TypeError, ValueError: a wrong dtype, shape or device, a key with NaN or infinity, wrong ids.
+        """
+        keys = self._given("keys", keys)
+        _check.rows("keys", keys)
+        _check.sized("keys", keys, (None, self.d))
+        if keys.device != self.device:
+            raise ValueError(f"keys: expected them on {self.device}, got {keys.device}")
+        rows, added = _unit_rows(keys), self._ids_to_add(ids, len(keys))
+        numbers = torch.arange(self._next, self._next + len(rows), dtype=torch.int64, device="cpu")
+        if self.how.kind == "hnsw":
+            self._index.add(rows)
+        else:
+            self._index.add_with_ids(rows, numbers.numpy())
+        own = None if added is None else added.to(self.device)
+        if not self._count:
+            self._ids = own
+        elif own is not None and self._ids is not None:
+            self._ids = torch.cat([self._ids, own])
+        if self._numbers is not None:
+            self._numbers = torch.cat([self._numbers, numbers])
+        self._count, self._next = self._count + len(rows), self._next + len(rows)
+
+    def remove(self, ids: Ids) -> None:
+        """Remove keys by id, as `CosineIndex.remove` does.
+
+        Raises:
+            IndexError: an id that no key has.
+            TypeError: ids that are no integers.
+            ValueError: "hnsw", whose keys others are reached by; keys on a GPU.
+        """
+        if self.how.kind == "hnsw" or self.device.type != "cpu":
+            raise ValueError(
+                f"remove: expected ANNConfig(kind='ivf') on the CPU, got {self.how.kind!r} on {self.device}"
+            )
+        keep, faiss = self._without(ids), importlib.import_module("faiss")
+        everyone = torch.arange(self._count, dtype=torch.int64, device="cpu")
+        numbers = everyone if self._numbers is None else self._numbers
+        self._index.set_direct_map_type(faiss.DirectMap.NoMap)  # faiss removes by few selectors where there is one
+        self._index.remove_ids(faiss.IDSelectorBatch(numbers[~keep].numpy()))
+        self._numbers, self._count = numbers[keep], int(keep.sum())
+        self._ids = None if self._ids is None else self._ids[keep.to(self.device)]
 
     def _nearest(self, queries: Tensor, k: int, ranges: Tensor | None, chosen: Tensor | None) -> tuple[Tensor, Tensor]:
         k = check_retrieval(queries, "index", torch.empty(0, dtype=torch.float32, device=self.device), k, ranges)
@@ -107,8 +160,10 @@ class ApproximateIndex(KeyedIndex):
         """What may be found, as faiss takes it (None: all), how many keys that are, and the queries that ask for it."""
         faiss: Any = importlib.import_module("faiss")
         everyone = torch.arange(queries, dtype=torch.int64, device="cpu")
+        numbers = self._numbers
         if chosen is not None:
-            return [(faiss.IDSelectorBatch(chosen.cpu().numpy()), len(chosen), everyone)]
+            chosen = chosen.cpu() if numbers is None else numbers[chosen.cpu()]
+            return [(faiss.IDSelectorBatch(chosen.numpy()), len(chosen), everyone)]
         if ranges is None:
             return [(None, self._count, everyone)]
         different, which = ranges.cpu().unique(dim=0, return_inverse=True)
@@ -117,10 +172,16 @@ class ApproximateIndex(KeyedIndex):
             raise ValueError(
                 f"ranges: expected 0 <= start <= stop <= n = {self._count}, got {different[int(bad[0, 0])].tolist()}"
             )
-        whole = [0, self._count]
+
+        def selector(a: int, b: int) -> Any:
+            if [a, b] == [0, self._count]:
+                return None
+            if numbers is not None and a < b:
+                return faiss.IDSelectorRange(int(numbers[a]), int(numbers[b - 1]) + 1)
+            return faiss.IDSelectorRange(a, b)
+
         return [
-            (None if [a, b] == whole else faiss.IDSelectorRange(a, b), b - a, (which == i).nonzero().flatten())
-            for i, (a, b) in enumerate(different.tolist())
+            (selector(a, b), b - a, (which == i).nonzero().flatten()) for i, (a, b) in enumerate(different.tolist())
         ]
 
     def _found(self, unit: Tensor, k: int, selected: Any, breadth: int) -> tuple[Tensor, Tensor]:
@@ -132,7 +193,10 @@ class ApproximateIndex(KeyedIndex):
         elif selected is not None:
             parameters = faiss.SearchParametersIVF(sel=selected, nprobe=breadth)
         scores, ids = self._index.search(unit.contiguous().numpy(), k, params=parameters)
-        return torch.from_numpy(scores), torch.from_numpy(ids)
+        found = torch.from_numpy(ids)
+        if self._numbers is not None:
+            found = torch.where(found < 0, found, torch.searchsorted(self._numbers, found))
+        return torch.from_numpy(scores), found
 
     def recall(self, queries: Tensor, k: int, exact: Retriever) -> float:
         """The share of the true k nearest keys that `search` finds.
@@ -146,3 +210,10 @@ class ApproximateIndex(KeyedIndex):
         _, true = exact.search(queries, k)
         hits = (found.unsqueeze(-1) == true.unsqueeze(-2)) & (true >= 0).unsqueeze(-2)
         return float(hits.sum() / (true >= 0).sum().clamp(min=1))
+
+
+def _unit_rows(keys: Tensor) -> np.ndarray[Any, Any]:
+    """As faiss takes them. Raises ValueError for a key with NaN or infinity."""
+    if not _check.finite(keys):
+        raise ValueError("keys: expected finite numbers, got NaN or infinity")
+    return normalize_rows(keys.detach()).float().cpu().contiguous().numpy()

@@ -283,22 +283,6 @@ class CosineIndex(KeyedIndex):
         self._rows, self._codes, self._own_ids, self._leading = grown, codes, own, leading
         self._lay_out()
 
-    def _ids_to_add(self, ids: Ids | None, count: int) -> Tensor | None:
-        """Of so many keys, checked against those that are there. Raises TypeError, ValueError."""
-        added = own_ids(ids, count)
-        if not len(self):
-            return added
-        if self._ids is None:
-            if added is not None:
-                raise ValueError("ids: expected None, as the keys before these have none of their own")
-            return None
-        if added is None:
-            raise ValueError("ids: expected one for each key, as the keys before these have ids of their own")
-        there = added[torch.isin(added, self._ids)]
-        if len(there):
-            raise ValueError(f"ids: expected ids that no key has yet, got {int(there[0])}")
-        return added
-
     def remove(self, ids: Ids) -> None:
         """Remove keys by id. Copies all that stay.
 
@@ -310,16 +294,7 @@ class CosineIndex(KeyedIndex):
             ValueError: the index is on a CUDA device.
         """
         self._on_cpu()
-        gone = _check.ids("ids", ids)
-        if self._ids is not None:
-            outside, keep = gone[~torch.isin(gone, self._ids)], ~torch.isin(self._ids, gone)
-        else:
-            outside = gone[(gone < 0) | (gone >= len(self))]
-            keep = torch.ones(len(self), dtype=torch.bool, device="cpu")
-            keep[gone[(gone >= 0) & (gone < len(self))]] = False
-        if len(outside):
-            known = f"0 to {len(self) - 1}" if self._ids is None else "those of keys"
-            raise IndexError(f"ids: expected {known}, got {int(outside[0])}")
+        keep = self._without(ids)
         packed = self._packed
         if packed is not None:
             packed = PackedKeys(_kept(packed.codes, keep), _kept(packed.error_bounds, keep), packed.direction)

@@ -198,6 +198,37 @@ class KeyedIndex(Index):
             return wanted[(wanted >= 0) & (wanted < len(self))].unique()
         return torch.isin(self._ids, wanted).nonzero().flatten()
 
+    def _ids_to_add(self, ids: Ids | None, count: int) -> Tensor | None:
+        """Of so many keys, checked against those that are there. Raises TypeError, ValueError."""
+        added = own_ids(ids, count)
+        if not len(self):
+            return added
+        if self._ids is None:
+            if added is not None:
+                raise ValueError("ids: expected None, as the keys before these have none of their own")
+            return None
+        if added is None:
+            raise ValueError("ids: expected one for each key, as the keys before these have ids of their own")
+        there = added[torch.isin(added, self._ids.cpu())]
+        if len(there):
+            raise ValueError(f"ids: expected ids that no key has yet, got {int(there[0])}")
+        return added
+
+    def _without(self, ids: Ids) -> Tensor:
+        """Which keys stay when these go, bool [N] on the CPU. Raises IndexError, TypeError."""
+        gone = _check.ids("ids", ids)
+        own = None if self._ids is None else self._ids.cpu()
+        if own is not None:
+            outside, keep = gone[~torch.isin(gone, own)], ~torch.isin(own, gone)
+        else:
+            outside = gone[(gone < 0) | (gone >= len(self))]
+            keep = torch.ones(len(self), dtype=torch.bool, device="cpu")
+            keep[gone[(gone >= 0) & (gone < len(self))]] = False
+        if len(outside):
+            known = f"0 to {len(self) - 1}" if own is None else "those of keys"
+            raise IndexError(f"ids: expected {known}, got {int(outside[0])}")
+        return keep
+
     def _position(self, id: int) -> int:
         """Of the key with this id. Raises IndexError, TypeError."""
         id = operator.index(id)
