@@ -342,7 +342,7 @@ def test_codes_that_flatter_the_others(isa):
 @pytest.mark.parametrize("many", [True, False])
 def test_a_query_that_its_codes_misjudge(isa, many):
     """Its high codes, which many queries are scanned with at first, or all codes see nothing along the best keys."""
-    d, k = 300, 20
+    d, k = 300, 24  # the best keys are part of a whole tile
     part = 0.49 if many else 0.49 / 254  # of a step: rounded away
     signs = torch.where(torch.randperm(d) < 2 * d // 3, 1.0, -1.0)  # the sum of the codes is not that of others
     query = torch.cat([torch.tensor([127.0]), part * signs]).unsqueeze(0)
