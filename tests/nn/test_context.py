@@ -106,6 +106,7 @@ def test_after_the_prompt_what_it_left_is_kept(mask):
         (2, 0, LEFT[:, 2:], (2, 4)),  # the first chunk of several
         (2, 2, LEFT, (2, 4)),  # the last chunk of several
         (2, 2, None, (2, 4)),  # one prompt in the past, one not
+        (2, 3, torch.cat([LEFT, torch.ones(2, 1).long()], 1), (3, 3)),  # the past of one is padding
     ],
 )
 def test_a_prompt_in_parts_is_an_error(tokens, past, mask, lengths):
