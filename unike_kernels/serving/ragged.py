@@ -198,8 +198,8 @@ class RaggedRuntime:
     def warm_up(self, dtype: torch.dtype, tokens: Iterable[int] = (1, 8, 64, 512)) -> float:
         """Have Triton compile now what steps will launch, as `unike_kernels.warm_up` does for a patched model.
 
-        Each layer computes with zeros, for each number of tokens of a step: of one request, and of as many, with the
-        edits that are resident, and with the memory for all or for some. On a CPU tables are laid out.
+        Each layer computes with zeros, for each number of tokens of a step, with the edits that are resident, and with
+        the memory for all or for some. How many requests a step has makes no difference. On a CPU tables are laid out.
 
         Args:
             dtype: of the activations.
@@ -215,12 +215,11 @@ class RaggedRuntime:
         declines = RequestSlice(0, memory=False)
         for count in _check.counts("tokens", tokens):
             x = torch.zeros(count, self.bank.hidden_size, dtype=dtype, device=self._device)
-            for shares in ([RequestSlice(count, edits)], [RequestSlice(1, edits)] * count):
-                for step in (shares, [*shares, declines]):
-                    self.begin(step)
-                    for layer in self.layers:
-                        self.ffn(layer, x, x.clone())
-                        self.attention(layer, x, x.clone())
+            for others in ([], [declines]):
+                self.begin([RequestSlice(count, edits), *others])
+                for layer in self.layers:
+                    self.ffn(layer, x, x.clone())
+                    self.attention(layer, x, x.clone())
         self.end()
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
