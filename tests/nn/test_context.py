@@ -11,10 +11,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from capture import Capture
 from configs import every_token
 
 from unike_kernels import PatchError
-from unike_kernels.nn import ModelContext, Pass, PromptState, Selection, Trace, Version
+from unike_kernels.nn import ModelContext, Pass, PromptState, Selection, Trace, Version, context
 
 LEFT = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
 RIGHT = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]])
@@ -22,7 +23,7 @@ NOW = Version({}, {})
 
 
 def prompt(*lengths, **config):
-    return PromptState(torch.tensor(lengths), every_token(**(config or {"alpha": "last"})))
+    return PromptState(torch.tensor(lengths), max(lengths), every_token(**(config or {"alpha": "last"})))
 
 
 def a_pass(batch, tokens, past=0, mask=None, text=None, **selection):
@@ -105,11 +106,31 @@ def test_after_the_prompt_what_it_left_is_kept(mask):
         (2, 0, LEFT[:, 2:], (2, 4)),  # the first chunk of several
         (2, 2, LEFT, (2, 4)),  # the last chunk of several
         (2, 2, None, (2, 4)),  # one prompt in the past, one not
+        (2, 3, torch.cat([LEFT, torch.ones(2, 1).long()], 1), (3, 3)),  # the past of one is padding
     ],
 )
 def test_a_prompt_in_parts_is_an_error(tokens, past, mask, lengths):
     with pytest.raises(ValueError, match="the whole prompt must come in one forward pass"):
         a_pass(2, tokens, past, mask, prompt=prompt(*lengths))
+
+
+@pytest.mark.parametrize("mask", [LEFT, RIGHT, None])
+def test_nothing_waits_on_a_gpu(mask, monkeypatch):
+    """A pass over a prompt is recorded, and made again for another mask; what is known without a mask is checked."""
+    monkeypatch.setattr(context, "_on_gpu", lambda t: True)
+    given = None if mask is None else mask.clone()
+    chosen = prompt(2, 3)
+    graph = Capture(lambda: a_pass(2, 4, 0, given, prompt=chosen).last)
+    for now in (mask, mask) if mask is None else (mask, LEFT, RIGHT):
+        if now is not None:
+            given.copy_(now)
+        graph.replay()
+        assert torch.equal(graph.result, a_pass(2, 4, 0, now, prompt=chosen).last)
+    grown = None if mask is None else torch.cat([mask, torch.ones(2, 1).long()], 1)
+    assert Capture(lambda: a_pass(2, 1, 4, grown, prompt=chosen).last).result is None
+    for tokens, past in ((2, 0), (2, 2)):
+        with pytest.raises(ValueError, match="the whole prompt must come in one forward pass"):
+            a_pass(2, tokens, past, None if mask is None else mask[:, : tokens + past], prompt=chosen)
 
 
 @pytest.mark.parametrize(

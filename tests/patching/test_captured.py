@@ -23,9 +23,8 @@ IDS = torch.tensor([[5, 6, 7], [8, 9, 10]])
 def capture(monkeypatch):
     """compute -> its `Capture`, as if all tensors were on a GPU."""
     on = []
-    for module in (patched_ffn, memory_attention):
-        monkeypatch.setattr(module, "_on_gpu", lambda t: True)
     for module in (patched_ffn, memory_attention, context):
+        monkeypatch.setattr(module, "_on_gpu", lambda t: True)
         monkeypatch.setattr(module, "capturing", lambda device: bool(on))
 
     def run(compute):
@@ -81,6 +80,22 @@ def test_replays_see_rows_betas_and_edits(setup, capture):
     with uk.rows(model, [["d"], ["b"]]):
         agrees(graph, logits(model, ids))
     assert all(not torch.allclose(x, y, atol=1e-3) for i, x in enumerate(seen) for y in seen[:i])
+
+
+@pytest.mark.parametrize("how", [{"alpha": "last"}, {"retrieval": "sequence"}])
+def test_a_pass_that_is_told_where_prompts_end(how, make_model, make_memory, make_edit, capture):
+    model = make_model("llama")
+    memory = make_memory(model, every_token(**{"k": 7, "values": "pre", "alpha": 0.4, **how}), layers=(2, 4))
+    uk.patch(model, [make_edit(model, "a", memory, layers=(2, 4))], memory)
+    ids = IDS.clone()
+    with uk.rows(model, [["a"], []], prompt_lengths=[2, 3]):
+        logits(model, ids)
+        graph = capture(lambda: logits(model, ids))
+        for now in (IDS, IDS.flip(0), IDS.flip(1)):
+            ids.copy_(now)
+            agrees(graph, logits(model, now))
+    with uk.rows(model, [["a"], []], prompt_lengths=[3, 3]):
+        assert not torch.allclose(graph.result, logits(model, ids), atol=1e-3)
 
 
 def test_what_is_written_for_graphs_is_read_by_nobody_else(setup, capture, make_memory):

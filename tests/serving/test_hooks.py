@@ -77,12 +77,36 @@ def test_modules_that_keep_no_config():
         backbones.find_decoder(model)
 
 
-def test_what_ranks_have_not_summed_is_refused():
+class PPMissingLayer(nn.Identity):
+    """What vLLM puts in the place of another stage's layer."""
+
+
+def test_a_stage_of_a_pipeline_installs_its_own_layers():
     model = model_of(ZOO["llama"])
-    flat = RaggedRuntime([3], 64, "silu")
-    vllm.install(model, model.config, flat, edits=True, ranks=2)
-    model.model.layers[3].mlp.down_proj.reduce_results = False
-    with pytest.raises(uk.UnsupportedModelError, match=r"layer 3 .*: its ffn is not summed over the 2 ranks"):
+    for i in (0, 3):
+        model.model.layers[i] = PPMissingLayer()
+    assert vllm.stage_of(model, model.config) == [1, 2]
+    flat = RaggedRuntime([1, 2, 3], 64, "silu", own=[1, 2])
+    vllm.install(model, model.config, flat, edits=True)
+    hooked = [bool(layer.mlp._forward_hooks) for layer in model.model.layers[1:3]]
+    assert hooked == [True, True]
+    with pytest.raises(uk.UnsupportedModelError, match=r"layer 3 .*: looked for one FFN"):
+        vllm.install(model, model.config, RaggedRuntime([1, 2, 3], 64, "silu"), edits=True)
+
+
+def test_what_a_layer_sums_itself_is_added_by_one_rank(make_memory):
+    """Edits; all of an attention's output, which a memory shifts, is nowhere then."""
+    hooks = []
+    for rank in (0, 1):
+        model = model_of(ZOO["llama"])
+        model.model.layers[3].mlp.down_proj.reduce_results = False
+        vllm.install(model, model.config, RaggedRuntime([2, 3], 64, "silu"), edits=True, ranks=2, rank=rank)
+        hooks.append([bool(layer.mlp._forward_hooks) for layer in model.model.layers])
+    assert hooks == [[False, False, True, True], [False, False, True, False]]
+    memory = make_memory(model, every_token(k=7, values="out"), layers=(2, 3))
+    flat = RaggedRuntime([2, 3], 64, "silu", memory)
+    model.model.layers[3].self_attn.o_proj.reduce_results = False
+    with pytest.raises(uk.UnsupportedModelError, match=r"layer 3 .*: its attention is not summed over the 2 ranks"):
         vllm.install(model, model.config, flat, edits=True, ranks=2)
     vllm.install(model, model.config, flat, edits=True)
 

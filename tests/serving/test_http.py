@@ -72,7 +72,9 @@ class Engine:
         if self.count > 2:
             raise TimeoutError
         return [
+            {"edits_resident": 3, "prompts_routed": 0, "prompts_not_routed": 0, "memory_seconds": 0.0},  # a first stage
             {"edits_resident": 3, "prompts_routed": self.count, "prompts_not_routed": 0, "memory_seconds": 0.5},
+            {},
         ]
 
 

@@ -99,6 +99,30 @@ def test_no_request_depends_on_another_ones_edits(versions):
         start += share.tokens
 
 
+def test_stages_of_a_pipeline_have_what_they_compute(make_model, make_edit, make_memory):
+    """Their own layers' neurons and tables alone, and together the bits of one that has all layers."""
+    model = make_model("llama")
+    memory = make_memory(model, every_token(k=7, values="out", alpha=0.4), layers=LAYERS)
+    held = [Version(f"{i}@1", make_edit(model, i, memory, seed=n, layers=LAYERS)) for n, i in enumerate("ab")]
+    whole, first, second = (RaggedRuntime(LAYERS, D, "silu", memory, own=own) for own in (None, [0, 1, 2], [3, 4]))
+    shares = [RequestSlice(3, ("a@1",)), RequestSlice(2, memory=False), RequestSlice(4, ("b@1", "a@1"))]
+    x, base = torch.randn(2, 9, D)
+    for runtime in (whole, first, second):
+        for version in held:
+            runtime.hold(version)
+        runtime.begin(shares)
+    for layer, stage, other in ((2, first, second), (3, second, first)):
+        assert stage.layers == stage.remembering == stage.bank.layers == [layer]
+        for compute in ("ffn", "attention"):
+            wanted, found, left = base.clone(), base.clone(), base.clone()
+            for runtime, out in ((whole, wanted), (stage, found), (other, left)):
+                getattr(runtime, compute)(layer, x, out)
+            assert torch.equal(found, wanted) and torch.equal(left, base) and not torch.equal(wanted, base)
+    assert first.bank.nbytes + second.bank.nbytes == whole.bank.nbytes
+    first.bank.remove("a@1")
+    assert "a@1" not in first.bank and "b@1" in first.bank
+
+
 @pytest.mark.parametrize("values", ["pre", "out", "context"])
 @pytest.mark.parametrize("scale", [None, "cosine"])
 def test_the_memory_shifts_as_in_a_patched_model(make_model, make_memory, values, scale):

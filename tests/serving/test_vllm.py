@@ -5,6 +5,7 @@ Needs an environment with vLLM, in which these tests are run by tests/test_other
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import gc
 import json
@@ -45,12 +46,13 @@ from vllm.compilation.backends import split_graph  # noqa: E402
 from vllm.compilation.passes.utility.fix_functionalization import FixFunctionalizationPass  # noqa: E402
 from vllm.config import CompilationMode, CUDAGraphMode, PassConfig  # noqa: E402
 from vllm.config.utils import replace  # noqa: E402
-from vllm.engine.arg_utils import EngineArgs  # noqa: E402
+from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs  # noqa: E402
 from vllm.exceptions import VLLMValidationError  # noqa: E402
 from vllm.forward_context import get_forward_context  # noqa: E402
 from vllm.platforms.cpu import CpuPlatform  # noqa: E402
 from vllm.v1.attention.backend import AttentionCGSupport  # noqa: E402
 from vllm.v1.cudagraph_dispatcher import CudagraphDispatcher  # noqa: E402
+from vllm.v1.engine.async_llm import AsyncLLM  # noqa: E402
 
 import unike_kernels as uk  # noqa: E402
 from unike_kernels import backbones  # noqa: E402
@@ -454,8 +456,12 @@ FAMILIES = {  # what names its layers and their parts otherwise than llama, at h
 }
 
 
+# Whose last stage in a pipeline has no embeddings.
+LLAMA = "LlamaConfig", "LlamaForCausalLM", WIDE | dict(intermediate_size=96, tie_word_embeddings=False)
+
+
 def of_family(name):
-    config, kind, sizes = FAMILIES[name]
+    config, kind, sizes = {**FAMILIES, "llama": LLAMA}[name]
     torch.manual_seed(0)
     model = getattr(transformers, kind)(getattr(transformers, config)(**sizes)).eval()
     with torch.no_grad():
@@ -464,43 +470,110 @@ def of_family(name):
     return model
 
 
+class Family:
+    """A tiny model in a folder, five requests, and the tokens that Hugging Face gives them."""
+
+    def __init__(self, name, folder, make_memory=None):
+        self.model, self.ids = of_family(name), []
+        self.model.save_pretrained(folder / "model")
+        self.folder, edits_in = folder / "model", folder / "edits"
+        edits_in.mkdir()
+        self.told, memory = {"edits": str(edits_in)}, None
+        if make_memory is not None:
+            memory = make_memory(self.model, every_token(k=7, values="out", alpha=0.4))
+            memory.save(folder / "memory.safetensors")
+            self.told["memory"] = str(folder / "memory.safetensors")
+        activation = backbones.find_decoder(self.model).layers[-1].activation
+        edits = [random_edit(self.model, id, seed, activation, memory=memory) for seed, id in enumerate("ab")]
+        for edit in edits:
+            save(edits_in, edit)
+        lengths = 9, 12, 5, 7, 9
+        self.ids = [torch.randint(3, 90, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in lengths]
+        sets, uses = [["a"], [], ["b", "a"], [], ["a"]], [True, True, True, False, False]
+        uses = uses if memory is not None else [False] * len(uses)
+        self.wanted = self._expected(edits, memory, sets, uses)
+        plain = self._expected([], memory, [[]] * len(sets), [False] * len(sets))
+        changed = [a != b for a, b in zip(self.wanted, plain, strict=True)]
+        assert not changed[3] and sum(changed) >= 3
+        self.prompts = [{"prompt_token_ids": ids} for ids in self.ids]
+        declined = [{} if use or memory is None else {"unike_memory": 0} for use in uses]
+        self.params = [params(c, detokenize=False, **more) for c, more in zip(sets, declined, strict=True)]
+        self.settings = {"additional_config": {"unike": self.told}, "skip_tokenizer_init": True, "max_model_len": 64}
+
+    def _expected(self, edits, memory, sets, uses):
+        found, settings = [], {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "eos_token_id": None}
+        with uk.patched(self.model, edits, memory):
+            for ids, chosen, use in zip(self.ids, sets, uses, strict=True):
+                with uk.rows(self.model, [chosen], memory=[use]):
+                    out = self.model.generate(torch.tensor([ids]), **settings)
+                found.append(out[0, len(ids) :].tolist())
+        return found
+
+    def serve(self, **more):
+        with engine(self.folder, limit_mm_per_prompt=None, **self.settings, **more) as llm:
+            return said(llm.generate(self.prompts, self.params, use_tqdm=False))
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_other_families_compiled(name, make_memory, tmp_path):
     """Edits and a memory: vLLM's own modules, and Hugging Face's in vLLM (GPT-NeoX)."""
+    family = Family(name, tmp_path, make_memory)
+    assert family.serve() == family.wanted
+
+
+@pytest.mark.parametrize(
+    ("name", "split", "remembers"),
+    [("opt", "tensor", True), ("opt", "pipeline", True), ("falcon", "tensor", False)],
+)
+def test_over_two_processes(name, split, remembers, make_memory, tmp_path):
+    """Edits and memory in layers of both stages; ranks that sum an FFN where it ends (OPT), and behind it (Falcon)."""
+    family = Family(name, tmp_path, make_memory if remembers else None)
+    assert family.serve(**{f"{split}_parallel_size": 2}) == family.wanted
+
+
+def test_two_replicas(make_memory, tmp_path):
+    """Data parallelism: each request once in each of two engines, which are told of edits and memory apart."""
+    family = Family("opt", tmp_path, make_memory)
+
+    async def ask(llm, i, rank):
+        asked = llm.generate(family.prompts[i], family.params[i], f"{i} of {rank}", data_parallel_rank=rank)
+        return said([[out async for out in asked][-1]])[0]
+
+    async def serve():
+        arguments = AsyncEngineArgs(
+            str(family.folder), dtype="float32", enforce_eager=True, data_parallel_size=2, **family.settings
+        )
+        llm = AsyncLLM.from_engine_args(arguments)
+        try:
+            each = range(len(family.prompts))
+            return [await asyncio.gather(*(ask(llm, i, rank) for i in each)) for rank in range(2)]
+        finally:
+            llm.shutdown()
+
+    assert asyncio.run(serve()) == [family.wanted] * 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "more", "message"),
+    [
+        ("memory", "falcon", {"tensor_parallel_size": 2}, "its attention is not summed over the 2 ranks where it ends"),
+        ("scope", "llama", {"pipeline_parallel_size": 2}, "a stage of the pipeline that has edited layers has none"),
+    ],
+)
+def test_what_cannot_be_split_is_refused_at_start(kind, name, more, message, make_memory, make_edit, tmp_path, capfd):
     model = of_family(name)
     model.save_pretrained(tmp_path / "model")
     (tmp_path / "edits").mkdir()
-    memory = make_memory(model, every_token(k=7, values="out", alpha=0.4))
+    config = every_token(k=7, values="out", alpha=0.4)
+    memory = make_memory(model, config) if kind == "memory" else scoped(model, make_edit)[0]
     memory.save(tmp_path / "memory.safetensors")
-    activation = backbones.find_decoder(model).layers[-1].activation
-    edits = [random_edit(model, id, seed, activation, memory=memory) for seed, id in enumerate("ab")]
-    for edit in edits:
-        save(tmp_path / "edits", edit)
-    ids = [torch.randint(3, 90, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (9, 12, 5, 7, 9)]
-    sets, uses = [["a"], [], ["b", "a"], [], ["a"]], [True, True, True, False, False]
-
-    def expected(edits, sets, uses):
-        found = []
-        with uk.patched(model, edits, memory):
-            for i, chosen, use in zip(ids, sets, uses, strict=True):
-                with uk.rows(model, [chosen], memory=[use]):
-                    out = model.generate(
-                        torch.tensor([i]), max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, eos_token_id=None
-                    )
-                found.append(out[0, len(i) :].tolist())
-        return found
-
-    wanted, plain = expected(edits, sets, uses), expected([], [[]] * len(ids), [False] * len(ids))
-    changed = [a != b for a, b in zip(wanted, plain, strict=True)]
-    assert not changed[3] and sum(changed) >= 3
     told = {"unike": {"edits": str(tmp_path / "edits"), "memory": str(tmp_path / "memory.safetensors")}}
-    with engine(
-        tmp_path / "model", additional_config=told, skip_tokenizer_init=True, max_model_len=64, limit_mm_per_prompt=None
-    ) as llm:
-        declined = [{} if use else {"unike_memory": 0} for use in uses]
-        given = [params(c, detokenize=False, **more) for c, more in zip(sets, declined, strict=True)]
-        found = said(llm.generate([{"prompt_token_ids": i} for i in ids], given, use_tqdm=False))
-    assert found == wanted
+    with (
+        pytest.raises(RuntimeError, match="Engine core initialization failed"),
+        engine(tmp_path / "model", additional_config=told, skip_tokenizer_init=True, max_model_len=64, **more),
+    ):
+        pass
+    assert message in "".join(capfd.readouterr())
 
 
 def test_the_memory_decides_where_an_edit_acts(make_edit, tmp_path):

@@ -24,9 +24,9 @@ def served(make_model, make_edit, make_memory, tmp_path):
     flipped = {i: dataclasses.replace(m, index=-m.index, values=-m.values) for i, m in one.layers.items()}
     joined = uk.MemoryBank.joined({"acme": one, "globex": uk.MemoryBank(flipped, one.config, one.base_model)})
 
-    def make(kind="tenants", **more):
+    def make(kind="tenants", folder=None, **more):
         memory = {"none": None, "one": one, "tenants": joined}[kind]
-        folder = tmp_path / kind
+        folder = tmp_path / (folder or kind)
         folder.mkdir()
         for seed, id in enumerate("abc"):
             make_edit(model, id, memory, seed=seed).save(folder / f"{id}.safetensors")
@@ -170,34 +170,79 @@ def test_a_limit_that_is_none_is_refused_at_start(served):
 # --- what refuses a server at its start ---
 
 
-def config_of(*, pipeline=1, settings=None, v2=False):
+def config_of(*, settings=None, v2=False):
     """As much of vLLM's own as is asked."""
     return SimpleNamespace(
-        parallel_config=SimpleNamespace(pipeline_parallel_size=pipeline),
         additional_config={} if settings is None else {"unike": settings},
         use_v2_model_runner=v2,
     )
 
 
-def test_a_model_is_not_served_where_it_cannot_be(monkeypatch):
-    """The check comes before anything is installed."""
-    installed = []
-    server = SimpleNamespace(flat=lambda device: device, folder=None, model=1)
+class Embeds:
+    """A stage's model; without embeddings it gives back what it is given."""
+
+    def __init__(self, has=True):
+        self.embed_input_ids = torch.nn.Embedding(3, 2) if has else torch.nn.Identity()
+
+
+def loaded(monkeypatch, *, ubatching=False, context=1, rank=0, routes=False, layers=(4,), model=None):
+    """What is installed where vLLM has loaded a model."""
+    installed, model = [], model or Embeds()
+    flat = SimpleNamespace(routes=routes, layers=list(layers))
+    server = SimpleNamespace(flat=lambda device, own: installed.append(own) or flat, folder=None, model=1)
     monkeypatch.setattr(vllm, "_served", lambda config: server)
+    monkeypatch.setattr(vllm, "stage_of", lambda model, text: [4, 5])
     monkeypatch.setattr(vllm, "install", lambda *given, **more: installed.append((*given, more)))
+    parallel = SimpleNamespace(
+        tensor_parallel_size=2, rank=rank, use_ubatching=ubatching, prefill_context_parallel_size=context
+    )
+    config = SimpleNamespace(model_config=SimpleNamespace(hf_text_config="its config"), parallel_config=parallel)
+    runner = SimpleNamespace(
+        vllm_config=config, parallel_config=parallel, device=torch.device("cpu"), get_model=lambda: model
+    )
+    assert vllm._load_model(lambda self: "loaded", runner) == "loaded"
+    assert installed == [[4, 5], (model, "its config", flat, {"edits": False, "ranks": 2, "rank": rank % 2})]
 
-    def runner(config):
-        config.model_config = SimpleNamespace(hf_text_config="its config")
-        ranks = SimpleNamespace(tensor_parallel_size=2)
-        return SimpleNamespace(
-            vllm_config=config, device=torch.device("cpu"), parallel_config=ranks, get_model=lambda: "model"
-        )
 
-    with pytest.raises(ValueError, match=r"^additional_config\.unike: pipeline parallelism is not supported"):
-        vllm._load_model(lambda self: None, runner(config_of(pipeline=2)))
-    assert not installed
-    assert vllm._load_model(lambda self: "loaded", runner(config_of())) == "loaded"
-    assert installed == [("model", "its config", torch.device("cpu"), {"edits": False, "ranks": 2})]
+def test_a_model_is_not_served_where_it_cannot_be(monkeypatch):
+    """The checks come before anything is installed."""
+    for rank in (0, 1, 3):  # the last one of the second stage
+        loaded(monkeypatch, rank=rank)
+    for more, message in (
+        ({"ubatching": True}, r"^additional_config\.unike: microbatches"),
+        ({"context": 2}, r"^additional_config\.unike: prefill context parallelism is not supported"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            loaded(monkeypatch, **more)
+    with pytest.raises(uk.UnsupportedModelError, match="a stage of the pipeline that has edited layers has none"):
+        loaded(monkeypatch, routes=True, model=Embeds(False))
+    loaded(monkeypatch, routes=True)
+    loaded(monkeypatch, routes=True, layers=(), model=Embeds(False))  # nothing is decided there
+    loaded(monkeypatch, model=Embeds(False))
+
+
+@pytest.mark.parametrize("first", ["fits", "does not", "is not there", "no folder"])
+def test_what_a_gpu_will_launch_is_compiled_before_requests_come(first, served, monkeypatch):
+    """With one edit of the folder, if it can be served."""
+    server, held, warmed = served("none"), [], []
+    if first == "does not":
+        (server.folder.path / "a.safetensors").write_bytes(b"nothing of the kind")
+    for file in server.folder.path.glob("*.safetensors") if first == "is not there" else []:
+        file.unlink()
+    server.folder = None if first == "no folder" else server.folder
+    flat = SimpleNamespace(routes=False, layers=[4], hold=held.append, warm_up=warmed.append)
+    monkeypatch.setattr(server, "flat", lambda device, own: flat)
+    monkeypatch.setattr(vllm, "_served", lambda config: server)
+    monkeypatch.setattr(vllm, "stage_of", lambda model, text: [4, 5])
+    monkeypatch.setattr(vllm, "install", lambda *given, **more: None)
+    one = SimpleNamespace(tensor_parallel_size=1, rank=0, use_ubatching=False, prefill_context_parallel_size=1)
+    told = SimpleNamespace(model_config=SimpleNamespace(hf_text_config=None, dtype=torch.bfloat16))
+    runner = SimpleNamespace(
+        vllm_config=told, parallel_config=one, device=torch.device("cuda"), get_model=lambda: "model"
+    )
+    vllm._load_model(lambda self: None, runner)
+    assert [version.edit.id for version in held] == (["a"] if first == "fits" else [])
+    assert warmed == [torch.bfloat16]
 
 
 def test_the_second_model_runner(monkeypatch):
@@ -237,6 +282,8 @@ def test_settings_of_a_server(served, make_model, make_memory):
     assert served("none").layers == [2, 3, 4, 5]  # the last ones
     server = served("tenants", layers=[5, 4, 3, 2])
     assert server.layers == [2, 3, 4, 5] and server.memory is not None
+    with pytest.raises(ValueError, match=r"layers: expected indices in 0\.\.5, got \[5, 6\]"):
+        served("none", folder="another", layers=[6, 5])
 
 
 def test_a_memory_for_another_model_is_refused_at_start(make_model, make_memory, tmp_path):

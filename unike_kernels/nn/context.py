@@ -84,11 +84,13 @@ class PromptState:
 
     Attributes:
         lengths: int64 [R], prompt tokens of each row, padding not counted.
+        longest: of them.
         config: says which modes those are.
         generation: of the passes without a cache.
     """
 
     lengths: Tensor
+    longest: int
     config: Config
     generation: Generation = field(default_factory=Generation)
 
@@ -212,18 +214,14 @@ class Pass:
         if prompt is not None:
             config = prompt.config
             lengths = prompt.lengths if selection.prompt_lengths is None else selection.prompt_lengths
-            last = _prompt_ends(lengths, config, batch, mask) - past
+            last = _prompt_ends(lengths, batch, mask) - past
         if config is not None and last is not None and config.tokens == "answer":
             answers = torch.arange(tokens, dtype=torch.int64, device=last.device) >= last.unsqueeze(1)
             shifted = answers if shifted is None else shifted & answers
-        if prompt is not None and last is not None and prompt.config.needs_whole_prompts:
-            behind = bool((last < 0).all())
-            if not behind and (bool((last < 0).any()) or bool((last >= tokens).any()) or past):
-                raise ValueError(
-                    "rows: with alpha='last' or retrieval='sequence' the whole prompt must come in one forward pass; "
-                    f"prompts of {prompt.lengths.tolist()} tokens, {past} cached and {tokens} new ones"
-                )
-            last = None if behind else last
+        if prompt is not None and prompt.config.needs_whole_prompts:
+            if not more.get("traced"):
+                _check_whole(prompt, batch, tokens, past, mask)
+            last = None if past else last
         return cls(
             version,
             selection,
@@ -283,18 +281,33 @@ def _of_selected(rows: tuple[bool, ...], device: torch.device) -> Tensor:
     return torch.tensor(entries, dtype=torch.int64, device="cpu").view(-1, 2).to(device)
 
 
-def _prompt_ends(lengths: Tensor, config: Config, batch: int, mask: Tensor | None) -> Tensor:
+def _prompt_ends(lengths: Tensor, batch: int, mask: Tensor | None) -> Tensor:
     """int64 [B], index of each row's last prompt token."""
     lengths = lengths.repeat_interleave(batch // len(lengths))
     if mask is None:
         return lengths - 1
-    seen = mask.long().cumsum(-1)
-    if config.needs_whole_prompts and bool((seen[:, -1] < lengths).any()):
+    return (mask.long().cumsum(-1) < lengths.unsqueeze(1)).sum(-1)
+
+
+def _check_whole(prompt: PromptState, batch: int, tokens: int, past: int, mask: Tensor | None) -> None:
+    """Raises ValueError for prompts that neither came before, all of them, nor are in this pass.
+
+    On a GPU a mask would have to be waited for: there what is known of the longest one decides, and where a shorter one
+    has fewer tokens than it should, an index out of range fails on the device.
+    """
+    whole = prompt.longest <= (past or tokens)
+    if whole and mask is not None and not _on_gpu(mask):
+        seen = mask[:, : mask.shape[1] - tokens if past else None].long().sum(-1)
+        whole = bool((seen >= prompt.lengths.repeat_interleave(batch // len(prompt.lengths))).all())
+    if not whole:
         raise ValueError(
-            f"rows: prompt_lengths {lengths.tolist()} exceed the sequences' {seen[:, -1].tolist()} tokens; "
-            "the whole prompt must come in one forward pass"
+            "rows: with alpha='last' or retrieval='sequence' the whole prompt must come in one forward pass; "
+            f"prompts of {prompt.lengths.tolist()} tokens without padding, {past} cached and {tokens} new ones"
         )
-    return (seen < lengths.unsqueeze(1)).sum(-1)
+
+
+def _on_gpu(t: Tensor) -> bool:
+    return t.is_cuda
 
 
 class _Thread(threading.local):

@@ -64,7 +64,7 @@ def rows(
         chosen = replace(chosen, rows=next(iter(counts.values())))
     if prompt_lengths is not None and state.config.needs_prompt_ends:
         lengths = torch.tensor(list(prompt_lengths), dtype=torch.int64, device=device)
-        chosen = replace(chosen, prompt=PromptState(lengths, state.config))
+        chosen = replace(chosen, prompt=PromptState(lengths, max(prompt_lengths), state.config))
     if edits is not None:
         chosen = replace(chosen, edits=tuple(map(tuple, edits)))
     if memory is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ class EditBank:
         layers: decoder layers that edits may have neurons in.
         hidden_size: d.
         activation: of the FFNs; see `ops.patched_ffn`.
+        own: those of the layers whose neurons it keeps, where a pipeline's other stages compute the rest; None: all.
         device: where the pools are.
 
     Raises:
@@ -35,7 +36,13 @@ class EditBank:
     """
 
     def __init__(
-        self, layers: Sequence[int], hidden_size: int, activation: str, *, device: torch.device | str = "cpu"
+        self,
+        layers: Sequence[int],
+        hidden_size: int,
+        activation: str,
+        *,
+        own: Collection[int] | None = None,
+        device: torch.device | str = "cpu",
     ) -> None:
         if not layers or len(set(layers)) != len(layers):
             raise ValueError(f"layers: expected distinct layers, at least one, got {list(layers)}")
@@ -44,6 +51,7 @@ class EditBank:
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}; got {activation!r}")
         self.hidden_size, self.activation, self.device = hidden_size, activation, torch.device(device)
+        self._own = frozenset(layers if own is None else own)
         self._stores = {layer: LayerEdits() for layer in layers}
         self._edits: dict[str, Edit] = {}
 
@@ -63,8 +71,8 @@ class EditBank:
 
     @property
     def layers(self) -> list[int]:
-        """Those that edits may have neurons in."""
-        return sorted(self._stores)
+        """Those whose neurons it keeps."""
+        return sorted(self._own & self._stores.keys())
 
     def add(self, edit: Edit) -> None:
         """Hold an edit.
@@ -87,7 +95,7 @@ class EditBank:
 
     def remove(self, id: str) -> None:
         """Let an edit go. Raises PatchError if there is none of this id."""
-        for layer in self._require(id).layers:
+        for layer in self._own & self._require(id).layers.keys():
             self._stores[layer] = self._stores[layer].without(id)
         del self._edits[id]
 
@@ -170,7 +178,8 @@ class EditBank:
         return ModelDescription(self.hidden_size, lambda _: self.activation, editable=self._stores.keys(), what="bank")
 
     def _set(self, edit: Edit) -> None:
-        for layer, neurons in edit.layers.items():
+        for layer in self._own & edit.layers.keys():
+            neurons = edit.layers[layer]
             self._stores[layer] = self._stores[layer].with_edit(edit.id, neurons.to(self.device))
         self._edits[edit.id] = edit
 

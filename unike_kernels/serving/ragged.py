@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +14,7 @@ from ..artifacts.compatibility import check_compatibility
 from ..artifacts.edit import Edit
 from ..artifacts.memory import MemoryBank
 from ..nn import MemoryTables, Router, shift_tokens
+from ..ops import _check
 from ..patching.install import entries_of, make_router, make_tables
 from ..retrieval import Retriever
 from .bank import EditBank
@@ -48,6 +49,7 @@ class RaggedRuntime:
         memory: for all requests that do not decline it; None: none.
         resident: edits that are kept when no request asks for them.
         retriever: makes the index of a layer's retrieval keys, see `patch`; None: what the memory's `search` says.
+        own: the decoder layers that are computed here, where a pipeline's other stages compute the rest; None: all.
         device: where the model is.
 
     Raises:
@@ -64,15 +66,17 @@ class RaggedRuntime:
         *,
         resident: int = 1024,
         retriever: Callable[[Tensor], Retriever] | None = None,
+        own: Collection[int] | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
-        self.bank = EditBank(layers, hidden_size, activation, device=device)
+        self.bank = EditBank(layers, hidden_size, activation, own=own, device=device)
         self.memory, self._resident = memory, resident
         self._device = torch.device(device)
         self._tables: dict[int, MemoryTables] = {}
         if memory is not None:
             check_memory(memory)
-            made = {i: make_tables(memory, i, memory.config, self._device, retriever) for i in memory.layers}
+            here = [i for i in memory.layers if own is None or i in own]
+            made = {i: make_tables(memory, i, memory.config, self._device, retriever) for i in here}
             self._tables = {i: tables for i, tables in made.items() if tables is not None}
         self._scoped = memory is not None and memory.config.scope == "memory"
         router = make_router(memory, memory.config, {}) if memory is not None else None
@@ -98,8 +102,18 @@ class RaggedRuntime:
 
     @property
     def layers(self) -> list[int]:
-        """Those that have neurons or a memory."""
-        return sorted({*self.bank.layers, *self._tables})
+        """Those computed here that may have neurons, or have a memory."""
+        return sorted({*self.bank.layers, *self.remembering})
+
+    @property
+    def routes(self) -> bool:
+        """Whether the memory decides in which prompts an edit acts."""
+        return self._router is not None
+
+    @property
+    def remembering(self) -> list[int]:
+        """Those computed here whose attention the memory shifts."""
+        return sorted(self._tables)
 
     def check(self, edit: Edit) -> None:
         """Raises MismatchError for an edit that cannot be served: other layers, sizes or memory."""
@@ -179,6 +193,37 @@ class RaggedRuntime:
             own[:, 0], own[:, 1] = entries.start, entries.stop
             start += share.tokens
         return bounds.to(self._device)
+
+    @torch.no_grad()
+    def warm_up(self, dtype: torch.dtype, tokens: Iterable[int] = (1, 8, 64, 512)) -> float:
+        """Have Triton compile now what steps will launch, as `unike_kernels.warm_up` does for a patched model.
+
+        Each layer computes with zeros, for each number of tokens of a step, with the edits that are resident, and with
+        the memory for all or for some. How many requests a step has makes no difference. On a CPU tables are laid out.
+
+        Args:
+            dtype: of the activations.
+            tokens: of a step, all of its requests together.
+
+        Returns:
+            The seconds that it took.
+
+        Raises:
+            ValueError: `tokens` are no integers of at least 1.
+        """
+        start, edits = time.perf_counter(), tuple(self.bank)
+        declines = RequestSlice(0, memory=False)
+        for count in _check.counts("tokens", tokens):
+            x = torch.zeros(count, self.bank.hidden_size, dtype=dtype, device=self._device)
+            for others in ([], [declines]):
+                self.begin([RequestSlice(count, edits), *others])
+                for layer in self.layers:
+                    self.ffn(layer, x, x.clone())
+                    self.attention(layer, x, x.clone())
+        self.end()
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter() - start
 
     def end(self) -> None:
         """No pass is edited any more, until the next `begin`."""

@@ -23,6 +23,7 @@ take a method around that call which is given the step's `input_batch`, as `_mod
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -101,32 +102,60 @@ def step(served: RaggedRuntime, shares: Sequence[RequestSlice]) -> Iterator[None
 # --- the model --------------------------------------------------------------------------------------------------------
 
 
-def install(model: nn.Module, text: Any, served: RaggedRuntime, *, edits: bool, ranks: int = 1) -> None:
+def stage_of(model: nn.Module, text: Any) -> list[int]:
+    """The decoder layers that this process has of a vLLM model; other stages of a pipeline have the others."""
+    layers = find_decoder(_language(model), text).layers
+    return [layer.index for layer in layers if type(layer.module).__name__ != "PPMissingLayer"]
+
+
+def install(model: nn.Module, text: Any, served: RaggedRuntime, *, edits: bool, ranks: int = 1, rank: int = 0) -> None:
     """Let the decoder layers of a vLLM model call the operators.
 
+    Where ranks share a layer's matrices, what they have computed is summed where its FFN and its attention end, mostly:
+    each rank adds the whole edit to the sum, and they stay equal. Where the layer sums its FFN itself (Falcon), the
+    first rank alone adds it, to its part.
+
     Args:
-        model: as vLLM loads it, with all of its layers.
+        model: as vLLM loads it, with the layers of its stage.
         text: its text config.
         served: what its layers shall compute.
         edits: whether there will be any, for which the layers need FFNs.
         ranks: over which its matrices are spread.
+        rank: the one of this process.
 
     Raises:
-        UnsupportedModelError: no such layers, or one that lacks a part, or leaves it to its layer to sum what the
-            ranks have computed of it.
+        UnsupportedModelError: no such layers, or one that lacks a part, or that sums its attention itself where a
+            memory is to shift it: no rank has all of that attention's output then.
     """
-    language: Any = model.get_language_model() if hasattr(model, "get_language_model") else model  # type: ignore[operator]
-    decoder = find_decoder(language, text)
-    remembering = list(served.memory.layers) if served.memory is not None else []
-    places: dict[Part, list[int]] = {"ffn": served.bank.layers if edits else [], "attention": remembering}
+    decoder = find_decoder(_language(model), text)
+    places: dict[Part, list[int]] = {"ffn": served.bank.layers if edits else [], "attention": served.remembering}
     plan = [(decoder.layers[i], part) for part, at in places.items() if at for i in decoder.select(at, need=(part,))]
+    if ranks > 1:
+        for layer in (layer for layer, part in plan if part == "attention" and not _sums(layer.attention.module)):
+            raise UnsupportedModelError(
+                f"{layer.where}: its attention is not summed over the {ranks} ranks where it ends, as a memory needs it"
+            )
     for layer, part in plan:
-        last = layer.ffn[-1].module if part == "ffn" else layer.attention.module
-        if ranks > 1 and not all(getattr(each, "reduce_results", True) for each in (last, *last.children())):
-            raise UnsupportedModelError(f"{layer.where}: its {part} is not summed over the {ranks} ranks where it ends")
-    for layer, part in plan:
-        hook = hook_ffn if part == "ffn" else hook_attention
-        hook(layer, _caller(part, layer.index))
+        if part == "attention":
+            hook_attention(layer, _caller(part, layer.index))
+        elif rank == 0 or _sums(layer.ffn[-1].module):
+            hook_ffn(layer, _caller(part, layer.index))
+
+
+def _language(model: Any) -> Any:
+    return model.get_language_model() if hasattr(model, "get_language_model") else model
+
+
+def _embedding(model: Any) -> Callable[[Tensor], Tensor]:
+    """ids [T] -> [T, e], all of it on each rank; on a stage of a pipeline that has none, the ids themselves."""
+    language = _language(model)
+    found: Callable[[Tensor], Tensor] = getattr(language, "embed_input_ids", None) or language.get_input_embeddings
+    return found
+
+
+def _sums(part: nn.Module) -> bool:
+    """Whether what ranks have computed of it is summed where it ends."""
+    return all(getattr(each, "reduce_results", True) for each in (part, *part.children()))
 
 
 def _caller(name: str, index: int) -> Callable[[Tensor, Tensor], None]:
@@ -155,6 +184,8 @@ class _Served:
         self.memory = MemoryBank.load(settings["memory"]) if settings.get("memory") else None
         last = range(max(self.total - _LAYERS, 0), self.total)
         self.layers = sorted(settings.get("layers") or (self.memory.layers if self.memory else ()) or last)
+        if not set(self.layers) <= set(range(self.total)):
+            raise ValueError(f"layers: expected indices in 0..{self.total - 1}, got {self.layers}")
         self._path = vllm_config.model_config.model
         if self.memory is not None:
             if settings.get("search"):
@@ -176,10 +207,11 @@ class _Served:
             warnings.simplefilter("ignore")  # an engine casts and quantises as it likes
             check_compatibility(artifact, description, **in_force(self.memory))
 
-    def flat(self, device: torch.device | str = "cpu") -> RaggedRuntime:
-        """Of the worker alone: the tables of a memory take time and room."""
+    def flat(self, device: torch.device | str = "cpu", own: Sequence[int] | None = None) -> RaggedRuntime:
+        """Of the worker alone, which has its own layers: the tables of a memory take time and room."""
         if self.model is None:
-            self.model = RaggedRuntime(self.layers, self.hidden_size, self.activation, self.memory, device=device)
+            sizes = self.layers, self.hidden_size, self.activation
+            self.model = RaggedRuntime(*sizes, self.memory, own=own, device=device)
         return self.model
 
     def check(self, edit: Edit) -> None:
@@ -231,7 +263,10 @@ def _served(vllm_config: Any) -> _Served | None:
     if settings is None:
         return None
     if vllm_config.use_v2_model_runner:
-        raise ValueError("additional_config.unike: needs vLLM's first model runner; unset VLLM_USE_V2_MODEL_RUNNER")
+        raise ValueError(
+            "additional_config.unike: needs vLLM's first model runner; unset VLLM_USE_V2_MODEL_RUNNER. The second one "
+            "has no method around the model that is given what a step holds"
+        )
     # Beside the config and not on it: that one is pickled for other processes.
     if id(vllm_config) not in _known:
         _known[id(vllm_config)] = vllm_config, _Served(vllm_config, settings)
@@ -328,16 +363,50 @@ def _load_model(original: Callable[..., Any], self: Any, *args: Any, **kwargs: A
     result = original(self, *args, **kwargs)
     served = _served(self.vllm_config)
     if served is not None:
-        _supported(self.vllm_config)
+        parallel, model = self.parallel_config, self.get_model()
+        _supported(parallel)
+        text, ranks = self.vllm_config.model_config.hf_text_config, parallel.tensor_parallel_size
         served.model = None  # one that only checked is not on the model's device
-        text, ranks = self.vllm_config.model_config.hf_text_config, self.parallel_config.tensor_parallel_size
-        install(self.get_model(), text, served.flat(self.device), edits=served.folder is not None, ranks=ranks)
+        flat = served.flat(self.device, stage_of(model, text))
+        if flat.routes and flat.layers:
+            _check_embedding(model, self.device)
+        install(model, text, flat, edits=served.folder is not None, ranks=ranks, rank=parallel.rank % ranks)
+        if self.device.type != "cpu":
+            _warm_up(flat, served, self.vllm_config.model_config.dtype)
     return result
 
 
-def _supported(vllm_config: Any) -> None:
-    if vllm_config.parallel_config.pipeline_parallel_size > 1:
-        raise ValueError("additional_config.unike: pipeline parallelism is not supported")
+def _warm_up(flat: RaggedRuntime, served: _Served, dtype: torch.dtype) -> None:
+    """Before vLLM measures what room is left: with the first edit of the folder, which those to come resemble."""
+    folder = served.folder
+    if folder is not None and (ids := folder.ids()):
+        with contextlib.suppress(ValueError):  # an error of its requests, should there be any
+            flat.hold(folder.get(ids[0]))
+    flat.warm_up(dtype)
+
+
+def _supported(parallel: Any) -> None:
+    """Raises ValueError where a pass of the model holds a part of a step's tokens, which the operators would need to
+    know."""
+    if parallel.use_ubatching:
+        raise ValueError(
+            "additional_config.unike: microbatches (enable_dbo, ubatch_size) are not supported: each is a "
+            "part of the step whose requests the edits are told of"
+        )
+    if parallel.prefill_context_parallel_size > 1:
+        raise ValueError(
+            "additional_config.unike: prefill context parallelism is not supported: a rank has a part of "
+            "the tokens of the step whose requests the edits are told of"
+        )
+
+
+def _check_embedding(model: nn.Module, device: torch.device) -> None:
+    """Raises UnsupportedModelError on a stage of a pipeline that has none."""
+    if not _embedding(model)(torch.zeros(1, dtype=torch.int64, device=device)).is_floating_point():
+        raise UnsupportedModelError(
+            "additional_config.unike: this memory's scope decides by the prompt's embeddings, and a stage of the "
+            "pipeline that has edited layers has none: serve it without pipeline parallelism"
+        )
 
 
 def _v2_unsupported(original: Callable[..., Any], self: Any) -> Any:
@@ -365,10 +434,7 @@ def _acting(runner: Any, state: Any, keys: Sequence[str], served: _Served, flat:
     """Of a request's edits those that act in it, decided at its first step."""
     if not hasattr(state, "unike_acting"):
         versions = [served.folder.held(key) for key in keys] if served.folder is not None else []
-        language: Any = runner.get_model()
-        language = language.get_language_model() if hasattr(language, "get_language_model") else language
-        embed = getattr(language, "embed_input_ids", None) or language.get_input_embeddings
-        acting = flat.decide(state.prompt_token_ids, versions, embed)
+        acting = flat.decide(state.prompt_token_ids, versions, _embedding(runner.get_model()))
         state.unike_acting = tuple(version.key for version in acting)
     found: tuple[str, ...] = state.unike_acting
     return found

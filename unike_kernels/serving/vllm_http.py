@@ -92,8 +92,9 @@ class _Metrics:
         except Exception as error:  # of a dead engine /health tells
             _log.warning("metrics: the engine does not answer: %s", error)
             return
-        for name, value in (found[0] if found else {}).items():
-            self._worker[name].set(value)
+        for name, gauge in self._worker.items():  # ranks say the same, of a pipeline's stages some have no edited layer
+            if values := [each[name] for each in found if name in each]:
+                gauge.set(max(values))
 
 
 # --- the places in vLLM -----------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from unike_kernels.ops.memory_attention import triton as memory
 from unike_kernels.ops.patched_ffn import FUSED_TOKENS, FFNWeights
 from unike_kernels.ops.patched_ffn import triton as side
 from unike_kernels.ops.patched_ffn import triton_fused as fused
+from unike_kernels.serving import RaggedRuntime, RequestSlice, Version
 
 DEVICE = 999  # of no other test: Triton keeps what it has compiled by device
 
@@ -143,6 +144,30 @@ def test_it_computes_with_what_is_installed(base, on_gpu, make_edit, monkeypatch
     of_base = {"patched_ffn_kernel": 8} if base == "fused" else {}
     assert kernels == {"add_extra_neurons_kernel": 8, **of_base}
     assert not calls and not trace.passes and model._unike.context.current is version
+
+
+@pytest.mark.parametrize("entries", [0, 300])
+def test_an_engine_has_nothing_left_to_compile(entries, compiled, make_edit, make_memory):
+    """Steps of requests with other edits, without, that decline the memory, and with padding behind them."""
+    model = model_of(ZOO["llama"], torch.bfloat16)
+    config = every_token(k=7, values="pre")
+    memory = make_memory(model, config, entries=entries, layers=(1, 3)) if entries else None
+    flat = RaggedRuntime([1, 3], 64, "silu", memory)
+    for name in "ab":
+        flat.hold(Version(name, make_edit(model, name, memory, layers=(1, 3))))
+    assert flat.warm_up(torch.bfloat16, (1, 8)) >= 0
+    assert {"add_extra_neurons_kernel"} <= {*compiled}
+    assert ("memory_attention_kernel" in compiled) == bool(entries)
+    compiled.clear()
+    steps = [[RequestSlice(1)], [RequestSlice(5, ("a",)), RequestSlice(3, ("b", "a"), memory=False)]]
+    for shares in (*steps, [RequestSlice(2, ("b",)), *[RequestSlice(1)] * 4]):
+        x = torch.zeros(8, 64, dtype=torch.bfloat16)
+        flat.begin(shares)
+        for layer in flat.layers:
+            flat.ffn(layer, x, x.clone())
+            flat.attention(layer, x, x.clone())
+    assert not compiled
+    flat.end()
 
 
 # --- how many there are ---------------------------------------------------------------------------------------------
