@@ -9,9 +9,11 @@ import pytest
 import torch
 from unike_eval import Case, observe
 from unike_eval.editors import GRACE, MEMIT, WISE, AlphaEdit, LoRA
+from unike_eval.editors.base import answer_loss
 from unike_eval.editors.wise import merged
 from unike_eval.suite import Request, Suite
 
+from unike_kernels.backbones import find_decoder
 from unike_kernels.training import Sample
 from unike_kernels.training.samples import encode, forward
 
@@ -140,11 +142,52 @@ def test_memit_brings_the_late_state_about(setting):
     batch = editor.targets(ASKED[:1])
     at = editor._positions(ASKED[:1], batch, "w7")
     wanted = editor._late_state(batch, at, "w7")
-    before = editor._output(batch)[0, at[0]].double()
+    before = editor._seen(batch, [editor._late])[0][0, at[0]].double()
     editor._prefixes = []  # so that the mean key is this one
     editor.edit(ASKED[0])
-    after = editor._output(batch)[0, at[0]].double()
+    after = editor._seen(batch, [editor._late])[0][0, at[0]].double()
     assert float((after - wanted).norm()) < 0.1 * float((before - wanted).norm())
+
+
+@pytest.mark.parametrize("system", [MEMIT, AlphaEdit])
+def test_what_must_stay_is_measured_once_for_a_model(system, setting, monkeypatch):
+    """For all candidates and requests; what is learnt from other texts, or of other layers, is another thing."""
+
+    def edited(editor):
+        editor.edit(ASKED[0])
+        weights = [p.detach().clone() for p in editor.parameters]
+        editor.reset()
+        return weights
+
+    before = edited(fitted(system, setting, **EASY[system]))
+    measured, own = [], system._moments_over
+    monkeypatch.setattr(system, "_moments_over", lambda self, texts: measured.append(texts) or own(self, texts))
+    for was, now in zip(before, edited(fitted(system, setting, **EASY[system])), strict=True):
+        assert torch.equal(was, now)
+    assert not measured
+    system(*setting, **EASY[system]).fit(replace(suite(), preserve=KEPT[:5]))
+    fitted(system, setting, **{**EASY[system], "layers": [2, 3]})
+    assert [len(texts) for texts in measured] == [5, 8]
+
+
+def test_a_pass_that_looks_at_states_ends_with_them(setting):
+    editor = fitted(MEMIT, setting, layers=[2, 3])
+    layers, passed = find_decoder(setting[0]).layers, []
+    for i, layer in enumerate(layers):
+        layer.module.register_forward_pre_hook(lambda *_, i=i: passed.append(i))
+    editor._inputs(editor.encode(KEPT[:2]))
+    assert passed == [0, 1, 2, 3] and len(layers) > 4
+
+
+@pytest.mark.parametrize("padding_side", ["left", "right"])
+def test_the_loss_of_answers_of_several_lengths(make_model, make_processor, padding_side):
+    """Against the logits of all positions."""
+    model, processor = make_model("llama"), make_processor(padding_side)
+    batch = encode(processor, [Sample("w5 w9 w1", "w2"), Sample("w6", "w2 w3 w4"), Sample("w1 w2 w8 w9", "w3 w7")])
+    answers = batch.answer_mask()
+    logits = forward(model, batch.inputs)[:, :-1][answers[:, 1:]]
+    wanted = torch.nn.functional.cross_entropy(logits, batch.inputs["input_ids"][answers])
+    torch.testing.assert_close(answer_loss(model, batch), wanted)
 
 
 @pytest.mark.parametrize("padding_side", ["left", "right"])
