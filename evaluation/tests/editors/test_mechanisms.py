@@ -1,4 +1,4 @@
-"""LoRA, GRACE, WISE, MEMIT and AlphaEdit, each by what it is said to do, on tiny random models."""
+"""Latent-IKE, LoRA, GRACE, WISE, MEMIT and AlphaEdit, each by what it is said to do, on tiny random models."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from dataclasses import replace
 import pytest
 import torch
 from unike_eval import Case, observe
-from unike_eval.editors import GRACE, MEMIT, WISE, AlphaEdit, LoRA
+from unike_eval.editors import GRACE, MEMIT, WISE, AlphaEdit, LatentIKE, LoRA
 from unike_eval.editors.base import answer_loss
 from unike_eval.editors.wise import merged
 from unike_eval.suite import Request, Suite
 
 from unike_kernels.backbones import find_decoder
-from unike_kernels.training import Sample
+from unike_kernels.config import Config
+from unike_kernels.training import Fact, Sample, ScopeTraining
 from unike_kernels.training.samples import encode, forward
 
 ASKED = [Sample(f"w{i} w1 w{i + 3} w2", f"w{i + 20} w{i + 5}") for i in range(4, 8)]
@@ -110,6 +111,47 @@ def test_wise_routes_by_the_prompt_alone_and_changes_masked_weights(setting):
     editor.threshold = float(first.sort().values[1]) / editor.slack  # above it are two
     for seen, was, activation in zip(editor.observe(ASKED), unedited, first.tolist(), strict=True):
         assert torch.equal(seen.best, was.best) == (activation <= editor.slack * editor.threshold)
+
+
+LEARNT = replace(
+    suite(),
+    train=[Request(f"t{i}", "vqa", Case(Sample(f"w{i} w1 w2", f"w{i + 9}")), "w3") for i in range(12, 16)],
+    facts=[
+        Fact([Sample(f"w{i} w{j}"), Sample(f"w{j} w{i} w40"), Sample(f"w41 w{i} w{j}")])
+        for i in (50, 51, 52)
+        for j in (1, 2)
+    ],
+)
+
+
+def test_a_requests_own_entries_act_where_it_is_asked_for_alone(setting):
+    """One for each token of its answer; the training requests that the memory began with act nowhere."""
+    samples = [*ASKED[:1], *(replace(fact.wordings[0], answer="w3") for fact in LEARNT.facts)]
+    unedited = observe(*setting, samples)
+    config = Config(values="context", norm="none", alpha=1.0)
+    editor = LatentIKE(*setting, config=config, layers=3, scope=ScopeTraining(steps=30))
+    editor.fit(LEARNT)
+    first = len(editor._memory)
+    editor.edit(ASKED[0])
+    assert sorted(editor._memory.layers) == [3, 4, 5] and len(editor._memory) == first + 2
+    own = editor._memory.scope.own.tolist()
+    assert [pair for pair in own if pair != [0, 0]] == [[first, first + 2]]
+    (asked, *others), (was, *were) = editor.observe(samples), unedited
+    assert not torch.equal(asked.best, was.best)
+    assert all(
+        torch.equal(now.best, then.best) and now.said == then.said for now, then in zip(others, were, strict=True)
+    )
+    editor.reset()
+    assert torch.equal(editor.observe(ASKED[:1])[0].best, was.best)
+
+
+def test_without_a_scope_any_row_retrieves_the_nearest_entries(setting):
+    editor = LatentIKE(*setting, config=Config(k=1, norm="none", alpha=1.0), layers=2)
+    editor.fit(LEARNT)
+    (before,) = editor.observe(KEPT[:1])
+    assert not torch.equal(before.best, observe(*setting, KEPT[:1])[0].best)
+    with pytest.raises(ValueError, match=r"config.alpha: expected a number, got 'token'"):
+        LatentIKE(*setting, config=Config())
 
 
 def test_wise_begins_shards_and_merges_them(setting):
