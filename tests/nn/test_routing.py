@@ -226,3 +226,11 @@ def test_facts_with_entries_of_their_own_act():
     assert edited.decide(axis(0, 0), [(), ("b",)]).fact.tolist() == [0, 0]  # where a may not act
     two = make_router(torch.cat([axis(0), axis(0), axis(1)]), facts=[0, 0, 1], own=own[:2])
     assert two.decide(axis(0), [None]).fact.tolist() == [0]  # two entries of one fact are no rivals
+
+
+@pytest.mark.parametrize("copies", [1, 2])
+def test_a_fact_without_a_rival_must_be_near_enough(copies):
+    """By the threshold alone, above and below it."""
+    router = make_router(axis(0).repeat(copies, 1), facts=[0] * copies, threshold=0.5, own=torch.tensor([[0, 2]]))
+    keys = torch.nn.functional.normalize(axis(0, 0, 1) + torch.tensor([[1.0], [0.3], [0.0]]) * axis(1, 1, 1), dim=-1)
+    assert router.decide(keys, [None] * 3).fact.tolist() == [0, 0, -1]
