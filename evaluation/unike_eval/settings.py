@@ -112,7 +112,7 @@ REAL: dict[str, Settings] = {
     "MEND": {"lr": 1e-4, "locality": 1.0, "steps": 300},
     "IKE": {"k": 4},
     "SERAC": {"counterfactual_lr": 3e-5, "counterfactual_steps": 100},
-    "Latent-IKE": _latent(16),
+    "Latent-IKE": _latent(12),
     "LoRA": {"lr": 5e-3, "rank": 8},
     "GRACE": {"radius": 0.5, "lr": 1.0},
     "WISE": {"margin": 3.0, "lr": 1.0},
