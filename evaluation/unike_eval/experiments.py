@@ -15,14 +15,14 @@ from torch import nn
 
 from .builtin_suite import WORLDS, world_suite
 from .countries import countries_suite
-from .editors import IKE, FineTune, IntrinsicIKE, TPatcher, UniKE, make_editor
+from .editors import IKE, FineTune, IntrinsicIKE, LatentIKE, TPatcher, UniKE, make_editor
 from .editors.base import Editor
 from .flags import flags_suite, load_flags
 from .measure import Measured, Observed, before
 from .metrics import PROTOCOLS
 from .models import smollm2
 from .results import Results, resumed
-from .settings import CANDIDATES, DEFAULTS, REAL, REAL_CANDIDATES, SCOPED, Settings, told
+from .settings import CANDIDATES, DEFAULTS, H_POS, REAL, REAL_CANDIDATES, SCOPED, Settings, told
 from .suite import Request, Suite, Task
 
 Backbone = Literal["digits-opt", "digits-llama", "easyvqa-opt", "easyvqa-llama", "countries-smollm2", "flags-smollm2"]
@@ -217,10 +217,12 @@ _NEIGHBOURS = [
 ]
 
 
-# On real facts every system, each with the settings that its search found; and UniKE's edits without a scope.
+# On real facts every system, each with the settings that its search found; UniKE's edits without a scope; and a memory
+# alone that returns h_pos of the nearest entry.
 _COUNTRIES: list[tuple[str, str, Settings]] = [
     *((name, "UniKE, scope" if name == UniKE.name else "", settings) for name, settings in REAL.items()),
     (UniKE.name, "UniKE, edits act everywhere", {**REAL[UniKE.name], "scope": None}),
+    (LatentIKE.name, "Latent-IKE, h_pos", {"config": H_POS, "layers": 4}),
 ]
 # KE, MEND and SERAC learn for long on a model of this size; IKE would have to show the pictures of its examples.
 _FLAGS = [system for system in _COUNTRIES if system[0] in (FineTune.name, TPatcher.name, UniKE.name)]

@@ -32,6 +32,13 @@ def _scoped(dropout: float, neurons: int) -> Settings:
     return {"latent": False, "preserve": False, "scope": ScopeTraining(), "training": training}
 
 
+H_POS = Config(k=1, norm="none", alpha=1.0)  # the memory's output is its nearest entry
+
+
+def _latent(layers: int) -> Settings:
+    return {"config": replace(H_POS, values="context", k=40), "layers": layers, "scope": ScopeTraining()}
+
+
 CANDIDATES: dict[str, Sequence[Settings]] = {
     "FT": [{"lr": lr, "stop_loss": loss} for lr in (1e-3, 3e-3, 1e-2) for loss in (0.05, 0.2)],
     "KE": [{"lr": lr, "locality": weight} for lr in (1e-3, 3e-3, 1e-2) for weight in (1.0, 0.1)],
@@ -85,6 +92,7 @@ REAL_CANDIDATES: dict[str, Sequence[Settings]] = {
     "SERAC": [
         {"counterfactual_lr": lr, "counterfactual_steps": steps} for lr in (1e-5, 3e-5, 1e-4) for steps in (30, 100)
     ],
+    "Latent-IKE": [_latent(layers) for layers in (8, 12, 16, 20, 24, 30)],
     "LoRA": [{"lr": lr, "rank": rank} for lr in (3e-4, 1e-3, 5e-3) for rank in (4, 8)],
     "GRACE": [{"radius": radius, "lr": lr} for radius in (0.15, 0.3, 0.5) for lr in (0.1, 1.0)],
     "WISE": [{"margin": margin, "lr": lr} for margin in (1.0, 3.0, 10.0) for lr in (0.1, 1.0)],
@@ -104,6 +112,7 @@ REAL: dict[str, Settings] = {
     "MEND": {"lr": 1e-4, "locality": 1.0, "steps": 300},
     "IKE": {"k": 4},
     "SERAC": {"counterfactual_lr": 3e-5, "counterfactual_steps": 100},
+    "Latent-IKE": _latent(12),
     "LoRA": {"lr": 5e-3, "rank": 8},
     "GRACE": {"radius": 0.5, "lr": 1.0},
     "WISE": {"margin": 3.0, "lr": 1.0},

@@ -1,9 +1,11 @@
 """Which edits act in a row, decided from keys: against the rule by hand."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from unike_kernels.nn.routing import Route, Router, behind_prompts
+from unike_kernels.nn.routing import Route, Router, Seen, behind_prompts
 from unike_kernels.ops.prompt_encoder import PromptEncoder, TextBlock, Vocabulary
 
 E, C = 8, 16
@@ -226,3 +228,18 @@ def test_facts_with_entries_of_their_own_act():
     assert edited.decide(axis(0, 0), [(), ("b",)]).fact.tolist() == [0, 0]  # where a may not act
     two = make_router(torch.cat([axis(0), axis(0), axis(1)]), facts=[0, 0, 1], own=own[:2])
     assert two.decide(axis(0), [None]).fact.tolist() == [0]  # two entries of one fact are no rivals
+
+
+@pytest.mark.parametrize("copies", [1, 2])
+def test_a_fact_without_a_rival_must_be_near_enough(copies):
+    """By the threshold alone, above and below it."""
+    router = make_router(axis(0).repeat(copies, 1), facts=[0] * copies, threshold=0.5, own=torch.tensor([[0, 2]]))
+    keys = torch.nn.functional.normalize(axis(0, 0, 1) + torch.tensor([[1.0], [0.3], [0.0]]) * axis(1, 1, 1), dim=-1)
+    assert router.decide(keys, [None] * 3).fact.tolist() == [0, 0, -1]
+
+
+def test_a_later_pass_may_have_several_rows_a_prompt():
+    router = make_router(axis(1)).with_edits({"a": axis(0)})
+    seen = Seen(key=axis(0, 1), ended=torch.tensor([True, True]), scope="scope")
+    now = SimpleNamespace(generation=SimpleNamespace(seen=seen), selection=SimpleNamespace(edits=None))
+    assert [router.routes(now, rows)[1].acts.tolist() for rows in (2, 4)] == [[0, -1], [0, 0, -1, -1]]

@@ -336,7 +336,9 @@ class Router(Tables):
             seen.states[layer] = hidden[rows, last.clamp(0, tokens - 1)]
         if layer == self.places[-1]:
             states = torch.stack([seen.states[i] for i in self.layers], 1) if self.layers else None
-            ids, embeddings, within = (torch.cat(parts, 1) for parts in zip(*seen.tokens, strict=True))
+            ids, embeddings, within = (
+                parts[0] if len(parts) == 1 else torch.cat(parts, 1) for parts in zip(*seen.tokens, strict=True)
+            )
             key = self.key(ids, embeddings, within, states)
             ended = (last >= 0) & (last < tokens)
             if seen.key is not None and seen.ended is not None:  # of prompts that ended in earlier passes
@@ -374,7 +376,9 @@ class Router(Tables):
                 named = [None] * prompts if rows is None else [row for row in rows for _ in range(beams)]
                 routes = self.decide(seen.key, named)
             known = (torch.where(seen.ended, yes, no) for yes, no in zip(routes, nothing, strict=True))
-            seen.routes = Routes(*(t.repeat_interleave(batch // prompts) for t in known))
+            if batch > prompts:
+                known = (t.repeat_interleave(batch // prompts) for t in known)
+            seen.routes = Routes(*known)
             seen.routed, seen.decided = self._routed(seen.routes), (self, rows, batch)
         return seen.routes, seen.routed
 
@@ -398,19 +402,21 @@ class Router(Tables):
         fact, best, _, next_best = _two(keys, of.others, of.facts, 1 if self.own is None else self._widest + 1)
         other = torch.where(best > second_score, -2 - fact, second)
         rival = torch.maximum(best, second_score)
-        alone = (edit < 0) | rival.isinf()
+        missing = edit < 0
+        alone = missing | (rival < _LOWEST)
         other, rival = torch.where(alone, -1, other), torch.where(alone, 0.0, rival)
         acts = torch.where(self._wins(score, rival), edit, -1)
         none = torch.full_like(fact, -1)
         if self.own is not None:
-            wins = self._wins(best, torch.maximum(score, next_best)) & (acts < 0)
+            next_best = torch.maximum(score, next_best)
+            wins = self._wins(best, torch.where(next_best < _LOWEST, 0.0, next_best)) & (acts < 0)
             wins &= (self.own[:, 0] < self.own[:, 1])[fact] if len(self.own) else False
             none = torch.where(wins, fact, -1)
-        return Routes(acts, edit, torch.where(edit < 0, 0.0, score), other, rival, none)
+        return Routes(acts, edit, torch.where(missing, 0.0, score), other, rival, none)
 
     def _wins(self, score: Tensor, rival: Tensor) -> Tensor:
-        margin = score.double() - torch.where(rival.isinf(), 0.0, rival).double()
-        return ~score.isinf() & (margin > self.threshold)
+        """By more than the threshold; what there is not, at -inf, never does."""
+        return score.double() - rival > self.threshold
 
     def explained(self, routes: Routes) -> list[Route]:
         """For people; waits for the device."""
@@ -486,6 +492,7 @@ def _key(name: str) -> str:
 
 
 _TABLES = 64  # sets of edits that rows may use, whose tables are kept
+_LOWEST = -2.0  # below every cosine, above -inf
 
 
 def _nothing(keys: Tensor) -> Routes:
@@ -504,6 +511,8 @@ def _two(keys: Tensor, entries: Tensor, groups: Tensor, k: int) -> tuple[Tensor,
         return none, low, none, low
     scores, ids = cosine_topk(keys, entries, min(k, len(groups)), normalized=True)
     found = groups[ids]
+    if found.shape[1] == 1:
+        return found[:, 0], scores[:, 0], none, low
     differs = found != found[:, :1]
     at, there = differs.long().argmax(1, keepdim=True), differs.any(1)
     other = torch.where(there, found.gather(1, at)[:, 0], none)

@@ -52,12 +52,12 @@ class Vocabulary:
         tables = self._on.get(ids.device)
         if tables is None:
             tables = self._on[ids.device] = _tables(self.pieces, ids.device)
-        known = (ids >= 0) & (ids < len(tables.lengths))
-        ids = torch.where(known if within is None else known & within, ids, len(tables.lengths) - 1)  # no text
-        lengths = tables.lengths[ids].flatten()
+        ids = ids if within is None else torch.where(within, ids, -1)
+        ids = ids.clamp(-1, len(tables.codes) - 1)  # what is unknown is the last token, which is no text
+        lengths, open_starts, open_ends = tables.marks[ids].unbind(-1)
         # A token goes on with the word before it if that ends, and it begins, with a letter or digit.
-        before = F.pad(tables.open_ends[ids][:, :-1], (1, 0))
-        joins = (tables.open_starts[ids] & before).flatten()
+        joins = (open_starts & F.pad(open_ends[:, :-1], (1, 0))).flatten().bool()
+        lengths = lengths.flatten()
         begins, there = ~joins, lengths > 0
         word = begins.cumsum(0)
         ends = ~F.pad(joins[1:], (0, 1))
@@ -102,18 +102,14 @@ class _Tables(NamedTuple):
 
     Attributes:
         codes: int64 [V + 1, 26], the characters of each token in lower case, between the marks of a word's ends.
-        lengths: int64 [V + 1], how many characters.
-        open_starts: bool [V + 1], whether it may go on with a word.
-        open_ends: bool [V + 1], whether the word may go on behind it.
+        marks: int64 [V + 1, 3], how many characters; whether it may go on with a word, and that with the next one.
         column: int64 [26], from -1: the number of the character.
         inverses, powers: int64 [4], of a prime mod 2^64, from the power 0 on.
         sizes: int64 [4], from 0.
     """
 
     codes: Tensor
-    lengths: Tensor
-    open_starts: Tensor
-    open_ends: Tensor
+    marks: Tensor
     column: Tensor
     inverses: Tensor
     powers: Tensor
@@ -127,13 +123,11 @@ def _tables(pieces: Sequence[str], device: torch.device) -> _Tables:
     powers = [pow(_PRIME, n, 2**64) for n in range(_GRAMS)]
     inverses = [pow(power, -1, 2**64) for power in powers]
     starts = [not piece.startswith(" ") and text[:1].isalnum() for piece, text in zip(pieces, texts, strict=False)]
-    lengths = torch.tensor(list(map(len, texts)), dtype=torch.int64, device="cpu")
     ends = [text[-1:].isalnum() for text in texts]
-    open_starts, open_ends = (torch.tensor(t, dtype=torch.bool, device="cpu") for t in ([*starts, False], ends))
+    marks = np.array([[len(text) for text in texts], [*starts, False], ends], dtype=np.int64).T
     wrapped = [np.array(numbers, dtype=np.uint64).view(np.int64) for numbers in (inverses, powers)]
-    arrays = np.arange(-1, _LONGEST + 1), *wrapped, np.arange(_GRAMS)
-    found = (torch.from_numpy(codes), lengths, open_starts, open_ends, *map(torch.from_numpy, arrays))
-    return _Tables(*(t.to(device) for t in found))
+    arrays = codes, np.ascontiguousarray(marks), np.arange(-1, _LONGEST + 1), *wrapped, np.arange(_GRAMS)
+    return _Tables(*(torch.from_numpy(array).to(device) for array in arrays))
 
 
 @functools.lru_cache(maxsize=16)

@@ -1,4 +1,4 @@
-"""LoRA, GRACE, WISE, MEMIT and AlphaEdit, each by what it is said to do, on tiny random models."""
+"""Latent-IKE, LoRA, GRACE, WISE, MEMIT and AlphaEdit, each by what it is said to do, on tiny random models."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ from dataclasses import replace
 import pytest
 import torch
 from unike_eval import Case, observe
-from unike_eval.editors import GRACE, MEMIT, WISE, AlphaEdit, LoRA
+from unike_eval.editors import GRACE, MEMIT, WISE, AlphaEdit, LatentIKE, LoRA
+from unike_eval.editors.base import answer_loss
 from unike_eval.editors.wise import merged
 from unike_eval.suite import Request, Suite
 
-from unike_kernels.training import Sample
+from unike_kernels.backbones import find_decoder
+from unike_kernels.config import Config
+from unike_kernels.training import Fact, Sample, ScopeTraining
 from unike_kernels.training.samples import encode, forward
 
 ASKED = [Sample(f"w{i} w1 w{i + 3} w2", f"w{i + 20} w{i + 5}") for i in range(4, 8)]
@@ -110,6 +113,47 @@ def test_wise_routes_by_the_prompt_alone_and_changes_masked_weights(setting):
         assert torch.equal(seen.best, was.best) == (activation <= editor.slack * editor.threshold)
 
 
+LEARNT = replace(
+    suite(),
+    train=[Request(f"t{i}", "vqa", Case(Sample(f"w{i} w1 w2", f"w{i + 9}")), "w3") for i in range(12, 16)],
+    facts=[
+        Fact([Sample(f"w{i} w{j}"), Sample(f"w{j} w{i} w40"), Sample(f"w41 w{i} w{j}")])
+        for i in (50, 51, 52)
+        for j in (1, 2)
+    ],
+)
+
+
+def test_a_requests_own_entries_act_where_it_is_asked_for_alone(setting):
+    """One for each token of its answer; the training requests that the memory began with act nowhere."""
+    samples = [*ASKED[:1], *(replace(fact.wordings[0], answer="w3") for fact in LEARNT.facts)]
+    unedited = observe(*setting, samples)
+    config = Config(values="context", norm="none", alpha=1.0)
+    editor = LatentIKE(*setting, config=config, layers=3, scope=ScopeTraining(steps=30))
+    editor.fit(LEARNT)
+    first = len(editor._memory)
+    editor.edit(ASKED[0])
+    assert sorted(editor._memory.layers) == [3, 4, 5] and len(editor._memory) == first + 2
+    own = editor._memory.scope.own.tolist()
+    assert [pair for pair in own if pair != [0, 0]] == [[first, first + 2]]
+    (asked, *others), (was, *were) = editor.observe(samples), unedited
+    assert not torch.equal(asked.best, was.best)
+    assert all(
+        torch.equal(now.best, then.best) and now.said == then.said for now, then in zip(others, were, strict=True)
+    )
+    editor.reset()
+    assert torch.equal(editor.observe(ASKED[:1])[0].best, was.best)
+
+
+def test_without_a_scope_any_row_retrieves_the_nearest_entries(setting):
+    editor = LatentIKE(*setting, config=Config(k=1, norm="none", alpha=1.0), layers=2)
+    editor.fit(LEARNT)
+    (before,) = editor.observe(KEPT[:1])
+    assert not torch.equal(before.best, observe(*setting, KEPT[:1])[0].best)
+    with pytest.raises(ValueError, match=r"config.alpha: expected a number, got 'token'"):
+        LatentIKE(*setting, config=Config())
+
+
 def test_wise_begins_shards_and_merges_them(setting):
     editor = fitted(WISE, setting, steps=3, shard=2)
     for request in ASKED[:3]:
@@ -140,11 +184,52 @@ def test_memit_brings_the_late_state_about(setting):
     batch = editor.targets(ASKED[:1])
     at = editor._positions(ASKED[:1], batch, "w7")
     wanted = editor._late_state(batch, at, "w7")
-    before = editor._output(batch)[0, at[0]].double()
+    before = editor._seen(batch, [editor._late])[0][0, at[0]].double()
     editor._prefixes = []  # so that the mean key is this one
     editor.edit(ASKED[0])
-    after = editor._output(batch)[0, at[0]].double()
+    after = editor._seen(batch, [editor._late])[0][0, at[0]].double()
     assert float((after - wanted).norm()) < 0.1 * float((before - wanted).norm())
+
+
+@pytest.mark.parametrize("system", [MEMIT, AlphaEdit])
+def test_what_must_stay_is_measured_once_for_a_model(system, setting, monkeypatch):
+    """For all candidates and requests; what is learnt from other texts, or of other layers, is another thing."""
+
+    def edited(editor):
+        editor.edit(ASKED[0])
+        weights = [p.detach().clone() for p in editor.parameters]
+        editor.reset()
+        return weights
+
+    before = edited(fitted(system, setting, **EASY[system]))
+    measured, own = [], system._moments_over
+    monkeypatch.setattr(system, "_moments_over", lambda self, texts: measured.append(texts) or own(self, texts))
+    for was, now in zip(before, edited(fitted(system, setting, **EASY[system])), strict=True):
+        assert torch.equal(was, now)
+    assert not measured
+    system(*setting, **EASY[system]).fit(replace(suite(), preserve=KEPT[:5]))
+    fitted(system, setting, **{**EASY[system], "layers": [2, 3]})
+    assert [len(texts) for texts in measured] == [5, 8]
+
+
+def test_a_pass_that_looks_at_states_ends_with_them(setting):
+    editor = fitted(MEMIT, setting, layers=[2, 3])
+    layers, passed = find_decoder(setting[0]).layers, []
+    for i, layer in enumerate(layers):
+        layer.module.register_forward_pre_hook(lambda *_, i=i: passed.append(i))
+    editor._inputs(editor.encode(KEPT[:2]))
+    assert passed == [0, 1, 2, 3] and len(layers) > 4
+
+
+@pytest.mark.parametrize("padding_side", ["left", "right"])
+def test_the_loss_of_answers_of_several_lengths(make_model, make_processor, padding_side):
+    """Against the logits of all positions."""
+    model, processor = make_model("llama"), make_processor(padding_side)
+    batch = encode(processor, [Sample("w5 w9 w1", "w2"), Sample("w6", "w2 w3 w4"), Sample("w1 w2 w8 w9", "w3 w7")])
+    answers = batch.answer_mask()
+    logits = forward(model, batch.inputs)[:, :-1][answers[:, 1:]]
+    wanted = torch.nn.functional.cross_entropy(logits, batch.inputs["input_ids"][answers])
+    torch.testing.assert_close(answer_loss(model, batch), wanted)
 
 
 @pytest.mark.parametrize("padding_side", ["left", "right"])

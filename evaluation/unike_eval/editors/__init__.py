@@ -13,6 +13,7 @@ from .grace import GRACE
 from .ike import IKE
 from .intrinsic_ike import IntrinsicIKE
 from .knowledge_editor import KnowledgeEditor
+from .latent_ike import LatentIKE
 from .lora import LoRA
 from .memit import MEMIT, AlphaEdit
 from .mend import MEND
@@ -25,7 +26,7 @@ EDITORS: dict[str, type[Editor]] = {
     editor.name: editor
     for editor in (
         *(FineTune, KnowledgeEditor, TPatcher, MEND, IKE, SERAC, UniKE, IntrinsicIKE),  # the paper's
-        *(LoRA, GRACE, WISE, MEMIT, AlphaEdit),
+        *(LatentIKE, LoRA, GRACE, WISE, MEMIT, AlphaEdit),
     )
 }
 
@@ -51,6 +52,7 @@ __all__ = [
     "FineTune",
     "IntrinsicIKE",
     "KnowledgeEditor",
+    "LatentIKE",
     "LoRA",
     "TPatcher",
     "UniKE",

@@ -78,9 +78,10 @@ class Editor(ABC):
 
 
 def answer_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """Mean negative log-likelihood of the answers' tokens."""
+    """Mean negative log-likelihood of the answers' tokens; logits are computed where an answer is said alone."""
     answer = batch.answer_mask()[:, 1:]
-    predicted = forward(model, batch.inputs)[:, :-1][answer]
+    at = answer.any(0).nonzero().flatten()
+    predicted = forward(model, batch.inputs, at)[answer[:, at]]
     return F.cross_entropy(predicted.float(), batch.inputs["input_ids"][:, 1:][answer])
 
 

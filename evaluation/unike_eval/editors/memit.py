@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,9 @@ from .base import WeightEditor, answer_loss, down_projection, only
 
 _PREFIXES = 4  # texts that a request is also put behind
 _KL, _DECAY = 0.0625, 1e-3  # weights of the subject's essence and of the shift's size, as the papers' code has them
+
+T = TypeVar("T")
+_KNOWN: WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], Any]] = WeakKeyDictionary()
 
 
 class LocatedEditor(WeightEditor):
@@ -60,6 +64,7 @@ class LocatedEditor(WeightEditor):
         self._subjects: dict[str, str] = {}
         self._prefixes: list[str] = []
         self._earlier, self._fitted = self._none(), False
+        self._learnt_from: tuple[Any, ...] = ()
 
     def _none(self) -> list[Tensor]:
         """Sums of k k^T over no keys, float64 [f, f] for each layer."""
@@ -72,6 +77,20 @@ class LocatedEditor(WeightEditor):
         self._subjects = suite.subjects()
         texts = [*suite.preserve, *(r.case.request for r in suite.train)]
         self._prefixes = [f"{s.prompt} {s.answer}." for s in suite.preserve if s.image is None][:_PREFIXES]
+        self._learnt_from = suite.name, tuple(r.id for r in suite.train), tuple(s.question for s in suite.preserve)
+        self.keep(self.once("moments", lambda: self._moments_over(texts)))
+        self._fitted = True
+
+    def once(self, name: str, make: Callable[[], T]) -> T:
+        """What `make` computes of the unedited model and what was learnt from: editors of one model share it."""
+        known, key = _KNOWN.setdefault(self.model, {}), (name, tuple(self.layers), self._learnt_from)
+        if key not in known:
+            known[key] = make()
+        found: T = known[key]
+        return found
+
+    def _moments_over(self, texts: Sequence[Sample]) -> list[Tensor]:
+        """E[k k^T] of each layer over all tokens of these texts, float64 [f, f]."""
         sums, count = self._none(), 0
         with evaluating(self.model):
             for group in batches(texts, 32):
@@ -81,8 +100,7 @@ class LocatedEditor(WeightEditor):
                     k = keys[real].double().cpu()
                     total += k.T @ k
                 count += int(real.sum())
-        self.keep([total / max(count, 1) for total in sums])
-        self._fitted = True
+        return [total / max(count, 1) for total in sums]
 
     @abstractmethod
     def keep(self, moments: Sequence[Tensor]) -> None:
@@ -103,13 +121,14 @@ class LocatedEditor(WeightEditor):
         with evaluating(self.model), only(self.model, []):
             wanted = self._late_state(batch, at, subject)
             with torch.no_grad():
+                rows = torch.arange(len(at))
                 for i, linear in enumerate(self._linears):
-                    rows = torch.arange(len(at))
-                    key = self._inputs(batch)[i][rows, at].double().mean(0).cpu()
-                    left = (wanted - self._output(batch)[0, at[0]].double().cpu()) / (len(self.layers) - i)
+                    keys, out = self._seen(batch, [(linear, True), self._late])
+                    key = keys[rows, at].double().mean(0).cpu()
+                    left = (wanted - out[0, at[0]].double().cpu()) / (len(self.layers) - i)
                     linear.weight += self.solve(i, key, left).to(linear.weight)
                 for total, keys in zip(self._earlier, self._inputs(batch), strict=True):
-                    k = keys[torch.arange(len(at)), at].double().mean(0).cpu()
+                    k = keys[rows, at].double().mean(0).cpu()
                     total += torch.outer(k, k)
 
     @override
@@ -121,13 +140,14 @@ class LocatedEditor(WeightEditor):
         """What the last layer's output at the subject should be, float64 [d]."""
         rows, shift = torch.arange(len(at)), torch.zeros(find_decoder(self.model).hidden_size)
         with torch.no_grad():
-            state = self._output(batch)[0, at[0]].float()
+            (out,) = self._seen(batch, [self._late])
+            state = out[0, at[0]].float()
         shift = shift.to(state.device).requires_grad_()
         essence = self.encode([Sample(f"{subject} is a")]) if subject else None
         if essence is not None:
             there = self._positions([Sample(f"{subject} is a")], essence, subject)
             with torch.no_grad():
-                usual = forward(self.model, essence.inputs)[0, -1].float().log_softmax(-1)
+                usual = self._next_token(essence)
         optimizer = torch.optim.Adam([shift], self.lr)
         for _ in range(self.steps):
             with self._shifted(shift, rows, at):
@@ -136,7 +156,7 @@ class LocatedEditor(WeightEditor):
                 break
             if essence is not None:
                 with self._shifted(shift, rows[:1], there):
-                    found = forward(self.model, essence.inputs)[0, -1].float().log_softmax(-1)
+                    found = self._next_token(essence)
                 loss = loss + _KL * F.kl_div(usual, found, reduction="sum", log_target=True)
             loss = loss + _DECAY * shift.square().sum() / state.square().sum()
             optimizer.zero_grad()
@@ -162,25 +182,33 @@ class LocatedEditor(WeightEditor):
         """Of each of the matrices [B, T, f]."""
         return self._seen(batch, [(linear, True) for linear in self._linears])
 
-    def _output(self, batch: Batch) -> Tensor:
-        """Of the last layer that is changed, [B, T, d]."""
-        (found,) = self._seen(batch, [(find_decoder(self.model).layers[self.layers[-1]].module, False)])
-        return found
+    def _next_token(self, batch: Batch) -> Tensor:
+        """Log-probabilities [V] of what follows the first text."""
+        last = torch.tensor([batch.inputs["input_ids"].shape[1] - 1])
+        return forward(self.model, batch.inputs, last)[0, 0].float().log_softmax(-1)
+
+    @property
+    def _late(self) -> tuple[nn.Module, bool]:
+        """Where the late state comes out."""
+        return find_decoder(self.model).layers[self.layers[-1]].module, False
 
     @torch.no_grad()
     def _seen(self, batch: Batch, modules: Sequence[tuple[nn.Module, bool]]) -> list[Tensor]:
-        """What goes into modules (True) or comes out of them, in one pass."""
+        """What goes into modules (True) or comes out of them, in one pass, which ends with the last of them."""
         found: dict[int, Tensor] = {}
 
         def keep(i: int, into: bool) -> Any:
             def hook(_: nn.Module, args: tuple[Tensor, ...], out: Any) -> None:
                 found[i] = args[0] if into else _states(out)
+                if len(found) == len(modules):
+                    raise _SeenAllError
 
             return hook
 
         handles = [module.register_forward_hook(keep(i, into)) for i, (module, into) in enumerate(modules)]
         try:
-            forward(self.model, batch.inputs)
+            with suppress(_SeenAllError):
+                forward(self.model, batch.inputs)
         finally:
             for handle in handles:
                 handle.remove()
@@ -200,6 +228,10 @@ class LocatedEditor(WeightEditor):
             yield
         finally:
             handle.remove()
+
+
+class _SeenAllError(Exception):
+    """The rest of a pass is not needed."""
 
 
 def _states(out: Any) -> Tensor:
@@ -254,8 +286,7 @@ class AlphaEdit(LocatedEditor):
     @override
     def keep(self, moments: Sequence[Tensor]) -> None:
         self._projections = []
-        for moment in moments:
-            size, directions = torch.linalg.eigh(moment)
+        for size, directions in self.once("directions", lambda: [torch.linalg.eigh(moment) for moment in moments]):
             null = directions[:, size < self.threshold * size.mean()]
             self._projections.append(null @ null.T)
 
