@@ -109,8 +109,8 @@ Launches of torch are at least {1e6 * EAGER:.0f} us apart.
 
 ## What it does not know
 
-- Conditions on floats, and on what other blocks do: they are guessed, and the report counts them. A search by Triton, or
-  of many queries, rescores sixteen candidates a block, whatever the data. A CUDA search of one query rescores four a
+- Conditions on floats, and on what other blocks do: they are guessed, and the report counts them. A search by Triton,
+  or of many queries, rescores sixteen candidates a block, whatever the data. A CUDA search of one query rescores four a
   block by int8 codes and two by others: random keys have 3.3 and 0.2 on average, ten and two at most, and up to sixteen
   take as long. A wait for other blocks ends after two looks. Blocks are taken to arrive together, and the block that
   merges last is the one that is walked. What was prefetched into L2 is taken to have come when it is read.

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -45,6 +46,7 @@ class Site:
     windows: list[Window]
     shared: int = 0  # bytes of a block, the dynamic ones
     passing: int = 0  # lanes for which a ballot finds a condition on floats to hold; 0: nobody knows
+    turns: Mapping[str, int] = field(default_factory=dict)  # of loops whose end is guessed, by source line
     words: dict[int, int] = field(default_factory=dict)
 
     @property
@@ -129,6 +131,7 @@ class Warp:
         self.trace: list[int] = []
         self.accesses: dict[int, Access] = {}
         self._seen: Counter[int] = Counter()  # strong accesses, by place
+        self.turns: Counter[int] = Counter()  # of loops whose end is guessed, by the place of their branch
 
     def get(self, name: str) -> Value:
         """The value of a register or a predicate. What nobody has written holds something, of which nobody cares."""
@@ -379,6 +382,12 @@ def _branch(i: SassInstruction, place: int, code: list[SassInstruction]):
         if taken is None:
             warp.block.guesses[i.source] += 1
             taken = guess
+            if target <= place or leaves_loop:
+                warp.turns[place] += 1
+                if warp.turns[place] < warp.block.site.turns.get(i.source, 1):
+                    taken = not guess
+                else:
+                    warp.turns[place] = 0
         if taken is True:
             warp.place = target
         elif taken is False:
