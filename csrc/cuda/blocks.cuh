@@ -12,6 +12,12 @@ __device__ inline unsigned strong_load(const unsigned* p) {
   asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(p) : "memory");
   return x;
 }
+// What was written before the value that it finds, and a fence, is visible behind it.
+__device__ inline unsigned acquiring_load(const unsigned* p) {
+  unsigned x;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(p) : "memory");
+  return x;
+}
 __device__ inline float strong_load(const float* p) {
   return __uint_as_float(strong_load(reinterpret_cast<const unsigned*>(p)));
 }
@@ -20,30 +26,29 @@ __device__ inline void strong_store(float* p, float x) {
 }
 __device__ inline void fence() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 
-// Calls prepare(i) for i = 0, ..., count - 1, each in one block, and returns when all are done. Blocks claim them one by one:
-// what is waited for is being done by a block that runs.
+// Waits until a count that others raise behind a fence has come to `count`. For one thread; what they wrote is visible to it.
+__device__ inline void await(const unsigned* p, int count) {
+  while (acquiring_load(p) < static_cast<unsigned>(count)) __nanosleep(32);
+}
+
+// Claims what a block prepares next for all. What is waited for is then being done by a block that runs.
+__device__ inline int claim(Counters* counters) { return static_cast<int>(atomicAdd(&counters->claimed, 1)); }
+
+// Calls prepare(i) for i = claimed, ... that other blocks have not claimed, below count; it returns the counter of those that are
+// done. claimed: of the block, from claim().
 template <class Prepare>
-__device__ void share(Counters* counters, int count, const Prepare& prepare) {
-  __shared__ int claimed;
-  for (int mine = -1;;) {
+__device__ void share(Counters* counters, int& claimed, int count, const Prepare& prepare) {
+  for (int mine = claimed; mine < count; mine = claimed) {
+    unsigned* const done = prepare(mine);
+    __syncthreads();
     if (thread() == 0) {
-      if (mine >= 0) {
-        fence();
-        atomicAdd(&counters->prepared, 1);
-      }
-      claimed = static_cast<int>(atomicAdd(&counters->claimed, 1));
+      const int next = claim(counters);
+      fence();
+      atomicAdd(done, 1);
+      claimed = next;
     }
     __syncthreads();
-    mine = claimed;
-    if (mine >= count) break;
-    prepare(mine);
-    __syncthreads();
   }
-  if (thread() == 0) {
-    while (strong_load(&counters->prepared) < static_cast<unsigned>(count)) __nanosleep(32);
-    fence();
-  }
-  __syncthreads();
 }
 
 enum class Met {
@@ -73,11 +78,13 @@ __device__ inline Met wait(Barrier* barrier, unsigned generation, uint64_t start
   do {
 #pragma unroll 1
     for (int look = 0; look < kLooks; ++look) {
-      if (passed(strong_load(&barrier->generation))) return Met::kAll;
+      if (passed(acquiring_load(&barrier->generation))) return Met::kAll;
       __nanosleep(32);
     }
   } while (nanoseconds() - arrival < arrival - start + kPatience);
-  return passed(atomicCAS(&barrier->generation, generation, generation | 1)) ? Met::kAll : Met::kGaveUp;
+  const bool all = passed(atomicCAS(&barrier->generation, generation, generation | 1));
+  fence();
+  return all ? Met::kAll : Met::kGaveUp;
 }
 
 // Waits for all blocks of the grid, up to a limit. generation, start: as it was, and when, as the block began. in_between() runs in the last
@@ -96,7 +103,6 @@ __device__ Met meet(Barrier* barrier, unsigned generation, uint64_t start, const
     } else {
       met = wait(barrier, generation, start);
     }
-    fence();
   }
   __syncthreads();
   return met;

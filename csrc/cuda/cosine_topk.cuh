@@ -6,13 +6,14 @@
 // rows.
 //
 // How it is tiled: a block takes a tile of queries, 8 or 128, and a part of the keys. It
-//   1. prepares queries (unit rows, codes, bounds), each of them in one block, for all;
+//   1. prepares queries, each of them in one block, for all: codes and bounds, and, where others wait for these, the unit
+//      rows, whose canonical norm is a long sum that the scan does not need;
 //   2. multiplies its keys with its queries on tensor cores: keys go straight from memory to registers, 16 bytes a lane,
 //      each once; the codes of the queries come from shared memory, where they are copied while others are multiplied;
 //   3. tells the others lower bounds, meets them once, and so knows a threshold that is close to the final one;
 //   4. keeps its candidates in a list of its own; if the list is full, scores them, keeps the best k and goes on;
 //   5. scores its candidates, meets the others again, and writes each of its candidates to its place among all of them.
-//      The order of a canonical sum allows 16 additions at a time: many threads load and multiply, and a few add.
+//      The order of a canonical sum allows 16 additions at a time, which is why each candidate has a warp to itself.
 // Blocks need not be resident together: one that has waited too long goes on without what it waited for, and the block
 // that arrives last finishes for all (blocks.cuh). The result does not depend on who waited: order and arithmetic are
 // canonical.
@@ -48,6 +49,7 @@ struct Shared {
   int counts[Shape<kMany>::kQueries];        // of candidates
   int ends[Shape<kMany>::kQueries];          // of the queries' candidates, one after the other
   double2 sums[kWarps];
+  double norm;
   int bins[kWarps][32];
   Counters* counters;             // here, so that no phase keeps it in registers for the next
   int64_t from, to;               // keys of the block
@@ -57,6 +59,8 @@ struct Shared {
   int chunks;                     // of the queries
   int group, query, query_count;  // of the block
   int others_known;               // their lower bounds may be read
+  int others;                     // that are left to finish for
+  int claimed;                    // what the block prepares next
   unsigned generations[2];        // of the barriers when the launch began
   uint64_t start;                 // time then
 };
@@ -74,20 +78,24 @@ class Block {
   __device__ Block(const Search& search, Shared<kMany>& shared, char* ring)
       : p(search), shared(shared), ring_(ring), products_(reinterpret_cast<float*>(kMany ? ring : ring + kRing)) {
     if (thread() == 0) {
+      const int claimed = claim(p.counters);  // nothing waits for these three yet
+      const unsigned first = generation_of(p.counters->barriers), second = generation_of(p.counters->barriers + 1);
       take_place_of(blockIdx.x);
       shared.counters = p.counters;
       shared.chunks = (p.slabs + kChunkSlabs - 1) / kChunkSlabs;
       shared.others_known = 0;
       shared.start = nanoseconds();
-      for (int i = 0; i < 2; ++i) shared.generations[i] = generation_of(p.counters->barriers + i);
       shared.tiles = max(static_cast<int>((shared.to - shared.from + Tile::kRows - 1) / Tile::kRows), 1);
+      shared.generations[0] = first;
+      shared.generations[1] = second;
+      shared.claimed = claimed;
     }
   }
 
   __device__ void run() {
     start_tile(0);
     prefetch_keys();
-    share(shared.counters, kMany ? (p.m + 15) / 16 * 16 : p.m, [&](int query) { prepare(query); });
+    share_queries();
     for (int q = thread(); q < shared.query_count; q += kThreads) begin(q);
     __syncthreads();
     for (;;) {
@@ -109,22 +117,17 @@ class Block {
     }
     resolve();
     __syncthreads();
-    if (!kMany) {
-      for_my_queries([&](int q) { drop(q, shared.thresholds[q]); });
-      __syncthreads();
-    }
-    for (int q = thread(); q < shared.query_count; q += kThreads)
-      p.counts[(shared.query + q) * p.groups + shared.group] = shared.counts[q];
-    const Met met = meet(shared.counters->barriers + 1, shared.generations[1], shared.start, [] {});
+    for_my_queries([&](int q) {
+      if (!kMany) drop(q, shared.thresholds[q]);
+      if (lane() == 0) p.counts[(shared.query + q) * p.groups + shared.group] = shared.counts[q];
+    });
+    const Met met = meet(shared.counters->barriers + 1, shared.generations[1], shared.start,
+                         [&] { shared.counters->claimed = shared.counters->coded = shared.counters->normed = 0; });
     if (met == Met::kGaveUp) return;
     // The last one finishes for those that have left, too.
-    const bool for_all = met == Met::kAfterAll;
-    const int from = for_all ? 0 : blockIdx.x, to = for_all ? gridDim.x : from + 1;
-#pragma unroll 1
-    for (int block = from; block < to; ++block) {
-      if (for_all) take_over(block);
-      finish();
-    }
+    if (thread() == 0) shared.others = met == Met::kAfterAll ? static_cast<int>(gridDim.x) : 0;
+    do finish();
+    while (take_over());
   }
 
  private:
@@ -138,19 +141,23 @@ class Block {
     shared.to = p.n * (shared.group + 1) / p.groups;
   }
 
-  __device__ void take_over(int block) {
+  // Goes on as another block, where there is one left to finish for.
+  __device__ bool take_over() {
     __syncthreads();
-    if (thread() == 0) take_place_of(block);
+    if (thread() == 0 && --shared.others >= 0) take_place_of(shared.others);
     __syncthreads();
+    if (shared.others < 0) return false;
     for (int q = thread(); q < shared.query_count; q += kThreads) {
       shared.counts[q] = __ldcg(p.counts + (shared.query + q) * p.groups + shared.group);
     }
     __syncthreads();
+    return true;
   }
 
   // Writes those candidates of the block that are among the best of all.
   __device__ void finish() {
-    for (int i = warp(), n = number_candidates(); i < n; i += kWarps) {
+    number_candidates();
+    for (int i = warp(); i < shared.ends[Tile::kQueries - 1]; i += kWarps) {
       const Spot spot = spot_of(i);
       rank(shared.query + spot.query, spot.place);
     }
@@ -201,10 +208,10 @@ class Block {
     return {q, q == 0 ? i : i - shared.ends[q - 1]};
   }
 
-  // After the first tile every block knows lower bounds from all the others.
+  // After the first tile every block knows lower bounds from all the others, and the unit rows are there.
   __device__ void meet_first() {
-    const Met met = meet(shared.counters->barriers, shared.generations[0], shared.start,
-                         [&] { shared.counters->claimed = shared.counters->prepared = 0; });
+    if (p.rows != nullptr && thread() == kThreads - 1) await(&shared.counters->normed, p.m);
+    const Met met = meet(shared.counters->barriers, shared.generations[0], shared.start, [] {});
     if (thread() == 0) shared.others_known = met != Met::kGaveUp;
     __syncthreads();
   }
@@ -241,29 +248,49 @@ class Block {
     return sums;
   }
 
-  // The unit row of a query, its codes and bounds. Queries that only fill the last sixteen have no row.
-  __device__ void prepare(int query) {
+  // Prepares the codes of all queries, and then their unit rows, which the scan does not wait for.
+  __device__ void share_queries() {
+    const int coded = kMany ? (p.m + 15) / 16 * 16 : p.m, all = coded + (p.rows == nullptr ? 0 : p.m);
+    share(p.counters, shared.claimed, all, [&](int i) {
+      if (i < coded) {
+        encode(i);
+        return &p.counters->coded;
+      }
+      with_row(p.queries, i - coded, [&](const auto& row) { normalize(i - coded, row); });
+      return &p.counters->normed;
+    });
+    if (thread() == 0) await(&shared.counters->coded, coded);
+    __syncthreads();
+  }
+
+  // The codes and bounds of a query. Queries that only fill the last sixteen have no row.
+  __device__ void encode(int query) {
     const int columns = p.slabs * Slab::kColumns;
     uint16_t* codes = p.codes + static_cast<int64_t>(Slab::row_of(query)) * columns * (kMany ? 2 : 1);
     if (query >= p.m) {
       for (int i = thread(); i < columns; i += kThreads) codes[Slab::place_of_code(query, i)] = 0;
       return;
     }
-    with_row(p.queries, query, [&](const auto& row) { prepare(query, row, codes, columns); });
+    with_row(p.queries, query, [&](const auto& row) { encode(query, row, codes, columns); });
   }
 
-  __device__ void prepare(int query, const auto& row, uint16_t* codes, int columns) {
-    float* unit_row = p.units + static_cast<int64_t>(query) * p.d;
-    const auto [norm, projection] = measure(row);
-    const float g = norm == 0.0 ? 0.0f : static_cast<float>(projection / norm);
-    double rest = 0.0, left = 0.0;
+  // They are of the row divided by its norm, which is summed in any order here: within 2^-23 of the unit row.
+  __device__ void encode(int query, const auto& row, uint16_t* codes, int columns) {
+    double squares = 0.0, projection = 0.0;
 #pragma unroll 8
+    for (int i = thread(); i < p.d; i += kThreads) {
+      const double x = row(i);
+      squares += x * x;
+      if (p.direction) projection += x * p.direction[i];
+    }
+    const double2 found = block_sums(squares, projection);
+    const double norm = norm_of(found.x), scale = norm == 0.0 ? 0.0 : 1.0 / norm;
+    const float g = static_cast<float>(found.y * scale);
+    double rest = 0.0, left = 0.0;
+#pragma unroll 4
     for (int i = thread(); i < columns; i += kThreads) {
-      float w = 0.0f;
-      if (i < p.d) {
-        unit_row[i] = w = unit(row(i), norm);
-        if (p.direction) w -= g * p.direction[i];
-      }
+      float w = i < p.d ? static_cast<float>(row(i) * scale) : 0.0f;
+      if (i < p.d && p.direction) w -= g * p.direction[i];
       const uint16_t code = Slab::encode(w);
       codes[Slab::place_of_code(query, i)] = code;
       const float z = w - Slab::decode(code);
@@ -280,31 +307,31 @@ class Block {
     }
   }
 
-  // The canonical norm of a row, and its product with the direction. All threads square what one warp then adds up.
-  struct Measures {
-    double norm, projection;
-  };
-  __device__ Measures measure(const auto& row) {
+  // The unit row of a query, in canonical arithmetic. All threads square what one warp then adds up.
+  __device__ void normalize(int query, const auto& row) {
     constexpr int kChunk = kRing / sizeof(double);
     auto* const squares = reinterpret_cast<double*>(ring_);
-    double sum = 0.0, projection = 0.0;
+    double sum = 0.0;
     for (int first = 0; first < p.d; first += kChunk) {
       const int n = min(kChunk, p.d - first);
 #pragma unroll 8
       for (int i = thread(); i < n; i += kThreads) {
         const double x = row(first + i);
         squares[i] = x * x;
-        if (p.direction) projection += x * p.direction[first + i];
       }
       __syncthreads();
       if (warp() == 0) sum = canonical_sum(sum, squares, n);
       __syncthreads();
     }
-    // A warp has the norm, and lets the others have it as a sum with nothing.
-    const bool has = thread() == 0;
-    if (warp() == 0) sum = norm_of(folded(sum));
-    const double2 sums = block_sums(has ? sum : 0.0, projection);
-    return {sums.x, sums.y};
+    if (warp() == 0) {
+      sum = norm_of(folded(sum));
+      if (lane() == 0) shared.norm = sum;
+    }
+    __syncthreads();
+    const double norm = shared.norm;
+    float* unit_row = p.units + static_cast<int64_t>(query) * p.d;
+#pragma unroll 8
+    for (int i = thread(); i < p.d; i += kThreads) unit_row[i] = unit(row(i), norm);
   }
 
   // Invalid ranges cannot be an error here: such a query sees no keys, and its scores are NaN.
@@ -323,10 +350,14 @@ class Block {
     shared.counts[q] = 0;
   }
 
+  // They are on their way when this returns.
   __device__ void load_bounds() {
-    for (int row = thread(); row < shared.rows; row += kThreads) {
-      shared.keys[row] =
-          kScan == UNIKE_SCAN_F32 ? KeyBounds{1.0f, 0.0f, p.residual, 1.01f} : p.bounds[shared.first + row];
+    if constexpr (kScan == UNIKE_SCAN_F32) {
+      for (int row = thread(); row < shared.rows; row += kThreads) shared.keys[row] = {1.0f, 0.0f, p.residual, 1.01f};
+    } else {
+      const auto* const words = reinterpret_cast<const float*>(p.bounds + shared.first);
+      const uint32_t target = shared_address(shared.keys);
+      for (int i = thread(); i < shared.rows * UNIKE_KEY_BOUNDS; i += kThreads) copy_async_4(target + i * 4, words + i);
     }
   }
 
@@ -417,6 +448,7 @@ class Block {
   // The splits add theirs one after the other.
   __device__ void store_products(const float (&sums)[Slab::kSums][2][4]) {
     const int lane = cuda::lane();
+    wait_for_copies();  // of the bounds
     float* const corner = products_ + lane / 4 * Tile::kProductStride + warp() / Tile::kSplits * 16 + lane % 4 * 2;
     for (int s = 0; s < Tile::kSplits; ++s) {
       __syncthreads();
@@ -549,35 +581,18 @@ class Block {
     __syncwarp();
   }
 
-  // Gives all candidates of the block their canonical scores, some at a time. The threads of a team multiply, and its first
-  // warp adds up; the products take the place of the ring, of which nothing is needed any more.
+  // Gives all candidates of the block their canonical scores, one to a warp at a time; the products take the place of the
+  // ring, of which nothing is needed any more.
   __device__ void resolve() {
     if (p.rows == nullptr) return;
-    constexpr int kTeams = kMany ? 16 : 4, kTeam = kThreads / kTeams, kChunk = kRing / sizeof(double) / kTeams;
-    // Found anew wherever they are needed, for want of registers.
-    const auto adds = [] { return thread() % kTeam < 32; };
-    const auto products = [&] { return reinterpret_cast<double*>(ring_) + thread() / kTeam * kChunk; };
-    number_candidates();
+    const int n = number_candidates();
 #pragma unroll 1
-    for (int first = 0; first < shared.ends[Tile::kQueries - 1]; first += kTeams) {
-      const int i = first + thread() / kTeam;
-      const bool exists = i < shared.ends[Tile::kQueries - 1];
-      const Spot spot = spot_of(exists ? i : first);
+    for (int i = warp(); i < n; i += kWarps) {
+      const Spot spot = spot_of(i);
       Candidate* const candidate = candidates(shared.query + spot.query, shared.group) + spot.place;
-      const bool wanted = exists && candidate->error != 0.0f;
-      const float* const unit = p.units + static_cast<int64_t>(shared.query + spot.query) * p.d;
-      const float* const row = p.rows + candidate->id * p.stride;
-      double sum = 0.0;
-#pragma unroll 1
-      for (int column = 0; column < p.d; column += kChunk) {
-        const int n = min(kChunk, p.d - column);
-        if (wanted) multiply_rows<kTeam>(products(), unit + column, row + column, n);
-        __syncthreads();
-        if (wanted && adds()) sum = canonical_sum(sum, products(), n);
-        __syncthreads();
-      }
-      if (!wanted || !adds()) continue;
-      const double score = folded(sum);
+      if (candidate->error == 0.0f) continue;
+      const double score = canonical_score(p.units + static_cast<int64_t>(shared.query + spot.query) * p.d,
+                                           p.rows + candidate->id * p.stride);
       if (lane() == 0) {
         candidate->score = static_cast<float>(score) + 0.0f;
         candidate->error = 0.0f;
@@ -585,46 +600,79 @@ class Block {
     }
   }
 
-  // n products of two rows, by the threads of a team.
-  template <int kTeam>
-  __device__ void multiply_rows(double* products, const float* a, const float* b, int n) const {
-    const int member = thread() % kTeam;
-    if ((p.d | p.stride) % 4 == 0 && reinterpret_cast<uintptr_t>(p.rows) % 16 == 0) {
-#pragma unroll kMany ? 4 : 2
-      for (int i = member * 4; i < n; i += kTeam * 4) {
-        const float4 x = *reinterpret_cast<const float4*>(a + i), y = *reinterpret_cast<const float4*>(b + i);
-        auto* const to = reinterpret_cast<double2*>(products + i);
-        to[0] = {static_cast<double>(x.x) * y.x, static_cast<double>(x.y) * y.y};
-        to[1] = {static_cast<double>(x.z) * y.z, static_cast<double>(x.w) * y.w};
+  // The product of two rows, for all lanes together: pieces of both are on their way to registers, and what follows of the
+  // second one to the L2 cache, while the pieces before are added up.
+  __device__ double canonical_score(const float* a, const float* b) const {
+    constexpr int kChunk = 256, kLoads = kChunk / 128;
+    static_assert(kChunk * sizeof(double) * kWarps <= kRing);
+    auto* const products = reinterpret_cast<double*>(ring_) + warp() * kChunk;
+    const bool wide = (p.d | p.stride) % 4 == 0 && reinterpret_cast<uintptr_t>(b) % 16 == 0;
+    float4 x[kLoads] = {}, y[kLoads] = {};
+    const auto load = [&](int first) {
+#pragma unroll
+      for (int i = 0; i < kLoads; ++i) {
+        const int at = first + 4 * lane() + 128 * i;
+        if (!wide || at >= p.d) continue;
+        x[i] = *reinterpret_cast<const float4*>(a + at);
+        y[i] = *reinterpret_cast<const float4*>(b + at);
       }
-    } else {
-      for (int i = member; i < n; i += kTeam) products[i] = static_cast<double>(a[i]) * b[i];
+    };
+    load(0);
+    for (int at = kChunk + 32 * lane(); at < p.d; at += 32 * 32) prefetch(b + at);
+    double sum = 0.0;
+#pragma unroll 1
+    for (int first = 0; first < p.d; first += kChunk) {
+      const int n = min(kChunk, p.d - first);
+      if (wide) {
+#pragma unroll
+        for (int i = 0; i < kLoads; ++i) {
+          auto* const to = reinterpret_cast<double2*>(products + 4 * lane() + 128 * i);
+          to[0] = {static_cast<double>(x[i].x) * y[i].x, static_cast<double>(x[i].y) * y[i].y};
+          to[1] = {static_cast<double>(x[i].z) * y[i].z, static_cast<double>(x[i].w) * y[i].w};
+        }
+      } else {
+        for (int i = lane(); i < n; i += 32) products[i] = static_cast<double>(a[first + i]) * b[first + i];
+      }
+      load(first + kChunk);
+      __syncwarp();
+      sum = canonical_sum(sum, products, n);
+      __syncwarp();
     }
+    return folded(sum);
   }
 
-  // Finds the place of a candidate among those of all groups, and writes it there.
+  // Finds the place of a candidate among those of all groups, and writes it there. Those of earlier groups, and earlier ones
+  // of its own, have lower ids.
   __device__ void rank(int query, int e) const {
-    constexpr int kAtOnce = 4;  // groups that a lane looks at
+    constexpr int kAtOnce = kMany ? 4 : 10;  // groups that a lane looks at
     const int* counts = p.counts + static_cast<int64_t>(query) * p.groups;
     const Candidate mine = load(candidates(query, shared.group) + e);
+    const auto* const nothing = reinterpret_cast<const float*>(counts);
     int place = 0;
 #pragma unroll 1
-    for (int first = lane(); first < p.groups; first += 32 * kAtOnce) {
+    for (int first = 0; first < p.groups; first += 32 * kAtOnce) {
       int count[kAtOnce], most = 0;
 #pragma unroll
       for (int j = 0; j < kAtOnce; ++j) {
-        count[j] = first + 32 * j < p.groups ? __ldcg(counts + first + 32 * j) : 0;
+        const int group = first + lane() + 32 * j, found = __ldcg(counts + min(group, p.groups - 1));
+        count[j] = group < p.groups ? found : 0;
         most = max(most, count[j]);
       }
 #pragma unroll 1
       for (int i = 0; i < most; ++i) {
-        Candidate other[kAtOnce];
+        const int group = first + lane();  // read anew: addresses of the whole loop would not fit into registers
+        const Candidate* list = candidates(query, group) + i;
+        float other[kAtOnce];
 #pragma unroll
         for (int j = 0; j < kAtOnce; ++j) {
-          if (i < count[j]) other[j] = load(candidates(query, first + 32 * j) + i);
+          other[j] = __ldcg(i < count[j] ? &list->score : nothing);
+          list += 32 * static_cast<int64_t>(p.capacity);
         }
 #pragma unroll
-        for (int j = 0; j < kAtOnce; ++j) place += i < count[j] && better(other[j], mine);
+        for (int j = 0; j < kAtOnce; ++j) {
+          const bool earlier = group + 32 * j < shared.group || (group + 32 * j == shared.group && i < e);
+          place += i < count[j] && (other[j] > mine.score || (other[j] == mine.score && earlier));
+        }
       }
     }
     place = __reduce_add_sync(kAllLanes, place);

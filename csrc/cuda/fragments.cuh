@@ -44,6 +44,9 @@ __device__ inline void copy_async(uint32_t target, const void* source, bool exis
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(source), "r"(exists ? 16 : 0)
                : "memory");
 }
+__device__ inline void copy_async_4(uint32_t target, const void* source) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(target), "l"(source) : "memory");
+}
 __device__ inline void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 __device__ inline uint32_t float16_pair(uint32_t first, uint32_t second) {

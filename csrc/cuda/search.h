@@ -49,7 +49,8 @@ struct Barrier {
 
 // How the blocks of a launch find one another. Zero before the first launch; a launch leaves it ready for the next one.
 struct Counters {
-  unsigned claimed, prepared;
+  unsigned claimed;        // pieces of the preparation of the queries
+  unsigned coded, normed;  // queries whose codes, whose unit rows are there
   Barrier barriers[2];
 };
 

@@ -78,10 +78,6 @@ __device__ inline void store(Candidate* p, const Candidate& candidate) {
   *reinterpret_cast<int4*>(p) = bits;
 }
 
-__device__ inline bool better(const Candidate& a, const Candidate& b) {
-  return a.score > b.score || (a.score == b.score && a.id < b.id);
-}
-
 // Where a lane's item goes, of those that the flags say there are, and how many they are.
 struct Place {
   int before, count;

@@ -15,7 +15,7 @@ import ctypes
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -121,8 +121,10 @@ class Recorder(Session):
         return Launch(kernel.kernel.name, whole, math.prod(block))
 
 
-def site_of(launch: Recorded, scratch: Sequence[str] = ()) -> Site:
-    """The launch as the walk needs it; `scratch` names what its blocks write and read themselves."""
+def site_of(
+    launch: Recorded, scratch: Sequence[str] = (), passing: int = 0, turns: Mapping[str, int] | None = None
+) -> Site:
+    """The launch as the walk needs it; the others are those of `cost`."""
     data = b""
     for _, size, align, value in launch.arguments:
         data += bytes(-len(data) % align)
@@ -130,7 +132,7 @@ def site_of(launch: Recorded, scratch: Sequence[str] = ()) -> Site:
         data += _by_value(value, size) if extent is None else extent.low.to_bytes(8, "little")
     windows = [Window(name, extent.low, _bytes_of(extent), name in scratch) for name, extent in launch.reachable]
     code = read(launch.function.cubin, launch.function.kernel.name)
-    return Site(code, launch.grid, launch.threads, data, windows, launch.shared)
+    return Site(code, launch.grid, launch.threads, data, windows, launch.shared, passing, turns or {})
 
 
 def _bytes_of(extent: Extent) -> np.ndarray:
@@ -406,7 +408,14 @@ def is_wide_load(name: str) -> bool:
     return name.startswith(("LDG.", "LDGSTS.")) and ".128" in name
 
 
-def cost(launch: Recorded, machine: Machine, scratch: Sequence[str] = (), blocks: int = 3) -> Cost:
+def cost(
+    launch: Recorded,
+    machine: Machine,
+    scratch: Sequence[str] = (),
+    blocks: int = 3,
+    passing: int = 0,
+    turns: Mapping[str, int] | None = None,
+) -> Cost:
     """The cost of a launch that was compiled for the machine's architecture.
 
     Args:
@@ -415,8 +424,11 @@ def cost(launch: Recorded, machine: Machine, scratch: Sequence[str] = (), blocks
         scratch: the arguments that the blocks of the launch write and read themselves.
         blocks: how many to walk: the first, the last, and some in between that stand for equal parts of the others; 1:
             the first one stands for all.
+        passing: lanes of a warp for which a ballot finds a condition on floats to hold; 0: that is guessed, too.
+        turns: of loops whose end hangs on floats, by the source line of their branch, as guesses are listed; others end
+            after one.
     """
-    site = site_of(launch, scratch)
+    site = site_of(launch, scratch, passing, turns)
     weights = _sample(math.prod(site.grid), blocks)
     steps: list = [None] * len(site.code.code)
     walked = [walk(site, block, steps) for block in weights]

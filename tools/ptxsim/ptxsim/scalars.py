@@ -313,7 +313,8 @@ def _logic(i: SassInstruction) -> Effect:
         result = 0 if result is None and packs else result
         there = None if result is None else _bool(result != 0)
         # A predicate is whether any bit is set, or the last operand, which is !PT where it says nothing.
-        flag = True if other is True else there if other is False else None if None in (there, other) else there | other
+        unknown = there is None or other is None
+        flag = True if other is True else there if other is False else None if unknown else there | other
         return [(parts.result, result), *((name, flag) for name in parts.flags)]
 
     return run
@@ -444,10 +445,10 @@ def _vote(i: SassInstruction) -> Effect:
     result, says = i.operands[0], predicate(i.operands[-1])
 
     def run(warp: Any) -> list[tuple[str, Value]]:
-        yes = says(warp)
+        yes, here = says(warp), warp.lanes()
         if yes is None:
-            return [(result, None)]
-        here = warp.lanes()
+            passing = warp.block.site.passing
+            return [(result, int((1 << LANES)[here][:passing].sum()) if ballot and passing else None)]
         chosen = spread(yes) & here
         if ballot:
             return [(result, int((chosen * (1 << LANES)).sum()))]

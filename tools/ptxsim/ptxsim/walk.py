@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -44,6 +45,8 @@ class Site:
     parameters: bytes
     windows: list[Window]
     shared: int = 0  # bytes of a block, the dynamic ones
+    passing: int = 0  # lanes for which a ballot finds a condition on floats to hold; 0: nobody knows
+    turns: Mapping[str, int] = field(default_factory=dict)  # of loops whose end is guessed, by source line
     words: dict[int, int] = field(default_factory=dict)
 
     @property
@@ -128,6 +131,7 @@ class Warp:
         self.trace: list[int] = []
         self.accesses: dict[int, Access] = {}
         self._seen: Counter[int] = Counter()  # strong accesses, by place
+        self.turns: Counter[int] = Counter()  # of loops whose end is guessed, by the place of their branch
 
     def get(self, name: str) -> Value:
         """The value of a register or a predicate. What nobody has written holds something, of which nobody cares."""
@@ -237,7 +241,10 @@ class _Block:
         self.site, self.index, self.steps = site, index, steps
         self.guesses: Counter[str] = Counter()
         self.shared: dict[int, int] = {}  # known words
-        self.touched = {window.name: np.zeros(len(window.data) // LINE + 2, bool) for window in site.windows}
+        self.changed: set[int] = set()  # addresses that it has changed by atomics
+        lines = {window.name: len(window.data) // LINE + 2 for window in site.windows}
+        self.touched = {name: np.zeros(n, bool) for name, n in lines.items()}
+        self.fetched = {name: np.zeros(n, bool) for name, n in lines.items()}  # into L2, and not yet read
 
     def window(self, here: Value, size: int, where: str) -> Window | None:
         """The argument that holds these addresses; None where they are of what was guessed, and wrong."""
@@ -278,7 +285,8 @@ def _step(i: SassInstruction, place: int, code: list[SassInstruction]):
     elif i.opcode in _TOGETHER:
         act = _together(i)
     else:
-        act = _memory(i, place) if i.opcode in _MEMORY else _compute(i)
+        fetches = i.opcode == "CCTL" and "PF2" in i.modifiers
+        act = _prefetch(i) if fetches else _memory(i, place) if i.opcode in _MEMORY else _compute(i)
     stops = i.opcode == "BAR" and not i.operands[0].startswith("R")
 
     def step(warp: Warp) -> bool:
@@ -374,6 +382,12 @@ def _branch(i: SassInstruction, place: int, code: list[SassInstruction]):
         if taken is None:
             warp.block.guesses[i.source] += 1
             taken = guess
+            if target <= place or leaves_loop:
+                warp.turns[place] += 1
+                if warp.turns[place] < warp.block.site.turns.get(i.source, 1):
+                    taken = not guess
+                else:
+                    warp.turns[place] = 0
         if taken is True:
             warp.place = target
         elif taken is False:
@@ -386,6 +400,24 @@ def _branch(i: SassInstruction, place: int, code: list[SassInstruction]):
 
 def _compute_nothing(warp: Warp, holds: Value) -> None:
     warp.place += 1
+
+
+def _prefetch(i: SassInstruction):
+    """What is fetched into L2 ahead of its time is taken to have come when it is wanted."""
+    address = _address(next(each for each in i.operands if "[" in each), is_global=True)
+
+    def act(warp: Warp, holds: Value) -> None:
+        warp.place += 1
+        at, active = address(warp), _active(warp, holds)
+        if at is None or holds is None or (active is not None and not active.any()):
+            return
+        here = at if active is None or isinstance(at, int) else at[active]
+        window = warp.block.window(here, 1, i.source)
+        if window is not None:
+            warp.block.touched[window.name][(here - window.low) // LINE] = True
+            warp.block.fetched[window.name][(here - window.low) // LINE] = True
+
+    return act
 
 
 _GLOBAL = {"LDG", "LD", "LDGSTS", "STG", "ST", "ATOMG", "ATOM", "RED"}
@@ -517,7 +549,10 @@ def _access(i: SassInstruction, place: int, spots: list[str]):
         warp.accesses[len(warp.trace) - 1] = access
         if loads or atomic:
             known = window is not None and holds is not None
-            if strong:
+            if atomic and known:
+                known = int(np.min(here)) not in warp.block.changed
+                warp.block.changed.add(int(np.min(here)))
+            elif strong:
                 known = known and not warp._seen[place]
                 warp._seen[place] += 1
             if known and active is not None and not isinstance(at, int):
@@ -538,9 +573,10 @@ def _count(block: _Block, window: Window, here: Value, size: int, active, past_l
         units = np.sort(offsets // SECTOR)
         lanes, sectors = len(here), 1 + int(np.count_nonzero(units[1:] != units[:-1]))
         lines = offsets // LINE
-    touched = block.touched[window.name]
+    touched, fetched = block.touched[window.name], block.fetched[window.name]
     if touched[lines].all():
-        level = L2 if past_l1 else L1
+        level = L2 if past_l1 or fetched[lines].any() else L1
+        fetched[lines] = False
     else:
         touched[lines] = True
         level = L2 if window.scratch else DRAM

@@ -16,11 +16,11 @@ triton = pytest.importorskip("triton", reason="triton is not installed: it compi
 import torch  # noqa: E402
 import triton_samples as samples  # noqa: E402
 from ptxsim import Launch, OutOfBoundsError, Session  # noqa: E402
-from ptxsim.cost import A100, B200, H100, MACHINES, ROUNDS, Cost, Recorder, cost, replay, site_of  # noqa: E402
+from ptxsim.cost import A100, B200, H100, LATENCY, MACHINES, ROUNDS, Cost, Recorder, cost, replay, site_of  # noqa: E402
 from ptxsim.sass import SassInstruction  # noqa: E402
 from ptxsim.scalars import effect  # noqa: E402
 from ptxsim.triton_driver import interpreting  # noqa: E402
-from ptxsim.walk import walk  # noqa: E402
+from ptxsim.walk import DRAM, L2, walk  # noqa: E402
 
 
 def integers(*values: int) -> torch.Tensor:
@@ -168,6 +168,15 @@ def test_a_condition_on_floats_is_guessed_and_said():
     assert "guessed" in str(found)
 
 
+def test_a_loop_on_floats_turns_as_often_as_is_said():
+    with interpreting(Recorder(), H100.arch) as recorder:
+        samples.halve[(1,)](numbers(1), numbers(1))
+    usual = cost(recorder.recorded[0], H100)
+    more = [cost(recorder.recorded[0], H100, turns=dict.fromkeys(usual.guesses, n)) for n in (3, 5)]
+    counts = [sum(each.instructions.values()) for each in (usual, *more)]
+    assert counts[0] < counts[1] and counts[2] - counts[1] == counts[1] - counts[0]
+
+
 def test_an_address_outside_of_all_arguments_is_an_error():
     with interpreting(Recorder(), 90) as recorder:
         samples.copy[(1,)](numbers(64), numbers(128), 128, 128)
@@ -199,6 +208,37 @@ def test_predicates_in_a_register(opcode, kind, flags, wanted):
     held = {f"{kind[:-1]}{n}": flag for n, flag in enumerate(flags)}
     instruction = SassInstruction(opcode, (), ("R1", kind, "0x10", "0x3"), None, False, None, 1, 7, 7, (), "")
     assert dict(effect(instruction)(SimpleNamespace(get=held.get, registers={}))) == {"R1": wanted}
+
+
+def test_what_is_fetched_ahead_comes_from_l2():
+    x, out = numbers(128), numbers(128)
+    plain, ahead = (on(H100, samples.fetched_ahead, (1,), x, out, 128, early) for early in (False, True))
+    assert plain.cycles - ahead.cycles > 0.8 * (LATENCY[DRAM] - LATENCY[L2])
+    assert ahead.dram == plain.dram and ahead.asked == plain.asked
+
+
+def test_an_atomic_gives_what_was_there_once():
+    """Behind it, only the device knows."""
+    found = on(H100, samples.two_tickets, (1,), integers(0), numbers(4096), numbers(1), 1024)
+    assert {"x", "?"} <= set(found.asked)
+
+
+@pytest.mark.parametrize(("passing", "wanted"), [(0, None), (2, 0b101)])
+def test_a_ballot_on_floats(passing, wanted):
+    """As many lanes pass as the launch is said to have; three lanes are there."""
+    lanes = np.isin(np.arange(32), (0, 2, 5))
+    block = SimpleNamespace(site=SimpleNamespace(passing=passing))
+    warp = SimpleNamespace(get={"P1": None}.get, registers={}, lanes=lambda: lanes, block=block)
+    instruction = SassInstruction("VOTE", ("ANY",), ("R1", "PT", "P1"), None, False, None, 1, 7, 7, (), "")
+    assert dict(effect(instruction)(warp))["R1"] == wanted
+
+
+def test_a_predicate_of_lop3_that_differs_by_lane():
+    operands = ("P4", "RZ", "R1", "0xffffffff", "RZ", "0xc0", "P1")
+    instruction = SassInstruction("LOP3", ("LUT",), operands, None, False, None, 1, 7, 7, (), "")
+    held = {"R1": np.arange(32), "P1": np.arange(32) == 0}
+    found = dict(effect(instruction)(SimpleNamespace(get=held.get, registers={})))
+    assert found["P4"].all()
 
 
 def test_meetings_and_atomics_are_rounds():

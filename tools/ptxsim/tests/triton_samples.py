@@ -131,6 +131,23 @@ def spin_barrier(x, scratch, counter, out, BLOCKS: tl.constexpr, BLOCK: tl.const
 
 
 @triton.jit
+def fetched_ahead(x, out, BLOCK: tl.constexpr, AHEAD: tl.constexpr):
+    at = x + tl.arange(0, BLOCK)
+    if AHEAD:
+        ask: tl.constexpr = "prefetch.global.L2 [$1]; mov.u32 $0, 0;"
+        tl.inline_asm_elementwise(ask, "=r,l", [at], dtype=tl.int32, is_pure=False, pack=1)
+    tl.store(out + tl.arange(0, BLOCK), tl.load(at))
+
+
+@triton.jit
+def two_tickets(counter, x, out, STEP: tl.constexpr):
+    """Two of a counter; of what they choose, the first is known before the launch."""
+    first = tl.load(x + STEP * tl.atomic_add(counter, 1))
+    second = tl.load(x + STEP * tl.atomic_add(counter, 1))
+    tl.store(out, first + second)
+
+
+@triton.jit
 def functions(x, out, BLOCK: tl.constexpr):
     offsets = tl.arange(0, BLOCK)
     v = tl.load(x + offsets)
