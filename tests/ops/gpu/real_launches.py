@@ -220,12 +220,13 @@ def _fill(found: harness.Found, queries: int, scan: str) -> None:
     groups, capacity, slots = (found.shape[name] for name in ("groups", "capacity", "slots"))
     error = ERRORS[scan]
     of = torch.arange(N) * groups // N
+    slot = of * slots + torch.arange(N) % slots
     for query in range(queries):
-        scores = D**-0.5 * torch.randn(N)
-        best = torch.full((groups,), -1.0).scatter_reduce(0, of, scores - error, "amax")
+        scores = D**-0.5 * torch.randn(N, generator=torch.Generator().manual_seed(query))
+        best = torch.full((groups * slots,), -1.0).scatter_reduce(0, slot, scores - error, "amax")
         suspects = (scores >= best.topk(K).values[-1]).nonzero()[:, 0]  # by their canonical scores
         lower = found.parts["lower"].view(np.float32).reshape(-1, groups, slots)[query]
-        lower[:] = best[:, None].numpy()
+        lower[:] = best.reshape(groups, slots).numpy()
         counts = torch.bincount(of[suspects], minlength=groups).clamp(max=capacity)
         found.parts["counts"].view(np.int32).reshape(-1, groups)[query] = counts.numpy()
         own = found.parts["candidates"].view(CANDIDATE).reshape(-1, groups, capacity)[query]
