@@ -61,9 +61,8 @@ class ApproximateIndex(KeyedIndex):
             index.nprobe = min(self.how.probes, lists)
         index.add(rows)  # the only copy of the keys
         self._index, self._next = index, self._count
-        self._numbers: Tensor | None = (
-            None  # int64 [N] on the CPU, ascending: of the keys in faiss; None: the positions
-        )
+        # int64 [N] on the CPU, ascending: of the keys in faiss; None: their positions.
+        self._numbers: Tensor | None = None
         if keys.is_cuda:
             self._index = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), keys.device.index or 0, index)
 
@@ -82,7 +81,8 @@ class ApproximateIndex(KeyedIndex):
 
     def reconstruct(self, id: int) -> Tensor:
         """See `CosineIndex.reconstruct`; on the CPU."""
-        number = self._position(id) if self._numbers is None else int(self._numbers[self._position(id)])
+        position = self._position(id)
+        number = position if self._numbers is None else int(self._numbers[position])
         if self.how.kind == "ivf":  # where each key lies; once
             self._index.set_direct_map_type(importlib.import_module("faiss").DirectMap.Hashtable)
         return torch.from_numpy(self._index.reconstruct(number))
