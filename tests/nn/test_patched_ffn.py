@@ -266,7 +266,7 @@ def test_few_tokens_on_a_gpu_are_one_launch(kind, on_gpu, monkeypatch):
     neurons = EditLayer(torch.randn(3, 64) / 8, torch.randn(3), torch.randn(3, 64), torch.randn(64), torch.tensor(0.1))
     ffn = PatchedFFN.from_module(site.module, activation=layer.activation, dense=layer.dense)
     extra_neurons(ffn).edits.set({"a": neurons})
-    monkeypatch.setattr(patched_ffn, "_on_gpu", lambda t: True)
+    monkeypatch.setattr(patched_ffn, "on_gpu", lambda t: True)
 
     def launches(x, schedule="lockstep"):
         with on_gpu(schedule=schedule) as session, ops.backend("triton"):
@@ -310,7 +310,7 @@ def test_a_changed_ffn_is_not_fused(what, monkeypatch):
 
     layer = find_decoder(model_of(ZOO["llama"], torch.float32)).layers[2]
     ffn = PatchedFFN.from_module(layer.ffn[0].module, activation="silu", dense=layer.dense)
-    monkeypatch.setattr(patched_ffn, "_on_gpu", lambda t: True)
+    monkeypatch.setattr(patched_ffn, "on_gpu", lambda t: True)
     changed_ffn(ffn)[what]()
     with torch.no_grad():
         assert extra_neurons(ffn)._may_fuse(torch.randn(1, 2, 64)) == (what in ("nothing", "a hook around"))
@@ -329,7 +329,7 @@ def test_few_tokens_of_an_inline_ffn_are_one_launch(on_gpu, monkeypatch):
     neurons.edits.set({"a": edit})
     whole = lambda: fc2(act(fc1(x)))  # noqa: E731
     wanted = whole()
-    monkeypatch.setattr(patched_ffn, "_on_gpu", lambda t: True)
+    monkeypatch.setattr(patched_ffn, "on_gpu", lambda t: True)
 
     def launches():
         with on_gpu(schedule="lockstep") as session, ops.backend("triton"), torch.no_grad():

@@ -24,7 +24,7 @@ def capture(monkeypatch):
     """compute -> its `Capture`, as if all tensors were on a GPU."""
     on = []
     for module in (patched_ffn, memory_attention, context):
-        monkeypatch.setattr(module, "_on_gpu", lambda t: True)
+        monkeypatch.setattr(module, "on_gpu", lambda t: True)
         monkeypatch.setattr(module, "capturing", lambda device: bool(on))
 
     def run(compute):

@@ -296,7 +296,7 @@ def _check_whole(prompt: PromptState, batch: int, tokens: int, past: int, mask: 
     has fewer tokens than it should, an index out of range fails on the device.
     """
     whole = prompt.longest <= (past or tokens)
-    if whole and mask is not None and not _on_gpu(mask):
+    if whole and mask is not None and not on_gpu(mask):
         seen = mask[:, : mask.shape[1] - tokens if past else None].long().sum(-1)
         whole = bool((seen >= prompt.lengths.repeat_interleave(batch // len(prompt.lengths))).all())
     if not whole:
@@ -306,7 +306,8 @@ def _check_whole(prompt: PromptState, batch: int, tokens: int, past: int, mask: 
         )
 
 
-def _on_gpu(t: Tensor) -> bool:
+def on_gpu(t: Tensor) -> bool:
+    """Whether the host would have to wait for what it holds."""
     return t.is_cuda
 
 

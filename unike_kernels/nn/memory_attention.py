@@ -23,7 +23,7 @@ from ..ops.latent_attention import blend_of
 from ..ops.memory_attention import MemoryOperands, PreparedMemory, attend
 from ..retrieval import Retriever
 from ._drop_in import DropIn, Record, Tables, adopt, first_argument, record_of, residual_of, residual_position
-from .context import ModelContext, Pass
+from .context import ModelContext, Pass, on_gpu
 from .trace import LayerTrace, seconds_since
 
 
@@ -332,7 +332,7 @@ class MemoryShift(Record):
         ranges = selection.memory_ranges
         if ranges is None:
             return None
-        if _on_gpu(ranges) and not now.traced:
+        if on_gpu(ranges) and not now.traced:
             captured = self.context.captured
             if capturing(ranges.device):
                 ranges = captured.read_ranges(ranges)
@@ -422,10 +422,6 @@ def memory_shift(module: nn.Module) -> MemoryShift:
     if isinstance(record, MemoryShift):
         return record
     raise PatchError(f"{type(module).__name__} is not a patched attention module")
-
-
-def _on_gpu(t: Tensor) -> bool:
-    return t.is_cuda
 
 
 def shift_tokens(

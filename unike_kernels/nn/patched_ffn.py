@@ -17,7 +17,7 @@ from ..ops._workspace import capturing
 from ..ops.patched_ffn import FUSED_TOKENS, PreparedNeurons, add_extra_neurons, fused_ffn, fuses
 from ..ops.patched_ffn.reference import activate
 from ._drop_in import DropIn, Record, adopt, base_class, check_free, first_argument, record_of
-from .context import ModelContext, Pass
+from .context import ModelContext, Pass, on_gpu
 from .dense import Dense
 from .layer_edits import LayerEdits
 from .routing import Routed, Rows, idle
@@ -98,7 +98,7 @@ class ExtraNeurons(Record):
     def _prepared(self, edits: LayerEdits, rows: Rows | Routed | None, like: Tensor) -> PreparedNeurons:
         """The neurons and edits of these rows; for a pass that is captured into a CUDA graph what the one before it has
         laid out for that."""
-        if not _on_gpu(like) or isinstance(rows, Routed):
+        if not on_gpu(like) or isinstance(rows, Routed):
             return edits.view(self.activation, rows)
         if capturing(like.device):
             return self.context.captured.read(self.layer, edits, rows).prepared(self.activation)
@@ -166,7 +166,7 @@ class ExtraNeurons(Record):
     def _fused(self, now: Pass, edits: LayerEdits, hidden_states: Tensor) -> Tensor | None:
         """Both together, or None where they may not be one launch."""
         if (
-            not _on_gpu(hidden_states)
+            not on_gpu(hidden_states)
             or self.dense is None
             or now.scoped
             or now.trace is not None
@@ -194,10 +194,6 @@ def _state(part: nn.Module) -> tuple[Any, ...]:
     """What tells that a part of an FFN is still what it was: its class, children, parameters and own forward."""
     parameters = map(type, part._parameters.values())
     return base_class(part), *part._modules.values(), *parameters, part.__dict__.get("forward")
-
-
-def _on_gpu(t: Tensor) -> bool:
-    return t.is_cuda
 
 
 class _Part(Record):
@@ -230,7 +226,7 @@ class _Middle(_Part):
     def run(self, module: nn.Module, base: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         hidden = first_argument(args, kwargs)
         # Of this layer, or of another one that shares this activation.
-        if _on_gpu(hidden) and any(noted is None for noted in self.context.inputs.values()):
+        if on_gpu(hidden) and any(noted is None for noted in self.context.inputs.values()):
             return hidden
         return base(*args, **kwargs)
 

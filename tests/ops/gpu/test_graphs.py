@@ -256,7 +256,7 @@ def test_a_patched_model_is_captured_with_the_rows_of_a_pass_before(base, sessio
     """Nothing of them comes from the host again."""
     model = model_of(ZOO["llama"], torch.float32)
     uk.patch(model, [make_edit(model, name, seed=i, layers=(1, 3)) for i, name in enumerate("ab")], base=base)
-    monkeypatch.setattr(patched_ffn, "_on_gpu", lambda t: True)
+    monkeypatch.setattr(patched_ffn, "on_gpu", lambda t: True)
     monkeypatch.setattr(masking_utils, "is_tracing", lambda *_: True)  # as it says in a capture
     ids = torch.tensor([[7], [9]])
     with uk.rows(model, edits=[["a"], ["b"]]):

@@ -21,7 +21,7 @@ def test_launches_of_a_layer(base, name, launched, make_edit, make_memory, monke
     ids = torch.tensor([[7], [9]])
     with torch.no_grad():
         wanted = logits(model, ids)  # by the CPU's kernels
-        monkeypatch.setattr(patched_ffn, "_on_gpu", lambda t: True)
+        monkeypatch.setattr(patched_ffn, "on_gpu", lambda t: True)
         with uk.backend("triton"):
             found, session = launched(lambda: logits(model, ids))
     ffn = "patched_ffn_kernel" if base == "fused" else "add_extra_neurons_kernel"
@@ -37,7 +37,7 @@ def test_a_row_without_edits_keeps_its_bits_unless_its_base_is_fused(base, launc
     with torch.no_grad():
         plain = logits(model, ids)
         uk.patch(model, [make_edit(model, "a", layers=(1, 3))], **({} if base == "vendor" else {"base": base}))
-        monkeypatch.setattr(patched_ffn, "_on_gpu", lambda t: True)
+        monkeypatch.setattr(patched_ffn, "on_gpu", lambda t: True)
         with uk.backend("triton"), uk.rows(model, edits=[["a"], []]):
             found, session = launched(lambda: logits(model, ids))
     assert len(session.launches) == 2
@@ -61,7 +61,7 @@ def test_on_a_gpu_it_compiles_in_one_graph(base, make_edit, make_memory, monkeyp
     ids = torch.tensor([[7], [9]])
     with torch.no_grad():
         wanted = logits(model, ids)
-        monkeypatch.setattr(patched_ffn, "_on_gpu", lambda t: True)
+        monkeypatch.setattr(patched_ffn, "on_gpu", lambda t: True)
         found = logits(torch.compile(model, fullgraph=True, backend=backend), ids)
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
     ffn = "unike.patched_ffn" if base == "fused" else "unike.add_extra_neurons"

@@ -44,7 +44,7 @@ def compiled(monkeypatch):
     monkeypatch.setattr(JITFunction, "_do_compile", do_compile)
     monkeypatch.setattr(InterpreterDriver, "get_current_device", lambda self: DEVICE)
     monkeypatch.setattr(_triton, "_multiprocessors", lambda device: 132)
-    monkeypatch.setattr(patched_ffn, "_on_gpu", lambda t: True)
+    monkeypatch.setattr(patched_ffn, "on_gpu", lambda t: True)
     _triton._workspaces.clear()
     with interpreting(Session(), 90), ops.backend("triton"), torch.no_grad():
         yield names
@@ -134,7 +134,7 @@ def test_there_are_counters_for_graphs_behind_it(compiled, make_edit, make_memor
 def test_it_computes_with_what_is_installed(base, on_gpu, make_edit, monkeypatch):
     """Really: the interpreter finds what would read or write beside it. Nothing changes."""
     model = patched(make_edit, None, None, base, edits=("a",))
-    monkeypatch.setattr(patched_ffn, "_on_gpu", lambda t: True)
+    monkeypatch.setattr(patched_ffn, "on_gpu", lambda t: True)
     version, calls = model._unike.context.current, []
     model.model.layers[1].mlp.register_forward_hook(lambda *_: calls.append(1))
     _triton._workspaces.clear()
