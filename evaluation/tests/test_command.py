@@ -3,6 +3,7 @@
 import csv
 
 import pytest
+import torch
 from unike_eval.editors import EDITORS
 from unike_eval.experiments import table
 from unike_eval.metrics import METRICS, PROTOCOLS
@@ -43,6 +44,16 @@ def test_what_cannot_be_run(tmp_path, capsys):
     assert not list(tmp_path.iterdir())
     with pytest.raises(SystemExit):
         main(["eval", "--table", "7"])
+
+
+def test_results_of_another_precision_are_not_mixed(tmp_path, capsys):
+    command = ["eval", "--table", "1", "--systems", "FT", "--split", "validation", "--requests", "1"]
+    command += ["--out", str(tmp_path)]
+    assert main([*command, "--matmul-precision", "medium"]) == 0
+    assert "float32 matmul precision medium. Percentages" in (tmp_path / "table-1.md").read_text()
+    assert torch.get_float32_matmul_precision() == "highest"
+    assert main(command) == 1
+    assert "'precision': 'medium'" in capsys.readouterr().err
 
 
 @pytest.mark.smoke

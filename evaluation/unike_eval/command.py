@@ -22,6 +22,7 @@ from .files import evaluate_file
 from .flags import flag_facts
 from .flags.accuracy import accuracies
 from .metrics import PROTOCOLS
+from .results import precision
 
 _PERCENTAGES = "Percentages with 95% confidence intervals over requests."
 
@@ -57,6 +58,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--requests", type=int, help="at most so many of each suite (default: all)")
     parser.add_argument("--seed", type=int, default=0, help="of all training (default: %(default)s)")
     parser.add_argument(
+        "--matmul-precision",
+        choices=("highest", "high", "medium"),
+        default="highest",
+        help="of products of float32 matrices, in training and in what is measured, as torch calls it: those below "
+        "%(default)s are faster where a processor multiplies bfloat16 or TF32 by itself (default: %(default)s)",
+    )
+    parser.add_argument(
         "--out",
         type=Path,
         default=Path("unike-eval"),
@@ -68,6 +76,15 @@ def run(args: argparse.Namespace) -> int:
     """See `evaluate_file` and `write_tables`."""
     if (args.file is None) != (args.model is None):
         raise ValueError("--data: expected it together with --model, or neither")
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(args.matmul_precision)
+    try:
+        return _run(args)
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _run(args: argparse.Namespace) -> int:
     if args.file is not None:
         _check(args.systems, args.requests)
         evaluate_file(
@@ -171,5 +188,5 @@ def _write(path: Path, content: bytes) -> None:
 def _environment(split: str, seed: int) -> str:
     return (
         f"{split} requests, seed {seed}; unike-kernels {__version__}, torch {torch.__version__}, Python "
-        f"{platform.python_version()}, {platform.machine()}"
+        f"{platform.python_version()}, {platform.machine()}{precision()}"
     )

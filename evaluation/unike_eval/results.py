@@ -7,6 +7,8 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import torch
+
 from unike_kernels.artifacts.files import write_text
 from unike_kernels.training.progress import progress_bar
 
@@ -15,12 +17,18 @@ from .measure import TOGETHER, Measured, Observed, measure
 from .suite import Request
 
 
+def precision() -> str:
+    """Of products of float32 matrices, in words where it is not torch's own."""
+    found = torch.get_float32_matmul_precision()
+    return "" if found == "highest" else f", float32 matmul precision {found}"
+
+
 class Results:
     """A file of JSON lines: what the run is, then a request a line.
 
     Args:
         file: created if it does not exist. A last line that was cut off is dropped.
-        header: what the run is.
+        header: what the run is; results of another matmul precision are not mixed with it.
 
     Attributes:
         rows: request id -> what was measured.
@@ -31,6 +39,8 @@ class Results:
 
     def __init__(self, file: Path, header: Mapping[str, str]) -> None:
         self._file, self.rows = file, dict[str, Measured]()
+        if precision():
+            header = {**header, "precision": torch.get_float32_matmul_precision()}
         if not file.exists():
             file.parent.mkdir(parents=True, exist_ok=True)
             write_text(file, json.dumps(header) + "\n")
