@@ -22,6 +22,7 @@ void bind_extra_neurons(pybind11::module_& module);
 void bind_latent_attention(pybind11::module_& module);
 void bind_machine(pybind11::module_& module);
 void bind_memory_attention(pybind11::module_& module);
+void bind_prompt_key(pybind11::module_& module);
 
 template <typename T>
 T* pointer(std::uintptr_t address) {

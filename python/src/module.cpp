@@ -21,4 +21,5 @@ PYBIND11_MODULE(_C, module, pybind11::mod_gil_not_used()) {
   unike::python::bind_latent_attention(module);
   unike::python::bind_machine(module);
   unike::python::bind_memory_attention(module);
+  unike::python::bind_prompt_key(module);
 }

@@ -20,6 +20,7 @@
 #include "unike/latent_attention.h"
 #include "unike/machine.h"
 #include "unike/memory_attention.h"
+#include "unike/prompt_key.h"
 
 namespace {
 
@@ -613,6 +614,69 @@ void attention(Kind kind) {
       });
 }
 
+void prompt_keys() {
+  Call call("prompt_keys");
+  int64_t m = pick(0, 3), tokens = pick(0, 20);
+  unike_prompt_encoder encoder{};
+  encoder.e = pick(1, 20), encoder.blocks = pick(1, 2), encoder.hidden = pick(1, 9);
+  encoder.heads = pick(1, 3), encoder.width = pick(1, 9);
+  const int64_t e = encoder.e, n = encoder.blocks * encoder.hidden, seen = encoder.blocks * encoder.heads;
+  const int64_t values = seen * encoder.width, spelling = UNIKE_SPELLING;
+  const auto tensor = [&](const std::string& name, const float*& at, int64_t count) {
+    at = call.array<float>(count);
+    call.pointer("encoder." + name, at, count);
+  };
+  tensor("mean", encoder.mean, e);
+  tensor("inverse_spread", encoder.inverse_spread, e);
+  tensor("token", encoder.token, n * e);
+  tensor("word", encoder.word, n * spelling);
+  tensor("bias", encoder.bias, n);
+  tensor("conv", encoder.conv, n * 3 * encoder.hidden);
+  tensor("conv_bias", encoder.conv_bias, n);
+  tensor("query", encoder.query, seen * encoder.hidden);
+  tensor("query_bias", encoder.query_bias, seen);
+  tensor("token_value", encoder.token_value, values * e);
+  tensor("word_value", encoder.word_value, values * spelling);
+  for (int64_t* size : {&encoder.e, &encoder.blocks, &encoder.hidden, &encoder.heads, &encoder.width}) {
+    call.size("a size of the encoder", *size);
+    call.wrong("a size of 0", [=] { *size = 0; });
+  }
+  call.product("hidden and heads", encoder.hidden, encoder.heads);
+
+  unike_vocabulary vocabulary{};
+  vocabulary.tokens = pick(1, 5);
+  auto* marks = call.array<int64_t>(vocabulary.tokens * 3, 0, 1);
+  for (int64_t i = 0; i < vocabulary.tokens; ++i) marks[3 * i] = pick(0, UNIKE_TOKEN_CHARACTERS);
+  vocabulary.characters = call.array<int64_t>(vocabulary.tokens * (UNIKE_TOKEN_CHARACTERS + 2), 0, 0x110001);
+  vocabulary.marks = marks;
+  call.pointer("vocabulary.characters", vocabulary.characters, 1);
+  call.pointer("vocabulary.marks", vocabulary.marks, 1);
+  call.wrong("a vocabulary of none", [&] { vocabulary.tokens = -pick(0, 3); });
+
+  const int64_t* ids = call.array<int64_t>(m * tokens, -2, 2 * vocabulary.tokens);  // a number of no token is allowed
+  const uint8_t* within = call.array<uint8_t>(m * tokens, 0, 1);
+  unike_rows embeddings = rows_of(call, m * tokens, e);
+  float* keys = call.array<float>(m * values);
+  call.pointer("ids", ids, m * tokens);
+  call.pointer("within", within, m * tokens);
+  call.rows("embeddings", embeddings, m * tokens, e);
+  call.pointer("keys", keys, m);
+  call.size("m", m);
+  call.size("tokens", tokens);
+  if (m * tokens > 0) {
+    const_cast<int64_t*>(ids)[0] = 0;
+    const_cast<uint8_t*>(within)[0] = 1;
+    call.wrong("a token of too many characters", [=] { marks[0] = one_in(2) ? -1 : UNIKE_TOKEN_CHARACTERS + 1; });
+  }
+  const int threads = any_threads();
+  call.go(
+      m == 0, [&] { return unike_prompt_keys_workspace(&encoder, tokens, threads); },
+      [&](void* workspace, int64_t bytes) {
+        return unike_prompt_keys(&encoder, &vocabulary, m, tokens, ids, embeddings, within, keys, workspace, bytes,
+                                 threads);
+      });
+}
+
 void machine() {
   Call call("read and multiply_add");
   int64_t bytes = pick(0, 5000), rounds = pick(0, 3);
@@ -645,7 +709,8 @@ void nothing() {
       unike_latent_attention_backward(nullptr, nullptr, nullptr, nullptr, {}, nullptr, nullptr, nullptr, nullptr,
                                       nullptr, nullptr, 0, 1),
       unike_memory_attention(nullptr, {}, nullptr, nullptr, nullptr, nullptr, nullptr, {}, nullptr, nullptr, nullptr, 0,
-                             1)};
+                             1),
+      unike_prompt_keys(nullptr, nullptr, 1, 1, nullptr, {}, nullptr, nullptr, nullptr, 0, 1)};
   for (const unike_status status : all) {
     if (status != UNIKE_INVALID_ARGUMENT) fault("a struct that is null");
   }
@@ -654,7 +719,8 @@ void nothing() {
                                 unike_add_extra_neurons_backward_workspace(1, 1, nullptr, 1),
                                 unike_latent_attention_workspace(nullptr, nullptr, nullptr, 1),
                                 unike_latent_attention_backward_workspace(nullptr, nullptr, nullptr, 1),
-                                unike_memory_attention_workspace(nullptr, nullptr, nullptr, nullptr, 1)};
+                                unike_memory_attention_workspace(nullptr, nullptr, nullptr, nullptr, 1),
+                                unike_prompt_keys_workspace(nullptr, 1, 1)};
   for (const int64_t bytes : workspaces) {
     if (bytes != 0) fault("a workspace for a struct that is null");
   }
@@ -667,7 +733,7 @@ int main(int argc, char** argv) {
   bits.seed(argc > 2 ? std::atoll(argv[2]) : 1);
   nothing();
   for (int64_t i = 0; i < tries; ++i) {
-    switch (i % 10) {
+    switch (i % 11) {
       case 0: normalize(); break;
       case 1: pack(); break;
       case 2: search(); break;
@@ -677,6 +743,7 @@ int main(int argc, char** argv) {
       case 6: attention(Kind::kBackward); break;
       case 7: attention(Kind::kWithSearch); break;
       case 8: lead(); break;
+      case 9: prompt_keys(); break;
       default: machine(); break;
     }
   }

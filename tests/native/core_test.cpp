@@ -13,6 +13,7 @@
 #include "unike/cosine_topk.h"
 #include "unike/extra_neurons.h"
 #include "unike/latent_attention.h"
+#include "unike/prompt_key.h"
 
 namespace {
 
@@ -292,6 +293,54 @@ void neurons(int threads) {
      "extra neurons backward");
 }
 
+// A prompt's key is its own, whatever is beside it and however many threads; parts are of norm 1.
+void prompt_keys(int threads) {
+  const int64_t m = 5, tokens = pick(9, 70), e = pick(1, 90), blocks = 2, hidden = pick(1, 70), heads = pick(1, 5);
+  const int64_t width = pick(1, 40), n = blocks * hidden, seen = blocks * heads, values = seen * width, v = 7;
+  const int64_t part = heads * width, row = UNIKE_TOKEN_CHARACTERS + 2;
+  const Floats mean = numbers(e), spread = numbers(e), token = numbers(n * e, 0.1f), word = numbers(n * 256, 0.1f);
+  const Floats bias = numbers(n), conv = numbers(n * 3 * hidden, 0.2f), conv_bias = numbers(n);
+  const Floats query = numbers(seen * hidden, 0.5f), query_bias = numbers(seen);
+  const Floats token_value = numbers(values * e, 0.1f), word_value = numbers(values * 256, 0.1f);
+  const unike_prompt_encoder encoder{e,           blocks,           hidden,            heads,
+                                     width,       mean.data(),      spread.data(),     token.data(),
+                                     word.data(), bias.data(),      conv.data(),       conv_bias.data(),
+                                     query.data(), query_bias.data(), token_value.data(), word_value.data()};
+  Ids characters(v * row), marks(v * 3, 0), ids(m * tokens);
+  for (int64_t& c : characters) c = pick(97, 122);
+  for (int64_t i = 0; i + 1 < v; ++i) {
+    marks[3 * i] = pick(0, UNIKE_TOKEN_CHARACTERS);
+    marks[3 * i + 1] = marks[3 * i] > 0 && i % 3 != 0;
+    marks[3 * i + 2] = marks[3 * i] > 0 && i % 2 == 0;
+  }
+  const unike_vocabulary vocabulary{v, characters.data(), marks.data()};
+  for (int64_t& id : ids) id = pick(-1, v + 1);
+  std::vector<uint8_t> within(m * tokens, 1);
+  for (uint8_t& there : within) there = pick(0, 3) > 0;
+  for (int64_t i = 1; i < m; ++i) within[i * tokens] = 1;
+  std::fill_n(within.data(), tokens, uint8_t{0});  // a prompt without tokens
+  const Table embeddings(numbers(m * tokens * e), UNIKE_BF16);
+  Floats keys(m * blocks * part), alone(blocks * part);
+  const auto run = [&](int64_t first, int64_t count, int with, Floats& to) {
+    std::vector<char> room(unike_prompt_keys_workspace(&encoder, tokens, with));
+    unike_rows rows = embeddings.rows(e);
+    rows.data = static_cast<const char*>(rows.data) + first * tokens * e * 2;
+    ok(unike_prompt_keys(&encoder, &vocabulary, count, tokens, ids.data() + first * tokens, rows,
+                         within.data() + first * tokens, to.data(), room.data(), static_cast<int64_t>(room.size()), with),
+       "prompt keys");
+  };
+  run(0, m, threads, keys);
+  for (int64_t i = 0; i < m; ++i) {
+    run(i, 1, 1, alone);
+    expect(std::equal(alone.begin(), alone.end(), keys.begin() + i * blocks * part), "a prompt's key alone");
+    for (int64_t b = 0; b < blocks; ++b) {
+      double squares = 0;
+      for (int64_t j = 0; j < part; ++j) squares += alone[b * part + j] * alone[b * part + j];
+      near(squares, i == 0 ? 0.0 : 1.0, 1e-4, "the norm of a part");
+    }
+  }
+}
+
 // Large enough for several threads, several blocks and several prunings.
 void large_topk(int threads) {
   const int64_t n = 5000, d = 100, m = 300, k = 40;
@@ -452,6 +501,7 @@ int main() {
       }
       attention(threads);
       neurons(threads);
+      prompt_keys(threads);
     }
     for (int threads = 1; threads <= 3; ++threads) leading_topk(threads);
     large_topk(3);

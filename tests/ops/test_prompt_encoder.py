@@ -2,10 +2,13 @@
 
 import pytest
 import torch
+from kernels import kernels_of
 
-from unike_kernels.ops import prompt_encoder
+from unike_kernels import _native
+from unike_kernels.ops import backend
 from unike_kernels.ops.prompt_encoder import (
     SPELLING,
+    PreparedEncoder,
     PromptEncoder,
     StateBlock,
     Text,
@@ -13,6 +16,7 @@ from unike_kernels.ops.prompt_encoder import (
     Vocabulary,
     encode_prompts,
 )
+from unike_kernels.ops.prompt_encoder import spelling as spellings
 
 PIECES = (
     " Par",
@@ -85,7 +89,7 @@ def spelling(word):
 @pytest.mark.parametrize(("ids", "words"), TEXTS)
 def test_the_spelling_of_a_text(ids, words, on, monkeypatch):
     if on == "a device":  # where nobody waits to know how many characters there are
-        monkeypatch.setattr(prompt_encoder, "_room", lambda places: 26 * (len(places) - 1))
+        monkeypatch.setattr(spellings, "_room", lambda places: 26 * (len(places) - 1))
     found = Vocabulary(PIECES).spelled(torch.tensor([ids]))
     assert found.shape == (1, len(ids), SPELLING) and found.dtype == torch.float32
     torch.testing.assert_close(found[0], torch.stack([spelling(word) for word in words]))
@@ -271,3 +275,83 @@ def test_an_encoder_is_its_tensors():
         assert all(torch.equal(again.tensors()[name], t) for name, t in encoder.tensors().items())
     with pytest.raises(KeyError, match=r"blocks\.2"):
         PromptEncoder.of(encoder.tensors(), 3, True)
+
+
+def asked_of(texts, dtype=torch.float32, side="right", most=9):
+    """ids, embeddings and what is within, with padding that would be seen."""
+    ids, within = (torch.full((len(texts), most), fill) for fill in (1, False))
+    for row, own in enumerate(texts):
+        at = slice(0, len(own)) if side == "right" else slice(most - len(own), most)
+        ids[row, at], within[row, at] = torch.tensor(own), True
+    return ids, (3 * torch.randn(len(texts), most, E)).to(dtype), within
+
+
+def large_encoder(e=E):
+    """No width is a multiple of a vector."""
+    return PromptEncoder(draw(e), torch.rand(e) + 0.5, (block(e, 37, 5, 65), block(e, 37, 5, 65)), None)
+
+
+@pytest.fixture(params=_native.isas() if _native.available() else [])
+def isa(request):
+    with kernels_of(request.param):
+        yield request.param
+
+
+@pytest.mark.parametrize("layers", [0, 2])
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_native_keys(layers, side, dtype, isa):
+    texts = [own for own, _ in TEXTS]
+    states = torch.randn(len(texts), layers, STATES) if layers else None
+    for encoder in (make_encoder(layers), large_encoder()):
+        prepared = PreparedEncoder(encoder, Vocabulary(PIECES))
+        asked = (*asked_of(texts, dtype, side), states if encoder.states is not None else None)
+        with torch.no_grad():
+            with backend("reference"):
+                wanted = prepared(*asked)
+            with backend("native"):
+                found = prepared(*asked)
+                rows = [[None if t is None else t[i : i + 1] for t in asked] for i in range(len(texts))]
+                alone = torch.cat([prepared(*row) for row in rows])
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
+        text = sum(len(b.word_value) for b in encoder.blocks)  # whatever other prompts there are
+        assert torch.equal(found[:, :text], alone[:, :text])
+
+
+def test_native_keys_of_long_words_and_long_prompts():
+    """More runs of a word than a byte counts, words across many tokens, and more tokens than a group has."""
+    texts = [[15, 1, 6] * 100, [0, 1] * 150, [8] * 300, [7] * 300, []]
+    prepared = PreparedEncoder(large_encoder(40), Vocabulary(PIECES))
+    ids, _, within = asked_of(texts, most=300)
+    embeddings = torch.randn(len(texts), 300, 80)[..., ::2]
+    with torch.no_grad():
+        found = prepared(ids, embeddings, within)
+        with backend("reference"):
+            torch.testing.assert_close(found, prepared(ids, embeddings, within).nan_to_num(), rtol=0, atol=1e-5)
+        assert not found[-1].any()
+        before = torch.get_num_threads()
+        try:
+            for threads in (1, 3):
+                torch.set_num_threads(threads)
+                assert torch.equal(prepared(ids, embeddings, within), found)
+        finally:
+            torch.set_num_threads(before)
+
+
+def test_native_keys_are_of_the_text_of_each_token():
+    """A token's place, its word and its neighbours count, and what is not within does not."""
+    prepared = PreparedEncoder(make_encoder(), Vocabulary(PIECES))
+    ids, embeddings, within = asked_of([[2, 4, 0, 1, 3]])
+    with torch.no_grad():
+        key = prepared(ids, embeddings, within)
+        for at, other in ((0, 13), (3, 6), (4, 12)):
+            changed = ids.clone()
+            changed[0, at] = other
+            assert (prepared(changed, embeddings, within) - key).abs().max() > 1e-3
+        embeddings[0, 5:], ids[0, 5:] = torch.nan, 99
+        assert torch.equal(prepared(ids, embeddings, within), key)
+        embeddings[0, 5:], within[0, 2] = 0, False  # where a word was parted, another one begins
+        parted = prepared(ids, embeddings, within)
+        assert not torch.allclose(parted, key, atol=1e-3)
+        with backend("reference"):
+            torch.testing.assert_close(parted, prepared(ids, embeddings, within), rtol=0, atol=1e-5)

@@ -15,7 +15,7 @@ from transformers import CompileConfig, DynamicCache, LogitsProcessorList, Stati
 
 import unike_kernels as uk
 from unike_kernels.nn.routing import Routed
-from unike_kernels.ops import prompt_encoder
+from unike_kernels.ops.prompt_encoder import spelling
 
 MORE = torch.tensor([[30, 31], [32, 33], [34, 35]])
 
@@ -63,7 +63,7 @@ def test_an_edit_acts_from_its_prompts_end_on(setup):
 def as_of_a_device(monkeypatch):
     """What is known of tensors on the CPU alone is not known."""
     monkeypatch.setattr(Routed, "idle", lambda self, among=None: False)
-    monkeypatch.setattr(prompt_encoder, "_room", lambda places: 26 * (len(places) - 1))
+    monkeypatch.setattr(spelling, "_room", lambda places: 26 * (len(places) - 1))
 
 
 def test_a_captured_pass_decides_anew(setup, monkeypatch):

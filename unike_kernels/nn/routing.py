@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops.cosine_topk import cosine_topk
-from ..ops.prompt_encoder import PromptEncoder, Text, TextBlock, Vocabulary, encode_prompts, nearest, surely_about
+from ..ops.cosine_topk import PreparedSearch
+from ..ops.prompt_encoder import PreparedEncoder, PromptEncoder, Vocabulary, nearest, surely_about
 from ._drop_in import Tables
 
 if TYPE_CHECKING:
@@ -227,13 +227,13 @@ class Router(Tables):
         return sorted({0, *self.layers})
 
     @property
-    def encoder(self) -> PromptEncoder:
-        """Enc_key, from its tensors; its blocks as one."""
+    def encoder(self) -> PreparedEncoder:
+        """Enc_key, from its tensors."""
         if self._plan is None:
             tensors = {name.replace("/", "."): t for name, t in self._buffers.items() if t is not None}
             found = PromptEncoder.of(tensors, self._blocks, bool(self.layers))
-            self._plan = found._replace(blocks=(TextBlock.together(found.blocks),))
-        encoder: PromptEncoder = self._plan
+            self._plan = PreparedEncoder(found, self.vocabulary)
+        encoder: PreparedEncoder = self._plan
         return encoder
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
@@ -328,7 +328,9 @@ class Router(Tables):
         if layer == 0:
             if embedded is None or batch % len(embedded[0]) or embedded[0].shape[1] != tokens:
                 raise ValueError("inputs_embeds: scope='memory' tells prompts apart by input_ids; give those")
-            ids, embeddings = (t.repeat_interleave(batch // len(t), 0) for t in embedded)
+            ids, embeddings = embedded
+            if batch > len(ids):
+                ids, embeddings = (t.repeat_interleave(batch // len(t), 0) for t in embedded)
             within = torch.arange(tokens, dtype=torch.int64, device=hidden.device) <= last.unsqueeze(1)
             seen.tokens.append((ids, embeddings, within if now.visible is None else within & now.visible))
         if layer in self.layers:
@@ -358,8 +360,7 @@ class Router(Tables):
             rows = zip(ids.tolist(), within.tolist(), strict=True)
             prompts = [[i for i, there in zip(*row, strict=True) if there] for row in rows]
             return self._own(prompts).to(ids.device)
-        text = Text(embeddings, self.vocabulary.spelled(ids, within), None, None, within)
-        return encode_prompts(self.encoder, text, states).nan_to_num()
+        return self.encoder(ids, embeddings, within, states).nan_to_num()
 
     def routes(self, now: Pass, batch: int) -> tuple[Routes, Routed]:
         """What is decided for each of `batch` rows."""
@@ -375,10 +376,12 @@ class Router(Tables):
                 beams = 1 if rows is None else prompts // len(rows)
                 named = [None] * prompts if rows is None else [row for row in rows for _ in range(beams)]
                 routes = self.decide(seen.key, named)
-            known = (torch.where(seen.ended, yes, no) for yes, no in zip(routes, nothing, strict=True))
+            traced = seen.ended.device.type != "cpu" or torch.compiler.is_compiling()
+            if traced or not bool(seen.ended.all()):  # else nobody waits, and there is nothing to choose
+                routes = Routes(*(torch.where(seen.ended, yes, no) for yes, no in zip(routes, nothing, strict=True)))
             if batch > prompts:
-                known = (t.repeat_interleave(batch // prompts) for t in known)
-            seen.routes = Routes(*known)
+                routes = Routes(*(t.repeat_interleave(batch // prompts) for t in routes))
+            seen.routes = routes
             seen.routed, seen.decided = self._routed(seen.routes), (self, rows, batch)
         return seen.routes, seen.routed
 
@@ -398,8 +401,8 @@ class Router(Tables):
 
     def _among(self, keys: Tensor, names: tuple[str, ...] | None) -> Routes:
         of = self._competing(names)
-        edit, score, second, second_score = _two(keys, of.entries, of.owner, self.most + 1)
-        fact, best, _, next_best = _two(keys, of.others, of.facts, 1 if self.own is None else self._widest + 1)
+        edit, score, second, second_score = _two(keys, *of.edits, self.most + 1)
+        fact, best, _, next_best = _two(keys, *of.others, 1 if self.own is None else self._widest + 1)
         other = torch.where(best > second_score, -2 - fact, second)
         rival = torch.maximum(best, second_score)
         missing = edit < 0
@@ -450,27 +453,32 @@ class Router(Tables):
     def _competing(self, names: tuple[str, ...] | None) -> _Candidates:
         """What competes in a row: its edits, but for those that a newer one of them has replaced, and the other facts,
         but for those that one of them is about."""
-        if names is None and not self.replaced and not self.retired:
-            return _Candidates(self.entries, self.owner, self.others, self.facts)
         if names not in self._tables:
+            if len(self._tables) >= _TABLES:
+                self._tables.clear()
+            if names is None and not self.replaced and not self.retired:
+                self._tables[names] = _Candidates.of(self.entries, self.owner, self.others, self.facts)
+                return self._tables[names]
             among = set(self.names if names is None else names)
             live = [number for number, name in enumerate(self.names) if name in among and not self._newer(name) & among]
             about = [fact for name, fact in self.retired.items() if name in among]
             mine = torch.isin(self.owner, torch.tensor(live, dtype=torch.int64, device=self.owner.device))
             rest = ~torch.isin(self.facts, torch.tensor(about, dtype=torch.int64, device=self.facts.device))
-            if len(self._tables) >= _TABLES:
-                self._tables.clear()
-            self._tables[names] = _Candidates(self.entries[mine], self.owner[mine], self.others[rest], self.facts[rest])
+            own, others = (self.entries[mine], self.owner[mine]), (self.others[rest], self.facts[rest])
+            self._tables[names] = _Candidates.of(*own, *others)
         return self._tables[names]
 
 
 class _Candidates(NamedTuple):
-    """Unit rows [E, c] and the edit of each, and unit rows [N, c] and the fact of each."""
+    """The search among entries and the group of each: of edits, which is int64 [E], and of other facts, int64 [N]."""
 
-    entries: Tensor
-    owner: Tensor
-    others: Tensor
-    facts: Tensor
+    edits: tuple[PreparedSearch, Tensor]
+    others: tuple[PreparedSearch, Tensor]
+
+    @classmethod
+    def of(cls, entries: Tensor, owner: Tensor, others: Tensor, facts: Tensor) -> _Candidates:
+        """Of unit rows [E, c] and [N, c]."""
+        return cls((PreparedSearch(entries, None), owner), (PreparedSearch(others, None), facts))
 
 
 @functools.lru_cache(maxsize=64)
@@ -502,21 +510,26 @@ def _nothing(keys: Tensor) -> Routes:
     return Routes(none, none, zero, none, zero, none)
 
 
-def _two(keys: Tensor, entries: Tensor, groups: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _two(keys: Tensor, search: PreparedSearch, groups: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """For each key the group of the nearest entry and its cosine, and the same for another group among the k nearest;
     -1 and -inf where there is none. Nothing waits for the device."""
-    none = torch.full((len(keys),), -1, dtype=torch.int64, device=keys.device)
-    low = torch.full((len(keys),), -torch.inf, dtype=torch.float32, device=keys.device)
     if not len(groups):
+        none, low = _nowhere(len(keys), keys.device)
         return none, low, none, low
-    scores, ids = cosine_topk(keys, entries, min(k, len(groups)), normalized=True)
+    scores, ids = search(keys, min(k, len(groups)), None)
     found = groups[ids]
     if found.shape[1] == 1:
-        return found[:, 0], scores[:, 0], none, low
+        return found[:, 0], scores[:, 0], *_nowhere(len(keys), keys.device)
     differs = found != found[:, :1]
     at, there = differs.long().argmax(1, keepdim=True), differs.any(1)
-    other = torch.where(there, found.gather(1, at)[:, 0], none)
-    return found[:, 0], scores[:, 0], other, torch.where(there, scores.gather(1, at)[:, 0], low)
+    other = torch.where(there, found.gather(1, at)[:, 0], -1)
+    return found[:, 0], scores[:, 0], other, torch.where(there, scores.gather(1, at)[:, 0], -torch.inf)
+
+
+def _nowhere(rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Of each row no group, and a cosine below all."""
+    none = torch.full((rows,), -1, dtype=torch.int64, device=device)
+    return none, torch.full((rows,), -torch.inf, dtype=torch.float32, device=device)
 
 
 def behind_prompts(last: Tensor, tokens: int) -> Tensor:

@@ -194,16 +194,15 @@ class PreparedSearch:
             leading: of these, where few queries are to read it first.
         """
         self._tables = keys, packed, leading
-        self._native = self._laid_out()
+        self._native: cpu.Keys | None = None
         self._launches = _backend.Launches("cosine_topk", (keys,))
 
     def _laid_out(self) -> cpu.Keys | None:
-        keys, packed, leading = self._tables
-        native = _native.available() and keys.device.type == "cpu" and keys.dtype != torch.float64
-        if not native or _library.wrapped(keys):
-            return None
-        with _library.outside():
-            return cpu.Keys(keys, packed, leading)
+        if self._native is None or self._native.anchor.moved():
+            keys, packed, leading = self._tables
+            native = _native.available() and keys.device.type == "cpu" and keys.dtype != torch.float64
+            self._native = cpu.Keys(keys, packed, leading) if native and not _library.wrapped(keys) else None
+        return self._native
 
     def __reduce__(self) -> Any:  # a copy is laid out anew, at addresses of its own
         return type(self), self._tables
@@ -216,13 +215,11 @@ class PreparedSearch:
             k: at most `MOST_RESULTS`.
             ranges: int64 [M, 2]; None: all keys.
         """
-        native = self._native
-        if native is not None and native.anchor.moved():
-            native = self._native = self._laid_out()
-        if native is not None and _library.direct(queries) and _backend.takes_native(queries):
+        direct = _library.direct(queries)  # else a trace sees the operator, not how it is prepared
+        if direct and _backend.takes_native(queries) and (native := self._laid_out()) is not None:
             return native.search(queries, k, ranges)
         keys, packed, _ = self._tables
-        if _library.direct(queries) and len(queries) and _library.in_place(queries, ranges):
+        if direct and len(queries) and _library.in_place(queries, ranges):
             form = queries.shape, queries.dtype, k, ranges is None
             launch = self._launches.of(form, lambda: SearchOperands(queries, keys, k, True, ranges, packed))
             if launch is not None:
