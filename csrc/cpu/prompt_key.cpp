@@ -261,7 +261,7 @@ class PromptKeys {
       kernels_.dots[UNIKE_F32](x, count, query_rows_ + b * heads, heads, h, true, logits, query_ld);
       for (int64_t i = 0; i < count; ++i) {
         for (int64_t k = 0; k < heads; ++k) {
-          weights_[(b * heads + k) * tokens_ + first + i] = logits[i * query_ld + k] + of_.query_bias[b * heads + k];
+          weights_[(b * heads + k) * tokens_ + first + i] = logits[i * query_ld + k];
         }
       }
     }
@@ -326,7 +326,6 @@ void check(const unike_prompt_encoder& of, int64_t tokens) {
   check_array("encoder.conv", of.conv, times(n, 3, of.hidden));
   check_array("encoder.conv_bias", of.conv_bias, n);
   check_array("encoder.query", of.query, times(seen, of.hidden));
-  check_array("encoder.query_bias", of.query_bias, seen);
   check_array("encoder.token_value", of.token_value, times(values, of.e));
   check_array("encoder.word_value", of.word_value, times(values, kSpelling));
 }

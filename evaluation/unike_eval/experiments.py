@@ -180,7 +180,7 @@ def _with_ike(variant: str, k: int) -> tuple[str, str, Settings]:
 
 
 _AS_IN_PAPER = _unike("UniKE, without prompt dropout")
-# The share of 0.15, 0.3 and 0.5 that suits them best on validation requests of both worlds (docs/evaluation.md).
+# The share of 0.15, 0.3 and 0.5 that suits them best on validation requests of both worlds (docs/evaluation-toy.md).
 _WITH_DROPOUT = [
     (name, f"{name}, with prompt dropout", {"prompt_dropout": 0.15}) for name in (FineTune.name, TPatcher.name)
 ]

@@ -2,7 +2,7 @@
 
 Each system has six candidates. They are measured on validation requests of both tasks and both backbones (`unike eval
 --table search`); the one with the highest mean over backbones, metrics and the protocols "unike" and "mmedit" is the
-default here. UniKE's prompt dropout became a candidate after a first search (docs/evaluation.md).
+default here. UniKE's prompt dropout became a candidate after a first search (docs/evaluation-toy.md).
 """
 
 from __future__ import annotations
@@ -68,11 +68,11 @@ DEFAULTS: dict[str, Settings] = {
     "UniKE": _unike(patching=False, stop_preserve=1e-3, prompt_dropout=0.3),
 }
 
-# UniKE with a scope, chosen on validation requests (docs/evaluation.md). Edits are in the layers from the one on whose
-# input decides. A fact keeps all its wordings, as the threshold is found with them. Half of the usual steps, as more of
-# them fit the few training wordings. What is routed in other words is answered, too, with prompt dropout of 0.5, twice
-# the neurons and an answer that is all but certain; what that does elsewhere the scope keeps away. The memory has the
-# scope alone.
+# UniKE with a scope, chosen on validation requests (docs/evaluation-toy.md). Edits are in the layers from the one on
+# that has the input which decides. A fact keeps all its wordings, as the threshold is found with them. Half the
+# usual steps, as more of them fit the few training wordings. What is routed in other words is answered, too, by prompt
+# dropout of 0.5, twice the neurons and an answer that is all but certain; what that does elsewhere the scope keeps
+# away. The memory has the scope alone.
 SCOPED: Settings = {
     "training": replace(DEFAULTS["UniKE"]["training"], prompt_dropout=0.5, neurons=20, stop_loss=0.01),
     "scope": ScopeTraining(steps=150, entries=24, false_alarms=0.03),

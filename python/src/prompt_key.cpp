@@ -16,7 +16,7 @@ struct PromptEncoder {
 
   // sizes: (e, blocks, hidden, heads, width, tokens of the vocabulary); tables: the addresses of what the two structs have,
   // in their order.
-  PromptEncoder(const std::array<int64_t, 6>& sizes, const std::array<Address, 13>& tables)
+  PromptEncoder(const std::array<int64_t, 6>& sizes, const std::array<Address, 12>& tables)
       : encoder{sizes[0],
                 sizes[1],
                 sizes[2],
@@ -31,9 +31,8 @@ struct PromptEncoder {
                 pointer<const float>(tables[6]),
                 pointer<const float>(tables[7]),
                 pointer<const float>(tables[8]),
-                pointer<const float>(tables[9]),
-                pointer<const float>(tables[10])},
-        vocabulary{sizes[5], pointer<const int64_t>(tables[11]), pointer<const int64_t>(tables[12])} {}
+                pointer<const float>(tables[9])},
+        vocabulary{sizes[5], pointer<const int64_t>(tables[10]), pointer<const int64_t>(tables[11])} {}
 };
 
 }  // namespace
@@ -41,7 +40,7 @@ struct PromptEncoder {
 void bind_prompt_key(pybind11::module_& module) {
   using pybind11::arg;
   pybind11::class_<PromptEncoder>(module, "PromptEncoder")
-      .def(pybind11::init<const std::array<int64_t, 6>&, const std::array<Address, 13>&>(), arg("sizes"),
+      .def(pybind11::init<const std::array<int64_t, 6>&, const std::array<Address, 12>&>(), arg("sizes"),
            arg("tables"));
   module.def(
       "prompt_keys",

@@ -634,7 +634,6 @@ void prompt_keys() {
   tensor("conv", encoder.conv, n * 3 * encoder.hidden);
   tensor("conv_bias", encoder.conv_bias, n);
   tensor("query", encoder.query, seen * encoder.hidden);
-  tensor("query_bias", encoder.query_bias, seen);
   tensor("token_value", encoder.token_value, values * e);
   tensor("word_value", encoder.word_value, values * spelling);
   for (int64_t* size : {&encoder.e, &encoder.blocks, &encoder.hidden, &encoder.heads, &encoder.width}) {

@@ -300,12 +300,12 @@ void prompt_keys(int threads) {
   const int64_t part = heads * width, row = UNIKE_TOKEN_CHARACTERS + 2;
   const Floats mean = numbers(e), spread = numbers(e), token = numbers(n * e, 0.1f), word = numbers(n * 256, 0.1f);
   const Floats bias = numbers(n), conv = numbers(n * 3 * hidden, 0.2f), conv_bias = numbers(n);
-  const Floats query = numbers(seen * hidden, 0.5f), query_bias = numbers(seen);
+  const Floats query = numbers(seen * hidden, 0.5f);
   const Floats token_value = numbers(values * e, 0.1f), word_value = numbers(values * 256, 0.1f);
   const unike_prompt_encoder encoder{e,           blocks,           hidden,            heads,
                                      width,       mean.data(),      spread.data(),     token.data(),
                                      word.data(), bias.data(),      conv.data(),       conv_bias.data(),
-                                     query.data(), query_bias.data(), token_value.data(), word_value.data()};
+                                     query.data(), token_value.data(), word_value.data()};
   Ids characters(v * row), marks(v * 3, 0), ids(m * tokens);
   for (int64_t& c : characters) c = pick(97, 122);
   for (int64_t i = 0; i + 1 < v; ++i) {

@@ -30,7 +30,6 @@ typedef struct unike_prompt_encoder {
   const float* conv;                       /* [n h, 3, h]: of the token before, of itself, of the next one */
   const float* conv_bias;                  /* [n h] */
   const float* query;                      /* [n H, h] */
-  const float* query_bias;                 /* [n H] */
   const float* token_value;                /* [n H c, e] */
   const float* word_value;                 /* [n H c, 256] */
 } unike_prompt_encoder;
@@ -40,7 +39,7 @@ typedef struct unike_prompt_encoder {
  * With x an embedding that is brought to mean 0, spread 1 and norm sqrt(e), and s the spelling of the token's word (the
  * sum of random signs for each run of 1 to 4 of its characters, ends marked, scaled to norm 16): a = token x + word s +
  * bias; b = gelu(a + gelu(conv a' + conv_bias)), a' those of three neighbours; weights = softmax over the tokens of
- * query b + query_bias; seen = token_value (sum of weights x) + word_value (sum of weights s).
+ * query b (a bias of the query would change nothing); seen = token_value (sum of weights x) + word_value (sum of weights s).
  *
  * ids: [m, tokens]; embeddings: [m tokens, e]; within: [m, tokens], 0 for what is no part of the prompt.
  * keys: [m, n H c], contiguous. A prompt's key depends on it alone, and not on `threads`. */

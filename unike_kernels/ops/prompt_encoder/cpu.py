@@ -23,9 +23,9 @@ class TextReader:
         """
         blocks, block = len(encoder.blocks), TextBlock.together(encoder.blocks)
         self._hidden, (self._seen, e) = block.conv.shape[1], block.token_value.shape
-        # The core reads the neighbours of a token one behind the other.
+        # The core reads the neighbours of a token one behind the other. A query's bias is the same for all tokens.
         block = block._replace(conv=block.conv.transpose(1, 2))
-        tables = encoder.mean, 1 / encoder.spread, *block
+        tables = encoder.mean, 1 / encoder.spread, *(t for name, t in block._asdict().items() if name != "query_bias")
         spelled = vocabulary.tables(torch.device("cpu"))
         self._tensors = (*(_native.aligned(t.detach().float()) for t in tables), spelled.codes, spelled.marks)
         heads = len(block.query) // blocks
