@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from backbones.zoo import ZOO, logits, model_of
+from configs import every_token
 from ops.gpu.graphs import STREAM, Graph, on_stream, overlaps, tensors
 from ops.test_patched_ffn import make_pool
 from ptxsim.triton_driver import InterpreterDriver
@@ -29,6 +30,7 @@ from unike_kernels.ops.latent_attention import blend_of
 from unike_kernels.ops.memory_attention import PreparedMemory
 from unike_kernels.ops.memory_attention import triton as memory_kernel
 from unike_kernels.ops.patched_ffn import FFNWeights, PreparedNeurons, api, fused_ffn
+from unike_kernels.serving import RaggedRuntime, RequestSlice, Version
 
 D, N = 160, 40  # several blocks, which meet
 SHARED = {"counters", "everybody", "scratch", "extra", "units", "found", "know", "squares"}  # of the workspace
@@ -268,6 +270,43 @@ def test_a_patched_model_is_captured_with_the_rows_of_a_pass_before(base, sessio
         wanted = logits(model, ids)
     torch.testing.assert_close(found, wanted)
     assert not torch.allclose(found, before)
+
+
+@pytest.mark.slow
+def test_steps_of_an_engine_are_written_before_a_replay(session, make_model, make_memory, make_edit):
+    """Other requests, edits and uses of the memory, an edit that comes later, padding."""
+    model, layer, tokens = make_model("llama"), 2, 5
+    memory = make_memory(model, every_token(k=3, values="out", alpha=0.4), layers=(layer,))
+    runtime = RaggedRuntime([layer], 64, "silu", memory)
+    edits = [make_edit(model, name, memory, seed=seed, layers=(layer,)) for seed, name in enumerate("abc")]
+    for edit in edits[:2]:
+        runtime.hold(Version(edit.id, edit))
+    tables = runtime.for_graphs(tokens, 3, edits=4, like=edits[0])
+    x, base = torch.randn(2, tokens, 64)
+
+    def compute(of=tables):
+        of.ffn(layer, x, ffn := base.clone())
+        of.attention(layer, x, attention := base.clone())
+        return ffn, attention
+
+    compute()
+    graph = Graph(session, compute)
+    assert len(graph.launches) == 2 and not {"zeros", "zero_"} & {*graph.operators}
+    for shares in (
+        [RequestSlice(2, ("a",)), RequestSlice(3, ("b", "a"), memory=False)],
+        [RequestSlice(1), RequestSlice(1, ("c",)), RequestSlice(2, ("b",), memory=False)],
+        [],
+        [RequestSlice(5, ("c",))],
+    ):
+        x.normal_()
+        if ("c",) in [share.edits for share in shares] and "c" not in runtime.bank:
+            runtime.hold(Version("c", edits[2]))
+        runtime.begin(shares)
+        assert runtime.write()
+        wanted = compute(runtime)
+        runtime.end()
+        for one, other in zip(graph.replay(), wanted, strict=True):
+            torch.testing.assert_close(one, other)
 
 
 def test_rows_of_a_scope_come_from_the_host_once(session, make_model, make_edit):
