@@ -530,13 +530,18 @@ def test_other_families_compiled(name, make_memory, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "split", "remembers"),
-    [("opt", "tensor", True), ("opt", "pipeline", True), ("falcon", "tensor", False)],
+    ("name", "split", "remembers", "eager"),
+    [
+        ("opt", "tensor", True, False),
+        ("opt", "pipeline", True, False),
+        ("falcon", "tensor", False, False),
+        ("falcon", "tensor", True, True),
+    ],
 )
-def test_over_two_processes(name, split, remembers, make_memory, tmp_path):
-    """Edits and memory in layers of both stages; ranks that sum an FFN where it ends (OPT), and behind it (Falcon)."""
+def test_over_two_processes(name, split, remembers, eager, make_memory, tmp_path):
+    """Edits and memory in layers of both stages; ranks that sum FFN and attention where these end, or later."""
     family = Family(name, tmp_path, make_memory if remembers else None)
-    assert family.serve(**{f"{split}_parallel_size": 2}) == family.wanted
+    assert family.serve(**{f"{split}_parallel_size": 2}, enforce_eager=eager) == family.wanted
 
 
 def test_two_replicas(make_memory, tmp_path):
@@ -564,7 +569,6 @@ def test_two_replicas(make_memory, tmp_path):
 @pytest.mark.parametrize(
     ("kind", "name", "more", "message"),
     [
-        ("memory", "falcon", {"tensor_parallel_size": 2}, "its attention is not summed over the 2 ranks where it ends"),
         ("scope", "llama", {"pipeline_parallel_size": 2}, "a stage of the pipeline that has edited layers has none"),
     ],
 )

@@ -134,8 +134,9 @@ def install(model: nn.Module, text: Any, served: RaggedRuntime, *, edits: bool, 
     """Let the decoder layers of a vLLM model call the operators.
 
     Where ranks share a layer's matrices, what they have computed is summed where its FFN and its attention end, mostly:
-    each rank adds the whole edit to the sum, and they stay equal. Where the layer sums its FFN itself (Falcon), the
-    first rank alone adds it, to its part.
+    each rank changes the sum, and they stay equal. Where the layer sums them itself (Falcon), the first rank alone does
+    so, by its part: an edit is added to that, and of an attention's output, which the memory shifts as a whole, the
+    ranks compute the sum once more.
 
     Args:
         model: as vLLM loads it, with the layers of its stage.
@@ -146,20 +147,17 @@ def install(model: nn.Module, text: Any, served: RaggedRuntime, *, edits: bool, 
         rank: the one of this process.
 
     Raises:
-        UnsupportedModelError: no such layers, or one that lacks a part, or that sums its attention itself where a
-            memory is to shift it: no rank has all of that attention's output then.
+        UnsupportedModelError: no such layers, or one that lacks a part, or that sums its attention itself with a
+            residual in it.
     """
     decoder = find_decoder(_language(model), text)
     places: dict[Part, list[int]] = {"ffn": served.bank.layers if edits else [], "attention": served.remembering}
     plan = [(decoder.layers[i], part) for part, at in places.items() if at for i in decoder.select(at, need=(part,))]
-    if ranks > 1:
-        for layer in (layer for layer, part in plan if part == "attention" and not _sums(layer.attention.module)):
-            raise UnsupportedModelError(
-                f"{layer.where}: its attention is not summed over the {ranks} ranks where it ends, as a memory needs it"
-            )
     for layer, part in plan:
         if part == "attention":
-            hook_attention(layer, _caller(part, layer.index))
+            apart = ranks > 1 and not _sums(layer.attention.module)
+            summed = _sum_over_ranks if apart else None
+            hook_attention(layer, _caller(part, layer.index), summed=summed, changes=rank == 0 or not apart)
         elif rank == 0 or _sums(layer.ffn[-1].module):
             hook_ffn(layer, _caller(part, layer.index))
 
@@ -178,6 +176,13 @@ def _embedding(model: Any) -> Callable[[Tensor], Tensor]:
 def _sums(part: nn.Module) -> bool:
     """Whether what ranks have computed of it is summed where it ends."""
     return all(getattr(each, "reduce_results", True) for each in (part, *part.children()))
+
+
+def _sum_over_ranks(part: Tensor) -> Tensor:
+    from vllm.distributed import tensor_model_parallel_all_reduce
+
+    total: Tensor = tensor_model_parallel_all_reduce(part.clone())  # which some do in place
+    return total
 
 
 def _caller(name: str, index: int) -> Callable[[Tensor, Tensor], None]:
