@@ -112,7 +112,7 @@ extern "C" int64_t unike_cuda_cosine_topk_workspace(const unike_keys* keys, int6
 
 extern "C" unike_status unike_cuda_cosine_topk(const unike_keys* keys, unike_rows queries, int64_t m, int64_t k,
                                                const int64_t* ranges, float* scores, int64_t* ids, const void* values,
-                                               int64_t value_bytes, void* gathered, void* workspace,
+                                               int64_t value_bytes, void* gathered, void* state, void* workspace,
                                                int64_t workspace_bytes, int device, void* stream) {
   using namespace unike;
   return guarded([&] {
@@ -128,7 +128,7 @@ extern "C" unike_status unike_cuda_cosine_topk(const unike_keys* keys, unike_row
       check_memory("gathered", gathered, times(m, k, value_bytes), 1);
     }
     if (m == 0 || k == 0) return;
-    require(reinterpret_cast<uintptr_t>(workspace) % 64 == 0, "the workspace must be aligned to 64 bytes");
+    check_memory("state", state, 1, UNIKE_CUDA_STATE_BYTES);
     const cuda::Current current(device);
     const cuda::Device& found = cuda::device_of(device);
     const unike_keys scanned = cuda::scanned_by(*keys, m);
@@ -145,6 +145,7 @@ extern "C" unike_status unike_cuda_cosine_topk(const unike_keys* keys, unike_row
       search.values = static_cast<const char*>(values);
       search.value_bytes = value_bytes;
       search.gathered = static_cast<char*>(gathered) + (values == nullptr ? 0 : first * k * value_bytes);
+      search.counters = static_cast<cuda::Counters*>(state);
       void* arguments[] = {&search};
       cuda::check(cudaLaunchKernel(cuda::kKernels[scanned.scan](launch.many), dim3(launch.blocks), dim3(cuda::kThreads),
                                    arguments, launch.shared_bytes, static_cast<cudaStream_t>(stream)));
@@ -168,7 +169,8 @@ extern "C" int64_t unike_cuda_cosine_topk_workspace(const unike_keys*, int64_t, 
 }
 
 extern "C" unike_status unike_cuda_cosine_topk(const unike_keys*, unike_rows, int64_t, int64_t, const int64_t*, float*,
-                                               int64_t*, const void*, int64_t, void*, void*, int64_t, int, void*) {
+                                               int64_t*, const void*, int64_t, void*, void*, void*, int64_t, int,
+                                               void*) {
   return unike::fail(UNIKE_INTERNAL_ERROR, kAbsent);
 }
 

@@ -74,7 +74,6 @@ Launch plan(const unike_keys& keys, int64_t m, int64_t k, const Device& device, 
   s.rounding = static_cast<float>(rounding / (1 - rounding) * 1.0001);
   s.residual = static_cast<float>(0x1.01p-11 + 0x1.01p-25 * std::sqrt(static_cast<double>(d)));
 
-  s.counters = workspace.take<Counters>(1);
   s.query_bounds = workspace.take<DeviceQueryBounds>(m);
   s.units = workspace.take<float>(times(m, d));
   s.codes = workspace.take<uint16_t>(times(ceil_div(m, many ? 16 : 8), many ? 16 : 8, s.slabs, columns));

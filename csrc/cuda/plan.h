@@ -26,7 +26,8 @@ unike_keys scanned_by(const unike_keys& keys, int64_t m);
 // How many of m queries share a launch.
 int64_t queries_of_launch(const unike_keys& keys, int64_t m, int64_t k, const Device& device);
 
-// A launch for m queries, at most queries_of_launch(). What it writes, queries and ranges are for the caller to fill in.
+// A launch for m queries, at most queries_of_launch(). What it writes, queries, ranges and counters are for the caller to
+// fill in.
 Launch plan(const unike_keys& keys, int64_t m, int64_t k, const Device& device, Workspace& workspace);
 
 }  // namespace unike::cuda

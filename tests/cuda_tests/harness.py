@@ -20,7 +20,8 @@ ROOT = Path(__file__).resolve().parents[2]
 INCLUDES = [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc/include'}"]
 SCANS = {"float32": 0, "float16": 1, "bfloat16": 2, "int8": 3}  # unike_scan
 SOURCES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "int8": "i8"}
-PARTS = ("counters", "query_bounds", "units", "codes", "lower", "counts", "candidates")
+STATE_BYTES = 64  # UNIKE_CUDA_STATE_BYTES
+PARTS = ("query_bounds", "units", "codes", "lower", "counts", "candidates")
 
 
 class Leading(ctypes.Structure):
@@ -57,6 +58,7 @@ class Request(ctypes.Structure):
         ("values", ctypes.c_void_p),
         ("value_bytes", ctypes.c_int64),
         ("gathered", ctypes.c_void_p),
+        ("state", ctypes.c_void_p),
         ("multiprocessors", ctypes.c_int),
         ("blocks_of_each", ctypes.c_int),
     )
@@ -114,6 +116,7 @@ class Found(NamedTuple):
     launch: Launch
     shape: dict[str, int]
     parts: dict[str, np.ndarray]  # of the workspace
+    state: np.ndarray
 
 
 def search(
@@ -128,7 +131,7 @@ def search(
     ranges: torch.Tensor | None = None,
     values: torch.Tensor | None = None,
     device: tuple[int, int] = (3, 1),
-    counters: np.ndarray | None = None,
+    state: np.ndarray | None = None,
     arch: int = 80,
 ) -> Found:
     m, n, d = len(queries), len(rows), queries.shape[1]
@@ -138,7 +141,9 @@ def search(
         rows = torch.nn.functional.pad(rows, (0, -d % 4))
     scores, ids = session.empty((m, k), np.float32), session.empty((m, k), np.int64)
     gathered = None if values is None else torch.empty((m, k, *values.shape[1:]), dtype=values.dtype)
+    state = np.zeros(STATE_BYTES, np.uint8) if state is None else state
     named = {"queries": queries, "scores": scores, "ids": ids, "ranges": ranges, "values": values, "gathered": gathered}
+    named["state"] = state
     if exact:
         named["rows"] = rows
     if packed is not None:
@@ -156,12 +161,11 @@ def search(
         Keys(n, d, address("rows"), rows.stride(0), SCANS[scan], *map(address, ("codes", "key_bounds", "direction"))),
         Rows(address("queries"), {torch.float32: 0, torch.bfloat16: 1}[queries.dtype], queries.stride(0)),
         m, k, address("ranges"), address("scores"), address("ids"), address("values"),
-        0 if values is None else values[0].nbytes, address("gathered"), *device,
+        0 if values is None else values[0].nbytes, address("gathered"), address("state"), *device,
     )  # fmt: skip
     sizes = (ctypes.c_int64 * len(PARTS))()
     planner().workspace_parts(ctypes.byref(request), sizes)
     parts = {name: session.empty(size, np.uint8) for name, size in zip(PARTS, sizes, strict=True)}
-    parts["counters"] = np.zeros(sizes[0], np.uint8) if counters is None else counters
     argument = (ctypes.c_char * planner().search_bytes())()
     pointers = (ctypes.c_void_p * len(PARTS))(*(part.ctypes.data for part in parts.values()))
     shape = _laid_out(request, pointers, argument)
@@ -173,7 +177,7 @@ def search(
     done = session.launch(
         module[name], (shape["blocks"],), (shape["threads"],), [bytes(argument)], shared=shape["shared"]
     )
-    return Found(torch.from_numpy(scores), torch.from_numpy(ids), gathered, done, shape, parts)
+    return Found(torch.from_numpy(scores), torch.from_numpy(ids), gathered, done, shape, parts, state)
 
 
 def can_compile() -> bool:

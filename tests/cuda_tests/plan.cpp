@@ -1,5 +1,5 @@
 // The plan of a search for the tests: the argument of a kernel as the library would make it, with memory of the tests' own for
-// each part of the workspace, so that every access beyond a part is found.
+// the state and each part of the workspace, so that every access beyond a part is found.
 #include "cuda/plan.h"
 
 #include <cstring>
@@ -19,6 +19,7 @@ struct Request {
   const char* values;
   int64_t value_bytes;
   char* gathered;
+  Counters* state;
   int multiprocessors, blocks_of_each;
 };
 
@@ -27,8 +28,7 @@ void workspace_parts(const Request* r, int64_t* bytes) {
   unike::Workspace none;
   const Search s = plan(r->keys, r->m, r->k, {r->multiprocessors, r->blocks_of_each}, none).search;
   const int64_t m = s.m, whole = (m + 15) / 16 * 16;
-  const int64_t parts[] = {sizeof(Counters),
-                           m * static_cast<int64_t>(sizeof(DeviceQueryBounds)),
+  const int64_t parts[] = {m * static_cast<int64_t>(sizeof(DeviceQueryBounds)),
                            m * s.d * 4,
                            (is_many(m) ? whole : m) * s.slabs * slab_columns(r->keys.scan) * 2,
                            m * s.groups * s.slots * 4,
@@ -54,13 +54,13 @@ void make_search(const Request* r, void* const* parts, void* search, int64_t* la
   s.values = r->values;
   s.value_bytes = r->value_bytes;
   s.gathered = r->gathered;
-  s.counters = static_cast<Counters*>(parts[0]);
-  s.query_bounds = static_cast<DeviceQueryBounds*>(parts[1]);
-  s.units = static_cast<float*>(parts[2]);
-  s.codes = static_cast<uint16_t*>(parts[3]);
-  s.lower = static_cast<float*>(parts[4]);
-  s.counts = static_cast<int*>(parts[5]);
-  s.candidates = static_cast<unike::Candidate*>(parts[6]);
+  s.counters = r->state;
+  s.query_bounds = static_cast<DeviceQueryBounds*>(parts[0]);
+  s.units = static_cast<float*>(parts[1]);
+  s.codes = static_cast<uint16_t*>(parts[2]);
+  s.lower = static_cast<float*>(parts[3]);
+  s.counts = static_cast<int*>(parts[4]);
+  s.candidates = static_cast<unike::Candidate*>(parts[5]);
   std::memcpy(search, &s, sizeof s);
   const int64_t shape[] = {l.blocks, kThreads, l.shared_bytes, l.many, s.groups, s.capacity, s.slots};
   std::memcpy(launch, shape, sizeof shape);

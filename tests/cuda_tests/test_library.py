@@ -112,7 +112,15 @@ def test_without_a_device_everything_says_so():
         _native._C.cuda_devices()
     keys = _native._C.Keys(1, 4, 64, 4, 0, 0, 0, 0)
     with pytest.raises(RuntimeError, match="no CUDA device"):
-        _native._C.cuda_cosine_topk(keys, (64, 0, 4), 1, 1, 0, 64, 64, 0, 0, 0, 64, 1 << 20, 0, 0)
+        _native._C.cuda_cosine_topk(keys, (64, 0, 4), 1, 1, 0, 64, 64, 0, 0, 0, 64, 64, 1 << 20, 0, 0)
+
+
+@built_with_kernels
+@pytest.mark.parametrize("state", [0, 32])
+def test_a_state_is_memory_of_its_own_alignment(state):
+    keys = _native._C.Keys(1, 4, 64, 4, 0, 0, 0, 0)
+    with pytest.raises(ValueError, match="state: expected"):
+        _native._C.cuda_cosine_topk(keys, (64, 0, 4), 1, 1, 0, 64, 64, 0, 0, 0, state, 64, 1 << 20, 0, 0)
 
 
 def test_the_import_takes_milliseconds():

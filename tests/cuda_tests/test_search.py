@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from cuda_tests import harness
@@ -179,11 +180,36 @@ def test_without_rows_the_codes_decide():
     torch.testing.assert_close(one.scores, best, rtol=0, atol=0.01)
 
 
-def test_counters_are_ready_for_the_next_launch():
-    counters = None
+def test_the_state_is_right_for_the_next_launch():
+    state = None
     for n, m in ((150, 2), (90, 20), (300, 1)):
-        found = check(torch.randn(m, 24), unit(torch.randn(n, 24)), 5, "int8", device=(2, 1), counters=counters)
-        counters = found.parts["counters"]
+        found = check(torch.randn(m, 24), unit(torch.randn(n, 24)), 5, "int8", device=(2, 1), state=state)
+        state = found.state
+        assert not state.view(np.int32)[[0, 1, 2, 3, 5]].any()  # all but how often blocks have met
+
+
+class Recording(Session):
+    """Keeps what it launches last."""
+
+    def launch(self, *args, **kwargs):
+        self.again = lambda: super(Recording, self).launch(*args, **kwargs)
+        return self.again()
+
+
+@pytest.mark.parametrize("m", [2, 10])
+def test_a_recorded_launch_is_executed_again(m):
+    """As a graph replays it: other queries in the same memory, a state that nothing zeroes, a workspace of anything."""
+    session, rows, queries = Recording("random:0"), unit(torch.randn(150, 24)), torch.randn(m, 24)
+    found = search(session, queries, rows, 5, scan="int8", device=(3, 1))
+    before = found.ids.clone()
+    for _ in range(3):
+        queries.copy_(torch.randn(m, 24))
+        for written in (*found.parts.values(), found.scores, found.ids):
+            session.poison(written)
+        session.again()
+        scores, ids = ops.cosine_topk(queries, rows, 5, normalized=True)
+        assert torch.equal(found.ids, ids) and torch.equal(found.scores, scores)
+    assert not torch.equal(found.ids, before)
 
 
 @pytest.mark.parametrize(("scan", "size"), [("float32", 4), ("float16", 2), ("int8", 1)])

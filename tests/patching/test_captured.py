@@ -12,6 +12,7 @@ import pytest
 import torch
 from capture import Capture
 from configs import every_token
+from transformers import DynamicCache, StaticCache, masking_utils
 
 import unike_kernels as uk
 from unike_kernels.nn import context, memory_attention, patched_ffn
@@ -96,6 +97,87 @@ def test_a_pass_that_is_told_where_prompts_end(how, make_model, make_memory, mak
             agrees(graph, logits(model, now))
     with uk.rows(model, [["a"], []], prompt_lengths=[3, 3]):
         assert not torch.allclose(graph.result, logits(model, ids), atol=1e-3)
+
+
+def over_caches(model, capture, monkeypatch, prompt, like, replayed):
+    """The logits of passes behind a prompt: replayed over a static cache, and computed over one that grows.
+
+    The graph is captured of a pass over `like`, behind another one over it.
+    """
+    monkeypatch.setattr(masking_utils, "is_tracing", lambda *_: True)  # as it says in a capture
+    static, growing = StaticCache(config=model.config, max_cache_len=32), DynamicCache(config=model.config)
+    found, wanted, given = [], [], like.clone()
+
+    def step(ids, cache):
+        with torch.no_grad():
+            return model(input_ids=ids, past_key_values=cache).logits
+
+    for ids in (prompt, like, like):
+        wanted.append(step(ids, growing))
+    for ids in (prompt, like):
+        step(ids, static)
+    graph = capture(lambda: step(given, static))
+    found.append(graph.result.clone())
+    for ids in replayed:
+        given.copy_(ids)
+        graph.replay()
+        found.append(graph.result.clone())
+        wanted.append(step(ids, growing))
+    return found, wanted[2:]
+
+
+@pytest.mark.parametrize("how", [{"tokens": "answer"}, {"alpha": "last"}, {"retrieval": "sequence"}])
+def test_tokens_behind_a_prompt_over_a_static_cache(how, make_model, make_memory, make_edit, capture, monkeypatch):
+    """Nobody asks the device how many tokens are in it."""
+    model = make_model("llama")
+    memory = make_memory(model, every_token(**{"k": 7, "values": "pre", "alpha": 0.4, **how}), layers=(2, 4))
+    uk.patch(model, [make_edit(model, "a", memory, layers=(2, 4))], memory)
+    tokens = torch.randint(5, 30, (4, 2, 1))
+    with uk.rows(model, [["a"], []], prompt_lengths=[2, 3]):
+        found, wanted = over_caches(model, capture, monkeypatch, IDS, tokens[0], tokens[1:])
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_a_prompt_that_ends_in_a_later_replay(make_model, make_memory, capture, monkeypatch):
+    """What is an answer is found by how many tokens are in the cache then."""
+    model = make_model("llama")
+    uk.patch(
+        model, memory=make_memory(model, every_token(k=7, values="pre", alpha=0.4, tokens="answer"), layers=(2, 4))
+    )
+    parts = torch.randint(5, 30, (5, 2, 2))
+
+    def passes(lengths):
+        with uk.rows(model, prompt_lengths=lengths):
+            found, wanted = over_caches(model, capture, monkeypatch, IDS, parts[0], parts[1:])
+        for one, other in zip(found, wanted, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+        return found
+
+    ends, later = passes([10, 8]), passes([10, 12])
+    assert [torch.equal(a[0], b[0]) for a, b in zip(ends, later, strict=True)] == [True] * 5
+    assert [torch.equal(a[1], b[1]) for a, b in zip(ends, later, strict=True)] == [True, False, False, False, False]
+
+
+def test_a_capture_does_not_guess_where_a_generation_begins(make_model, make_memory, capture, make_edit, monkeypatch):
+    monkeypatch.setattr(masking_utils, "is_tracing", lambda *_: True)
+    model, ids = make_model("llama"), IDS.clone()
+    memory = make_memory(model, every_token(k=7, values="pre", alpha="last"), layers=(2, 4))
+    edit = make_edit(model, "a", memory, layers=(2, 4))
+    uk.patch(model, [edit], memory)
+    cache = StaticCache(config=model.config, max_cache_len=32)
+    step = lambda ids: model(input_ids=ids, past_key_values=cache).logits  # noqa: E731
+    with torch.no_grad():
+        for prompt in (ids, ids[:, :1]):
+            cache.reset()
+            with uk.rows(model, prompt_lengths=[prompt.shape[1]] * 2):
+                step(prompt)
+                with pytest.raises(uk.PatchError, match="nothing but its static cache tells whether it begins"):
+                    capture(lambda prompt=prompt: step(prompt))
+        step(ids[:, :1])
+        uk.set_beta(model, "a", 0.7)  # which this generation does not see
+        with pytest.raises(uk.PatchError, match="nothing but its static cache tells whether it begins"):
+            capture(lambda: step(ids[:, :1]))
 
 
 def test_what_is_written_for_graphs_is_read_by_nobody_else(setup, capture, make_memory):

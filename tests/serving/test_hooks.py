@@ -94,8 +94,8 @@ def test_a_stage_of_a_pipeline_installs_its_own_layers():
         vllm.install(model, model.config, RaggedRuntime([1, 2, 3], 64, "silu"), edits=True)
 
 
-def test_what_a_layer_sums_itself_is_added_by_one_rank(make_memory):
-    """Edits; all of an attention's output, which a memory shifts, is nowhere then."""
+def test_what_a_layer_sums_itself_is_changed_by_one_rank(make_memory, monkeypatch):
+    """Edits, and the memory's shift, for which each rank has a part in one more sum."""
     hooks = []
     for rank in (0, 1):
         model = model_of(ZOO["llama"])
@@ -104,11 +104,19 @@ def test_what_a_layer_sums_itself_is_added_by_one_rank(make_memory):
         hooks.append([bool(layer.mlp._forward_hooks) for layer in model.model.layers])
     assert hooks == [[False, False, True, True], [False, False, True, False]]
     memory = make_memory(model, every_token(k=7, values="out"), layers=(2, 3))
-    flat = RaggedRuntime([2, 3], 64, "silu", memory)
-    model.model.layers[3].self_attn.o_proj.reduce_results = False
-    with pytest.raises(uk.UnsupportedModelError, match=r"layer 3 .*: its attention is not summed over the 2 ranks"):
-        vllm.install(model, model.config, flat, edits=True, ranks=2)
-    vllm.install(model, model.config, flat, edits=True)
+    asked = []
+    monkeypatch.setattr(vllm, "_sum_over_ranks", lambda part: asked.append(part) or part.clone())
+    for rank, sums in ((0, [3]), (1, [3]), (0, [])):
+        model = model_of(ZOO["llama"])
+        if sums:
+            model.model.layers[3].self_attn.o_proj.reduce_results = False
+        flat, shifted = RaggedRuntime([2, 3], 64, "silu", memory), []
+        vllm.install(model, model.config, flat, edits=False, ranks=2, rank=rank)
+        flat.attention = lambda layer, hidden, out, shifted=shifted: shifted.append(layer)
+        with vllm.step(flat, []), torch.no_grad():
+            model(input_ids=IDS)
+        assert shifted == ([2] if rank else [2, 3]) and len(asked) == len(sums)
+        asked.clear()
 
 
 class Leaves(nn.Module):
@@ -139,6 +147,33 @@ def test_an_output_whose_bias_is_left_to_the_layer(bias, named):
     assert torch.equal(hidden, x) and torch.equal(given, whole)
     assert torch.equal(out[0], 2 * x[0])  # to the bit: it was not changed
     torch.testing.assert_close(out[1:] + (0 if bias is None else bias), 3 * whole[1:])
+
+
+@pytest.mark.parametrize("bias", [None, torch.randn(6)])
+def test_an_output_of_which_each_rank_has_a_part(bias):
+    """All of it is changed, by the part of one of them: their sum is what it would be on one rank."""
+    x, other = torch.randn(3, 6), torch.randn(3, 6)
+
+    def change(hidden, out):
+        out[1:] *= 3
+
+    parts = []
+    for mine, rest, changes in ((2 * x, other, True), (other, 2 * x, False)):
+        attention = Leaves(bias)
+        attention.forward = lambda positions, hidden_states, mine=mine: (mine.clone(), bias)
+        layer = SimpleNamespace(attention=SimpleNamespace(module=attention), where="layer 0")
+        hook_attention(layer, change, summed=lambda part, rest=rest: part + rest, changes=changes)
+        parts.append(attention(torch.arange(3), x)[0])
+    whole = 2 * x + other + (0 if bias is None else bias)
+    assert torch.equal(parts[1], other) and torch.equal(parts[0][0], 2 * x[0])
+    torch.testing.assert_close((parts[0] + parts[1] + (0 if bias is None else bias))[1:], 3 * whole[1:])
+
+
+def test_a_part_with_a_residual_is_refused(monkeypatch):
+    monkeypatch.setattr("unike_kernels.serving.hooks.residual_position", lambda module: 1)
+    layer = SimpleNamespace(attention=SimpleNamespace(module=Leaves(None)), where="layer 0")
+    with pytest.raises(uk.UnsupportedModelError, match="layer 0: its attention is not summed over the ranks, and has"):
+        hook_attention(layer, lambda hidden, out: None, summed=torch.clone)
 
 
 def test_an_output_that_is_no_tensor_is_refused():

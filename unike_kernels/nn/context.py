@@ -176,7 +176,7 @@ class Pass:
         *,
         batch: int,
         tokens: int,
-        past: int = 0,
+        past: int | Tensor = 0,
         attention_mask: Tensor | None = None,
         text: Tensor | None = None,
         config: Config | None = None,
@@ -191,7 +191,7 @@ class Pass:
             selection: of each row.
             batch: B, rows of the batch.
             tokens: T, new tokens of each row.
-            past: tokens of each row that are in the cache already.
+            past: tokens of each row that are in the cache already; a tensor only where no prompt has to be whole.
             attention_mask: [B, past + T]; None, or of another shape: there is no padding.
             text: bool [B or fewer, T], False at image placeholders; None, or of another shape: it is not known.
             config: of the model; None: nothing in it depends on where prompts end, unless the selection says where.
@@ -214,11 +214,13 @@ class Pass:
         if prompt is not None:
             config = prompt.config
             lengths = prompt.lengths if selection.prompt_lengths is None else selection.prompt_lengths
-            last = _prompt_ends(lengths, batch, mask) - past
+            last = _prompt_ends(lengths, batch, mask)
+            last = last - (past.to(last.device) if isinstance(past, Tensor) else past)
         if config is not None and last is not None and config.tokens == "answer":
             answers = torch.arange(tokens, dtype=torch.int64, device=last.device) >= last.unsqueeze(1)
             shifted = answers if shifted is None else shifted & answers
         if prompt is not None and prompt.config.needs_whole_prompts:
+            past = int(past)
             if not more.get("traced"):
                 _check_whole(prompt, batch, tokens, past, mask)
             last = None if past else last
@@ -304,6 +306,18 @@ def _check_whole(prompt: PromptState, batch: int, tokens: int, past: int, mask: 
             "rows: with alpha='last' or retrieval='sequence' the whole prompt must come in one forward pass; "
             f"prompts of {prompt.lengths.tolist()} tokens without padding, {past} cached and {tokens} new ones"
         )
+
+
+def _length(cache: Any) -> int:
+    """How many tokens a cache holds; on a GPU some have to be waited for. Raises PatchError where a capture cannot."""
+    length = cache.get_seq_length()
+    if isinstance(length, Tensor) and capturing(length.device):
+        raise PatchError(
+            "a CUDA graph is captured of a pass of which nothing but its static cache tells whether it begins a "
+            "generation or goes on with one: capture passes of one token, behind a prompt that was not captured and "
+            "with the edits that are installed now"
+        )
+    return int(length)
 
 
 def on_gpu(t: Tensor) -> bool:
@@ -478,7 +492,7 @@ class ModelContext:
         *,
         batch: int,
         tokens: int,
-        past: int = 0,
+        past: int | Tensor = 0,
         attention_mask: Tensor | None = None,
         tells: bool = True,
         device: torch.device | None = None,
@@ -512,6 +526,11 @@ class ModelContext:
         if traced and self.config is not None and self.config.needs_whole_prompts:
             tells = False  # compiled code knows nothing of the pass before
         generation = Generation() if traced else self._generation(cache, selection, tokens, past, tells)
+        prompt = None if selection is None or traced else selection.prompt
+        if prompt is not None and prompt.config.needs_whole_prompts and isinstance(past, Tensor):
+            # One token is not the whole of a longer prompt: that has come before, and nobody need wait to know it.
+            behind = on_gpu(past) and tokens == 1 < prompt.longest
+            past = generation.tokens if behind else _length(cache)
         trace = None if traced else self.traces.innermost()
         ends = self._ends(generation, batch, tokens, attention_mask, device) if tells else None
         generation.tokens += tokens
@@ -578,7 +597,9 @@ class ModelContext:
                 self._note_decided(local.running, cache)
             local.running = local.running.outer
 
-    def _generation(self, cache: Any, selection: Selection | None, tokens: int, past: int, tells: bool) -> Generation:
+    def _generation(
+        self, cache: Any, selection: Selection | None, tokens: int, past: int | Tensor, tells: bool
+    ) -> Generation:
         """That with this cache; a new one where it is empty, or there is none."""
         try:
             known = self._running.get(cache)
@@ -590,7 +611,7 @@ class ModelContext:
                 prompt.generation = Generation()
             return prompt.generation
         if known is not None and ((tells and tokens > 1) or known.version not in (None, self.current)):
-            left = int(cache.get_seq_length())  # asked only now: on a GPU, some have to wait for it
+            left = _length(cache)  # asked only now: on a GPU, some have to wait for it
             if tells and tokens > 1 and 0 < left < known.tokens:
                 raise ValueError(
                     f"past_key_values: of {known.tokens} tokens {left} are left; where tokens are taken back, as in "

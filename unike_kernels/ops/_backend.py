@@ -148,11 +148,6 @@ def compiles(t: torch.Tensor) -> bool:
     return forced_backend() in (None, "triton") and triton_missing() is None and triton_refuse(t) is None
 
 
-def prepare_captures(device: torch.device) -> None:
-    """Set memory aside, so that launches in CUDA graphs have nothing to zero."""
-    importlib.import_module(f"{__package__}._triton").stock(device)
-
-
 def register_triton(op: str, module: str, refuse: Callable[[Any], str | None] = lambda _: None) -> None:
     """Offer a function of a module, which is imported when it is first called, as the Triton backend of `op`.
 

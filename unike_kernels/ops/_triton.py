@@ -22,8 +22,8 @@ from triton.language import target_info
 
 from . import _workspace
 
-# Counters of a workspace, for meetings: one for each team of blocks, and one for all of them.
-MOST_TEAMS = EVERYBODY = 1023
+# Of a workspace's counters, for meetings: one for each team of blocks, and one for all of them.
+MOST_TEAMS = EVERYBODY = _workspace.COUNTERS - 1
 ALIGNED = 64  # float32 of scratch
 
 
@@ -108,7 +108,7 @@ class Workspace:
 
     def __init__(self, device: torch.device | str) -> None:
         self.device = torch.device(device)
-        self.counters = self._zeros()
+        self.counters = _workspace.counters(self.device)
         self.filled: WeakKeyDictionary[Launch, list[Any]] = WeakKeyDictionary()
         self._scratch: Tensor | None = None
 
@@ -122,9 +122,6 @@ class Workspace:
             self._scratch = self._floats(_workspace.grown(ends[-1], before))
         return [self._scratch[start : start + n] for start, n in zip(ends, counts, strict=False)]
 
-    def _zeros(self) -> Tensor:
-        return _workspace.kept(self.device, lambda: torch.zeros(EVERYBODY + 1, dtype=torch.int32, device=self.device))
-
     def _floats(self, count: int) -> Tensor:
         return _workspace.kept(self.device, lambda: torch.empty(count, dtype=torch.float32, device=self.device))
 
@@ -133,35 +130,13 @@ class _Captured(Workspace):
     """That of one launch in a CUDA graph: CUDA replays a graph only when it has ended, but another one meanwhile.
 
     Its scratch is the graph's own, as that of torch's operators is, and what the graph launches later uses it again.
-    Its counters have to be zero whenever the graph is replayed: nobody else has them, or a node of the graph zeroes
-    them, which takes a microsecond or two.
     """
-
-    def _zeros(self) -> Tensor:
-        if spare := _spare.get(self.device):
-            _given_away.append(spare.pop())
-            return _given_away[-1]
-        return torch.zeros(EVERYBODY + 1, dtype=torch.int32, device=self.device)
 
     def _floats(self, count: int) -> Tensor:
         return torch.empty(count, dtype=torch.float32, device=self.device)
 
 
 _workspaces: dict[tuple[torch.device, int], Workspace] = {}
-# Counters for launches in graphs: those that nobody has yet, and all others, as nobody tells when a graph ends.
-_spare: dict[torch.device, list[Tensor]] = {}
-_given_away: list[Tensor] = []
-SPARE = 512  # 2 MB
-
-
-def stock(device: torch.device) -> None:
-    """Have spare counters for launches in CUDA graphs, so that these need not zero theirs; not within a capture."""
-    spare = _spare.setdefault(device, [])
-    if missing := SPARE - len(spare):
-        shape = missing, EVERYBODY + 1
-        spare += _workspace.kept(device, lambda: torch.zeros(shape, dtype=torch.int32, device=device)).unbind()
-        if device.type == "cuda":
-            torch.cuda.current_stream(device).synchronize()  # whatever stream a graph will be replayed on
 
 
 def workspace_of(device: torch.device) -> Workspace:
@@ -175,7 +150,7 @@ def _workspace_of(device: torch.device, stream: int) -> Workspace:
         return _Captured(device)
     found = _workspaces.get((device, stream))
     if found is None:
-        stock(device)
+        _workspace.stock(device)
         found = _workspaces[device, stream] = Workspace(device)
     return found
 

@@ -2,6 +2,7 @@
 
 Outside of CUDA graphs a stream has its own, which grows with what its launches need and is never the memory of somebody
 else's pool. A launch that is captured has memory of its own: graphs are replayed in any order and at the same time.
+The counters by which blocks meet are zero, or what a launch leaves for the next one, whenever a graph is replayed.
 """
 
 from __future__ import annotations
@@ -11,6 +12,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
+
+COUNTERS = 1024  # as many as any kernel has
+SPARE = 512  # for so many launches in graphs, 2 MB
+
+# Counters for launches in graphs: those that nobody has yet, and all others, as nobody tells when a graph ends.
+_spare: dict[torch.device, list[Tensor]] = {}
+_given_away: list[Tensor] = []
 
 
 def capturing(device: torch.device) -> bool:
@@ -39,6 +47,30 @@ def kept(device: torch.device, make: Callable[[], Tensor]) -> Tensor:
 
     with ThreadPoolExecutor(1) as other:
         return other.submit(on_stream).result()
+
+
+def stock(device: torch.device) -> None:
+    """Have spare counters for launches in CUDA graphs, so that these need not zero theirs; not within a capture."""
+    spare = _spare.setdefault(device, [])
+    if missing := SPARE - len(spare):
+        spare += kept(device, lambda: _zeros(device, missing)).unbind()
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()  # whatever stream a graph will be replayed on
+
+
+def counters(device: torch.device) -> Tensor:
+    """int32 [COUNTERS], zeros that nobody else has. In a capture these are spare ones; where there are none, a node of
+    the graph zeroes them, which takes a microsecond or two."""
+    if not capturing(device):
+        return kept(device, lambda: _zeros(device, 1)[0])
+    if spare := _spare.get(device):
+        _given_away.append(spare.pop())
+        return _given_away[-1]
+    return _zeros(device, 1)[0]
+
+
+def _zeros(device: torch.device, launches: int) -> Tensor:
+    return torch.zeros(launches, COUNTERS, dtype=torch.int32, device=device)
 
 
 def grown(size: int, before: int) -> int:

@@ -159,14 +159,15 @@ class DecoderHook:
         if mask is not None and plain is None:
             noted = context.local.mask
             plain = noted if noted is not None and noted.shape[1] >= tokens else None
-        past, selection = 0, context.in_force()
+        past: int | Tensor = 0
+        selection = context.in_force()
         if selection is not None and selection.prompt is not None and context.needs_prompt_ends:
             if mask is not None and plain is None:
                 raise ValueError(
                     "attention_mask: uk.rows(prompt_lengths=...) finds the prompt's end in a mask [batch, tokens]; a "
                     "prepared one (static cache) does not tell"
                 )
-            past = 0 if cache is None else int(cache.get_seq_length())
+            past = 0 if cache is None else cache.get_seq_length()  # a tensor, where it is a static one
         context.begin(
             selection,
             cache,

@@ -8,8 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from ..ops import _check
-from ..ops._backend import prepare_captures
+from ..ops import _check, _workspace
 from .session import require_state
 
 
@@ -44,7 +43,7 @@ def warm_up(model: nn.Module, tokens: Iterable[int] = (1, 8, 64, 512)) -> float:
         records = state.attentions.get(i), state.ffns.get(i)
         devices |= {r.warm_up(count, dtype) for r in records if r is not None for count in counts}
     for device in filter(None, devices):
-        prepare_captures(device)
+        _workspace.stock(device)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
     return time.perf_counter() - start

@@ -103,6 +103,10 @@ class EditBank:
         """Whether an edit of the bank has any in this layer."""
         return not self._stores[layer].empty
 
+    def used(self, layer: int) -> tuple[int, int]:
+        """Neurons and edits of a layer's pool, removed ones that still take room included; behind them it is empty."""
+        return self._stores[layer].used
+
     def pool(self, layer: int, rows: Sequence[Sequence[str]]) -> EditPool:
         """A layer's neurons, and those that each row of a batch selects, as `ops.patched_ffn` takes them.
 

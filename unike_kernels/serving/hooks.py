@@ -31,23 +31,39 @@ def hook_ffn(layer: backbones.Layer, change: Change) -> list[RemovableHandle]:
     return [first.register_forward_pre_hook(entered, with_kwargs=True), last.register_forward_hook(left)]
 
 
-def hook_attention(layer: backbones.Layer, change: Change) -> list[RemovableHandle]:
+def hook_attention(
+    layer: backbones.Layer, change: Change, *, summed: Callable[[Tensor], Tensor] | None = None, changes: bool = True
+) -> list[RemovableHandle]:
     """Let `change` replace the output of a layer's attention. Raises UnsupportedModelError where there is none.
 
     The output that it is given is the attention's whole one: with a bias that an engine leaves for its caller to add,
     without a residual.
+
+    Args:
+        layer: of the decoder.
+        change: see `Change`.
+        summed: where a rank's attention gives a part of the output, which the layer sums later: the sum over the ranks,
+            a new tensor, which each of them must ask for. None: it gives all of it.
+        changes: whether this rank's part takes what `change` makes of the sum; the others' stay as they are.
     """
     attention = layer.attention.module
     find, residual_at = _finder(attention), residual_position(attention)
+    if summed is not None and residual_at is not None:
+        raise UnsupportedModelError(f"{layer.where}: its attention is not summed over the ranks, and has a residual")
 
     def left(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         hidden, out = _pair(layer, module, find(args, kwargs), output)
         residual = residual_of(residual_at, args, kwargs)
         bias = output[1] if isinstance(output, tuple) and len(output) > 1 else None
+        whole = out if summed is None else summed(out)
+        if not changes:
+            return
         if residual is not None:
             bare = out - residual.reshape(out.shape)
         elif isinstance(bias, Tensor) and bias.dim() == 1:
-            bare = out + bias
+            bare = whole + bias
+        elif summed is not None:
+            bare = whole
         else:
             change(hidden, out)
             return

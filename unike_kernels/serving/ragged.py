@@ -19,6 +19,7 @@ from ..patching.install import entries_of, make_router, make_tables
 from ..retrieval import Retriever
 from .bank import EditBank
 from .repository import Version
+from .step_tables import StepTables
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,9 @@ class RaggedRuntime:
         retriever: makes the index of a layer's retrieval keys, see `patch`; None: what the memory's `search` says.
         own: the decoder layers that are computed here, where a pipeline's other stages compute the rest; None: all.
         device: where the model is.
+
+    Attributes:
+        graphs: what CUDA graphs of whole steps read; None before `for_graphs`.
 
     Raises:
         ValueError: a memory whose config needs more than flat tokens tell: alpha="last", retrieval="sequence",
@@ -88,6 +92,7 @@ class RaggedRuntime:
         self._bounds: Tensor | None = None
         self._routed = {True: 0, False: 0}
         self._memory_seconds = 0.0
+        self.graphs: StepTables | None = None
 
     @property
     def stats(self) -> dict[str, float]:
@@ -193,6 +198,37 @@ class RaggedRuntime:
             own[:, 0], own[:, 1] = entries.start, entries.stop
             start += share.tokens
         return bounds.to(self._device)
+
+    def for_graphs(self, tokens: int, requests: int, edits: int = 256, like: Edit | None = None) -> StepTables:
+        """Lay out what CUDA graphs of steps read, and let `write` write steps there.
+
+        Args:
+            tokens: of a step, at most, padding included.
+            requests: of a step, at most.
+            edits: that there is room for; no more stay resident when no request asks for them.
+            like: see `StepTables`.
+
+        Returns:
+            What computes in the place of this object in a pass that is captured.
+
+        Raises:
+            ValueError: a memory that is not searched exactly, which no graph holds.
+        """
+        if any(tables.retriever is not None for tables in self._tables.values()):
+            raise ValueError("memory: expected one that is searched exactly: no CUDA graph holds another search")
+        config = None if self.memory is None else self.memory.config
+        self._resident = min(self._resident, edits)
+        self.graphs = StepTables(
+            self.bank, self._tables, config, tokens=tokens, rows=2 * requests, edits=2 * edits + 1, like=like
+        )
+        return self.graphs
+
+    def write(self) -> bool:
+        """Write the step that `begin` has told of where graphs read it; see `StepTables.write`."""
+        bounds = self._bounds
+        if self._shifted and bounds is None:
+            bounds = next(iter(self._tables.values())).all
+        return self.graphs is not None and self.graphs.write(self._rows, self._tokens, bounds)
 
     @torch.no_grad()
     def warm_up(self, dtype: torch.dtype, tokens: Iterable[int] = (1, 8, 64, 512)) -> float:

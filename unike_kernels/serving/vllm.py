@@ -15,7 +15,9 @@ it clients are not told apart. A request names its edits in `SamplingParams(extr
 * In the engine's process it gets hold of those versions: what happens to the files later does not concern it.
 * In the worker the model's FFNs and attentions call two operators, opaque to torch.compile, which compute with what
   the runner said the step holds. A step without edits passes through them. They run between the pieces that CUDA graphs
-  replay, as vLLM's own attention does: a graph of a whole step would replay the edits of the one it was captured in.
+  replay, as vLLM's own attention does. In a graph of a whole step they compute with tables that stay where they are,
+  into which each step is written before its replay (`StepTables`), as vLLM's own LoRA does; a step that these have no
+  room for is computed without a graph.
 
 vLLM's second model runner is refused: its `execute_model` itself calls the model, or replays a graph of it. It would
 take a method around that call which is given the step's `input_batch`, as `_model_forward` of the first one is.
@@ -48,19 +50,23 @@ from ..artifacts.memory import MemoryBank
 from ..backbones import Part, configured_activation, find_decoder
 from ..config import ANNConfig
 from ..errors import UnsupportedModelError
+from ..ops import _workspace
 from .access import Access, anybody, headers, load_hook
 from .hooks import hook_attention, hook_ffn
 from .ragged import RaggedRuntime, RequestSlice, check_memory, in_force, remembers
-from .repository import MOST_EDITS, EditRepository, VersionPin, check_ids, check_most
+from .repository import MOST_EDITS, EditRepository, Version, VersionPin, check_ids, check_most
+from .step_tables import StepTables
 
 KEY = "unike"  # in additional_config, and of what the front-end tells the worker about a request
 _LAYERS = 4
 _SETTINGS = {"edits", "memory", "layers", "max_edits", "search", "authorize", "updating"}
+_ROOM = 256  # edits, in the tables of whole graphs
 _ON_ITS_WAY = 60.0  # seconds that a request may take from the front-end to the engine
 
 # --- the operators ----------------------------------------------------------------------------------------------------
 
-_step: RaggedRuntime | None = None  # whose step this process computes; None: vLLM tries the model out, or captures it
+# Whose step this process computes, or what a whole graph of one reads while vLLM tries the model out and captures it.
+_step: RaggedRuntime | StepTables | None = None
 _lib = torch.library.Library("unike_serving", "DEF")
 
 
@@ -89,14 +95,30 @@ _OPERATORS = ("unike_serving::ffn", "unike_serving::attention")
 @contextmanager
 def step(served: RaggedRuntime, shares: Sequence[RequestSlice]) -> Iterator[None]:
     """Inside, the operators compute for these requests; outside of any they leave what they get as it is."""
-    global _step
     served.begin(shares)
-    _step = served
+    try:
+        with _computing(served):
+            yield
+    finally:
+        served.end()
+
+
+@contextmanager
+def rehearsal(tables: StepTables) -> Iterator[None]:
+    """Inside, the operators compute as graphs of whole steps do, for nobody."""
+    tables.write((), (), None)
+    with _computing(tables):
+        yield
+
+
+@contextmanager
+def _computing(what: RaggedRuntime | StepTables) -> Iterator[None]:
+    global _step
+    _step = what
     try:
         yield
     finally:
         _step = None
-        served.end()
 
 
 # --- the model --------------------------------------------------------------------------------------------------------
@@ -112,8 +134,9 @@ def install(model: nn.Module, text: Any, served: RaggedRuntime, *, edits: bool, 
     """Let the decoder layers of a vLLM model call the operators.
 
     Where ranks share a layer's matrices, what they have computed is summed where its FFN and its attention end, mostly:
-    each rank adds the whole edit to the sum, and they stay equal. Where the layer sums its FFN itself (Falcon), the
-    first rank alone adds it, to its part.
+    each rank changes the sum, and they stay equal. Where the layer sums them itself (Falcon), the first rank alone does
+    so, by its part: an edit is added to that, and of an attention's output, which the memory shifts as a whole, the
+    ranks compute the sum once more.
 
     Args:
         model: as vLLM loads it, with the layers of its stage.
@@ -124,20 +147,17 @@ def install(model: nn.Module, text: Any, served: RaggedRuntime, *, edits: bool, 
         rank: the one of this process.
 
     Raises:
-        UnsupportedModelError: no such layers, or one that lacks a part, or that sums its attention itself where a
-            memory is to shift it: no rank has all of that attention's output then.
+        UnsupportedModelError: no such layers, or one that lacks a part, or that sums its attention itself with a
+            residual in it.
     """
     decoder = find_decoder(_language(model), text)
     places: dict[Part, list[int]] = {"ffn": served.bank.layers if edits else [], "attention": served.remembering}
     plan = [(decoder.layers[i], part) for part, at in places.items() if at for i in decoder.select(at, need=(part,))]
-    if ranks > 1:
-        for layer in (layer for layer, part in plan if part == "attention" and not _sums(layer.attention.module)):
-            raise UnsupportedModelError(
-                f"{layer.where}: its attention is not summed over the {ranks} ranks where it ends, as a memory needs it"
-            )
     for layer, part in plan:
         if part == "attention":
-            hook_attention(layer, _caller(part, layer.index))
+            apart = ranks > 1 and not _sums(layer.attention.module)
+            summed = _sum_over_ranks if apart else None
+            hook_attention(layer, _caller(part, layer.index), summed=summed, changes=rank == 0 or not apart)
         elif rank == 0 or _sums(layer.ffn[-1].module):
             hook_ffn(layer, _caller(part, layer.index))
 
@@ -156,6 +176,13 @@ def _embedding(model: Any) -> Callable[[Tensor], Tensor]:
 def _sums(part: nn.Module) -> bool:
     """Whether what ranks have computed of it is summed where it ends."""
     return all(getattr(each, "reduce_results", True) for each in (part, *part.children()))
+
+
+def _sum_over_ranks(part: Tensor) -> Tensor:
+    from vllm.distributed import tensor_model_parallel_all_reduce
+
+    total: Tensor = tensor_model_parallel_all_reduce(part.clone())  # which some do in place
+    return total
 
 
 def _caller(name: str, index: int) -> Callable[[Tensor, Tensor], None]:
@@ -291,12 +318,18 @@ def _wrap(owner: type, name: str, around: Callable[..., Any]) -> None:
 
 def _post_init(original: Callable[..., Any], self: Any) -> None:
     original(self)
-    if _configured(self) is not None:
-        _run_between_graphs(self)
+    settings = _configured(self)
+    if settings is not None:
+        _run_between_graphs(self, whole=not settings.get("search"))
 
 
-def _run_between_graphs(vllm_config: Any) -> None:
-    """Let the operators split what vLLM compiles, and no CUDA graph hold one of them."""
+def _run_between_graphs(vllm_config: Any, whole: bool) -> None:
+    """Let the operators split what vLLM compiles, and no CUDA graph of a piece hold one of them.
+
+    Args:
+        vllm_config: vLLM's.
+        whole: whether graphs of whole steps may hold them.
+    """
     from vllm.config import CompilationMode, CUDAGraphMode
     from vllm.logger import init_logger
 
@@ -307,14 +340,18 @@ def _run_between_graphs(vllm_config: Any) -> None:
     # What vLLM itself asks of PIECEWISE, which it has for no encoder-decoder.
     model = vllm_config.model_config
     pieces = split and config.is_attention_compiled_piecewise() and not (model is not None and model.is_encoder_decoder)
-    mode = CUDAGraphMode.PIECEWISE if pieces else CUDAGraphMode.NONE
-    if config.cudagraph_mode in (CUDAGraphMode.NONE, mode):
+    asked = config.cudagraph_mode or CUDAGraphMode.NONE
+    mode = asked if whole or asked == CUDAGraphMode.NONE else CUDAGraphMode.PIECEWISE
+    mode = mode if pieces else mode.without_piecewise()
+    if mode == asked:
         return
     init_logger("vllm.unike_kernels").info(
-        "additional_config.unike: cudagraph_mode %s in place of %s, whose graphs would replay the edits of the step "
-        "that they were captured in.",
+        "additional_config.unike: cudagraph_mode %s in place of %s: %s",
         mode,
-        config.cudagraph_mode,
+        asked,
+        "vLLM does not compile this model in pieces, between which edits would be computed"
+        if whole
+        else 'no graph of a whole step holds the approximate search of the memory that "search" asks for',
     )
     config.cudagraph_mode = mode
     if mode == CUDAGraphMode.NONE:  # as vLLM leaves them then
@@ -371,18 +408,25 @@ def _load_model(original: Callable[..., Any], self: Any, *args: Any, **kwargs: A
         if flat.routes and flat.layers:
             _check_embedding(model, self.device)
         install(model, text, flat, edits=served.folder is not None, ranks=ranks, rank=parallel.rank % ranks)
-        if self.device.type != "cpu":
-            _warm_up(flat, served, self.vllm_config.model_config.dtype)
+        first = _first_edit(served)  # which those to come resemble
+        if self.compilation_config.cudagraph_mode.has_full_cudagraphs():
+            requests = self.scheduler_config.max_num_seqs
+            tokens = self.compilation_config.max_cudagraph_capture_size
+            room = min(requests, _ROOM) if served.folder is not None else 0
+            flat.for_graphs(tokens, requests, room, like=None if first is None else first.edit)
+        if self.device.type != "cpu":  # before vLLM measures what room is left
+            if first is not None:
+                flat.hold(first)
+            flat.warm_up(self.vllm_config.model_config.dtype)
     return result
 
 
-def _warm_up(flat: RaggedRuntime, served: _Served, dtype: torch.dtype) -> None:
-    """Before vLLM measures what room is left: with the first edit of the folder, which those to come resemble."""
+def _first_edit(served: _Served) -> Version | None:
+    """Of the folder; None: it is empty, or has another error than those of requests."""
     folder = served.folder
-    if folder is not None and (ids := folder.ids()):
-        with contextlib.suppress(ValueError):  # an error of its requests, should there be any
-            flat.hold(folder.get(ids[0]))
-    flat.warm_up(dtype)
+    with contextlib.suppress(ValueError):  # an error of its requests, should there be any
+        return folder.get(folder.ids()[0]) if folder is not None and folder.ids() else None
+    return None
 
 
 def _supported(parallel: Any) -> None:
@@ -420,6 +464,36 @@ def _model_forward(original: Callable[..., Any], self: Any, *args: Any, **kwargs
         return original(self, *args, **kwargs)
     flat = served.flat()
     with step(flat, _shares(self, served, flat)):
+        _write_for_graph(flat)
+        return original(self, *args, **kwargs)
+
+
+def _write_for_graph(flat: RaggedRuntime) -> None:
+    """Before a graph of a whole step is replayed. What it has no room for is computed without one."""
+    from vllm.config import CUDAGraphMode
+    from vllm.forward_context import get_forward_context
+    from vllm.logger import init_logger
+
+    context = get_forward_context()
+    if context.cudagraph_runtime_mode == CUDAGraphMode.FULL and not flat.write():
+        context.cudagraph_runtime_mode = CUDAGraphMode.NONE
+        init_logger("vllm.unike_kernels").warning_once(
+            "additional_config.unike: more or larger edits at once than whole CUDA graphs have room for, or edits of "
+            "another dtype or with gates: such steps are computed without a graph. There is room for as many edits as "
+            "max_num_seqs, at most %s, like the first one of the folder when the server starts.",
+            _ROOM,
+        )
+
+
+def _dummy_run(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+    """In which vLLM measures, warms up and captures."""
+    served = _served(self.vllm_config)
+    tables = served.model.graphs if served is not None and served.model is not None else None
+    if tables is None:
+        return original(self, *args, **kwargs)
+    if self.device.type == "cuda":
+        _workspace.stock(self.device)  # a capture takes some
+    with rehearsal(tables):
         return original(self, *args, **kwargs)
 
 
@@ -480,4 +554,5 @@ def register() -> None:
     _wrap(GPUModelRunner, "load_model", _load_model)
     _wrap(CPUModelRunner, "load_model", _load_model)
     _wrap(GPUModelRunner, "_model_forward", _model_forward)
+    _wrap(GPUModelRunner, "_dummy_run", _dummy_run)
     WorkerBase.unike_stats = _stats

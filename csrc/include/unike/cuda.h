@@ -26,12 +26,14 @@ UNIKE_API unike_status unike_cuda_devices(int* count);
  * and scores NaN.
  * values: null, or [n, value_bytes] bytes; gathered: [m, k, value_bytes], row i of a query that of its i-th key, zeros
  * where it has none.
- * workspace: aligned to 64 bytes. Its first UNIKE_CUDA_STATE_BYTES are zero before its first call, and what a call leaves
- * in them is right for the next one, of any arguments; calls with one workspace come one after the other.
+ * state: UNIKE_CUDA_STATE_BYTES, aligned to as many, by which the blocks of a launch find one another. Zero before its
+ * first call; what a call leaves there is right for the next one, of any arguments. So a graph has nothing to zero.
+ * workspace: what it holds before is nothing to a call. Calls with one state, or with one workspace, come one after the
+ * other.
  * One kernel for up to 1024 queries, fewer where k is large and a launch's lists would exceed 128 MB. */
 UNIKE_API unike_status unike_cuda_cosine_topk(const unike_keys* keys, unike_rows queries, int64_t m, int64_t k,
                                               const int64_t* ranges, float* scores, int64_t* ids, const void* values,
-                                              int64_t value_bytes, void* gathered, void* workspace,
+                                              int64_t value_bytes, void* gathered, void* state, void* workspace,
                                               int64_t workspace_bytes, int device, void* stream);
 UNIKE_API int64_t unike_cuda_cosine_topk_workspace(const unike_keys* keys, int64_t m, int64_t k, int device);
 

@@ -21,7 +21,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from unike_kernels.ops import _triton, _workspace
+from unike_kernels.ops import _workspace
 
 _WAITING = {Tensor.tolist, Tensor.item, Tensor.numpy, Tensor.cpu, Tensor.__bool__, Tensor.__int__, Tensor.__float__}
 _WAITING |= {Tensor.__index__, Tensor.nonzero, torch.nonzero, torch.equal, torch.allclose}
@@ -120,7 +120,7 @@ def _capturing(session: Session, stream: int, launch: Callable[..., Any]) -> Ite
         on_stream(stream),
         mock.patch.object(_workspace, "capturing", return_value=True),
         mock.patch.object(_workspace, "kept", refuse),
-        mock.patch.object(_triton, "stock", refuse),
+        mock.patch.object(_workspace, "stock", refuse),
         mock.patch.object(session, "launch", launch),
     ):
         yield

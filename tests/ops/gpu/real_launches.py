@@ -32,7 +32,7 @@ D, F, R, K, N, NEURONS = 4096, 11008, 512, 40, 15_000, 10
 # What kernels have to themselves: scratch and counters, not the operands.
 SCRATCH = {
     "hidden", "extra", "everybody", "counters", "scratch", "scores", "know", "squares", "cosines", "units", "halves",
-    "estimates", "maxima", "thresholds", "found", "known",
+    "estimates", "maxima", "thresholds", "found", "known", "state",
     *(f"workspace.{part}" for part in harness.PARTS),
 }  # fmt: skip
 

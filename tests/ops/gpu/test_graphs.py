@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from backbones.zoo import ZOO, logits, model_of
+from configs import every_token
 from ops.gpu.graphs import STREAM, Graph, on_stream, overlaps, tensors
 from ops.test_patched_ffn import make_pool
 from ptxsim.triton_driver import InterpreterDriver
@@ -29,6 +30,7 @@ from unike_kernels.ops.latent_attention import blend_of
 from unike_kernels.ops.memory_attention import PreparedMemory
 from unike_kernels.ops.memory_attention import triton as memory_kernel
 from unike_kernels.ops.patched_ffn import FFNWeights, PreparedNeurons, api, fused_ffn
+from unike_kernels.serving import RaggedRuntime, RequestSlice, Version
 
 D, N = 160, 40  # several blocks, which meet
 SHARED = {"counters", "everybody", "scratch", "extra", "units", "found", "know", "squares"}  # of the workspace
@@ -37,7 +39,7 @@ SHARED = {"counters", "everybody", "scratch", "extra", "units", "found", "know",
 @pytest.fixture(autouse=True)
 def session(on_gpu):
     _triton._workspaces.clear()
-    _triton._spare.clear()
+    _workspace._spare.clear()
     with on_gpu() as session, torch.no_grad(), ops.backend("triton"):
         yield session
 
@@ -95,7 +97,7 @@ def loaded(compute, warm=True):
     compute(states())
     if not warm:
         _triton._workspaces.clear()
-        _triton._spare.clear()
+        _workspace._spare.clear()
 
 
 def same(found, wanted):
@@ -160,10 +162,10 @@ def test_what_a_graph_allocates_is_its_own(compute, session):
 
 
 def test_spare_counters_outlive_those_who_have_them(session, monkeypatch):
-    monkeypatch.setattr(_triton, "SPARE", 2)
+    monkeypatch.setattr(_workspace, "SPARE", 2)
     compute = Tables().beside
     compute(states())
-    (slab,) = {StorageWeakRef(t.untyped_storage()) for t in _triton._spare[torch.device("cpu")][:1]}
+    (slab,) = {StorageWeakRef(t.untyped_storage()) for t in _workspace._spare[torch.device("cpu")][:1]}
     graphs = [captured(session, compute) for _ in range(3)]
     zeroed = [graph.operators.count("zeros") for graph in graphs]
     assert zeroed == [0, 0, 1]
@@ -175,13 +177,13 @@ def test_spare_counters_outlive_those_who_have_them(session, monkeypatch):
 
 
 def test_there_are_spare_counters_again_after_a_restock(session, monkeypatch):
-    monkeypatch.setattr(_triton, "SPARE", 1)
+    monkeypatch.setattr(_workspace, "SPARE", 1)
     compute = Tables().beside
     compute(states())
     for _ in range(3):
         graph = captured(session, compute)
         assert "zeros" not in graph.operators
-        _triton.stock(torch.device("cpu"))
+        _workspace.stock(torch.device("cpu"))
 
 
 @pytest.mark.slow
@@ -270,6 +272,43 @@ def test_a_patched_model_is_captured_with_the_rows_of_a_pass_before(base, sessio
     assert not torch.allclose(found, before)
 
 
+@pytest.mark.slow
+def test_steps_of_an_engine_are_written_before_a_replay(session, make_model, make_memory, make_edit):
+    """Other requests, edits and uses of the memory, an edit that comes later, padding."""
+    model, layer, tokens = make_model("llama"), 2, 5
+    memory = make_memory(model, every_token(k=3, values="out", alpha=0.4), layers=(layer,))
+    runtime = RaggedRuntime([layer], 64, "silu", memory)
+    edits = [make_edit(model, name, memory, seed=seed, layers=(layer,)) for seed, name in enumerate("abc")]
+    for edit in edits[:2]:
+        runtime.hold(Version(edit.id, edit))
+    tables = runtime.for_graphs(tokens, 3, edits=4, like=edits[0])
+    x, base = torch.randn(2, tokens, 64)
+
+    def compute(of=tables):
+        of.ffn(layer, x, ffn := base.clone())
+        of.attention(layer, x, attention := base.clone())
+        return ffn, attention
+
+    compute()
+    graph = Graph(session, compute)
+    assert len(graph.launches) == 2 and not {"zeros", "zero_"} & {*graph.operators}
+    for shares in (
+        [RequestSlice(2, ("a",)), RequestSlice(3, ("b", "a"), memory=False)],
+        [RequestSlice(1), RequestSlice(1, ("c",)), RequestSlice(2, ("b",), memory=False)],
+        [],
+        [RequestSlice(5, ("c",))],
+    ):
+        x.normal_()
+        if ("c",) in [share.edits for share in shares] and "c" not in runtime.bank:
+            runtime.hold(Version("c", edits[2]))
+        runtime.begin(shares)
+        assert runtime.write()
+        wanted = compute(runtime)
+        runtime.end()
+        for one, other in zip(graph.replay(), wanted, strict=True):
+            torch.testing.assert_close(one, other)
+
+
 def test_rows_of_a_scope_come_from_the_host_once(session, make_model, make_edit):
     """Of a selection that acts whatever a router would decide."""
     rows, row_of_each, bounds = (("a",), ()), torch.tensor([0, 1, 1]), torch.tensor([[0, 9]])
@@ -340,38 +379,55 @@ def test_the_former_scratch_is_let_go_before_the_next_is_asked_for(session):
 
 
 def test_memory_of_the_cuda_search(session):
-    """Its state is zero in whatever memory it gets, which grows by half at least, one piece at a time."""
+    """Its state is zero at first, and stays where it is; the rest grows by half at least, one piece at a time."""
     device, sizes = torch.device("cpu"), []
     cuda._of_stream.cache_clear()
     workspace = cuda.workspace_of(device, 3)
     assert cuda.workspace_of(device, 3) is workspace is not cuda.workspace_of(device, 4)
+    state = workspace.state
+    assert state.nbytes >= 64 and not state.any()
+    state.fill_(5)  # as a launch leaves it
     for size in range(64, 20_000, 64):
         former = StorageWeakRef(workspace._memory.untyped_storage())
         before = workspace._memory.numel()
         session.forget()
         memory = workspace.sized(size)
-        assert memory.numel() >= size and not memory[:64].any()
+        assert memory.numel() >= size
         if memory.numel() != before:
             sizes.append(memory.numel())
             assert former.expired()
-        memory[64:] = 1
+        memory.fill_(1)
         del memory
     assert len(sizes) <= 16 and sizes[-1] <= 30_000
     assert workspace.sized(64) is workspace.sized(20_000)
+    assert workspace.state is state and (state == 5).all()
 
 
-def test_memory_of_a_cuda_search_in_a_graph(session):
-    """Of it alone; a node of the graph zeroes its state."""
+@pytest.mark.parametrize("warm", [True, False])
+def test_memory_of_a_cuda_search_in_a_graph(warm, session):
+    """Of it alone; a node of the graph zeroes its state where there is no spare one, and nothing else."""
     device = torch.device("cpu")
     cuda._of_stream.cache_clear()
-    graphs = [Graph(session, lambda: cuda.workspace_of(device, STREAM).sized(1000)) for _ in range(2)]
-    assert graphs[0].operators == ["zero_"]
+    if warm:
+        cuda.workspace_of(device, STREAM)
+
+    def parts():
+        workspace = cuda.workspace_of(device, STREAM)
+        return workspace.state, workspace.sized(1000)
+
+    graphs = [Graph(session, parts) for _ in range(2)]
+    for graph in graphs:
+        assert graph.operators == ([] if warm else ["zeros"])
+    if warm:
+        assert not any(graph.result[0].any() for graph in graphs)
     for graph in (graphs[1], graphs[0], graphs[1]):
-        graph.result.fill_(7)
-        (memory,) = graph.replay()
-        assert not memory[:64].any() and memory[64:].all()
-    assert cuda._of_stream.cache_info().currsize == 0
-    assert graphs[0].result.data_ptr() != graphs[1].result.data_ptr()
+        for t in graph.result:
+            t.fill_(7)
+        state, memory = graph.replay()
+        assert state.any() == warm and memory.all()
+    assert cuda._of_stream.cache_info().currsize == warm
+    addresses = {t.data_ptr() for graph in graphs for t in graph.result}
+    assert len(addresses | {cuda._of_stream(device, STREAM).state.data_ptr()}) == 5
 
 
 def test_memory_that_is_kept_is_of_no_pool(monkeypatch):

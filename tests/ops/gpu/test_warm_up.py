@@ -18,7 +18,7 @@ import unike_kernels as uk
 from unike_kernels import ops
 from unike_kernels.nn import patched_ffn
 from unike_kernels.nn.layer_edits import csr
-from unike_kernels.ops import _triton
+from unike_kernels.ops import _triton, _workspace
 from unike_kernels.ops.latent_attention import blend_of
 from unike_kernels.ops.memory_attention import triton as memory
 from unike_kernels.ops.patched_ffn import FUSED_TOKENS, FFNWeights
@@ -123,11 +123,11 @@ def test_a_scope_is_compiled_for(compiled, make_edit, make_memory):
 def test_there_are_counters_for_graphs_behind_it(compiled, make_edit, make_memory):
     device = torch.device("cpu")
     model = patched(make_edit, make_memory, None)
-    _triton._spare.pop(device, None)
+    _workspace._spare.pop(device, None)
     uk.warm_up(model, (1,))
-    del _triton._spare[device][3:]
+    del _workspace._spare[device][3:]
     uk.warm_up(model, (1,))
-    assert len(_triton._spare[device]) == _triton.SPARE
+    assert len(_workspace._spare[device]) == _workspace.SPARE
 
 
 @pytest.mark.parametrize("base", ["vendor", pytest.param("fused", marks=pytest.mark.slow)])

@@ -26,11 +26,14 @@ def missing() -> str | None:
 
 
 class SearchWorkspace:
-    """Memory of a device for searches that come one after another: those of one stream, or one alone in a graph."""
+    """Memory of a device for searches that come one after another: those of one stream, or one alone in a graph.
 
-    _STATE = 64  # bytes, UNIKE_CUDA_STATE_BYTES: zero at first
+    Attributes:
+        state: of their launches, zero at first (csrc/include/unike/cuda.h).
+    """
 
     def __init__(self, device: torch.device) -> None:
+        self.state = _workspace.counters(device)
         self._device, self._memory = device, torch.empty(0, dtype=torch.uint8, device=device)
 
     def sized(self, size: int) -> Tensor:
@@ -39,7 +42,6 @@ class SearchWorkspace:
         if before < size:
             self._memory = self._memory.new_empty(0, dtype=torch.uint8)  # first: the two of them need not fit
             self._memory = self._allocated(_workspace.grown(size, before))
-            self._memory[: self._STATE].zero_()
         return self._memory
 
     def _allocated(self, size: int) -> Tensor:
@@ -51,12 +53,12 @@ class SearchWorkspace:
 
 @functools.lru_cache(maxsize=64)
 def _of_stream(device: torch.device, stream: int) -> SearchWorkspace:
+    _workspace.stock(device)
     return SearchWorkspace(device)
 
 
 def workspace_of(device: torch.device, stream: int) -> SearchWorkspace:
-    """That of a stream, the current one of the device; of the next search alone in a capture, where its state is
-    zeroed by a node of the graph."""
+    """That of a stream, the current one of the device; of the next search alone in a capture."""
     return SearchWorkspace(device) if _workspace.capturing(device) else _of_stream(device, stream)
 
 
@@ -111,8 +113,8 @@ def search(
     memory = workspace.sized(_native.core().cuda_cosine_topk_workspace(keys, m, k, device.index))
     _native.core().cuda_cosine_topk(
         keys, _native.rows(queries), m, k, _native.address(ranges), scores.data_ptr(), ids.data_ptr(),
-        _native.address(values), value_bytes, _native.address(gathered), memory.data_ptr(), memory.numel(),
-        device.index, stream,
+        _native.address(values), value_bytes, _native.address(gathered), workspace.state.data_ptr(),
+        memory.data_ptr(), memory.numel(), device.index, stream,
     )  # fmt: skip
     return scores, ids, gathered
 
