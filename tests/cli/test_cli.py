@@ -69,9 +69,9 @@ def test_the_demo_from_end_to_end(tmp_path):
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
     assert "the edit holds" in run.stdout
     assert "loaded in a fresh process: the same answers" in run.stdout
-    written = {"digits-opt-edit.safetensors", "digits-opt-memory.safetensors", "demo.html"}
+    written = {"digits-opt-edit.safetensors", "digits-opt-memory.safetensors", "demo.html", "demo.png", "explain.png"}
     assert {p.name for p in tmp_path.iterdir()} == written
-    assert f"all of it in a page: {tmp_path / 'demo.html'}" in run.stdout
+    assert f"all of it in a page: {tmp_path / 'demo.html'}, with pictures beside it" in run.stdout
     told = Page((tmp_path / "demo.html").read_text(encoding="utf-8"))
     assert len(told.images) == 1 and "question: which number comes next ? answer:" in told.text
     assert ", not " in told.text  # what an entry says
