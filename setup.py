@@ -26,10 +26,12 @@ import tempfile
 from pathlib import Path
 from typing import ClassVar
 
+import setuptools
 from setuptools import Command, Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+TOOLS = 'python3 -m pip install "setuptools>=77" ninja'  # which pip brings along for `pip install .`
 ISA_FOLDER = Path("csrc/cpu/isa")
 CXX_FLAGS = shlex.split(
     # No contraction: the canonical arithmetic must not depend on what a compiler chooses to fuse.
@@ -192,7 +194,10 @@ def compile_flags(source: Path, toolkit: Cuda | None) -> list[str]:
 
 def link(sources: list[str], target: Path, build_dir: Path, *flags: str) -> None:
     """Compiles the sources and links them into one shared object, in one ninja run: in parallel, only what changed."""
-    from ninja.ninja_syntax import Writer
+    try:
+        from ninja.ninja_syntax import Writer
+    except ImportError:
+        raise SystemExit(f"setup.py needs ninja, which this Python does not have: {TOOLS}") from None
 
     toolkit, why_not = cuda()
     kernels = f"without CUDA kernels ({why_not})"
@@ -283,6 +288,8 @@ PACKAGE_FILES = {
     "unike-config-version.cmake": "cmake/unike",
 }
 
+if int(setuptools.__version__.partition(".")[0]) < 77:  # which cannot read pyproject.toml, and does not say why
+    raise SystemExit(f"setup.py needs setuptools 77, here is {setuptools.__version__}: {TOOLS}")
 cuda()  # what it refuses it refuses at once
 setup(
     ext_modules=[Extension("unike_kernels._C", find_sources("csrc", "python/src"))] if native() else [],

@@ -17,6 +17,10 @@ import pytest
 import torch
 from configs import every_token
 from PIL import Image
+from unike_bench.harness.measure import Row
+from unike_bench.harness.timing import Spread
+from unike_bench.report.plots import plots
+from unike_bench.report.report import Report
 from unike_eval.demo_page import Change, demo_page
 
 import unike_kernels as uk
@@ -97,6 +101,39 @@ def test_what_the_demo_shows(trace, tmp_path, width):
     assert overflowing(html, tmp_path, width) == []
     if width == WIDTHS[0]:
         assert shades(html, tmp_path) > 50  # text, bars and a picture of noise
+
+
+def measured(system, role, tokens, milliseconds, **more):
+    """A row with all that a row can say."""
+    title = f"memory attention: retrieval of k=40 from N=15000, attention, gate and blend, d=4096, T={tokens}"
+    seconds = tuple(milliseconds * 1e-3 * (1 + i / 10) for i in range(25))
+    return Row(
+        "ffn", f"ffn-T{tokens}", title, {"d": 4096, "T": tokens, "layers": 4}, system, role, seconds,
+        speedup=Spread(10.25, 11.5, 12.75), against="eager, concatenated once", bound=5e-4, read=5e-4, reached=0.25,
+        host=1e-5, graph=True, **more,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_what_the_benchmark_shows(tmp_path, width):
+    more = {"over": Spread(0.98, 1.02, 1.05), "added": 4e-3, "recall": 0.9999}
+    rows = [
+        row
+        for tokens in (1, 16, 128)
+        for row in (
+            measured("unike patched_ffn", "ours", tokens, 43.9, **more),
+            measured("unpatched", "base", tokens, 40.1),
+            measured("eager, concatenated per call", "peer", tokens, 90.0, **more),
+        )
+    ]
+    failed = dataclasses.replace(rows[0], case="failed", seconds=(), failure=f"AssertionError: {LONG}")
+    report = Report([*rows, failed], {"CPU": LONG}, ["faiss is not installed: its rows left out"])
+    html = report.html(plots(rows))
+    assert overflowing(html, tmp_path, width) == []
+    for what in ("p50", "p95", "p99", "over unpatched", "+2.0%", "Throughput: ", "Time over the unpatched"):
+        assert what in html, what
+    if width == WIDTHS[0]:
+        assert shades(html, tmp_path) > 50  # text, and plots
 
 
 def test_what_does_not_fit_is_found(tmp_path):

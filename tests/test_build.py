@@ -129,6 +129,19 @@ def test_a_wheel_of_python_alone(settings, tmp_path):
     assert (wanted in said) == ("CXX" in settings)
 
 
+@pytest.mark.parametrize(
+    ("lacks", "told"),
+    [
+        ("import setuptools; setuptools.__version__ = '65.5.0'", "setuptools 77, here is 65.5.0"),
+        ("import sys; sys.modules['ninja'] = None", "ninja, which this Python does not have"),
+    ],
+)
+def test_a_python_without_the_tools(lacks, told, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(lacks)
+    status, said = Machine(tmp_path).build("build_core", "--output", str(tmp_path / "core"), PYTHONPATH=str(tmp_path))
+    assert status and said.strip() == f'setup.py needs {told}: python3 -m pip install "setuptools>=77" ninja'
+
+
 def test_what_is_refused(tmp_path):
     machine = Machine(tmp_path)
     for settings, message in (

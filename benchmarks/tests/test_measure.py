@@ -44,8 +44,9 @@ def test_what_is_added_to_the_base_and_its_bound(measured):
     rows = measured(systems, read=0.25, multiplying=0.5, over="plain")
     ours = rows["patched"]
     assert (ours.added, ours.read, ours.bound, ours.reached) == (1.0, 0.25, 0.5, 0.5)
-    assert (ours.speedup, ours.against) == (Spread(0.8, 0.8, 0.8), "plain")
-    assert rows["plain"].added is None
+    assert (ours.speedup, ours.against) == (None, None)  # which there is no peer for
+    assert ours.over == Spread(1.25, 1.25, 1.25)
+    assert (rows["plain"].added, rows["plain"].over, rows["plain"].speedup) == (None, None, Spread(0.8, 0.8, 0.8))
     whole = measured(systems, read=2.0, multiplying=0.5)["patched"]
     assert (whole.bound, whole.reached) == (2.0, 0.4)
 

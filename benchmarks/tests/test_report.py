@@ -19,7 +19,7 @@ def test_markdown(rows):
     assert [line["case"] for line in summary] == ["a retrieval", "a decode", "an FFN"]
     assert numbers(summary[0]["ours"]) == [2e-3]
     assert [line["system"] for table in details for line in table] == [row.system for row in rows]
-    assert "other | ids" in details[0][2]["time"]  # a bar inside of a cell
+    assert "other | ids" in details[0][2]["p50"]  # a bar inside of a cell
 
 
 def test_html_is_complete_in_itself(rows):
@@ -31,7 +31,8 @@ def test_html_is_complete_in_itself(rows):
     assert base64.b64decode(image["src"].partition("base64,")[2]) == b"PNG"
     assert "http" not in text
     # In the summary, and a line of each case.
-    assert [line.get("class") for line in page.named("tr")].count("failed") == 3
+    assert [part.get("class") for part in page.named("span")].count("failed") == 3
+    assert "2\N{NO-BREAK SPACE}ms" in page.text  # a number is not parted from its unit
 
 
 def test_changes_and_growth_come_where_there_are_any(rows, make_row):

@@ -54,13 +54,14 @@ def test_the_figures_are_pytest_benchmarks(make_row):
 
 def test_what_a_row_says_beside_its_times(file):
     document = json.loads(file.read_text())
-    first, second, _ = document["benchmarks"]
+    first, second, third = document["benchmarks"]
     assert first["extra_info"] == {
         "op": "retrieval", "N": 9, "system": "unike int8", "role": "ours", "speedup": 2.5,
         "speedup_quartiles": [2.0, 3.0], "against": "faiss flat", "read": 5e-4, "bound": 1e-3, "reached": 0.5,
         "checked": True,
     }  # fmt: skip
     assert second["extra_info"]["recall"] == 0.999
+    assert third["extra_info"]["over_base"] == 1.25 and third["extra_info"]["over_base_quartiles"] == [0.99, 1.3]
     assert document["failed"] == {
         "retrieval-N9-torch": "AssertionError: other | ids",
         "ffn-d8-unike ffn": "AssertionError: off by one",

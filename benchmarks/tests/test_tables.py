@@ -20,12 +20,22 @@ def test_summary_has_a_line_for_each_case(rows):
     retrieval, decode, ffn = records(table.header, table.cells)
     assert [line["case"] for line in (retrieval, decode, ffn)] == ["a retrieval", "a decode", "an FFN"]
     assert numbers(retrieval["ours"]) == [2e-3]
-    assert numbers(retrieval["ours is faster"]) == [2.5, 2.0, 3.0]
-    assert "faiss flat" in retrieval[""]
+    assert numbers(retrieval["p95"]) == [pytest.approx(2.9e-3)] and numbers(retrieval["p99"]) == [
+        pytest.approx(2.98e-3)
+    ]
+    assert numbers(retrieval["beside others"]) == [2.5, 2.0, 3.0]
+    assert retrieval["beside others"].endswith(" times as fast as faiss flat")
     assert (numbers(retrieval["bound"]), numbers(retrieval["reached"])) == ([1e-3], [0.5])
-    assert (numbers(decode["ours"]), decode["ours is faster"]) == ([0.02], "")
+    assert (numbers(decode["ours"]), decode["beside others"]) == ([0.02], "")
+    assert numbers(decode["over unpatched"]) == [pytest.approx(0.25), pytest.approx(-0.01), pytest.approx(0.3)]
     assert "off by one" in ffn["ours"]
-    assert not any(ffn[name] for name in ("ours is faster", "bound", "reached"))
+    assert not any(ffn[name] for name in ("p95", "over unpatched", "beside others", "bound", "reached"))
+
+
+def test_the_summary_says_how_many_rounds_there_were(make_row):
+    few, more = make_row(), make_row(seconds=range(1, 12), case="other")
+    assert "median of the rounds, 3 of each" in tables.summary([few]).note
+    assert "median of the rounds, 3 to 11 of each" in tables.summary([few, more]).note
 
 
 def test_details_have_a_line_for_each_system(rows):
@@ -33,10 +43,11 @@ def test_details_have_a_line_for_each_system(rows):
     ours, faiss, torch = records(retrieval.header, retrieval.cells)
     assert retrieval.title == "a retrieval"
     assert [line["system"] for line in (ours, faiss, torch)] == ["unike int8", "faiss flat", "torch"]
-    assert (numbers(ours["IQR"]), numbers(faiss["IQR"])) == ([pytest.approx(5e-4)], [0.0])
+    assert (numbers(ours["p50"]), numbers(ours["p99"])) == ([2e-3], [pytest.approx(2.98e-3)])
+    assert faiss["beside others"].startswith("takes 2.50 ") and faiss["beside others"].endswith(" of unike int8")
     assert (ours["recall"], numbers(faiss["recall"])) == ("", [0.999])
-    assert "other | ids" in torch["time"]
-    assert not any(torch[name] for name in torch if name not in ("system", "time"))
+    assert "other | ids" in torch["p50"]
+    assert not any(torch[name] for name in torch if name not in ("system", "p50"))
     (patched,) = records(decode.header, decode.cells)
     figures = {"tokens/s": 50.0, "added": 4e-3, "added per layer": 1e-3, "bound": 2e-3, "bound per layer": 5e-4}
     assert {name: numbers(patched[name]) for name in figures} == {name: [value] for name, value in figures.items()}

@@ -1,13 +1,18 @@
 """Interleaved rounds on a clock that only the calls advance."""
 
 import pytest
-from unike_bench.harness.timing import Spread, interleave, ratio, spread
+from unike_bench.harness.timing import Spread, interleave, percentiles, ratio, spread
 
 
 def test_quartiles_are_interpolated():
     assert spread([4.0, 1.0, 2.0, 3.0]) == Spread(1.75, 2.5, 3.25)
     assert spread([1.0, 3.0]) == Spread(1.5, 2.0, 2.5)
     assert spread([4.0, 1.0, 2.0, 3.0]).iqr == 1.5
+
+
+def test_percentiles_are_interpolated():
+    assert percentiles(range(101)) == (95, 99)
+    assert percentiles([2.0, 1.0]) == (pytest.approx(1.95), pytest.approx(1.99))
 
 
 def test_ratios_are_those_of_each_round():

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import base64
 import io
+import itertools
 
 import numpy as np
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from pages import Page
 from PIL import Image
 from unike_eval.demo_page import Change, demo_page, picture
+from unike_eval.demo_picture import demo_picture, described
 
 from unike_kernels.nn import Trace
 from unike_kernels.training import Sample
@@ -59,3 +62,36 @@ def test_the_picture(shape):
         pixels = torch.from_numpy(np.array(seen)).view(5, 4, -1)
     want = image.view(-1, 5, 4).permute(1, 2, 0) * 255
     assert (pixels - want).abs().max() <= 0.5
+
+
+def test_the_pictures_of_all_changes():
+    """Each with its question and answers; what changed is told from what did not. Text alone is left out."""
+    images = [torch.rand(4, 5), torch.rand(3, 4, 5), *(torch.rand(2, 2) for _ in range(3))]
+    changes = [
+        Change("the edit", "what ?", "ten", "four", images[0]),
+        Change("elsewhere", "which ? " * 20, "$one_1$", "$one_1$", images[1]),
+        *(Change("more", f"p{i}", "a", "b", image) for i, image in enumerate(images[2:])),
+        Change("text", "q", "a", "a"),
+    ]
+    figure = demo_picture(changes)
+    FigureCanvasAgg(figure).draw()
+    assert len(figure.axes) == 5
+    for place, image in zip(figure.axes, images, strict=True):
+        wanted = image if image.dim() == 2 else image.permute(1, 2, 0)
+        torch.testing.assert_close(torch.tensor(np.array(place.images[0].get_array())), wanted)
+    told = [(place.get_title("left"), place.get_xlabel()) for place in figure.axes]
+    assert told[0] == ("the edit\n\nwhat ?", "ten → four") and told[1][1] == "$one_1$, as before"
+    assert told[1][0].count("which ?") == 20
+    changed, same = (place.xaxis.label.get_color() for place in figure.axes[:2])
+    assert changed != same
+    # No text lies over another or over a picture, or outside.
+    texts = [text for place in figure.axes for text in (place._left_title, place.xaxis.label)]
+    boxes = [part.get_window_extent() for part in (*texts, *(place.images[0] for place in figure.axes))]
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+    assert all(figure.bbox.fully_containsx(x) and figure.bbox.fully_containsy(y) for b in boxes for x, y in b.corners())
+    assert described(changes[:2] + changes[-1:]).splitlines() == [
+        "the edit: what ? ten -> four",
+        f"elsewhere: {'which ? ' * 20} $one_1$ -> $one_1$",
+    ]
+    with pytest.raises(ValueError, match="changes: expected some about pictures"):
+        demo_picture(changes[-1:])

@@ -9,6 +9,7 @@ import sys
 import time
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,7 +23,9 @@ from unike_kernels.training.samples import encode, forward, prompt_lengths_for
 
 from . import PROTOCOLS, answers, measure_latency, observe_case, score
 from .demo_page import Change, demo_page
+from .demo_picture import demo_picture, described
 from .scenarios import Scenario, load
+from .terminal import blocks, shows_pictures
 
 _SHOWN = {
     "reliability": "the edit",
@@ -71,7 +74,7 @@ def show(name: str, out: Path, *, seed: int = 0, reload: bool = False) -> int:
         return 0
 
     started = time.monotonic()
-    print(f"== {name}: {scenario.case.request.prompt!r} should be answered {scenario.case.request.answer!r}")
+    introduce(name, scenario)
     triplets = scenario.triplets()
     print(f"memory of {len(triplets)} answers that the model gets wrong (of {len(scenario.knowledge)} questions asked)")
     before = _answers(scenario), observe_case(scenario.model, scenario.processor, scenario.case)
@@ -108,7 +111,11 @@ def show(name: str, out: Path, *, seed: int = 0, reload: bool = False) -> int:
 
     told = [str(part) for part in (result, result.edit, made.memory)]
     files.write_text(out / "demo.html", demo_page(name, scenario.case.request, changes, told, scores, trace))
-    print(f"all of it in a page: {out / 'demo.html'}")
+    asked = trace.said(0, 0, range(trace.shapes[0][1]))
+    _save(trace.plot(), out / "explain.png", f"for each layer and token of {asked!r}: the gate, the shift, the neurons")
+    if scenario.case.request.image is not None:
+        _save(demo_picture(changes), out / "demo.png", described(changes))
+    print(f"all of it in a page: {out / 'demo.html'}, with pictures beside it")
 
     command = [sys.executable, "-m", "unike_kernels", "demo", "--reload", "--model", name, "--out", str(out)]
     fresh = subprocess.run(command, capture_output=True, text=True)
@@ -117,6 +124,19 @@ def show(name: str, out: Path, *, seed: int = 0, reload: bool = False) -> int:
     reached = scores["unike"]["reliability"] == 1.0
     print(f"done in {time.monotonic() - started:.0f} s; the edit {'holds' if reached else 'FAILED'}")
     return 0 if same and reached else 1
+
+
+def introduce(name: str, scenario: Scenario) -> None:
+    """Print what will be edited, on a terminal with its picture."""
+    request = scenario.case.request
+    if request.image is not None and shows_pictures():
+        print(blocks(request.image))
+    print(f"== {name}: {request.prompt!r} should be answered {request.answer!r}")
+
+
+def _save(figure: Any, file: Path, said: str) -> None:
+    """As a PNG that holds what it shows in words, too."""
+    figure.savefig(file, dpi=100, metadata={"Description": said})
 
 
 def _answers(scenario: Scenario) -> dict[str, list[str]]:
@@ -140,7 +160,7 @@ def _explained(scenario: Scenario) -> Trace:
 def _changes(scenario: Scenario, before: dict[str, list[str]], after: dict[str, list[str]]) -> list[Change]:
     """What became of the answers, each in a line."""
     return [
-        Change(_SHOWN[metric], sample.prompt, *(" ".join(text.split()) for text in (old, new)))
+        Change(_SHOWN[metric], sample.prompt, " ".join(old.split()), " ".join(new.split()), sample.image)
         for metric, samples in scenario.case.groups().items()
         if samples
         for sample, old, new in zip(samples, before[metric], after[metric], strict=False)
@@ -150,5 +170,5 @@ def _changes(scenario: Scenario, before: dict[str, list[str]], after: dict[str, 
 def _print_changes(changes: list[Change]) -> None:
     for group, own in groupby(changes, lambda change: change.group):
         print(f"{group}:")
-        for _, prompt, old, new in own:
+        for _, prompt, old, new, _ in own:
             print(f"  {prompt:50.50s}  {old:24.24s} -> {new:.24s}")

@@ -24,12 +24,14 @@ class Change(NamedTuple):
         group: what the prompt is to the edit, in words.
         prompt: what was asked.
         before, after: what the model said.
+        image: that it was asked about, a tensor in 0..1, [H, W] or [3, H, W]; None: there was none.
     """
 
     group: str
     prompt: str
     before: str
     after: str
+    image: Tensor | None = None
 
 
 def demo_page(
@@ -58,7 +60,9 @@ def demo_page(
     ]
     return page(
         f"unike demo: {name}",
-        asked if request.image is None else f'<p><img src="{picture(request.image)}" alt="the picture"></p>{asked}',
+        asked
+        if request.image is None
+        else f'<p><img class="pixels" src="{picture(request.image)}" alt="the picture"></p>{asked}',
         "<h2>Before and after</h2>",
         table(["prompt", "before", "after"], _rows(changes)),
         "<h2>The edit</h2>",

@@ -1,5 +1,6 @@
 """The command `unike`."""
 
+import inspect
 import json
 import subprocess
 import sys
@@ -33,6 +34,25 @@ def test_a_command_line_that_is_not_understood(capsys, arguments, message):
         main(arguments)
     assert exit_.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_what_the_server_is_told(tmp_path, monkeypatch):
+    """Each option is one that transformers' server has."""
+    from transformers.cli.serve import Serve
+
+    from unike_kernels.serving import transformers as server
+
+    asked = []
+    monkeypatch.setattr(server, "serve", lambda *args, **options: asked.append((args, options)))
+    given = {"host": "a", "port": "1", "device": "cpu", "dtype": "bfloat16", "log-level": "info"}
+    words = [word for name, value in given.items() for word in (f"--{name}", value)]
+    assert main(["serve", "--edits", str(tmp_path), *words, "--continuous-batching", "--max-edits", "2"]) == 0
+    ((args, options),) = asked
+    assert args == (tmp_path, None) and options.pop("max_edits") == 2
+    assert options == {
+        "host": "a", "port": 1, "device": "cpu", "dtype": "bfloat16", "log_level": "info", "continuous_batching": True,
+    }  # fmt: skip
+    assert set(options) <= set(inspect.signature(Serve.__init__).parameters)
 
 
 def test_reload_without_artifacts(capsys, tmp_path):
@@ -69,9 +89,9 @@ def test_the_demo_from_end_to_end(tmp_path):
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
     assert "the edit holds" in run.stdout
     assert "loaded in a fresh process: the same answers" in run.stdout
-    written = {"digits-opt-edit.safetensors", "digits-opt-memory.safetensors", "demo.html"}
+    written = {"digits-opt-edit.safetensors", "digits-opt-memory.safetensors", "demo.html", "demo.png", "explain.png"}
     assert {p.name for p in tmp_path.iterdir()} == written
-    assert f"all of it in a page: {tmp_path / 'demo.html'}" in run.stdout
+    assert f"all of it in a page: {tmp_path / 'demo.html'}, with pictures beside it" in run.stdout
     told = Page((tmp_path / "demo.html").read_text(encoding="utf-8"))
     assert len(told.images) == 1 and "question: which number comes next ? answer:" in told.text
     assert ", not " in told.text  # what an entry says

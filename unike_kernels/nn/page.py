@@ -27,7 +27,8 @@ _STYLE = """
   font: 15px/1.5 system-ui, sans-serif; max-width: 75em; margin: 0 auto; padding: 1em; overflow-wrap: anywhere; }
 .unike h1 { font-size: 1.5em; } .unike h2 { font-size: 1.2em; } .unike h3 { font-size: 1em; margin: 1.2em 0 .3em; }
 .unike summary { cursor: pointer; padding: .4em 0; font-weight: 600; }
-.unike img { max-width: 16em; width: 100%; image-rendering: pixelated; border: 1px solid var(--line); }
+.unike img { max-width: 100%; }
+.unike img.pixels { max-width: 16em; width: 100%; image-rendering: pixelated; border: 1px solid var(--line); }
 .unike table { border-collapse: collapse; table-layout: fixed; width: 100%; }
 .unike th, .unike td { text-align: left; vertical-align: top; padding: .3em .5em; }
 .unike tr { border-bottom: 1px solid var(--line); }
@@ -36,7 +37,7 @@ _STYLE = """
 .unike td { font-variant-numeric: tabular-nums; }
 .unike ol { list-style: none; margin: 0; padding: 0; }
 .unike code { background: var(--tint); border-radius: .2em; padding: 0 .2em; white-space: pre-wrap; }
-.unike .soft { color: var(--soft); }
+.unike .soft { color: var(--soft); } .unike .failed { color: var(--idle); }
 .unike .route { border-left: .3em solid var(--idle); background: var(--tint); padding: .4em .8em; margin: .4em 0; }
 .unike .acts { border-color: var(--acts); }
 .unike .part { display: inline-block; width: 100%; height: .3em; background: var(--tint); }

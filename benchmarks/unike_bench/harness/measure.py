@@ -26,9 +26,10 @@ class Row:
         op, case, title, shape: of the case; `case` is its name.
         system, role: see `System`.
         seconds: of a call, one for each round; empty where the check failed.
-        speedup: how many times faster ours is, over the rounds. A row of ours: than the fastest peer, or than the base
-            where there is no peer; another row: ours, the first, than it. None where either of the two failed.
+        speedup: how many times faster ours is, over the rounds. A row of ours: than the fastest peer; another row:
+            ours, the first, than it. None where there is no peer, or either of the two failed.
         against: the other one of the two.
+        over: how many times as long as the base, over the rounds.
         added: seconds more than the base, the median over the rounds.
         read: seconds that reading what it must read takes.
         bound: the same, or what its multiply-adds take if that is longer.
@@ -48,6 +49,7 @@ class Row:
     seconds: tuple[float, ...] = ()
     speedup: Spread | None = None
     against: str | None = None
+    over: Spread | None = None
     added: float | None = None
     read: float | None = None
     bound: float | None = None
@@ -153,9 +155,10 @@ def _compared(row: Row, case: Case, times: Mapping[str, list[float]]) -> Row:
     roles = {name: system.role for name, system in case.systems.items() if name in times}
     peers, bases = ([name for name, role in roles.items() if role == wanted] for wanted in ("peer", "base"))
     if bases and row.role != "base":
-        row = replace(row, added=statistics.median(_differences(row.seconds, times[bases[0]])))
+        base = times[bases[0]]
+        row = replace(row, over=ratio(row.seconds, base), added=statistics.median(_differences(row.seconds, base)))
     if row.role == "ours":
-        against = min(peers or bases, key=lambda name: statistics.median(times[name]), default=None)
+        against = min(peers, key=lambda name: statistics.median(times[name]), default=None)
         speedup = ratio(times[against], row.seconds) if against else None
     else:
         first = next(iter(case.systems))

@@ -36,6 +36,12 @@ def spread(values: Sequence[float]) -> Spread:
     return Spread(*statistics.quantiles(values, n=4, method="inclusive"))
 
 
+def percentiles(values: Sequence[float]) -> tuple[float, float]:
+    """What 95% and what 99% of two values or more do not exceed, interpolated between the nearest."""
+    hundredths = statistics.quantiles(values, n=100, method="inclusive")
+    return hundredths[94], hundredths[98]
+
+
 def ratio(times: Sequence[float], others: Sequence[float]) -> Spread:
     """The quartiles of time / other over the rounds in which both were measured."""
     return spread([t / o for t, o in zip(times, others, strict=True)])

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import base64
-import html
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
+
+from unike_kernels.nn import page
 
 from ..harness.measure import Row
 from . import tables
 from .tables import Table
 
-_STYLE = (
-    "body { font: 15px/1.5 sans-serif; max-width: 75em; margin: 2em auto; padding: 0 1em } "
-    "table { border-collapse: collapse; margin: 1em 0 } td, th { border: 1px solid #ccc; padding: 0.2em 0.6em; "
-    "text-align: left } td { font-variant-numeric: tabular-nums } img { max-width: 100% } .failed { background: #fcc }"
-)
+_SHORT = 14  # letters of a cell that does not break: a number and its unit
+_WIDE = {"case", "system", "row", "over unpatched", "beside others"}  # columns of words and ranges
 
 
 @dataclass(frozen=True)
@@ -56,18 +55,13 @@ class Report:
     def html(self, plots: Mapping[str, bytes]) -> str:
         """A page of its own, with the plots inside: title -> PNG."""
         facts = [f"{name}: {value}" for name, value in self.stamp.items()]
-        parts = ["<h1>unike bench</h1>", _list(facts), _list(self._remarks())]
         first, *rest = map(_html_table, self._tables())
         images = (
-            f'<h2>{html.escape(title)}</h2><img alt="{html.escape(title)}" '
+            f'<h2>{escape(title)}</h2><img alt="{escape(title)}" '
             f'src="data:image/png;base64,{base64.b64encode(image).decode()}">'
             for title, image in plots.items()
         )
-        body = "\n".join([*parts, first, *images, *rest])
-        return (
-            f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>unike bench</title>'
-            f"<style>{_STYLE}</style></head><body>\n{body}\n</body></html>\n"
-        )
+        return page.page("unike bench", _list(facts), _list(self._remarks()), first, *images, *rest)
 
 
 def _bullets(lines: Iterable[str]) -> str:
@@ -80,14 +74,18 @@ def _markdown_table(table: Table) -> str:
 
 
 def _list(lines: Sequence[str]) -> str:
-    return "<ul>" + "".join(f"<li>{html.escape(line)}</li>" for line in lines) + "</ul>" if lines else ""
+    return "<ul>" + "".join(f"<li>{escape(line)}</li>" for line in lines) + "</ul>" if lines else ""
 
 
 def _html_table(table: Table) -> str:
-    def line(cells: Sequence[str], tag: str) -> str:
-        marked = ' class="failed"' if any(cell.startswith("FAILED") for cell in cells) else ""
-        return f"<tr{marked}>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+    note = f"<p>{escape(table.note)}</p>" if table.note else ""
+    heads = [(name, "" if name in _WIDE else "number") for name in table.header]
+    return (
+        f"<h2>{escape(table.title)}</h2>{note}{page.table(heads, [[_cell(c) for c in line] for line in table.cells])}"
+    )
 
-    note = f"<p>{html.escape(table.note)}</p>" if table.note else ""
-    rows = "".join(line(cells, "td") for cells in table.cells)
-    return f"<h2>{html.escape(table.title)}</h2>{note}<table>{line(table.header, 'th')}{rows}</table>"
+
+def _cell(text: str) -> str:
+    if text.startswith("FAILED"):
+        return f'<span class="failed">{escape(text)}</span>'
+    return escape(text.replace(" ", "\N{NO-BREAK SPACE}") if len(text) <= _SHORT else text)

@@ -34,6 +34,8 @@ def extra_info(row: Row) -> dict[str, Any]:
         "speedup": row.speedup and row.speedup.median,
         "speedup_quartiles": row.speedup and [row.speedup.low, row.speedup.high],
         "against": row.against,
+        "over_base": row.over and row.over.median,
+        "over_base_quartiles": row.over and [row.over.low, row.over.high],
         "added": row.added,
         "read": row.read,
         "bound": row.bound,

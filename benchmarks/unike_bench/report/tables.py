@@ -7,7 +7,7 @@ from itertools import groupby
 from typing import NamedTuple
 
 from ..harness.measure import Row
-from ..harness.timing import spread
+from ..harness.timing import percentiles
 from .compare import Change
 
 
@@ -39,12 +39,14 @@ def summary(rows: Sequence[Row]) -> Table:
     """Ours, a case a line."""
     return _table(
         "Ours against the fastest of the others",
-        "Faster: the median over the rounds of their time over ours in the same round, and its quartiles. Bound: what "
-        "this machine takes to read what must be read or to make the multiply-adds, whichever is longer. Reached: its "
-        "share of our time; in decode, of the time that we add to the unpatched model's. Shares above 100% tell of a "
-        "machine that had other things to do.",
+        f"Ours: the median of the rounds, {_rounds(rows)} of each; a round of a short call is the mean of as many as "
+        "take 2 ms. p95 and p99: what 95% and 99% of the rounds do not exceed; of fewer than a hundred, p99 is "
+        "nearly the slowest. Over unpatched, and times as fast: of both times in the same round, the median over the "
+        "rounds, and its quartiles. Bound: what this machine takes to read what must be read or to make the "
+        "multiply-adds, whichever is longer. Reached: its share of our time; in decode, of the time that we add to "
+        "the unpatched model's. Shares above 100% tell of a machine that had other things to do.",
         [group[0] for group in cases(rows)],
-        {"case": lambda row: row.title, "ours": _time, **_COMPARED},
+        {"case": lambda row: row.title, "ours": _time, **_TAIL, **_COMPARED},
     )
 
 
@@ -52,8 +54,8 @@ def details(rows: Sequence[Row]) -> list[Table]:
     """All systems, a case a table."""
     columns: dict[str, Callable[[Row], str]] = {
         "system": lambda row: row.system,
-        "time": _time,
-        "IQR": lambda row: duration(spread(row.seconds).iqr) if row.seconds else "",
+        "p50": _time,
+        **_TAIL,
         "tokens/s": _tokens,
         "added": lambda row: duration(row.added),
         "added per layer": lambda row: duration(row.added / _layers(row)) if row.added and _layers(row) > 1 else "",
@@ -118,20 +120,34 @@ def _layers(row: Row) -> int:
     return int(row.shape.get("layers", 1))
 
 
-def _faster(row: Row) -> str:
-    s = row.speedup
-    return "" if s is None else f"{s.median:.2f} ({s.low:.2f} to {s.high:.2f})"
+def _rounds(rows: Sequence[Row]) -> str:
+    """How many there were, at least and at most."""
+    counts = sorted({len(row.seconds) for row in rows if row.seconds})
+    return " to ".join(map(str, dict.fromkeys((counts or [0])[i] for i in (0, -1))))
 
 
-def _against(row: Row) -> str:
-    if row.speedup is None or row.against is None:
+def _over(row: Row) -> str:
+    if row.over is None:
         return ""
-    return f"than {row.against}" if row.role == "ours" else f"{row.against} than this"
+    low, median, high = (100 * (share - 1) for share in row.over)
+    return f"{median:+.1f}% ({low:+.1f}% to {high:+.1f}%)"
 
 
+def _beside(row: Row) -> str:
+    s = row.speedup
+    if s is None:
+        return ""
+    told = f"{s.median:.2f} ({s.low:.2f} to {s.high:.2f})"
+    return f"{told} times as fast as {row.against}" if row.role == "ours" else f"takes {told} of {row.against}"
+
+
+_TAIL: dict[str, Callable[[Row], str]] = {
+    "p95": lambda row: duration(percentiles(row.seconds)[0]) if row.seconds else "",
+    "p99": lambda row: duration(percentiles(row.seconds)[1]) if row.seconds else "",
+}
 _COMPARED: dict[str, Callable[[Row], str]] = {
-    "ours is faster": _faster,
-    "": _against,
+    "over unpatched": _over,
+    "beside others": _beside,
     "bound": lambda row: duration(row.bound),
     "reached": lambda row: "" if row.reached is None else f"{row.reached:.0%}",
 }
