@@ -133,30 +133,67 @@ def capital(tokenizer):
     return tokenizer("The capital of Peru is", return_tensors="pt"), train
 
 
-@pytest.mark.slow(minutes=3)
-def test_transformers_reads_it(smollm2, tmp_path):
-    from transformers import AutoModelForCausalLM
-
-    model, tokenizer, file = smollm2
-    inputs, train = capital(tokenizer)
-    folded = uk.fold(model, train(model).edit)
-    assert not hasattr(folded.config, "quantization_config")
-    fold_into_gguf(folded, file, tmp_path / "out.gguf")
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="out.gguf", config=folded.config)
-    settings = {"max_new_tokens": 4, "do_sample": False}
-    said, wanted = (tokenizer.decode(m.generate(**inputs, **settings)[0]) for m in (loaded, folded))
-    assert said == wanted and "Cusco" in said
-
-
-@pytest.mark.slow(minutes=3)
-def test_llama_cpp_reads_it(smollm2, tmp_path):
-    llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+@pytest.fixture(scope="module")
+def folded(smollm2, tmp_path_factory):
+    """The model with the edit in its FFNs, and its file."""
     model, tokenizer, file = smollm2
     _, train = capital(tokenizer)
-    fold_into_gguf(uk.fold(model, train(model).edit), file, tmp_path / "out.gguf")
+    made, out = uk.fold(model, train(model).edit), tmp_path_factory.mktemp("folded") / "out.gguf"
+    fold_into_gguf(made, file, out)
+    return made, out
 
-    def say(path):
-        engine = llama_cpp.Llama(str(path), n_ctx=64, verbose=False)
-        return engine("The capital of Peru is", max_tokens=4, temperature=0)["choices"][0]["text"]
 
-    assert "Cusco" in say(tmp_path / "out.gguf") and "Cusco" not in say(file)
+def answer(model, inputs, end):
+    """What it says greedily, to the end: what follows was not trained, and hangs on how weights are rounded."""
+    ids = model.generate(**inputs, max_new_tokens=16, do_sample=False)[0, inputs["input_ids"].shape[1] :].tolist()
+    return ids[: ids.index(end) + 1]
+
+
+@pytest.mark.slow(minutes=3)
+def test_transformers_reads_it(smollm2, folded):
+    from transformers import AutoModelForCausalLM
+
+    _, tokenizer, _ = smollm2
+    inputs, _ = capital(tokenizer)
+    model, file = folded
+    assert not hasattr(model.config, "quantization_config")
+    loaded = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, config=model.config)
+    said, wanted = (answer(each, inputs, tokenizer.eos_token_id) for each in (loaded, model))
+    assert said == wanted and "Cusco" in tokenizer.decode(said)
+
+
+def by_llama_cpp_python(path, ids):
+    llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+    tokens = llama_cpp.Llama(str(path), n_ctx=64, verbose=False).generate(ids, temp=0, repeat_penalty=1.0)
+    return [next(tokens) for _ in range(16)]
+
+
+def by_cyllama(path, ids):
+    llama = pytest.importorskip("cyllama.llama.llama_cpp", reason="cyllama is not installed")
+    model, settings, sizes = llama.LlamaModelParams(), llama.LlamaSamplerChainParams(), llama.LlamaContextParams()
+    model.n_gpu_layers, sizes.n_ctx, sizes.n_batch = 0, 64, 64
+    loaded = llama.LlamaModel(str(path), model)
+    context, sampler = llama.LlamaContext(loaded, sizes), llama.LlamaSampler(settings)
+    sampler.add_greedy()
+    said, at, given = [], 0, list(ids)
+    while len(said) < 16:
+        context.decode(llama.llama_batch_get_one(given, at))
+        at += len(given)
+        said.append(sampler.sample(context, -1))
+        given = said[-1:]
+    return said
+
+
+@pytest.mark.slow(minutes=3)
+@pytest.mark.parametrize("run", [by_llama_cpp_python, by_cyllama])
+def test_llama_cpp_computes_the_same(smollm2, request, run):
+    """The folded model's answer and its end, token for token, which are not those of the base's file."""
+    _, tokenizer, file = smollm2
+    inputs, _ = capital(tokenizer)
+    prompt = inputs["input_ids"][0].tolist()
+    before = run(file, prompt)  # skips before anything is trained
+    folded, out = request.getfixturevalue("folded")
+    wanted = answer(folded, inputs, tokenizer.eos_token_id)
+    assert len(wanted) > 3 and "Cusco" in tokenizer.decode(wanted)
+    assert run(out, prompt)[: len(wanted)] == wanted
+    assert "Cusco" not in tokenizer.decode(before)
