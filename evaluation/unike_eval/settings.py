@@ -103,8 +103,8 @@ REAL_CANDIDATES: dict[str, Sequence[Settings]] = {
     "UniKE": [_scoped(dropout, neurons) for dropout in (0.3, 0.4, 0.5) for neurons in (10, 20)],
 }
 
-# What the search found, as far as it went (docs/evaluation.md); of KE, MEND, SERAC and AlphaEdit middle ones, or one that
-# is known to edit.
+# What the search found, as far as it went (docs/evaluation.md); of KE, MEND and SERAC the middle ones, of AlphaEdit one
+# that is known to edit.
 REAL: dict[str, Settings] = {
     "FT": {"lr": 3e-4, "stop_loss": 0.05},
     "KE": {"lr": 1e-3, "locality": 1.0, "steps": 300},
