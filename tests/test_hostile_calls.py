@@ -36,7 +36,7 @@ def test_wrong_calls_of_the_c_abi():
     print(done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr
     counts = [line.split(": ")[1].split() for line in done.stdout.splitlines() if "refused" in line]
-    assert len(counts) == 10
+    assert len(counts) == 11
     assert all(int(right) > 20 and int(refused) > 100 for right, _, refused, _ in counts)
 
 

@@ -185,6 +185,15 @@ class Embeds:
         self.embed_input_ids = torch.nn.Embedding(3, 2) if has else torch.nn.Identity()
 
 
+def graphs(whole):
+    """What a runner knows of them."""
+    mode = SimpleNamespace(has_full_cudagraphs=lambda: whole)
+    return {
+        "compilation_config": SimpleNamespace(cudagraph_mode=mode, max_cudagraph_capture_size=512),
+        "scheduler_config": SimpleNamespace(max_num_seqs=7),
+    }
+
+
 def loaded(monkeypatch, *, ubatching=False, context=1, rank=0, routes=False, layers=(4,), model=None):
     """What is installed where vLLM has loaded a model."""
     installed, model = [], model or Embeds()
@@ -198,7 +207,11 @@ def loaded(monkeypatch, *, ubatching=False, context=1, rank=0, routes=False, lay
     )
     config = SimpleNamespace(model_config=SimpleNamespace(hf_text_config="its config"), parallel_config=parallel)
     runner = SimpleNamespace(
-        vllm_config=config, parallel_config=parallel, device=torch.device("cpu"), get_model=lambda: model
+        vllm_config=config,
+        parallel_config=parallel,
+        device=torch.device("cpu"),
+        get_model=lambda: model,
+        **graphs(False),
     )
     assert vllm._load_model(lambda self: "loaded", runner) == "loaded"
     assert installed == [[4, 5], (model, "its config", flat, {"edits": False, "ranks": 2, "rank": rank % 2})]
@@ -223,14 +236,17 @@ def test_a_model_is_not_served_where_it_cannot_be(monkeypatch):
 
 @pytest.mark.parametrize("first", ["fits", "does not", "is not there", "no folder"])
 def test_what_a_gpu_will_launch_is_compiled_before_requests_come(first, served, monkeypatch):
-    """With one edit of the folder, if it can be served."""
-    server, held, warmed = served("none"), [], []
+    """With one edit of the folder, if it can be served; and what graphs of whole steps read is laid out before."""
+    server, held, warmed, laid = served("none"), [], [], []
     if first == "does not":
         (server.folder.path / "a.safetensors").write_bytes(b"nothing of the kind")
     for file in server.folder.path.glob("*.safetensors") if first == "is not there" else []:
         file.unlink()
     server.folder = None if first == "no folder" else server.folder
-    flat = SimpleNamespace(routes=False, layers=[4], hold=held.append, warm_up=warmed.append)
+    flat = SimpleNamespace(
+        routes=False, layers=[4], hold=held.append, warm_up=warmed.append,
+        for_graphs=lambda *sizes, like: laid.append((sizes, None if like is None else like.id)),
+    )  # fmt: skip
     monkeypatch.setattr(server, "flat", lambda device, own: flat)
     monkeypatch.setattr(vllm, "_served", lambda config: server)
     monkeypatch.setattr(vllm, "stage_of", lambda model, text: [4, 5])
@@ -238,9 +254,10 @@ def test_what_a_gpu_will_launch_is_compiled_before_requests_come(first, served, 
     one = SimpleNamespace(tensor_parallel_size=1, rank=0, use_ubatching=False, prefill_context_parallel_size=1)
     told = SimpleNamespace(model_config=SimpleNamespace(hf_text_config=None, dtype=torch.bfloat16))
     runner = SimpleNamespace(
-        vllm_config=told, parallel_config=one, device=torch.device("cuda"), get_model=lambda: "model"
+        vllm_config=told, parallel_config=one, device=torch.device("cuda"), get_model=lambda: "model", **graphs(True)
     )
     vllm._load_model(lambda self: None, runner)
+    assert laid == [((512, 7, 0 if first == "no folder" else 7), "a" if first == "fits" else None)]
     assert [version.edit.id for version in held] == (["a"] if first == "fits" else [])
     assert warmed == [torch.bfloat16]
 

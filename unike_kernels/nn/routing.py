@@ -376,9 +376,7 @@ class Router(Tables):
                 beams = 1 if rows is None else prompts // len(rows)
                 named = [None] * prompts if rows is None else [row for row in rows for _ in range(beams)]
                 routes = self.decide(seen.key, named)
-            traced = seen.ended.device.type != "cpu" or torch.compiler.is_compiling()
-            if traced or not bool(seen.ended.all()):  # else nobody waits, and there is nothing to choose
-                routes = Routes(*(torch.where(seen.ended, yes, no) for yes, no in zip(routes, nothing, strict=True)))
+            routes = Routes(*(torch.where(seen.ended, yes, no) for yes, no in zip(routes, nothing, strict=True)))
             if batch > prompts:
                 routes = Routes(*(t.repeat_interleave(batch // prompts) for t in routes))
             seen.routes = routes
