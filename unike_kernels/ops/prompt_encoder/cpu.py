@@ -22,14 +22,14 @@ class TextReader:
         Raises RuntimeError without the compiled extension.
         """
         blocks, block = len(encoder.blocks), TextBlock.together(encoder.blocks)
-        self._hidden, (self._seen, e) = block.conv.shape[1], block.token_value.shape
+        hidden, (self._seen, e) = block.conv.shape[1], block.token_value.shape
         # The core reads the neighbours of a token one behind the other. A query's bias is the same for all tokens.
         block = block._replace(conv=block.conv.transpose(1, 2))
         tables = encoder.mean, 1 / encoder.spread, *(t for name, t in block._asdict().items() if name != "query_bias")
         spelled = vocabulary.tables(torch.device("cpu"))
         self._tensors = (*(_native.aligned(t.detach().float()) for t in tables), spelled.codes, spelled.marks)
         heads = len(block.query) // blocks
-        sizes = e, blocks, self._hidden, heads, self._seen // (blocks * heads), len(spelled.codes)
+        sizes = e, blocks, hidden, heads, self._seen // (blocks * heads), len(spelled.codes)
         self._native = _native.core().PromptEncoder(sizes, [t.data_ptr() for t in self._tensors])
         self.anchor = _native.Anchor(self._tensors[0])
 
