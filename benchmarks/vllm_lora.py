@@ -33,7 +33,7 @@ import unike_kernels as uk
 RANK, SCALE = 8, 2.0
 FFN = "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"
 ALL = *FFN, "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"
-CHECKED, TOKENS = 4, 8  # requests of each system that are compared with Hugging Face, and how far
+CHECKED, TOKENS = 4, 12  # requests of each system that are compared with Hugging Face, and how far
 
 System = tuple[str, str, int]  # engine, kind of adapter, how many distinct edits or adapters
 
@@ -155,7 +155,7 @@ class Bench:
         found = self.run(engine, kind, count, new=TOKENS).tokens
         what = f"{engine} {kind}, {count} distinct"
         changed = sum(a != b for a, b in zip(found, plain, strict=True))
-        assert changed > REQUESTS / 4, f"{what}: {changed} of {REQUESTS} requests say something else"
+        assert changed > REQUESTS / 2, f"{what}: {changed} of {REQUESTS} requests say something else"
         for i in range(0, REQUESTS, REQUESTS // CHECKED + 1):  # not all with the same edit
             wanted = self._expected(engine, kind, i % count, self.prompts[i])
             assert found[i] == wanted, f"{what}, request {i}: expected {wanted}, got {found[i]}"
