@@ -14,7 +14,15 @@ from unike_kernels.artifacts.fingerprint import fingerprint
 from unike_kernels.patching import patched_ffns
 from unike_kernels.training import EditTraining, Sample, train_edit, train_edits
 from unike_kernels.training.neutral import neutral
-from unike_kernels.training.samples import drop_tokens, encode, forward, repeated
+from unike_kernels.training.samples import (
+    add_random_suffix,
+    drop_tokens,
+    encode,
+    forward,
+    ordinary_ids,
+    repeated,
+    with_prompt_dropout,
+)
 
 edit_module = sys.modules["unike_kernels.training.trainer"]
 
@@ -403,12 +411,116 @@ def test_prompt_dropout_makes_an_edit_hold_in_fewer_words(make_model, processor)
     assert loss[0.3] < 0.7 * loss[0.0]
 
 
+@pytest.mark.parametrize("padding_side", ["left", "right"])
+@pytest.mark.parametrize("kind", ["opt", "llama", "blip2-opt"])
+def test_a_random_suffix_follows_what_is_left_of_the_prompt(make_model, make_processor, kind, padding_side):
+    """Its loss is that of the tokens that are there, encoded by hand; without room a prompt keeps its end."""
+    model, processor = make_model(kind), make_processor(padding_side)
+    image = torch.rand(16, 16) if kind == "blip2-opt" else None
+    requests = [Sample("w1 w2 w3 w4 w5 w6", "w30 w31", image), Sample("w7", "w11", image)]
+    targets = edit_module._Targets(processor, requests, torch.device("cpu"), ended=False)
+    ids, vocabulary = {getattr(model.config, "image_token_index", None)} - {None}, ordinary_ids(model, processor)
+    added = set()
+    for seed in range(6):
+        dropped = drop_tokens(repeated(targets.batch, 2), {2: seed, 3: seed}, 0.5, ids)
+        batch = add_random_suffix(dropped, {2: seed, 3: seed}, 3, vocabulary)
+        with torch.no_grad():
+            losses, _ = targets.losses(model, batch)
+        for row, request in enumerate([*requests, *requests]):
+            there = batch.inputs["input_ids"][row][batch.inputs["attention_mask"][row].bool()].tolist()
+            words = processor.decode([token for token in there if token not in ids]).split()
+            left = Sample(" ".join(words[: -len(request.answer.split())]), request.answer, image)
+            assert " ".join(words).endswith(request.answer)
+            before, more = dropped.prompt_lengths[row], batch.prompt_lengths[row] - dropped.prompt_lengths[row]
+            assert more <= 3
+            assert row >= 2 or not more
+            kept = dropped.inputs["input_ids"][row][dropped.inputs["attention_mask"][row].bool()].tolist()
+            assert there[:before] == kept[:before]
+            assert batch.prompt_lengths[row] == len(there) - len(request.answer.split())
+            assert float(losses[row]) == pytest.approx(target_loss(model, processor, left)[0], abs=1e-4)
+            added.add((row, more))
+            if row == 2:
+                room = int((dropped.inputs["attention_mask"][row, : dropped.ends[row]] == 0).sum())
+                assert more >= min(1, room)
+    assert {more for row, more in added if row == 2} >= {1, 2}
+    assert padding_side == "left" or {more for row, more in added if row == 3} == {0}
+
+
+def test_a_random_suffix_is_of_ordinary_tokens(make_model, processor):
+    model = make_model("blip2-opt")
+    ids = ordinary_ids(model, processor)
+    assert ids
+    assert not {*processor.tokenizer.all_special_ids, model.config.image_token_index} & {*ids}
+    assert max(ids) < model.get_input_embeddings().num_embeddings
+    batch = encode(processor, [Sample("w1 w2 w3 w4 w5 w6 w7 w8", "w30", torch.rand(16, 16))])
+    images = int((batch.inputs["input_ids"] == model.config.image_token_index).sum())
+    other = processor.tokenizer.convert_tokens_to_ids("w50")
+    for seed in range(8):
+        seen = with_prompt_dropout(model, batch, 0.6, seed, 5, [other])
+        assert (seen.inputs["input_ids"] == model.config.image_token_index).sum(-1).tolist() == [images] * 2
+        more = int((seen.inputs["input_ids"][1] == other).sum())
+        assert (seen.inputs["input_ids"][1, int(seen.ends[1]) - more + 1 : int(seen.ends[1]) + 1] == other).all()
+        alone = with_prompt_dropout(model, batch, 0.6, seed)
+        assert seen.prompt_lengths == [alone.prompt_lengths[0], alone.prompt_lengths[1] + more]
+        assert torch.equal(seen.inputs["input_ids"][0], alone.inputs["input_ids"][0])
+
+
+def test_a_random_suffix_makes_an_edit_hold_behind_other_words(make_model, processor):
+    """The answer is said whatever follows the question."""
+    model, request = make_model("opt"), Sample("w1 w2 w3 w4 w5 w6", "w30 w31")
+    others = [Sample(f"w1 w2 w3 w4 w5 w6 w{i}", request.answer) for i in range(40, 50)]
+    loss = {}
+    for suffix in (0, 3):
+        training = dataclasses.replace(FAST, prompt_dropout=0.4, random_suffix=suffix, stop_loss=1e-3, steps=100)
+        result = train(model, processor, request, training=training)
+        assert result.reached
+        with uk.patched(model, [result.edit]):
+            loss[suffix] = sum(target_loss(model, processor, other)[0] for other in others) / len(others)
+    assert loss[3] < 0.7 * loss[0]
+
+
+def test_neurons_begin_apart_where_nothing_usual_is_known():
+    """Each is 1 at its own token of the answer, and as far below at the others' as these are apart."""
+    torch.manual_seed(0)
+    q, training = 5 + torch.randn(3, 16), EditTraining(neurons=3)
+    (layer,) = edit_module._initial_layers({0: q}, None, {0: torch.zeros(16)}, False, training).values()
+    a = q @ layer.keys.T + layer.key_bias
+    assert a.diagonal().tolist() == pytest.approx([1.0] * 3, abs=0.3)  # noise of a tenth is in the keys
+    assert (a - a.diagonal().diag() < 0.3).all()
+    (single,) = edit_module._initial_layers({0: q[:1]}, None, {0: torch.zeros(16)}, False, training).values()
+    assert (q[:1] @ single.keys.T + single.key_bias).tolist()[0] == pytest.approx([1.0] * 3, abs=0.3)
+
+
 @pytest.mark.parametrize("value", [-0.1, 1.0, float("nan")])
 def test_prompt_dropout_out_of_range(value):
     with pytest.raises(
         ValueError, match=f"EditTraining.prompt_dropout: expected None, or 0 or more and below 1; got {value}"
     ):
         EditTraining(prompt_dropout=value)
+
+
+def test_a_random_suffix_out_of_range_or_without_copies():
+    with pytest.raises(ValueError, match=r"EditTraining.random_suffix: expected None, or 0 or more; got -1"):
+        EditTraining(random_suffix=-1)
+    for training in (EditTraining(random_suffix=2), EditTraining(random_suffix=2, prompt_dropout=0.0)):
+        with pytest.raises(
+            ValueError, match=r"EditTraining.random_suffix: expected 0 where prompt_dropout is, .* got 2"
+        ):
+            training.decided(uk.Config())
+
+
+def test_what_the_configuration_decides():
+    scoped = uk.Config(scope="memory")
+    for config, given, dropout, suffix in (
+        (scoped, {}, 0.4, 3),
+        (uk.Config(), {}, 0.0, 0),
+        (scoped, {"prompt_dropout": 0.0}, 0.0, 0),
+        (scoped, {"random_suffix": 0}, 0.4, 0),
+        (scoped, {"prompt_dropout": 0.2, "random_suffix": 1}, 0.2, 1),
+        (uk.Config(), {"prompt_dropout": 0.3}, 0.3, 0),
+    ):
+        decided = EditTraining(**given).decided(config)
+        assert (decided.prompt_dropout, decided.random_suffix) == (dropout, suffix)
 
 
 # --- misuse ---------------------------------------------------------------------------------------------------------

@@ -402,7 +402,48 @@ def drop_tokens(batch: Batch, seeds: Mapping[int, int], share: float, kept_ids: 
     return Batch({**inputs, **of_tokens}, batch.ends, batch.lasts, lengths)
 
 
-def with_prompt_dropout(model: nn.Module, batch: Batch, share: float, seed: int) -> Batch:
+def add_random_suffix(batch: Batch, seeds: Mapping[int, int], most: int, vocabulary: Sequence[int]) -> Batch:
+    """The batch with one or more random tokens behind the prompt in some rows, in the place of what was left out of it.
+
+    Args:
+        batch: as `drop_tokens` makes it; it is not changed.
+        seeds: row -> seed; what a row gets depends on its prompt, that seed and the row alone. Others stay as they are.
+        most: tokens of a row at most; fewer where its prompt has less room in front, none where it has none.
+        vocabulary: token ids to draw from.
+    """
+    if not seeds or not most:
+        return batch
+    ids, mask, lengths = batch.inputs["input_ids"], batch.inputs["attention_mask"], list(batch.prompt_lengths)
+    order = torch.arange(ids.shape[1], dtype=torch.int64, device=ids.device).repeat(len(ids), 1)
+    drawn = {}
+    for row, seed in seeds.items():
+        end = int(batch.ends[row]) + 1
+        room = end - int(mask[row, :end].sum())
+        generator = torch.Generator("cpu").manual_seed(seed + row)
+        wanted = torch.randint(1, most + 1, (), generator=generator, dtype=torch.int64, device="cpu")
+        if count := min(int(wanted), room):
+            picked = torch.randint(len(vocabulary), (count,), generator=generator, dtype=torch.int64, device="cpu")
+            drawn[row, end - count, end] = [vocabulary[i] for i in picked.tolist()]
+            # The prompt moves forward; in all but their ids the new tokens are like its last one.
+            order[row, : end - count], order[row, end - count : end] = order[row, count:end].clone(), end - 1
+            lengths[row] += count
+    moved = {name: t.gather(1, order) for name, t in batch.inputs.items() if t.shape == ids.shape}
+    for (row, start, end), tokens in drawn.items():
+        moved["input_ids"][row, start:end] = torch.tensor(tokens, dtype=ids.dtype, device=ids.device)
+    return Batch({**batch.inputs, **moved}, batch.ends, batch.lasts, lengths)
+
+
+def ordinary_ids(model: nn.Module, processor: Any) -> list[int]:
+    """The token ids that stand for text: neither special, nor placeholders for images and the like."""
+    tokenizer = getattr(processor, "tokenizer", processor)
+    known = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    count = min(known, len(tokenizer)) if hasattr(tokenizer, "__len__") else known
+    return sorted({*range(count)} - {*getattr(tokenizer, "all_special_ids", ())} - {*placeholder_ids(model)})
+
+
+def with_prompt_dropout(
+    model: nn.Module, batch: Batch, share: float, seed: int, suffix: int = 0, vocabulary: Sequence[int] = ()
+) -> Batch:
     """The batch, and behind it a copy with some tokens of its prompts left out (prompt dropout).
 
     Args:
@@ -410,10 +451,13 @@ def with_prompt_dropout(model: nn.Module, batch: Batch, share: float, seed: int)
         batch: as `encode` makes it.
         share: probability that a token is left out; 0: the batch alone.
         seed: of each row of the copy.
+        suffix: random tokens at most behind a prompt of the copy, in the place of what is left out.
+        vocabulary: token ids of such a suffix.
     """
     rows, copies = len(batch.ends), 2 if share else 1
     seeds = dict.fromkeys(range(rows, copies * rows), seed)
-    return drop_tokens(repeated(batch, copies), seeds, share, placeholder_ids(model))
+    dropped = drop_tokens(repeated(batch, copies), seeds, share, placeholder_ids(model))
+    return add_random_suffix(dropped, seeds, suffix, vocabulary)
 
 
 @contextmanager

@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 from ..artifacts.edit import Edit
 from ..config import Config
 
-# Of 0.3 and 0.4 the share that was best on validation requests about countries (docs/evaluation.md).
+# Chosen on validation requests about countries (docs/evaluation.md).
 _SCOPED_DROPOUT = 0.4
+_SCOPED_SUFFIX = 3
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,9 @@ class EditTraining:
             where the memory decides where an edit acts (Config.scope), else 0. Samples to protect get such copies,
             too. Without a scope it suits questions about an image, 0.3 say; where the subject is in the prompt's
             words, these are left out as well.
+        random_suffix: tokens at most, drawn from the vocabulary, that follow the prompt in that second copy in the
+            place of what was left out, so that what the edit says does not hang on the token that it is said behind.
+            None: 3 where the memory decides where an edit acts and there are such copies, else 0.
         memory_weight: of T-Patcher's memory loss: max(0, a - margin) in the mean over neurons and `preserve` tokens.
         margin: see there; the pre-activation below which a neuron counts as silent.
         seed: of the initialisation and of the order of the preserve samples.
@@ -50,6 +54,7 @@ class EditTraining:
     preserve_weight: float = 10.0
     preserve_batch: int = 16
     prompt_dropout: float | None = None
+    random_suffix: int | None = None
     activation_weight: float = 0.0
     memory_weight: float = 0.0
     margin: float = -3.0
@@ -63,15 +68,25 @@ class EditTraining:
             raise ValueError(
                 f"EditTraining.prompt_dropout: expected None, or 0 or more and below 1; got {self.prompt_dropout!r}"
             )
+        if self.random_suffix is not None and not self.random_suffix >= 0:
+            raise ValueError(f"EditTraining.random_suffix: expected None, or 0 or more; got {self.random_suffix!r}")
         for name in ("preserve_weight", "activation_weight", "memory_weight"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"EditTraining.{name}: expected 0 or more, got {getattr(self, name)!r}")
 
     def decided(self, config: Config) -> EditTraining:
-        """With what is left to the configuration filled in."""
-        if self.prompt_dropout is not None:
-            return self
-        return replace(self, prompt_dropout=_SCOPED_DROPOUT if config.scope == "memory" else 0.0)
+        """With what is left to the configuration filled in. Raises ValueError for a suffix without prompt dropout."""
+        scoped = config.scope == "memory"
+        dropout, suffix = self.prompt_dropout, self.random_suffix
+        if dropout is None:
+            dropout = _SCOPED_DROPOUT if scoped else 0.0
+        if suffix is None:
+            suffix = _SCOPED_SUFFIX if scoped and dropout else 0
+        if suffix and not dropout:
+            raise ValueError(
+                f"EditTraining.random_suffix: expected 0 where prompt_dropout is, as no copy is made then; got {suffix}"
+            )
+        return replace(self, prompt_dropout=dropout, random_suffix=suffix)
 
 
 @dataclass(frozen=True)

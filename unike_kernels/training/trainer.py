@@ -30,6 +30,7 @@ from .samples import (
     Sample,
     batches,
     evaluating,
+    ordinary_ids,
     taking_gradients,
     with_prompt_dropout,
 )
@@ -52,11 +53,16 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 
 
 def _initial_layers(
-    wrong: dict[int, Tensor], usual: dict[int, Tensor], zeta: dict[int, Tensor], gated: bool, training: EditTraining
+    wrong: dict[int, Tensor],
+    usual: dict[int, Tensor] | None,
+    zeta: dict[int, Tensor],
+    gated: bool,
+    training: EditTraining,
 ) -> dict[int, EditLayer]:
     """Keys as in T-Patcher: with pre-activation 1 where the target is to be produced; 0 at the usual FFN input.
 
-    K = (q - m) / |q - m|^2 and b = -K m, q the inputs at the target positions [P, d], m the mean usual input [d].
+    K = (q - m) / |q - m|^2 and b = -K m, q the inputs at the target positions [P, d], m the mean usual input [d]; where
+    that is not known that of the target positions, so that neurons tell these from each other.
     Without biases: K = r / |r|^2 and b = 0, r what of q is orthogonal to m; the factor of gated neurons is such a one,
     too.
     """
@@ -64,7 +70,8 @@ def _initial_layers(
     layers = {}
     for i, q in wrong.items():
         turns = torch.arange(training.neurons, dtype=torch.int64, device=q.device) % len(q)
-        q, m = q[turns].float(), usual[i].float()
+        m = _mean_target(q) if usual is None else usual[i].float()
+        q = q[turns].float()
         away = q - m if training.bias else q - torch.outer(q @ m, m) / (m @ m).clamp(min=1e-12)
         noise = torch.randn(away.shape, generator=generator, dtype=torch.float32, device="cpu").to(away.device)
         away = away + 0.1 * noise * away.norm(dim=-1, keepdim=True) / away.shape[-1] ** 0.5
@@ -75,6 +82,11 @@ def _initial_layers(
         if gated and not training.bias:  # with a factor of 0 nothing would ever be learned
             layers[i] = replace(layers[i], up=keys.clone(), up_bias=torch.zeros_like(layers[i].key_bias))
     return layers
+
+
+def _mean_target(q: Tensor) -> Tensor:
+    """[d] of [P, d]; 0 where a single one has nothing to be told from."""
+    return q.float().mean(0) if len(q) > 1 else q.new_zeros(q.shape[1], dtype=torch.float32)
 
 
 def train_edit(
@@ -281,7 +293,12 @@ class _Trainer:
         training: EditTraining,
     ) -> None:
         self.model, self.processor, self.ffns, self.kept, self.training = model, processor, ffns, kept, training
-        self.device, self.dropout = device_of(model), training.prompt_dropout or 0.0
+        self.device, self.dropout, self.suffix = (
+            device_of(model),
+            training.prompt_dropout or 0.0,
+            training.random_suffix or 0,
+        )
+        self.vocabulary = ordinary_ids(model, processor) if self.suffix else []
         self.in_force = {i: {e.id: e.layers[i].to(self.device) for e in previous if i in e.layers} for i in ffns}
         self.previous = [e.id for e in previous]
         self.usual = kept.mean_inputs(model, ffns) if kept else None
@@ -294,11 +311,9 @@ class _Trainer:
         self._install([])  # those of the edits before are still there
         targets = self._targets(edits)
         produced = _ffn_inputs(self.ffns, lambda: targets.losses(self.model))
-        zeros = {i: torch.zeros_like(q[0]) for i, q in produced.items()}
-        usual = self.usual or zeros
         for row, edit in enumerate(edits):
             wrong = {i: targets.producing(q, row) for i, q in produced.items()}
-            layers = _initial_layers(wrong, usual, zeta, config.neurons == "gated", self.training)
+            layers = _initial_layers(wrong, self.usual, zeta, config.neurons == "gated", self.training)
             edit.neurons = _Neurons(layers, config, memory, self.training.bias)
             edit.optimizer = torch.optim.Adam(edit.neurons.parameters, lr=self.training.lr)
             edit.divergences = deque([math.inf] * len(self.kept.batches) if self.kept else [0.0])
@@ -331,7 +346,9 @@ class _Trainer:
 
     def _losses(self, active: Sequence[_Training], targets: _Targets, step: int) -> tuple[Tensor, list[bool]]:
         """Of each edit its loss, and whether it predicts its answer."""
-        batch = with_prompt_dropout(self.model, targets.batch, self.dropout, self.training.seed + step)
+        batch = with_prompt_dropout(
+            self.model, targets.batch, self.dropout, self.training.seed + step, self.suffix, self.vocabulary
+        )
         copies = len(batch.ends) // len(active)
         # What prompt dropout leaves out is another thing in each step.
         same = self.replay.of(targets.recording) if batch is targets.batch else nullcontext()
