@@ -130,10 +130,13 @@ def _usual_outputs(model, layers) -> list[torch.Tensor]:
 
     found = find_decoder(model).layers
     means: dict[int, torch.Tensor] = {}
+
+    def note(index: int, output) -> None:
+        states = output if isinstance(output, torch.Tensor) else output[0]
+        means[index] = states.mean((0, 1))
+
     handles = [
-        found[i].attention.module.register_forward_hook(
-            lambda module, args, output, i=i: means.__setitem__(i, output[0].mean((0, 1)))
-        )
+        found[i].attention.module.register_forward_hook(lambda module, args, output, i=i: note(i, output))
         for i in layers
     ]
     with torch.no_grad():

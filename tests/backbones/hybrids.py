@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from backbones.zoo import EXPERT, GQA, HEADS, Family, gelu_tanh, of
+from backbones.zoo import EXPERT, GQA, HEADS, V5, Family, gelu_tanh, of
 from torch import Tensor
 
 
@@ -41,7 +41,8 @@ NEMOTRON_H = {k: v for k, v in HEADS.items() if k != "num_hidden_layers"} | dict
     layers_block_type=["linear_attention", "mlp", "full_attention", "mlp"], mamba_num_heads=8, mamba_head_dim=16,
     ssm_state_size=8, n_groups=1, conv_kernel=2, chunk_size=4,
 )  # fmt: skip
-MLLAMA = GQA | dict(cross_attention_layers=[1, 3], rope_parameters={"rope_type": "default", "rope_theta": 1e4})
+ROPE = {"rope_type": "default", "rope_theta": 1e4}
+MLLAMA = GQA | {"cross_attention_layers": [1, 3], "rope_parameters" if V5 else "rope_scaling": ROPE}
 
 
 def mllama() -> torch.nn.Module:
@@ -85,7 +86,7 @@ HYBRIDS: dict[str, Hybrid] = {
         Family(
             of(
                 "GraniteMoeHybridConfig", **GQA, **MAMBA, num_local_experts=0, num_experts_per_tok=0,
-                shared_intermediate_size=96, layer_types=LINEAR,
+                shared_intermediate_size=96, layer_types=LINEAR if V5 else ["mamba", "attention"] * 2,
             ),
             ffn=("shared_mlp", "shared_mlp"), **EXACT,
         ),
