@@ -74,7 +74,7 @@ DEFAULTS: dict[str, Settings] = {
 # dropout of 0.5, twice the neurons and an answer that is all but certain; what that does elsewhere the scope keeps
 # away. The memory has the scope alone.
 SCOPED: Settings = {
-    "training": replace(DEFAULTS["UniKE"]["training"], prompt_dropout=0.5, random_suffix=0, neurons=20, stop_loss=0.01),
+    "training": replace(DEFAULTS["UniKE"]["training"], prompt_dropout=0.5, neurons=20, stop_loss=0.01),
     "scope": ScopeTraining(steps=150, entries=24, false_alarms=0.03),
     "scope_layers": (3,),
     "layers": (3, 4, 5),

@@ -28,9 +28,6 @@ from .samples import (
 from .settings import EditTraining
 
 _THINNED = 2  # copies of each protected sample, where an edit is trained on such
-_COPIES = (
-    8  # thinned ones of a request, which come in turn: what lies below the edited layers is computed once for each
-)
 
 
 @contextmanager
@@ -75,16 +72,10 @@ class _Targets:
     def __init__(self, processor: Any, requests: Sequence[Sample], device: torch.device, ended: bool) -> None:
         self.batch = encode(processor, requests, device, ended=ended)
         self.answers = self.batch.answer_mask()
-        self._copied: dict[int, tuple[Batch, Recording]] = {}
+        self.recording = Recording()
         for request, tokens in zip(requests, self.answers.sum(-1).tolist(), strict=True):
             if not tokens:
                 raise ValueError(f"request.answer: {request.answer!r} has no tokens")
-
-    def copied(self, number: int, copy: Callable[[Batch, int], Batch]) -> tuple[Batch, Recording]:
-        """The rows, and behind them what `copy` makes of them by this number; and the recording of that batch."""
-        if number not in self._copied:
-            self._copied[number] = copy(self.batch, number), Recording()
-        return self._copied[number]
 
     def losses(self, model: nn.Module, batch: Batch | None = None) -> tuple[Tensor, list[bool]]:
         """Of each row the mean negative log-likelihood of its answer's tokens, [A], and whether each is predicted."""

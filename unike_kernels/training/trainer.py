@@ -6,7 +6,7 @@ import math
 import uuid
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -27,7 +27,6 @@ from .neutral import neutral
 from .objectives import _activation_loss, _ffn_inputs, _Preserve, _Targets, _watched
 from .progress import progress_bar
 from .samples import (
-    Batch,
     Sample,
     batches,
     evaluating,
@@ -37,9 +36,6 @@ from .samples import (
 )
 from .scope import prompt_keys
 from .settings import EditResult, EditTraining
-
-# Thinned ones of a request, which come in turn: what lies below the edited layers is computed once for each of them.
-_COPIES = 8
 
 
 @contextmanager
@@ -323,90 +319,87 @@ class _Trainer:
             edit.divergences = deque([math.inf] * len(self.kept.batches) if self.kept else [0.0])
 
     def run(self, edits: Sequence[_Training], bar: Any) -> None:
-        in_rows, targets = list(edits), self._targets(edits)
+        active, targets = list(edits), self._targets(edits)
         with _watched(self.ffns) as inputs, self.replay.on():
             for step in range(self.training.steps + 1):
-                made = self._install(in_rows)
-                losses, reached = self._losses(in_rows, targets, step)
+                made = self._install(active)
+                losses, reached = self._losses(active, targets, step)
                 last = step == self.training.steps
-                over = sum(
+                over = [
                     edit.judge(float(loss), right, last, self.training)
-                    for edit, loss, right in zip(in_rows, losses.detach(), reached, strict=True)
-                    if not edit.stopped
-                )
-                active = [edit for edit in in_rows if not edit.stopped]
-                bar.set_postfix(loss=f"{float(losses.detach().mean()):.3f}", active=len(active))
-                bar.update(over)
-                if not active:
-                    return
-                if 2 * len(active) <= len(in_rows):  # what lies below has to be computed anew for fewer rows
-                    in_rows, targets = active, self._targets(active)
-                    made = self._install(in_rows)
-                    losses, _ = self._losses(in_rows, targets, step)
-                self._step(in_rows, made, losses, targets, inputs, step)
+                    for edit, loss, right in zip(active, losses.detach(), reached, strict=True)
+                ]
+                bar.set_postfix(loss=f"{float(losses.detach().mean()):.3f}", active=len(active) - sum(over))
+                bar.update(sum(over))
+                if any(over):
+                    # The others go on without these: a pass costs as much as its rows.
+                    active = [edit for edit, ended in zip(active, over, strict=True) if not ended]
+                    if not active:
+                        return
+                    targets = self._targets(active)
+                    made = self._install(active)
+                    losses, _ = self._losses(active, targets, step)
+                self._step(active, made, losses, targets, inputs, step)
 
     def _targets(self, edits: Sequence[_Training]) -> _Targets:
         return _Targets(self.processor, [edit.request for edit in edits], self.device, self.training.end)
 
-    def _losses(self, in_rows: Sequence[_Training], targets: _Targets, step: int) -> tuple[Tensor, list[bool]]:
+    def _losses(self, active: Sequence[_Training], targets: _Targets, step: int) -> tuple[Tensor, list[bool]]:
         """Of each edit its loss, and whether it predicts its answer."""
-        batch, recording = targets.copied(step % (_COPIES if self.dropout else 1), self._with_copy)
-        copies = len(batch.ends) // len(in_rows)
-        with self._rows([*in_rows] * copies, 1), self.replay.of(recording):
+        batch = with_prompt_dropout(
+            self.model, targets.batch, self.dropout, self.training.seed + step, self.suffix, self.vocabulary
+        )
+        copies = len(batch.ends) // len(active)
+        # What prompt dropout leaves out is another thing in each step.
+        same = self.replay.of(targets.recording) if batch is targets.batch else nullcontext()
+        with self._rows([*active] * copies, 1), same:
             losses, reached = targets.losses(self.model, batch)
-        return losses.unflatten(0, (copies, -1)).mean(0), reached[: len(in_rows)]
-
-    def _with_copy(self, batch: Batch, seed: int) -> Batch:
-        seed += self.training.seed
-        return with_prompt_dropout(self.model, batch, self.dropout, seed, self.suffix, self.vocabulary)
+        return losses.unflatten(0, (copies, -1)).mean(0), reached[: len(active)]
 
     def _step(
         self,
-        in_rows: Sequence[_Training],
+        active: Sequence[_Training],
         made: Sequence[dict[int, EditLayer]],
         losses: Tensor,
         targets: _Targets,
         inputs: dict[int, Tensor],
         step: int,
     ) -> None:
-        """A step of those whose training has not ended."""
-        training = self.training
-        active = [row for row, edit in enumerate(in_rows) if not edit.stopped]
-        total = losses[active].sum()
+        training, total = self.training, losses.sum()
         if training.activation_weight:
-            for row in active:
+            for row, layers in enumerate(made):
                 at_target = {i: targets.producing(q, row) for i, q in inputs.items()}
-                total = total + training.activation_weight * _activation_loss(made[row], at_target)
+                total = total + training.activation_weight * _activation_loss(layers, at_target)
         if self.kept:
-            with self._rows(in_rows, self.kept.size(step)):
-                apart = self.kept.losses(self.model, step, len(in_rows), self.replay)
-            total = total + training.preserve_weight * apart[active].sum()
-            for row in active:
-                in_rows[row].divergences.append(float(apart[row].detach()))
-                in_rows[row].divergences.popleft()
+            with self._rows(active, self.kept.size(step)):
+                apart = self.kept.losses(self.model, step, len(active), self.replay)
+            total = total + training.preserve_weight * apart.sum()
+            for at, (edit, layers, divergence) in enumerate(zip(active, made, apart.detach().tolist(), strict=True)):
+                edit.divergences.append(divergence)
+                edit.divergences.popleft()
                 if training.memory_weight:
-                    activity = self.kept.activity(made[row], inputs, step, row, len(in_rows))
+                    activity = self.kept.activity(layers, inputs, step, at, len(active))
                     total = total + training.memory_weight * F.relu(activity - training.margin).mean()
-        for row in active:
-            in_rows[row].optimizer.zero_grad()
+        for edit in active:
+            edit.optimizer.zero_grad()
         total.backward()
-        for row in active:
-            in_rows[row].optimizer.step()
+        for edit in active:
+            edit.optimizer.step()
 
-    def _install(self, edits: Sequence[_Training]) -> list[dict[int, EditLayer]]:
-        made = [edit.neurons.layers() for edit in edits]
+    def _install(self, active: Sequence[_Training]) -> list[dict[int, EditLayer]]:
+        made = [edit.neurons.layers() for edit in active]
         set_layers(
             self.model,
             {
-                i: {**self.in_force[i], **{edit.name: layers[i] for edit, layers in zip(edits, made, strict=True)}}
+                i: {**self.in_force[i], **{edit.name: layers[i] for edit, layers in zip(active, made, strict=True)}}
                 for i in self.ffns
             },
         )
         return made
 
-    def _rows(self, edits: Sequence[_Training], each: int) -> AbstractContextManager[None]:
+    def _rows(self, active: Sequence[_Training], each: int) -> AbstractContextManager[None]:
         """Within the block each edit has so many rows behind one another."""
-        return selecting(self.model, [[*self.previous, edit.name] for edit in edits for _ in range(each)])
+        return selecting(self.model, [[*self.previous, edit.name] for edit in active for _ in range(each)])
 
 
 class _Neurons:
