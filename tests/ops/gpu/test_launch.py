@@ -243,6 +243,30 @@ def test_a_search_alone_is_looked_up_once(looked_up):
     assert all(map(torch.equal, search(strided, 5, None), ops.cosine_topk(strided, keys, 5, normalized=True)))
 
 
+def test_attention_to_known_entries_is_looked_up_once(looked_up):
+    """Ids of each token, and ids that tokens share."""
+    memory = Remembering()
+    blend = blend_of(memory.given(2)[1], None, **USUAL)
+    for ids, alpha in ((torch.tensor([[0, 3, -1], [7, 2, 19]]), None), (torch.tensor([[5, 1]]), ONE)):
+        calls = [memory.given(2)[1:] for _ in range(3)]
+        wanted = [
+            ops.latent_attention(*given, *memory.tables[:2], ids, memory.tables[2], alpha=alpha) for given in calls
+        ]
+        looked_up.clear()
+        found = [memory.prepared.attention(*given, ids, alpha, None, blend) for given in calls]
+        assert len(looked_up) == 1
+        for got, expected in zip(found, wanted, strict=True):
+            assert all(map(torch.equal, got, expected))
+    queries, inputs = calls[0]
+    wide = torch.empty(2, 2 * D)[:, :D].copy_(inputs)
+    assert torch.equal(memory.prepared.attention(queries, wide, ids, alpha, None, blend)[0], found[0][0])
+    assert memory.prepared.attention(queries[:0], inputs[:0], ids[:0], alpha, None, blend)[0].shape == (0, D)
+    with torch.enable_grad():
+        asking = inputs.clone().requires_grad_()
+        memory.prepared.attention(queries, asking, ids, None, None, blend)[0].sum().backward()
+    assert asking.grad.isfinite().all() and asking.grad.any()
+
+
 def test_an_ffn_and_its_neurons_are_looked_up_once(pool, looked_up):
     def weights():
         f = 32

@@ -560,7 +560,8 @@ def _access(i: SassInstruction, place: int, spots: list[str]):
                 warp._seen[place] += 1
             if known and active is not None and not isinstance(at, int):
                 at = np.where(active, at, here[0])
-            before = warp.block.index * (addend(warp) or 0) if adds else 0  # what the blocks before this one have added
+            own = addend(warp) if adds else None
+            before = 0 if own is None else warp.block.index * own  # what the blocks before this one have added
             for n, name in enumerate(names):
                 old = warp.registers.get(name, 0)
                 found = _Load(window, at + 4 * n, size, active, old) if known else None
