@@ -625,7 +625,8 @@ class Block {
     constexpr int kRow = kPiece * sizeof(float), kProducts = 2 * kRow * kCopies, kBytes = kProducts + 2 * kRow;
     static_assert(kBytes * kWarps <= kRing);
     char* const here = ring_ + warp() * kBytes + lane() * 16;
-    const char* const added = ring_ + warp() * kBytes + kProducts + lane() / 4 % 4 * 16 + lane() % 2 * 8 + lane() / 2 % 2 * kRow;
+    const char* const added =
+        ring_ + warp() * kBytes + kProducts + lane() / 4 % 4 * 16 + lane() % 2 * 8 + lane() / 2 % 2 * kRow;
     int left = p.d - 4 * lane();
     const auto copy = [&](int piece) {
       const uint32_t to = shared_address(here) + piece * 2 * kRow;
@@ -640,7 +641,8 @@ class Block {
       const auto y = *reinterpret_cast<const float4*>(here + piece * 2 * kRow + kRow);
       __syncwarp();  // what was there is in registers
       *reinterpret_cast<double2*>(here + kProducts) = {static_cast<double>(x.x) * y.x, static_cast<double>(x.y) * y.y};
-      *reinterpret_cast<double2*>(here + kProducts + kRow) = {static_cast<double>(x.z) * y.z, static_cast<double>(x.w) * y.w};
+      *reinterpret_cast<double2*>(here + kProducts + kRow) = {static_cast<double>(x.z) * y.z,
+                                                              static_cast<double>(x.w) * y.w};
       copy(piece);
       __syncwarp();
     };
