@@ -128,10 +128,10 @@ theirs, has a kernel of its own ("shared ids" above).
 - One to five blocks stand for all. A line that several blocks read comes from memory once for each of them, up to the
   size of its argument.
 - What the products of Blackwell's tensor cores (tcgen05) take is a guess: their shape is in a register.
-- The host: the times are of a launch in a CUDA graph, or behind a busy stream. The Python of a call that is prepared, with
-  the driver's launch left out, takes by the fastest of thousands of calls on a server's CPU: a search 12 us by CUDA and
-  13 by Triton, the fused FFN and the side product 10, memory attention 18, attention to entries that are known, as
-  `retrieval="sequence"` has them, 14, and with `scale="cosine"` one more operation of torch.
+- The host: the times are of a launch in a CUDA graph, or behind a busy stream. The Python of a call that is prepared,
+  with the driver's launch left out, takes by the fastest of thousands of calls on a server's CPU: a search 12 us by
+  CUDA and 13 by Triton, the fused FFN and the side product 10, memory attention 18, attention to entries that are
+  known, as `retrieval="sequence"` has them, 14, and with `scale="cosine"` one more operation of torch.
 """
 
 
