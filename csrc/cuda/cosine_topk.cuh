@@ -600,44 +600,70 @@ class Block {
     }
   }
 
-  // The product of two rows, for all lanes together: pieces of both are on their way to registers, and what follows of the
-  // second one to the L2 cache, while the pieces before are added up.
+  // The product of two rows, for all lanes together.
   __device__ double canonical_score(const float* a, const float* b) const {
-    constexpr int kChunk = 256, kLoads = kChunk / 128;
-    static_assert(kChunk * sizeof(double) * kWarps <= kRing);
-    auto* const products = reinterpret_cast<double*>(ring_) + warp() * kChunk;
-    const bool wide = (p.d | p.stride) % 4 == 0 && reinterpret_cast<uintptr_t>(b) % 16 == 0;
-    float4 x[kLoads] = {}, y[kLoads] = {};
-    const auto load = [&](int first) {
-#pragma unroll
-      for (int i = 0; i < kLoads; ++i) {
-        const int at = first + 4 * lane() + 128 * i;
-        if (!wide || at >= p.d) continue;
-        x[i] = *reinterpret_cast<const float4*>(a + at);
-        y[i] = *reinterpret_cast<const float4*>(b + at);
-      }
-    };
-    load(0);
-    for (int at = kChunk + 32 * lane(); at < p.d; at += 32 * 32) prefetch(b + at);
+    const bool wide = (p.d | p.stride) % 4 == 0 && reinterpret_cast<uintptr_t>(p.rows) % 16 == 0;
+    if (wide) return canonical_score_of_pieces(a, b);
+    auto* const products = reinterpret_cast<double*>(ring_) + warp() * kPiece;
     double sum = 0.0;
 #pragma unroll 1
-    for (int first = 0; first < p.d; first += kChunk) {
-      const int n = min(kChunk, p.d - first);
-      if (wide) {
-#pragma unroll
-        for (int i = 0; i < kLoads; ++i) {
-          auto* const to = reinterpret_cast<double2*>(products + 4 * lane() + 128 * i);
-          to[0] = {static_cast<double>(x[i].x) * y[i].x, static_cast<double>(x[i].y) * y[i].y};
-          to[1] = {static_cast<double>(x[i].z) * y[i].z, static_cast<double>(x[i].w) * y[i].w};
-        }
-      } else {
-        for (int i = lane(); i < n; i += 32) products[i] = static_cast<double>(a[first + i]) * b[first + i];
-      }
-      load(first + kChunk);
+    for (int first = 0; first < p.d; first += kPiece) {
+      const int n = min(kPiece, p.d - first);
+      for (int i = lane(); i < n; i += 32) products[i] = static_cast<double>(a[first + i]) * b[first + i];
       __syncwarp();
       sum = canonical_sum(sum, products, n);
       __syncwarp();
     }
+    return folded(sum);
+  }
+
+  // While a piece is added up, the next one is multiplied, those behind it are on their way to shared memory, and what follows of
+  // the second row to the L2 cache. Behind their ends the rows go on with zeros, which change no sum. Of the four products of a
+  // lane the first two lie in one half, the others in the other.
+  static constexpr int kPiece = 128, kCopies = 3;
+  __device__ double canonical_score_of_pieces(const float* a, const float* b) const {
+    constexpr int kRow = kPiece * sizeof(float), kProducts = 2 * kRow * kCopies, kBytes = kProducts + 2 * kRow;
+    static_assert(kBytes * kWarps <= kRing);
+    char* const here = ring_ + warp() * kBytes + lane() * 16;
+    const char* const added =
+        ring_ + warp() * kBytes + kProducts + lane() / 4 % 4 * 16 + lane() % 2 * 8 + lane() / 2 % 2 * kRow;
+    int left = p.d - 4 * lane();
+    const auto copy = [&](int piece) {
+      const uint32_t to = shared_address(here) + piece * 2 * kRow;
+      copy_async(to, a + (p.d - left), left > 0);
+      copy_async(to + kRow, b + (p.d - left), left > 0);
+      end_copies();
+      left -= kPiece;
+    };
+    const auto multiply = [&](int piece) {
+      wait_for_copies_but<kCopies - 1>();  // of this lane
+      const auto x = *reinterpret_cast<const float4*>(here + piece * 2 * kRow);
+      const auto y = *reinterpret_cast<const float4*>(here + piece * 2 * kRow + kRow);
+      __syncwarp();  // what was there is in registers
+      *reinterpret_cast<double2*>(here + kProducts) = {static_cast<double>(x.x) * y.x, static_cast<double>(x.y) * y.y};
+      *reinterpret_cast<double2*>(here + kProducts + kRow) = {static_cast<double>(x.z) * y.z,
+                                                              static_cast<double>(x.w) * y.w};
+      copy(piece);
+      __syncwarp();
+    };
+#pragma unroll
+    for (int piece = 0; piece < kCopies; ++piece) copy(piece);
+    for (int far = kCopies * kPiece + 32 * lane(); far < p.d; far += 32 * 32) prefetch(b + far);
+    multiply(0);
+    double sum = 0.0;
+#pragma unroll 1
+    for (int rest = p.d; rest > 0; rest -= kCopies * kPiece) {
+#pragma unroll
+      for (int piece = 0; piece < kCopies; ++piece) {
+        double now[kPiece / 16];
+#pragma unroll
+        for (int i = 0; i < kPiece / 16; ++i) now[i] = *reinterpret_cast<const double*>(added + 64 * i);
+        multiply((piece + 1) % kCopies);
+#pragma unroll
+        for (int i = 0; i < kPiece / 16; ++i) sum += now[i];
+      }
+    }
+    wait_for_copies();
     return folded(sum);
   }
 

@@ -70,7 +70,9 @@ Launch plan(const unike_keys& keys, int64_t m, int64_t k, const Device& device, 
   s.direction = packed ? keys.direction : nullptr;
   s.rows = keys.rows;
   s.stride = keys.stride;
-  const double rounding = static_cast<double>(s.slabs) * static_cast<double>(columns) * 0x1p-22;
+  // Of the products that a warp adds to a sum, and of the sums of all splits, each of them two at most.
+  const int64_t splits = many ? Shape<true>::kSplits : Shape<false>::kSplits;
+  const double rounding = static_cast<double>(ceil_div(s.slabs, splits) * columns + splits + 1) * 0x1p-22;
   s.rounding = static_cast<float>(rounding / (1 - rounding) * 1.0001);
   s.residual = static_cast<float>(0x1.01p-11 + 0x1.01p-25 * std::sqrt(static_cast<double>(d)));
 

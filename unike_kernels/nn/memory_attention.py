@@ -14,12 +14,13 @@ from typing_extensions import override
 
 from ..config import Config
 from ..errors import PatchError
-from ..ops import PackedKeys, SemanticEncoder, cosine_topk, latent_attention, normalize_rows, pack_keys, project_values
+from ..ops import PackedKeys, SemanticEncoder, cosine_topk, normalize_rows, pack_keys, project_values
 from ..ops._backend import compiles
 from ..ops._library import differentiated, looped
 from ..ops._workspace import capturing
 from ..ops.cosine_topk import Leading, leading_of
-from ..ops.latent_attention import blend_of
+from ..ops.latent_attention import LatentOperands, PreparedAttention, blend_of
+from ..ops.latent_attention import attend as attend_known
 from ..ops.memory_attention import MemoryOperands, PreparedMemory, attend
 from ..retrieval import Retriever
 from ._drop_in import DropIn, Record, Tables, adopt, first_argument, record_of, residual_of, residual_position
@@ -138,6 +139,16 @@ class MemoryTables(Tables):
             )
         prepared: PreparedMemory = self._plan
         return prepared
+
+    def attention(self) -> PreparedAttention:
+        """To entries that are known, laid out for many calls."""
+        if self.retriever is None:
+            return self.prepared().attention
+        if self._plan is None:
+            values = self.keys if self.values is None else self.values
+            self._plan = PreparedAttention(self.keys, values, self.projected, self.encoder)
+        attention: PreparedAttention = self._plan
+        return attention
 
     @property
     def packed(self) -> PackedKeys | None:
@@ -258,7 +269,7 @@ class MemoryShift(Record):
             per_token = None
         else:
             ids = self._from_prompt_end(now, "ids", lambda last: self._retrieve(memory, rows, hidden, last))
-            per_token = ids.repeat_interleave(tokens, 0)
+            per_token = ids if tokens == 1 else ids.repeat_interleave(tokens, 0)
             if bounds is not None:  # a token that may not be shifted has an empty range
                 per_token = torch.where((bounds[:, :1] < bounds[:, 1:]), per_token, -1)
             shifted, _ = _attended(memory, config, queries, inputs, per_token, anchor)
@@ -466,13 +477,13 @@ def _attended(
     memory: MemoryTables, config: Config, queries: Tensor, inputs: Tensor, ids: Tensor, anchor: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """The shifted output [M, d] and the gate [M] of tokens whose entries `ids` [M, k] are known."""
-    values = memory.keys if memory.values is None else memory.values
     queries, scale = _asking(config, queries)
-    return latent_attention(
-        queries, inputs, memory.keys, values, ids, memory.encoder,
-        scale=scale, alpha=_fixed_alpha(config, inputs), anchor=anchor,
-        convention=config.convention, norm=config.norm, projected=memory.projected,
-    )  # fmt: skip
+    alpha, blend = _fixed_alpha(config, inputs), blend_of(queries, scale, config.convention, config.norm)
+    if torch.compiler.is_compiling():  # a trace sees the operator, not how it is prepared
+        values = memory.keys if memory.values is None else memory.values
+        operands = queries, inputs, memory.keys, values, ids, memory.encoder, alpha, anchor, blend, memory.projected
+        return attend_known(LatentOperands(*operands))
+    return memory.attention()(queries, inputs, ids, alpha, anchor, blend)
 
 
 def _effective(memory: MemoryTables, config: Config, queries: Tensor, ids: Tensor) -> Tensor:

@@ -285,7 +285,8 @@ def _cuda(queries: int, scan: str) -> Real:
     return Real(
         f"cosine_topk, CUDA, {scan} scan", f"B={queries}, N={N}, d={D}", N * (size * D + 16.0 * (scan != "float32")),
         2.0 * queries * N * D, lambda machine, recorder: _native(queries, scan, machine, recorder),
-        lambda m: search_peer(m, queries, N, D), passing=PASSING.get(scan, 1) if queries == 1 else 0,
+        lambda m: search_peer(m, queries, N, D), blocks=3 if queries == 1 else 1,
+        passing=PASSING.get(scan, 1) if queries == 1 else 0,
     )  # fmt: skip
 
 

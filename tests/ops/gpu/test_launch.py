@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import copy
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
 from ops.test_patched_ffn import as_csr, make_pool
 
-from unike_kernels import ops
+from unike_kernels import _native, ops
 from unike_kernels.ops import _backend, _tiles, _triton
-from unike_kernels.ops.cosine_topk import PreparedSearch
+from unike_kernels.ops.cosine_topk import PreparedSearch, cuda
 from unike_kernels.ops.cosine_topk import reference as reference_search
+from unike_kernels.ops.cosine_topk.reference import SearchOperands
 from unike_kernels.ops.latent_attention import blend_of
 from unike_kernels.ops.memory_attention import PreparedMemory
 from unike_kernels.ops.memory_attention import triton as memory_kernel
@@ -241,6 +243,62 @@ def test_a_search_alone_is_looked_up_once(looked_up):
     assert [t.shape for t in search(calls[0][:0], 5, None)] == [(0, 5)] * 2
     strided = torch.randn(3, 2 * D)[:, ::2]
     assert all(map(torch.equal, search(strided, 5, None), ops.cosine_topk(strided, keys, 5, normalized=True)))
+
+
+def test_attention_to_known_entries_is_looked_up_once(looked_up):
+    """Ids of each token, and ids that tokens share."""
+    memory = Remembering()
+    blend = blend_of(memory.given(2)[1], None, **USUAL)
+    for ids, alpha in ((torch.tensor([[0, 3, -1], [7, 2, 19]]), None), (torch.tensor([[5, 1]]), ONE)):
+        calls = [memory.given(2)[1:] for _ in range(3)]
+        wanted = [
+            ops.latent_attention(*given, *memory.tables[:2], ids, memory.tables[2], alpha=alpha) for given in calls
+        ]
+        looked_up.clear()
+        found = [memory.prepared.attention(*given, ids, alpha, None, blend) for given in calls]
+        assert len(looked_up) == 1
+        for got, expected in zip(found, wanted, strict=True):
+            assert all(map(torch.equal, got, expected))
+    queries, inputs = calls[0]
+    wide = torch.empty(2, 2 * D)[:, :D].copy_(inputs)
+    assert torch.equal(memory.prepared.attention(queries, wide, ids, alpha, None, blend)[0], found[0][0])
+    assert memory.prepared.attention(queries[:0], inputs[:0], ids[:0], alpha, None, blend)[0].shape == (0, D)
+    with torch.enable_grad():
+        asking = inputs.clone().requires_grad_()
+        memory.prepared.attention(queries, asking, ids, None, None, blend)[0].sum().backward()
+    assert asking.grad.isfinite().all() and asking.grad.any()
+
+
+def test_a_cuda_search_is_laid_out_once(monkeypatch):
+    """And anew where a table lies elsewhere; keys that a search would copy are not kept."""
+    made, calls = [], []
+    core = SimpleNamespace(
+        Keys=lambda *given: made.append(given) or given,
+        cuda_cosine_topk_workspace=lambda *_: 64,
+        cuda_cosine_topk=lambda *given: calls.append(given),
+    )
+    keys = ops.normalize_rows(torch.randn(40, D))
+    packed, ranges = ops.pack_keys(keys, "int8"), torch.tensor([[0, 9], [4, 20]])
+    monkeypatch.setattr(cuda, "_native", SimpleNamespace(core=lambda: core, address=_native.address, rows=_native.rows))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=7))
+    allowed = _backend._table["cosine_topk"]["cuda"]._replace(missing=lambda: None, refuse=lambda o: None)
+    monkeypatch.setitem(_backend._table["cosine_topk"], "cuda", allowed)
+    search = PreparedSearch(keys, packed)
+    with ops.backend("cuda"):
+        for own in (None, ranges, None, ranges):
+            queries = torch.randn(2, D)
+            scores, ids = search(queries, 5, own)
+            assert scores.shape == ids.shape == (2, 5) and (scores.dtype, ids.dtype) == (torch.float32, torch.int64)
+            assert calls[-1][0] == (40, D, keys.data_ptr(), D, 3, *(t.data_ptr() for t in packed))
+            assert calls[-1][1:4] == ((queries.data_ptr(), 0, D), 2, 5)
+            assert calls[-1][4:7] == (_native.address(own), scores.data_ptr(), ids.data_ptr())
+            assert calls[-1][7:10] == (0, 0, 0) and calls[-1][-1] == 7
+        assert len(made) == 2  # with ranges and without
+        packed.codes.set_(packed.codes.clone())
+        search(queries, 5, None)
+        assert len(made) == 3 and calls[-1][0][5] == packed.codes.data_ptr()
+    for copied in (keys.bfloat16(), keys[:, :23].contiguous(), torch.randn(D, 40).T):
+        assert cuda.launch_of(SearchOperands(torch.randn(2, copied.shape[1]), copied, 5, True)) is None
 
 
 def test_an_ffn_and_its_neurons_are_looked_up_once(pool, looked_up):

@@ -3,7 +3,8 @@
 Addresses, trip counts and conditions are computed (scalars.py), floats are not. A condition that hangs on one, or on
 what other blocks do, is guessed and counted: an instruction is executed, and a branch leaves the loop that it is in, or
 steps over the rare case of a division, or else goes straight ahead. So a wait ends at once. Memory is read as it is
-before the launch and written nowhere; shared memory keeps what is known.
+before the launch and written nowhere, but that blocks come in order: what one adds to a counter first comes behind what
+those before it have added. Shared memory keeps what is known.
 """
 
 from __future__ import annotations
@@ -525,6 +526,8 @@ def _access(i: SassInstruction, place: int, spots: list[str]):
     names = registers(first, max(i.width // 4, 1))
     also = predicate(i.operands[-1]) if copies and i.operands[-1].lstrip("!")[0] == "P" else None
     size = i.width
+    adds = atomic and "ADD" in i.modifiers and size == 4
+    addend = word(i.operands[-1]) if adds else None
 
     def act(warp: Warp, holds: Value) -> None:
         warp.place += 1
@@ -557,9 +560,12 @@ def _access(i: SassInstruction, place: int, spots: list[str]):
                 warp._seen[place] += 1
             if known and active is not None and not isinstance(at, int):
                 at = np.where(active, at, here[0])
+            own = addend(warp) if adds else None
+            before = 0 if own is None else warp.block.index * own  # what the blocks before this one have added
             for n, name in enumerate(names):
                 old = warp.registers.get(name, 0)
-                warp.registers[name] = _Load(window, at + 4 * n, size, active, old) if known else None
+                found = _Load(window, at + 4 * n, size, active, old) if known else None
+                warp.registers[name] = found.word() + before if found and adds else found
 
     return act
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 from collections import Counter
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -221,6 +222,13 @@ def test_an_atomic_gives_what_was_there_once():
     """Behind it, only the device knows."""
     found = on(H100, samples.two_tickets, (1,), integers(0), numbers(4096), numbers(1), 1024)
     assert {"x", "?"} <= set(found.asked)
+
+
+def test_blocks_take_tickets_in_order():
+    """The last of four has the fourth."""
+    for size, there in ((3 * 1024 + 1, True), (3 * 1024, False)):
+        with nullcontext() if there else pytest.raises(OutOfBoundsError):
+            on(H100, samples.two_tickets, (4,), integers(0), numbers(size), numbers(1), 1024)
 
 
 @pytest.mark.parametrize(("passing", "wanted"), [(0, None), (2, 0b101)])

@@ -34,7 +34,10 @@ class PackedKeys(NamedTuple):
 
 _backend.register("cosine_topk", "reference", reference.cosine_topk)
 _backend.register_native("cosine_topk", cpu.cosine_topk)
-_backend.register("cosine_topk", "cuda", cuda.cosine_topk, refuse=lambda o: cuda.refuse(o.like), missing=cuda.missing)
+_backend.register(
+    "cosine_topk", "cuda", cuda.cosine_topk, refuse=lambda o: cuda.refuse(o.like), missing=cuda.missing,
+    launch_of=cuda.launch_of,
+)  # fmt: skip
 _backend.register_triton("cosine_topk", f"{__package__}.triton")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch import Tensor
 from ... import _native
 from .. import _backend, _workspace
 from .cpu import SCANS
-from .reference import normalize_rows
+from .reference import SearchOperands, normalize_rows
 
 
 @functools.cache
@@ -95,12 +96,7 @@ def search(
         if packed is None and (rows.stride(0) % 4 or rows.data_ptr() % 16):
             rows = torch.nn.functional.pad(rows, (0, -rows.shape[1] % 4))[:, : rows.shape[1]]
     (m, d), device = queries.shape, queries.device
-    codes = packed[0] if packed is not None else None
-    n = len(rows) if rows is not None else len(codes)  # type: ignore[arg-type]
-    addresses = [_native.address(rows), 0 if rows is None else rows.stride(0), 0, 0, 0, 0]
-    if packed is not None:
-        addresses[2:] = SCANS[packed[0].dtype][0], *(t.data_ptr() for t in packed)
-    keys = _native.core().Keys(n, d, *addresses)
+    keys = _keys(rows, packed, d)
     scores = torch.empty(m, k, dtype=torch.float32, device=device)
     ids = torch.empty(m, k, dtype=torch.int64, device=device)
     gathered, value_bytes = None, 0
@@ -108,15 +104,70 @@ def search(
         gathered = torch.empty(m, k, *values.shape[1:], dtype=values.dtype, device=device)
         value_bytes = values[0].nbytes if len(values) else 0
     ranges = None if ranges is None else ranges.contiguous()
+    size = _native.core().cuda_cosine_topk_workspace(keys, m, k, device.index)
+    own = _native.address(values), value_bytes, _native.address(gathered)
+    _launch(keys, size, queries, k, ranges, scores, ids, own, workspace)
+    return scores, ids, gathered
+
+
+def _keys(rows: Tensor | None, packed: tuple[Tensor, Tensor, Tensor] | None, d: int) -> Any:
+    """What the core knows them by; their addresses, and nothing that keeps them."""
+    n = len(rows) if rows is not None else len(packed[0])  # type: ignore[index]
+    addresses = [_native.address(rows), 0 if rows is None else rows.stride(0), 0, 0, 0, 0]
+    if packed is not None:
+        addresses[2:] = SCANS[packed[0].dtype][0], *(t.data_ptr() for t in packed)
+    return _native.core().Keys(n, d, *addresses)
+
+
+def _launch(
+    keys: Any,
+    size: int,
+    queries: Tensor,
+    k: int,
+    ranges: Tensor | None,
+    scores: Tensor,
+    ids: Tensor,
+    values: tuple[int, int, int] = (0, 0, 0),
+    workspace: SearchWorkspace | None = None,
+) -> None:
+    """In the current stream. size: of the workspace; values: their address, the bytes of each, and where they go."""
+    device = queries.device
     stream = torch.cuda.current_stream(device).cuda_stream
     workspace = workspace or workspace_of(device, stream)
-    memory = workspace.sized(_native.core().cuda_cosine_topk_workspace(keys, m, k, device.index))
+    memory = workspace.sized(size)
     _native.core().cuda_cosine_topk(
-        keys, _native.rows(queries), m, k, _native.address(ranges), scores.data_ptr(), ids.data_ptr(),
-        _native.address(values), value_bytes, _native.address(gathered), workspace.state.data_ptr(),
-        memory.data_ptr(), memory.numel(), device.index, stream,
+        keys, _native.rows(queries), len(queries), k, _native.address(ranges), scores.data_ptr(), ids.data_ptr(),
+        *values, workspace.state.data_ptr(), memory.data_ptr(), memory.numel(), device.index, stream,
     )  # fmt: skip
-    return scores, ids, gathered
+
+
+class Launch:
+    """A search of keys that stay where they are, by queries of one form: see `launch_of`."""
+
+    def __init__(self, o: SearchOperands) -> None:
+        self._rows, self._packed, self._k = o.keys, o.packed, o.k
+        self._tables = o.keys, *(o.packed or ())
+        self._addresses: list[int] | None = None
+
+    def __call__(self, queries: Tensor, ranges: Tensor | None, scores: Tensor, ids: Tensor) -> None:
+        """Into scores, float32 [m, k], and ids, int64 [m, k]; all are contiguous."""
+        addresses = [t.data_ptr() for t in self._tables]
+        if addresses != self._addresses:  # at first, and where another memory was set
+            m, d = queries.shape
+            self._keys = _keys(self._rows, self._packed, d)
+            self._size = _native.core().cuda_cosine_topk_workspace(self._keys, m, self._k, queries.device.index)
+            self._addresses = addresses
+        _launch(self._keys, self._size, queries, self._k, ranges, scores, ids)
+
+
+def launch_of(o: SearchOperands) -> Launch | None:
+    """What is launched for such operands with contiguous rows; None: something has to be copied before.
+
+    It is given queries, ranges, scores and ids.
+    """
+    native = o.keys.dtype == torch.float32 and o.queries.dtype in (torch.float32, torch.bfloat16)
+    aligned = o.packed is not None or (o.keys.shape[1] % 4 == 0 and o.keys.data_ptr() % 16 == 0)
+    return Launch(o) if native and aligned and o.normalized and o.keys.is_contiguous() else None
 
 
 def refuse(t: Tensor) -> str | None:

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from .api import blend_of, latent_attention, project_values
-from .reference import SemanticEncoder
+from .api import PreparedAttention, attend, blend_of, latent_attention, project_values
+from .reference import LatentOperands, SemanticEncoder
 
-__all__ = ["SemanticEncoder", "blend_of", "latent_attention", "project_values"]
+__all__ = [
+    "LatentOperands",
+    "PreparedAttention",
+    "SemanticEncoder",
+    "attend",
+    "blend_of",
+    "latent_attention",
+    "project_values",
+]

@@ -236,6 +236,47 @@ def attend(o: LatentOperands) -> tuple[Tensor, Tensor]:
     return out, gate
 
 
+class PreparedAttention:
+    """Entries and Enc_sem for many calls: what is launched for activations of a form is looked up once."""
+
+    def __init__(self, keys: Tensor, values: Tensor, projected: Tensor | None, encoder: SemanticEncoder) -> None:
+        """See `attend`.
+
+        Args:
+            keys: [N, H, c].
+            values: [N, H, d].
+            projected: [N, H, r]; None: the kernel multiplies.
+            encoder: Enc_sem.
+        """
+        self._tables = keys, values, projected, encoder
+        self._launches = _backend.Launches("latent_attention", (keys, values, projected, *encoder))
+
+    def __call__(
+        self, queries: Tensor, inputs: Tensor, ids: Tensor, alpha: Tensor | None, anchor: Tensor | None, blend: Blend
+    ) -> tuple[Tensor, Tensor]:
+        """The shifted output [M, d] and the gate [M].
+
+        Args:
+            queries: [M, H, c].
+            inputs: [M, d], what is shifted.
+            ids: int64 [M, k] or [R, k], as of `latent_attention`.
+            alpha: [1] or [M], a given gate; None: it is computed.
+            anchor: [R, d], compared with Enc_sem(h_know), R dividing M; None: the inputs are.
+            blend: scale, convention and norm.
+        """
+        keys, values, projected, encoder = self._tables
+        o = LatentOperands(queries, inputs, keys, values, ids, encoder, alpha, anchor, blend, projected)
+        given = queries, inputs, ids, alpha, anchor
+        if not (_library.direct(inputs) and len(inputs) and _library.in_place(*given)):
+            return attend(o)
+        launch = self._launches.of((blend, *(None if t is None else (t.shape, t.dtype) for t in given)), lambda: o)
+        if launch is None:
+            return attend(o)
+        out, gate = torch.empty_like(inputs), inputs.new_empty(len(inputs), dtype=torch.float32)
+        launch(*given, out, gate)
+        return out, gate
+
+
 def project_values(values: Tensor, encoder: SemanticEncoder) -> Tensor:
     """The first layer of Enc_sem on each value, without its bias: float32 [N, H, r] of values [N, H, d] or [N, d]."""
     return torch.nn.functional.linear(with_heads(values).float(), encoder.w1.float())

@@ -17,7 +17,7 @@ from ..cosine_topk import Leading, PackedKeys, PreparedSearch, check_retrieval, 
 from ..cosine_topk.cpu import Keys
 from ..cosine_topk.reference import SearchOperands
 from ..latent_attention import reference as latent
-from ..latent_attention.api import alpha_dtype, backward_of, blend_of, check_tables, with_heads
+from ..latent_attention.api import PreparedAttention, alpha_dtype, backward_of, blend_of, check_tables, with_heads
 from ..latent_attention.cpu import Gate, Memory
 from ..latent_attention.reference import Blend, LatentOperands, SemanticEncoder
 from . import cpu, reference
@@ -162,6 +162,7 @@ class PreparedMemory:
 
     Attributes:
         search: of the index alone.
+        attention: to entries that are known.
     """
 
     def __init__(
@@ -187,6 +188,7 @@ class PreparedMemory:
         """
         self._tables = index, packed, keys, values, projected, encoder, leading
         self.search = PreparedSearch(index, packed, leading)
+        self.attention = PreparedAttention(keys, values, projected, encoder)
         self._native = self._laid_out()
         self._launches = _backend.Launches("memory_attention", (index, keys, values, projected, *encoder))
 
