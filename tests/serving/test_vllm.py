@@ -519,7 +519,9 @@ class Family:
 
     def serve(self, **more):
         with engine(self.folder, limit_mm_per_prompt=None, **self.settings, **more) as llm:
-            return said(llm.generate(self.prompts, self.params, use_tqdm=False))
+            found = said(llm.generate(self.prompts, self.params, use_tqdm=False))
+            self.entries = [stats["memory_entries"] for stats in llm.collective_rpc("unike_stats")]
+            return found
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -530,18 +532,23 @@ def test_other_families_compiled(name, make_memory, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "split", "remembers", "eager"),
+    ("name", "split", "memory"),
     [
-        ("opt", "tensor", True, False),
-        ("opt", "pipeline", True, False),
-        ("falcon", "tensor", False, False),
-        ("falcon", "tensor", True, True),
+        ("opt", "tensor", "whole"),
+        ("opt", "tensor", "sharded"),
+        ("opt", "pipeline", "whole"),
+        ("falcon", "tensor", "none"),
+        ("falcon", "tensor", "whole"),
+        ("falcon", "tensor", "sharded"),
     ],
 )
-def test_over_two_processes(name, split, remembers, eager, make_memory, tmp_path):
-    """Edits and memory in layers of both stages; ranks that sum FFN and attention where these end, or later."""
-    family = Family(name, tmp_path, make_memory if remembers else None)
-    assert family.serve(**{f"{split}_parallel_size": 2}, enforce_eager=eager) == family.wanted
+def test_over_two_processes(name, split, memory, make_memory, tmp_path):
+    """Edits and memory in layers of both stages; ranks that sum FFN and attention where these end, or later; and that
+    have half of the memory's 50 entries each."""
+    family = Family(name, tmp_path, make_memory if memory != "none" else None)
+    family.told["sharded_memory"] = memory == "sharded"
+    assert family.serve(**{f"{split}_parallel_size": 2}) == family.wanted
+    assert family.entries == [{"none": 0, "whole": 50, "sharded": 25}[memory]] * 2
 
 
 def test_two_replicas(make_memory, tmp_path):
