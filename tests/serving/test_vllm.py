@@ -634,6 +634,55 @@ def louder(layer):
     return dataclasses.replace(layer, values=20 * layer.values)
 
 
+# --- benchmarks -------------------------------------------------------------------------------------------------------
+
+
+class Kernel:
+    """In the place of one of Triton's."""
+
+    def __init__(self, compute):
+        self.compute = compute
+
+    def __getitem__(self, grid):
+        return lambda *args, **_: self.compute(grid[2], *args)
+
+
+def of_each(adapters, order, counts, starts, ids):
+    """The tokens of each adapter."""
+    for i in range(adapters):
+        if ids[i] >= 0:
+            yield order[starts[i] : starts[i] + counts[i]], ids[i]
+
+
+def shrink(adapters, x, a, out, m, n, k, order, counts, starts, ids, scale, *_):
+    for rows, id in of_each(adapters, order, counts, starts, ids):
+        out[0, rows] += scale * (x[rows].float() @ a[id].float().T)
+
+
+def expand(adapters, inner, b, out, m, n, k, order, counts, starts, ids, start, s0, s1, s2, *strides_and_more):
+    b = b.as_strided((int(ids.max()) + 1, n, k), strides_and_more[:3])
+    for rows, id in of_each(adapters, order, counts, starts, ids):
+        out[rows] += (inner[0, rows].to(b.dtype) @ b[id].T).to(out.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("tokens", "edits"), [(1, 1), (6, 1), (6, 3), (64, 64)])
+def test_the_neurons_by_vllms_lora_kernels(tokens, edits, dtype, monkeypatch):
+    """All but the kernels themselves: what the benchmark of the FFN gives them, and makes of what they return."""
+    from unike_bench.cases import ffn
+    from vllm.lora.ops.triton_ops import lora_expand_op, lora_shrink_op
+
+    monkeypatch.setattr(lora_shrink_op, "_lora_shrink_kernel", Kernel(shrink))
+    monkeypatch.setattr(lora_expand_op, "_lora_expand_kernel", Kernel(expand))
+    monkeypatch.setitem(ffn._SIZES, 32, 48)
+    layer = ffn.Layer(32, tokens, edits, dtype=dtype)
+    run = ffn.as_adapters(layer)
+    for _ in range(2):
+        run.check(run.call())
+    with pytest.raises(AssertionError):
+        run.check(layer.unpatched())
+
+
 # --- CUDA graphs ------------------------------------------------------------------------------------------------------
 
 
