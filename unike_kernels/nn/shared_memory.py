@@ -1,4 +1,4 @@
-"""A memory whose entries lie on several ranks: each searches and attends to its own, and what they find is put together.
+"""A memory whose entries lie on several ranks: each searches and attends to its own, and they join what they find.
 
 A token's k entries are those of one memory, ties included: scores are canonical, wherever they are computed. The
 softmax over these entries is that of one memory but for rounding: each rank averages its own, and the averages are
