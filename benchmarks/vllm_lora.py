@@ -242,9 +242,10 @@ def main() -> None:
         "--counts", type=int, nargs="+", default=[1, 8, 64], help=f"at most {REQUESTS} (default: 1 8 64)"
     )
     parser.add_argument("--dtype", help="(default: float32 on a CPU, bfloat16 on a GPU)")
-    compiled = argparse.BooleanOptionalAction
     parser.add_argument(
-        "--compiled", action=compiled, help="let vLLM compile, and on a GPU capture graphs (default there)"
+        "--compiled",
+        action=argparse.BooleanOptionalAction,
+        help="let vLLM compile, and on a GPU capture graphs (default there)",
     )
     args = parser.parse_args()
     from vllm.platforms import current_platform
