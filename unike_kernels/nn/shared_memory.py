@@ -105,9 +105,10 @@ class SharedMemory:
         scores, ids = memory.retrieve(hidden, k, bounds)
         ids, rest = torch.where(ids >= 0, ids + own.start, -1), (0, k - ids.shape[1])
         scores, ids = (torch.nn.functional.pad(t, rest, value=v) for t, v in ((scores, float("-inf")), (ids, -1)))
-        # At once, in a dtype that has both exactly.
-        found = self.ranks.gather(torch.cat([scores.double(), ids.double()], 1)).view(len(ids), -1, 2, k)
-        return best_of(found[:, :, 0].flatten(1), found[:, :, 1].flatten(1), k)[1].long()
+        # Both at once, the ids as bits of float32: not all that gathers takes other dtypes.
+        both = torch.cat([scores.float(), ids.int().view(torch.float32)], 1)
+        found = self.ranks.gather(both).view(len(ids), -1, 2, k)
+        return best_of(found[:, :, 0].flatten(1), found.view(torch.int32)[:, :, 1].flatten(1), k)[1].long()
 
     def _averaged(self, memory: MemoryTables, config: Config, queries: Tensor, ids: Tensor) -> Tensor:
         """[M, d]: the average over the entries of all ranks, of which this one has `ids` [M, k]; 0 where none has any.
