@@ -80,11 +80,13 @@ class RaggedRuntime:
         self._device = torch.device(device)
         self._tables: dict[int, MemoryTables] = {}
         self._shift: Shift = shift_tokens
+        entries = 0 if memory is None else len(memory)
+        self._whole = torch.tensor([[0, entries]], dtype=torch.int64, device="cpu").to(self._device)
         if memory is not None:
             check_memory(memory)
             part = None
             if ranks is not None and memory.layers:
-                self._shift, part = SharedMemory(len(memory), ranks).shift, ranks.part(len(memory))
+                self._shift, part = SharedMemory(entries, ranks).shift, ranks.part(entries)
             here = [i for i in memory.layers if own is None or i in own]
             made = {i: make_tables(memory, i, memory.config, self._device, retriever, part) for i in here}
             self._tables = {i: tables for i, tables in made.items() if tables is not None}
@@ -236,7 +238,7 @@ class RaggedRuntime:
         """Write the step that `begin` has told of where graphs read it; see `StepTables.write`."""
         bounds = self._bounds
         if self._shifted and bounds is None:
-            bounds = torch.tensor([[0, len(self.memory or ())]], dtype=torch.int64, device=self._device)
+            bounds = self._whole
         return self.graphs is not None and self.graphs.write(self._rows, self._tokens, bounds)
 
     @torch.no_grad()

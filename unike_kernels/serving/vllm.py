@@ -212,6 +212,8 @@ class _Served:
         self.activation = configured_activation(text)
         # One that is to be a part of what it is remains in its file, whose pages the processes share.
         self.sharded = bool(settings.get("sharded_memory"))
+        if self.sharded and not settings.get("memory"):
+            raise ValueError("additional_config.unike: expected a memory where sharded_memory is asked for")
         self.memory = MemoryBank.load(settings["memory"], mmap=self.sharded) if settings.get("memory") else None
         last = range(max(self.total - _LAYERS, 0), self.total)
         self.layers = sorted(settings.get("layers") or (self.memory.layers if self.memory else ()) or last)
