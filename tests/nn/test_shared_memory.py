@@ -134,8 +134,10 @@ def test_ties_between_ranks(k, memory):
 
 @pytest.mark.parametrize(("entries", "count"), [(5, 2), (10, 3), (3, 3)])
 def test_fewer_entries_than_are_asked_for(entries, count, memory):
-    """On a rank, and on all of them together."""
-    check(memory(entries=entries), *random_tokens(), count)
+    """On a rank, and on all of them together; by some tokens none."""
+    whole = memory(entries=entries)
+    for shares in (None, [RequestSlice(4), RequestSlice(5, memory=False)]):
+        check(whole, *random_tokens(), count, shares=shares)
 
 
 @pytest.mark.parametrize("size", [1e-3, 40.0])
