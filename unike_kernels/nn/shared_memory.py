@@ -119,8 +119,9 @@ class SharedMemory:
         weights = logits_of(memory, config, queries, ids).squeeze(1).logsumexp(-1, keepdim=True)
         q, scale = asking(config, queries)
         zeros = queries.new_zeros(len(ids), values.shape[-1], dtype=weights.dtype)
+        open_gate = zeros.new_ones(1, dtype=zeros.dtype)
         average, _ = latent_attention(
-            q, zeros, memory.keys, values, ids, memory.encoder, scale=scale, alpha=zeros.new_ones(1), norm="none"
+            q, zeros, memory.keys, values, ids, memory.encoder, scale=scale, alpha=open_gate, norm="none"
         )
         share = (weights - self.ranks.gather(weights).logsumexp(-1, keepdim=True)).exp()
         return self.ranks.total(torch.where((ids >= 0).any(-1, keepdim=True), share, 0.0) * average)
