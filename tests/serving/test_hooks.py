@@ -94,8 +94,8 @@ def test_a_stage_of_a_pipeline_installs_its_own_layers():
         vllm.install(model, model.config, RaggedRuntime([1, 2, 3], 64, "silu"), edits=True)
 
 
-def test_what_a_layer_sums_itself_is_changed_by_one_rank(make_memory, monkeypatch):
-    """Edits, and the memory's shift, for which each rank has a part in one more sum."""
+def test_what_a_layer_sums_itself(make_memory, monkeypatch):
+    """Edits are added by one rank. What the memory shifts is computed by each, of one more sum, and added by shares."""
     hooks = []
     for rank in (0, 1):
         model = model_of(ZOO["llama"])
@@ -104,8 +104,9 @@ def test_what_a_layer_sums_itself_is_changed_by_one_rank(make_memory, monkeypatc
         hooks.append([bool(layer.mlp._forward_hooks) for layer in model.model.layers])
     assert hooks == [[False, False, True, True], [False, False, True, False]]
     memory = make_memory(model, every_token(k=7, values="out"), layers=(2, 3))
-    asked = []
+    asked, shares, hook = [], [], vllm.hook_attention
     monkeypatch.setattr(vllm, "_sum_over_ranks", lambda part: asked.append(part) or part.clone())
+    monkeypatch.setattr(vllm, "hook_attention", lambda *a, **how: shares.append(how["share"]) or hook(*a, **how))
     for rank, sums in ((0, [3]), (1, [3]), (0, [])):
         model = model_of(ZOO["llama"])
         if sums:
@@ -115,8 +116,9 @@ def test_what_a_layer_sums_itself_is_changed_by_one_rank(make_memory, monkeypatc
         flat.attention = lambda layer, hidden, out, shifted=shifted: shifted.append(layer)
         with vllm.step(flat, []), torch.no_grad():
             model(input_ids=IDS)
-        assert shifted == ([2] if rank else [2, 3]) and len(asked) == len(sums)
+        assert shifted == [2, 3] and len(asked) == len(sums) and shares == [1.0, 0.5 if sums else 1.0]
         asked.clear()
+        shares.clear()
 
 
 class Leaves(nn.Module):
@@ -151,21 +153,21 @@ def test_an_output_whose_bias_is_left_to_the_layer(bias, named):
 
 @pytest.mark.parametrize("bias", [None, torch.randn(6)])
 def test_an_output_of_which_each_rank_has_a_part(bias):
-    """All of it is changed, by the part of one of them: their sum is what it would be on one rank."""
+    """All of it is changed, by each of them in its share: their sum is what it would be on one rank."""
     x, other = torch.randn(3, 6), torch.randn(3, 6)
 
     def change(hidden, out):
         out[1:] *= 3
 
     parts = []
-    for mine, rest, changes in ((2 * x, other, True), (other, 2 * x, False)):
+    for mine, rest, share in ((2 * x, other, 0.25), (other, 2 * x, 0.75)):
         attention = Leaves(bias)
         attention.forward = lambda positions, hidden_states, mine=mine: (mine.clone(), bias)
         layer = SimpleNamespace(attention=SimpleNamespace(module=attention), where="layer 0")
-        hook_attention(layer, change, summed=lambda part, rest=rest: part + rest, changes=changes)
+        hook_attention(layer, change, summed=lambda part, rest=rest: part + rest, share=share)
         parts.append(attention(torch.arange(3), x)[0])
     whole = 2 * x + other + (0 if bias is None else bias)
-    assert torch.equal(parts[1], other) and torch.equal(parts[0][0], 2 * x[0])
+    assert torch.equal(parts[1][0], other[0]) and torch.equal(parts[0][0], 2 * x[0])
     torch.testing.assert_close((parts[0] + parts[1] + (0 if bias is None else bias))[1:], 3 * whole[1:])
 
 

@@ -519,7 +519,9 @@ class Family:
 
     def serve(self, **more):
         with engine(self.folder, limit_mm_per_prompt=None, **self.settings, **more) as llm:
-            return said(llm.generate(self.prompts, self.params, use_tqdm=False))
+            found = said(llm.generate(self.prompts, self.params, use_tqdm=False))
+            self.entries = [stats["memory_entries"] for stats in llm.collective_rpc("unike_stats")]
+            return found
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -530,18 +532,23 @@ def test_other_families_compiled(name, make_memory, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "split", "remembers", "eager"),
+    ("name", "split", "memory"),
     [
-        ("opt", "tensor", True, False),
-        ("opt", "pipeline", True, False),
-        ("falcon", "tensor", False, False),
-        ("falcon", "tensor", True, True),
+        ("opt", "tensor", "whole"),
+        ("opt", "tensor", "sharded"),
+        ("opt", "pipeline", "whole"),
+        ("falcon", "tensor", "none"),
+        ("falcon", "tensor", "whole"),
+        ("falcon", "tensor", "sharded"),
     ],
 )
-def test_over_two_processes(name, split, remembers, eager, make_memory, tmp_path):
-    """Edits and memory in layers of both stages; ranks that sum FFN and attention where these end, or later."""
-    family = Family(name, tmp_path, make_memory if remembers else None)
-    assert family.serve(**{f"{split}_parallel_size": 2}, enforce_eager=eager) == family.wanted
+def test_over_two_processes(name, split, memory, make_memory, tmp_path):
+    """Edits and memory in layers of both stages; ranks that sum FFN and attention where these end, or later; and that
+    have half of the memory's 50 entries each, which changes nothing that is compiled."""
+    family = Family(name, tmp_path, make_memory if memory != "none" else None)
+    family.told["sharded_memory"] = memory == "sharded"
+    assert family.serve(**{f"{split}_parallel_size": 2}, enforce_eager=memory == "sharded") == family.wanted
+    assert family.entries == [{"none": 0, "whole": 50, "sharded": 25}[memory]] * 2
 
 
 def test_two_replicas(make_memory, tmp_path):
@@ -625,6 +632,55 @@ def test_the_memory_decides_where_an_edit_acts(make_edit, tmp_path):
 
 def louder(layer):
     return dataclasses.replace(layer, values=20 * layer.values)
+
+
+# --- benchmarks -------------------------------------------------------------------------------------------------------
+
+
+class Kernel:
+    """In the place of one of Triton's."""
+
+    def __init__(self, compute):
+        self.compute = compute
+
+    def __getitem__(self, grid):
+        return lambda *args, **_: self.compute(grid[2], *args)
+
+
+def of_each(adapters, order, counts, starts, ids):
+    """The tokens of each adapter."""
+    for i in range(adapters):
+        if ids[i] >= 0:
+            yield order[starts[i] : starts[i] + counts[i]], ids[i]
+
+
+def shrink(adapters, x, a, out, m, n, k, order, counts, starts, ids, scale, *_):
+    for rows, id in of_each(adapters, order, counts, starts, ids):
+        out[0, rows] += scale * (x[rows].float() @ a[id].float().T)
+
+
+def expand(adapters, inner, b, out, m, n, k, order, counts, starts, ids, start, s0, s1, s2, *strides_and_more):
+    b = b.as_strided((int(ids.max()) + 1, n, k), strides_and_more[:3])
+    for rows, id in of_each(adapters, order, counts, starts, ids):
+        out[rows] += (inner[0, rows].to(b.dtype) @ b[id].T).to(out.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("tokens", "edits"), [(1, 1), (6, 1), (6, 3), (64, 64)])
+def test_the_neurons_by_vllms_lora_kernels(tokens, edits, dtype, monkeypatch):
+    """All but the kernels themselves: what the benchmark of the FFN gives them, and makes of what they return."""
+    from unike_bench.cases import ffn
+    from vllm.lora.ops.triton_ops import lora_expand_op, lora_shrink_op
+
+    monkeypatch.setattr(lora_shrink_op, "_lora_shrink_kernel", Kernel(shrink))
+    monkeypatch.setattr(lora_expand_op, "_lora_expand_kernel", Kernel(expand))
+    monkeypatch.setitem(ffn._SIZES, 32, 48)
+    layer = ffn.Layer(32, tokens, edits, dtype=dtype)
+    run = ffn.as_adapters(layer)
+    for _ in range(2):
+        run.check(run.call())
+    with pytest.raises(AssertionError):
+        run.check(layer.unpatched())
 
 
 # --- CUDA graphs ------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import torch
 from configs import every_token
 
 import unike_kernels as uk
+from unike_kernels.nn import Ranks
 from unike_kernels.serving import vllm
 from unike_kernels.serving.access import headers, load_hook
 
@@ -350,3 +351,19 @@ def test_a_memory_that_is_searched_approximately(served):
     assert all(isinstance(t.retriever, uk.ApproximateIndex) for t in server.flat()._tables.values())
     with pytest.raises(ValueError, match="expected 'ivf' or 'hnsw', got 'lsh'"):
         served("none", memory=server.folder.path.parent / "one.memory", search={"kind": "lsh"})
+
+
+@pytest.mark.parametrize("kind", ["one", "tenants"])
+def test_a_memory_that_the_ranks_share(kind, served):
+    """Where it is asked for; the tables of a rank are a part of it, and all else is as with the whole one."""
+    ranks = Ranks(1, 3, torch.clone, torch.clone)
+    whole, sharded = served(kind), served(kind, folder="sharded", sharded_memory=True)
+    assert whole.memory.id == sharded.memory.id and len(whole.memory) == len(sharded.memory)
+    entries = len(whole.memory)
+    for server, ranks_of, count in ((whole, ranks, entries), (sharded, None, entries), (sharded, ranks, entries // 3)):
+        server.model = None
+        runtime = server.flat(ranks=ranks_of)
+        assert runtime.stats["memory_entries"] == pytest.approx(count, abs=1)
+        assert all(len(tables.keys) == runtime.stats["memory_entries"] for tables in runtime._tables.values())
+    with pytest.raises(ValueError, match="expected a memory where sharded_memory is asked for"):
+        served("none", sharded_memory=True)

@@ -20,6 +20,7 @@ from .layer_edits import LayerEdits
 from .memory_attention import MemoryAttention, MemoryShift, MemoryTables, memory_shift, shift_tokens
 from .patched_ffn import ExtraNeurons, PatchedFFN, extra_neurons
 from .routing import Route, Router
+from .shared_memory import Ranks, SharedMemory
 from .trace import LayerTrace, Trace
 
 __all__ = [
@@ -36,9 +37,11 @@ __all__ = [
     "Pass",
     "PatchedFFN",
     "PromptState",
+    "Ranks",
     "Route",
     "Router",
     "Selection",
+    "SharedMemory",
     "Trace",
     "Version",
     "adoption",

@@ -67,6 +67,7 @@ class Generation:
         version: that they compute with; None: the current one.
         tokens: how many have come, in the cache and in passes.
         decoding: whether a pass of one token has followed the prompt.
+        writes: `_writes` of the cache when the last pass had ended.
         saved: (layer, name) -> tensor [B, ...] that the last pass with the last prompt token computed.
         seen: what the router has seen of the prompts, and decided.
     """
@@ -74,6 +75,7 @@ class Generation:
     version: Version | None = None
     tokens: int = 0
     decoding: bool = False
+    writes: int | None = None
     saved: dict[tuple[int, str], Tensor] = field(default_factory=dict)
     seen: Seen | None = None
 
@@ -318,6 +320,26 @@ def _length(cache: Any) -> int:
             "with the edits that are installed now"
         )
     return int(length)
+
+
+def _writes(cache: Any) -> int | None:
+    """How often the length of a static cache was written, which the host knows; None: torch does not count that, as in
+    inference mode, or it is no tensor."""
+    length = cache.get_seq_length()
+    return length._version if isinstance(length, Tensor) and not length.is_inference() else None
+
+
+def _emptied(cache: Any, known: Generation) -> bool:
+    """Whether nothing is left in the cache of a generation. A GPU is not waited for unless somebody has written there
+    since the last pass; of what nobody counts, it is asserted on the device that something is left."""
+    length = cache.get_seq_length()
+    if isinstance(length, Tensor) and on_gpu(length):
+        if length.is_inference():
+            torch._assert_async(length > 0, "the key-value cache was reset: expected the whole prompt in one pass")
+            return False
+        if length._version == known.writes:
+            return False
+    return _length(cache) == 0
 
 
 def on_gpu(t: Tensor) -> bool:
@@ -594,6 +616,8 @@ class ModelContext:
             if cache is not None and not local.running.traced:
                 with contextlib.suppress(TypeError):
                     self._running.setdefault(cache, local.running.generation)
+                    if self.needs_prompt_ends:
+                        local.running.generation.writes = _writes(cache)
                 self._note_decided(local.running, cache)
             local.running = local.running.outer
 
@@ -601,10 +625,10 @@ class ModelContext:
         self, cache: Any, selection: Selection | None, tokens: int, past: int | Tensor, tells: bool
     ) -> Generation:
         """That with this cache; a new one where it is empty, or there is none."""
+        prompt = None if selection is None else selection.prompt
         try:
             known = self._running.get(cache)
         except TypeError:  # None, or a tuple: nothing that a generation could be known by
-            prompt = None if selection is None else selection.prompt
             if prompt is None:
                 return Generation(self.current)
             if not past:  # another prompt; the pass of the one before may be computed again
@@ -618,6 +642,8 @@ class ModelContext:
                     "assisted decoding, passes do not tell where a prompt ends: say uk.rows(model, prompt_lengths=...)"
                 )
             known = known if left else None
+        if known is not None and tokens == 1 and (tells or (prompt is not None and prompt.config.needs_whole_prompts)):
+            known = None if _emptied(cache, known) else known
         if known is None:
             known = self._running[cache] = Generation(self.current)
         known.version = known.version or self.current

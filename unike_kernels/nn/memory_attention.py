@@ -461,8 +461,8 @@ def shift_tokens(
         _, ids = memory.retrieve(hidden, config.k, bounds)
         shifted = _attended(memory, config, queries, inputs, ids, anchor)[0]
         return shifted if out is None else out.copy_(shifted)
-    alpha, k = _fixed_alpha(config, inputs), memory.at_most(config.k)
-    queries, scale = _asking(config, queries)
+    alpha, k = fixed_alpha(config, inputs), memory.at_most(config.k)
+    queries, scale = asking(config, queries)
     blend = blend_of(queries, scale, config.convention, config.norm)
     if torch.compiler.is_compiling():  # a trace sees the operator, not how it is prepared
         values = memory.keys if memory.values is None else memory.values
@@ -477,8 +477,8 @@ def _attended(
     memory: MemoryTables, config: Config, queries: Tensor, inputs: Tensor, ids: Tensor, anchor: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """The shifted output [M, d] and the gate [M] of tokens whose entries `ids` [M, k] are known."""
-    queries, scale = _asking(config, queries)
-    alpha, blend = _fixed_alpha(config, inputs), blend_of(queries, scale, config.convention, config.norm)
+    queries, scale = asking(config, queries)
+    alpha, blend = fixed_alpha(config, inputs), blend_of(queries, scale, config.convention, config.norm)
     if torch.compiler.is_compiling():  # a trace sees the operator, not how it is prepared
         values = memory.keys if memory.values is None else memory.values
         operands = queries, inputs, memory.keys, values, ids, memory.encoder, alpha, anchor, blend, memory.projected
@@ -486,20 +486,29 @@ def _attended(
     return memory.attention()(queries, inputs, ids, alpha, anchor, blend)
 
 
+def logits_of(memory: MemoryTables, config: Config, queries: Tensor, ids: Tensor) -> Tensor:
+    """What the softmax of tokens [M] over their entries `ids` [M, k] is taken of: [M, H, k], -inf for the id -1.
+
+    In float32, float64 for queries of that dtype.
+    """
+    queries, scale = asking(config, queries)
+    blend = blend_of(queries, scale, config.convention, config.norm)
+    wide = torch.promote_types(queries.dtype, torch.float32)
+    found = [queries.new_empty(0, queries.shape[1], ids.shape[1], dtype=wide)]
+    for q, entries in zip(queries.split(256), ids.split(256), strict=True):  # the entries' keys, [256, k, H, c]
+        keys = memory.keys[entries.clamp(min=0)].to(wide)
+        found.append(blend.scale * torch.einsum("mhc,mkhc->mhk", q.to(wide), keys))
+    return torch.cat(found).masked_fill((ids < 0).unsqueeze(1), float("-inf"))
+
+
 def _effective(memory: MemoryTables, config: Config, queries: Tensor, ids: Tensor) -> Tensor:
     """float32 [M], see `LayerTrace`: exp of the entropy of each head's softmax, in the mean over the heads."""
-    queries, scale = _asking(config, queries)
-    blend, found = blend_of(queries, scale, config.convention, config.norm), []
-    for q, entries in zip(queries.split(256), ids.split(256), strict=True):  # the entries' keys, [256, k, H, c]
-        keys = memory.keys[entries.clamp(min=0)].to(torch.promote_types(q.dtype, torch.float32))
-        logits = blend.scale * torch.einsum("mhc,mkhc->mhk", q.to(keys.dtype), keys)
-        p = logits.masked_fill((entries < 0).unsqueeze(1), float("-inf")).softmax(-1)
-        count = torch.special.entr(p).sum(-1).exp().mean(-1)
-        found.append(torch.where((entries >= 0).any(-1), count.float(), 0.0))
-    return torch.cat(found)
+    p = logits_of(memory, config, queries, ids).softmax(-1)
+    count = torch.special.entr(p).sum(-1).exp().mean(-1)
+    return torch.where((ids >= 0).any(-1), count.float(), 0.0)
 
 
-def _asking(config: Config, queries: Tensor) -> tuple[Tensor, float | None]:
+def asking(config: Config, queries: Tensor) -> tuple[Tensor, float | None]:
     """Queries [M, H, c] as they are multiplied with the keys of `MemoryTables`, and the scale of their products."""
     if not isinstance(config.scale, str):
         return queries, config.scale
@@ -517,7 +526,8 @@ def _unit(vectors: Tensor) -> Tensor:
     return (wide / torch.where(norm == 0, 1.0, norm)).to(vectors.dtype)
 
 
-def _fixed_alpha(config: Config, inputs: Tensor) -> Tensor | None:
+def fixed_alpha(config: Config, inputs: Tensor) -> Tensor | None:
+    """The gate [1] that the config says; None: it is computed."""
     if isinstance(config.alpha, str):
         return None
     wide = torch.promote_types(inputs.dtype, torch.float32)

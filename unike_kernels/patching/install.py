@@ -234,7 +234,7 @@ def patch(
                 module.register_forward_pre_hook(MaskHook(context), with_kwargs=True)
         decoder.module.register_forward_pre_hook(DecoderHook(context, places, placeholders), with_kwargs=True)
         set_prompt_hooks(model, decoder, context, router)
-        decoder.module.register_forward_hook(DecoderEndHook(context), always_call=True)
+        decoder.module.register_forward_hook(DecoderEndHook(context), with_kwargs=True, always_call=True)
         if placeholders is not None:
             embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
             embedding.register_forward_pre_hook(EmbeddingHook(context, placeholders), with_kwargs=True)
@@ -340,6 +340,7 @@ def make_tables(
     config: Config,
     device: torch.device,
     retriever: Callable[[Tensor], Retriever] | None = None,
+    entries: range | None = None,
 ) -> MemoryTables | None:
     """The tables of one layer of a memory.
 
@@ -349,6 +350,7 @@ def make_tables(
         config: the switches in force.
         device: where the layer's attention computes.
         retriever: see `patch`; None: what the memory's `search` says.
+        entries: of the memory, which the tables have; None: all.
 
     Returns:
         None where there is no memory, or it has nothing for this layer.
@@ -358,20 +360,19 @@ def make_tables(
     """
     if memory is None or layer not in memory.layers:
         return None
-    m = memory.layers[layer]
+    m, part = memory.layers[layer], slice(None) if entries is None else slice(entries.start, entries.stop)
+    index, keys, values = m.index[part], m.keys[part], None if m.values is None else m.values[part]
     found = None
     if retriever is not None:
-        found = retriever(m.index.to(device))
-        if len(found) != len(m.index):
-            raise ValueError(f"retriever: expected an index of the {len(m.index)} keys it was given, got {len(found)}")
+        found = retriever(index.to(device))
+        if len(found) != len(index):
+            raise ValueError(f"retriever: expected an index of the {len(index)} keys it was given, got {len(found)}")
         if isinstance(found, Index) and not found.counted:
             raise ValueError("retriever: expected an index whose ids are the positions of keys, got one with others")
     elif memory.search is not None:
-        found = ApproximateIndex(m.index.to(device), memory.search)
-    cosine = config.scale == "cosine"
-    tables = MemoryTables(
-        m.index, m.keys, m.values, m.encoder, memory.id, found, cosine=cosine, texts=memory.texts
-    )  # fmt: skip
+        found = ApproximateIndex(index.to(device), memory.search)
+    cosine, texts = config.scale == "cosine", None if memory.texts is None else memory.texts[part]
+    tables = MemoryTables(index, keys, values, m.encoder, memory.id, found, cosine=cosine, texts=texts)
     return tables.to(device)
 
 

@@ -188,11 +188,13 @@ class DecoderEndHook:
 
     context: ModelContext
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """End the pass, and forget which of its tokens were text."""
         self.context.local.text = None  # an embedding inside of the decoder has noted it for nobody
         self.context.local.embedded = self.context.local.mask = self.context.local.ids = None
-        self.context.end(getattr(output, "past_key_values", None))
+        made = getattr(output, "past_key_values", None)
+        # Some return no cache that they were given; what has failed returns nothing.
+        self.context.end(kwargs.get("past_key_values") if made is None and output is not None else made)
 
 
 @dataclass

@@ -49,6 +49,15 @@ def own_ids(ids: Ids | None, count: int) -> Tensor | None:
     return found
 
 
+def best_of(scores: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k best of what ranks have found, scores and ids [M, c], as one search of all their keys finds them.
+
+    Ranks come in the order of their keys, each with ties in their order: a stable sort keeps it.
+    """
+    order = scores.argsort(dim=1, descending=True, stable=True)[:, :k]
+    return scores.gather(1, order), ids.gather(1, order)
+
+
 class Index(ABC):
     """Keys that are searched by cosine; a class says how, with `_search`."""
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .exact import CosineIndex
-from .index import Ids, Index, mask_or_ids
+from .index import Ids, Index, best_of, mask_or_ids
 
 
 class ShardedIndex(Index):
@@ -77,9 +77,7 @@ class ShardedIndex(Index):
         if self._counted:
             ids = torch.where(ids >= 0, ids + self.first, ids)
         scores, ids = (torch.cat(self._gathered(t), 1) for t in (scores, ids))
-        # Ranks come in the order of their keys, each with ties in their order: a stable sort keeps it.
-        order = scores.argsort(dim=1, descending=True, stable=True)[:, :k]
-        return scores.gather(1, order), ids.gather(1, order)
+        return best_of(scores, ids, k)
 
     def _own(self, allowed: Ids) -> Tensor:
         """What is allowed, of this rank's keys. Raises TypeError, ValueError."""

@@ -32,7 +32,7 @@ def hook_ffn(layer: backbones.Layer, change: Change) -> list[RemovableHandle]:
 
 
 def hook_attention(
-    layer: backbones.Layer, change: Change, *, summed: Callable[[Tensor], Tensor] | None = None, changes: bool = True
+    layer: backbones.Layer, change: Change, *, summed: Callable[[Tensor], Tensor] | None = None, share: float = 1.0
 ) -> list[RemovableHandle]:
     """Let `change` replace the output of a layer's attention. Raises UnsupportedModelError where there is none.
 
@@ -44,7 +44,8 @@ def hook_attention(
         change: see `Change`.
         summed: where a rank's attention gives a part of the output, which the layer sums later: the sum over the ranks,
             a new tensor, which each of them must ask for. None: it gives all of it.
-        changes: whether this rank's part takes what `change` makes of the sum; the others' stay as they are.
+        share: of what `change` adds to that sum, how much this rank's part takes; those of all ranks are 1 together.
+            Where it is 0 for one, a compiler sees that its sum is for nothing, leaves it out, and the others wait.
     """
     attention = layer.attention.module
     find, residual_at = _finder(attention), residual_position(attention)
@@ -56,8 +57,6 @@ def hook_attention(
         residual = residual_of(residual_at, args, kwargs)
         bias = output[1] if isinstance(output, tuple) and len(output) > 1 else None
         whole = out if summed is None else summed(out)
-        if not changes:
-            return
         if residual is not None:
             bare = out - residual.reshape(out.shape)
         elif isinstance(bias, Tensor) and bias.dim() == 1:
@@ -69,7 +68,7 @@ def hook_attention(
             return
         changed = bare.clone()
         change(hidden, changed)
-        out += changed - bare  # a token that is not shifted gets no difference
+        out.add_(changed - bare, alpha=share)  # a token that is not shifted gets no difference
 
     return [attention.register_forward_hook(left, with_kwargs=True)]
 

@@ -13,13 +13,13 @@ from torch import Tensor
 from ..artifacts.compatibility import check_compatibility
 from ..artifacts.edit import Edit
 from ..artifacts.memory import MemoryBank
-from ..nn import MemoryTables, Router, shift_tokens
+from ..nn import MemoryTables, Ranks, Router, SharedMemory, shift_tokens
 from ..ops import _check
 from ..patching.install import entries_of, make_router, make_tables
 from ..retrieval import Retriever
 from .bank import EditBank
 from .repository import Version
-from .step_tables import StepTables
+from .step_tables import Shift, StepTables
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,7 @@ class RaggedRuntime:
         resident: edits that are kept when no request asks for them.
         retriever: makes the index of a layer's retrieval keys, see `patch`; None: what the memory's `search` says.
         own: the decoder layers that are computed here, where a pipeline's other stages compute the rest; None: all.
+        ranks: that share the memory's entries, each of which computes the same steps; None: all entries are here.
         device: where the model is.
 
     Attributes:
@@ -58,7 +59,7 @@ class RaggedRuntime:
 
     Raises:
         ValueError: a memory whose config needs more than flat tokens tell: alpha="last", retrieval="sequence",
-            tokens="text" or values="projected"; or as `EditBank` does.
+            tokens="text" or values="projected"; fewer entries than ranks; or as `EditBank` does.
     """
 
     def __init__(
@@ -71,16 +72,23 @@ class RaggedRuntime:
         resident: int = 1024,
         retriever: Callable[[Tensor], Retriever] | None = None,
         own: Collection[int] | None = None,
+        ranks: Ranks | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         self.bank = EditBank(layers, hidden_size, activation, own=own, device=device)
         self.memory, self._resident = memory, resident
         self._device = torch.device(device)
         self._tables: dict[int, MemoryTables] = {}
+        self._shift: Shift = shift_tokens
+        entries = 0 if memory is None else len(memory)
+        self._whole = torch.tensor([[0, entries]], dtype=torch.int64, device="cpu").to(self._device)
         if memory is not None:
             check_memory(memory)
+            part = None
+            if ranks is not None and memory.layers:
+                self._shift, part = SharedMemory(entries, ranks).shift, ranks.part(entries)
             here = [i for i in memory.layers if own is None or i in own]
-            made = {i: make_tables(memory, i, memory.config, self._device, retriever) for i in here}
+            made = {i: make_tables(memory, i, memory.config, self._device, retriever, part) for i in here}
             self._tables = {i: tables for i, tables in made.items() if tables is not None}
         self._scoped = memory is not None and memory.config.scope == "memory"
         router = make_router(memory, memory.config, {}) if memory is not None else None
@@ -97,12 +105,14 @@ class RaggedRuntime:
     @property
     def stats(self) -> dict[str, float]:
         """For a monitor: `edits_resident`; `prompts_routed` to an edit by a scope and `prompts_not_routed`;
-        `memory_seconds`, what retrieval and attention over it took, on a GPU until they were launched."""
+        `memory_seconds`, what retrieval and attention over it took, on a GPU until they were launched;
+        `memory_entries`, those that are here."""
         return {
             "edits_resident": len(self.bank),
             "prompts_routed": self._routed[True],
             "prompts_not_routed": self._routed[False],
             "memory_seconds": self._memory_seconds,
+            "memory_entries": max((tables.entries for tables in self._tables.values()), default=0),
         }
 
     @property
@@ -219,15 +229,16 @@ class RaggedRuntime:
         config = None if self.memory is None else self.memory.config
         self._resident = min(self._resident, edits)
         self.graphs = StepTables(
-            self.bank, self._tables, config, tokens=tokens, rows=2 * requests, edits=2 * edits + 1, like=like
-        )
+            self.bank, self._tables, config, self._shift, tokens=tokens, rows=2 * requests, edits=2 * edits + 1,
+            like=like,
+        )  # fmt: skip
         return self.graphs
 
     def write(self) -> bool:
         """Write the step that `begin` has told of where graphs read it; see `StepTables.write`."""
         bounds = self._bounds
         if self._shifted and bounds is None:
-            bounds = next(iter(self._tables.values())).all
+            bounds = self._whole
         return self.graphs is not None and self.graphs.write(self._rows, self._tokens, bounds)
 
     @torch.no_grad()
@@ -307,7 +318,7 @@ class RaggedRuntime:
             return
         h, o = self._own(hidden, out)
         begun = time.perf_counter()
-        shift_tokens(tables, self.memory.config, h, h.unsqueeze(1), o, self._bounds, out=o)
+        self._shift(tables, self.memory.config, h, h.unsqueeze(1), o, self._bounds, out=o)
         self._memory_seconds += time.perf_counter() - begun
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -10,11 +10,13 @@ from torch import Tensor
 
 from ..artifacts.edit import Edit
 from ..config import Config
-from ..nn import MemoryTables, shift_tokens
+from ..nn import MemoryTables
 from ..nn.layer_edits import token_rows
 from ..ops import EditPool
 from ..ops.patched_ffn import PreparedNeurons
 from .bank import EditBank
+
+Shift = Callable[..., Tensor]  # `shift_tokens`, or `SharedMemory.shift`
 
 _NEURONS = 10  # of an edit's layer, where none tells
 _OF_NEURONS = ("keys", "key_bias", "up", "up_bias", "values")
@@ -32,6 +34,7 @@ class StepTables:
         bank: of the edits.
         memories: layer -> its memory, searched exactly: any other search may run on the host.
         config: of the memory; None: there is none.
+        shift: how these shift tokens.
         tokens: of a step, at most, padding included.
         rows: runs of tokens that share their edits, at most.
         edits: that there is room for, removed ones that still take some included.
@@ -43,13 +46,14 @@ class StepTables:
         bank: EditBank,
         memories: Mapping[int, MemoryTables],
         config: Config | None,
+        shift: Shift,
         *,
         tokens: int,
         rows: int,
         edits: int,
         like: Edit | None = None,
     ) -> None:
-        self._bank, self._memories, self._config, self._rows = bank, memories, config, rows
+        self._bank, self._memories, self._config, self._shift, self._rows = bank, memories, config, shift, rows
         self._token_rows = torch.full((tokens,), rows, dtype=torch.int64, device=bank.device)  # the last one: of nobody
         self._bounds = torch.zeros(tokens, 2, dtype=torch.int64, device=bank.device)
         self._pools = {layer: self._room(layer, edits, like) for layer in bank.layers}
@@ -166,4 +170,4 @@ class StepTables:
         h, o = hidden.reshape(-1, hidden.shape[-1]), out.view(-1, out.shape[-1])
         if self._config is None or layer not in self._memories or len(h) > len(self._bounds):
             return
-        shift_tokens(self._memories[layer], self._config, h, h.unsqueeze(1), o, self._bounds[: len(h)], out=o)
+        self._shift(self._memories[layer], self._config, h, h.unsqueeze(1), o, self._bounds[: len(h)], out=o)

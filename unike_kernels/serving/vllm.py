@@ -4,7 +4,8 @@ Start vLLM with `--additional-config '{"unike": {"edits": "FOLDER", "memory": "F
 "layers", the decoder layers that edits may name (the last four), "max_edits", of one request (16), "search", how
 the memory is retrieved from where that need not be exact, such as {"kind": "hnsw"} (see `ANNConfig`), and "authorize",
 "package.module:function", which is asked whether a client may name these edits and this tenant (see `access`); without
-it clients are not told apart. A request names its edits in `SamplingParams(extra_args={"unike_edit":
+it clients are not told apart. With "sharded_memory" the ranks of tensor parallelism each have a part of the memory's
+entries. A request names its edits in `SamplingParams(extra_args={"unike_edit":
 "capital-of-peru"})`, several as a list, over HTTP in the field `vllm_xargs`; `"unike_memory": 0` declines the memory,
 `"unike_memory": "acme"` lets a tenant's entries alone shift it. What a server tells over HTTP of its edits is in
 `vllm_http`.
@@ -50,6 +51,7 @@ from ..artifacts.memory import MemoryBank
 from ..backbones import Part, configured_activation, find_decoder
 from ..config import ANNConfig
 from ..errors import UnsupportedModelError
+from ..nn import Ranks
 from ..ops import _workspace
 from .access import Access, anybody, headers, load_hook
 from .hooks import hook_attention, hook_ffn
@@ -59,7 +61,7 @@ from .step_tables import StepTables
 
 KEY = "unike"  # in additional_config, and of what the front-end tells the worker about a request
 _LAYERS = 4
-_SETTINGS = {"edits", "memory", "layers", "max_edits", "search", "authorize", "updating"}
+_SETTINGS = {"edits", "memory", "layers", "max_edits", "search", "sharded_memory", "authorize", "updating"}
 _ROOM = 256  # edits, in the tables of whole graphs
 _ON_ITS_WAY = 60.0  # seconds that a request may take from the front-end to the engine
 
@@ -134,9 +136,9 @@ def install(model: nn.Module, text: Any, served: RaggedRuntime, *, edits: bool, 
     """Let the decoder layers of a vLLM model call the operators.
 
     Where ranks share a layer's matrices, what they have computed is summed where its FFN and its attention end, mostly:
-    each rank changes the sum, and they stay equal. Where the layer sums them itself (Falcon), the first rank alone does
-    so, by its part: an edit is added to that, and of an attention's output, which the memory shifts as a whole, the
-    ranks compute the sum once more.
+    each rank changes the sum, and they stay equal. Where the layer sums them itself (Falcon), an edit is added by the
+    first rank alone, to its part; of an attention's output, which the memory shifts as a whole, the ranks compute the
+    sum once more, and each adds its share of the shift.
 
     Args:
         model: as vLLM loads it, with the layers of its stage.
@@ -156,8 +158,8 @@ def install(model: nn.Module, text: Any, served: RaggedRuntime, *, edits: bool, 
     for layer, part in plan:
         if part == "attention":
             apart = ranks > 1 and not _sums(layer.attention.module)
-            summed = _sum_over_ranks if apart else None
-            hook_attention(layer, _caller(part, layer.index), summed=summed, changes=rank == 0 or not apart)
+            summed, share = (_sum_over_ranks, 1 / ranks) if apart else (None, 1.0)
+            hook_attention(layer, _caller(part, layer.index), summed=summed, share=share)
         elif rank == 0 or _sums(layer.ffn[-1].module):
             hook_ffn(layer, _caller(part, layer.index))
 
@@ -208,7 +210,11 @@ class _Served:
         text = vllm_config.model_config.hf_text_config
         self.total, self.hidden_size = int(text.num_hidden_layers), int(text.hidden_size)
         self.activation = configured_activation(text)
-        self.memory = MemoryBank.load(settings["memory"]) if settings.get("memory") else None
+        # One that is to be a part of what it is remains in its file, whose pages the processes share.
+        self.sharded = bool(settings.get("sharded_memory"))
+        if self.sharded and not settings.get("memory"):
+            raise ValueError("additional_config.unike: expected a memory where sharded_memory is asked for")
+        self.memory = MemoryBank.load(settings["memory"], mmap=self.sharded) if settings.get("memory") else None
         last = range(max(self.total - _LAYERS, 0), self.total)
         self.layers = sorted(settings.get("layers") or (self.memory.layers if self.memory else ()) or last)
         if not set(self.layers) <= set(range(self.total)):
@@ -234,11 +240,14 @@ class _Served:
             warnings.simplefilter("ignore")  # an engine casts and quantises as it likes
             check_compatibility(artifact, description, **in_force(self.memory))
 
-    def flat(self, device: torch.device | str = "cpu", own: Sequence[int] | None = None) -> RaggedRuntime:
+    def flat(
+        self, device: torch.device | str = "cpu", own: Sequence[int] | None = None, ranks: Ranks | None = None
+    ) -> RaggedRuntime:
         """Of the worker alone, which has its own layers: the tables of a memory take time and room."""
         if self.model is None:
             sizes = self.layers, self.hidden_size, self.activation
-            self.model = RaggedRuntime(*sizes, self.memory, own=own, device=device)
+            shared = ranks if self.sharded else None
+            self.model = RaggedRuntime(*sizes, self.memory, own=own, ranks=shared, device=device)
         return self.model
 
     def check(self, edit: Edit) -> None:
@@ -404,7 +413,7 @@ def _load_model(original: Callable[..., Any], self: Any, *args: Any, **kwargs: A
         _supported(parallel)
         text, ranks = self.vllm_config.model_config.hf_text_config, parallel.tensor_parallel_size
         served.model = None  # one that only checked is not on the model's device
-        flat = served.flat(self.device, stage_of(model, text))
+        flat = served.flat(self.device, stage_of(model, text), _ranks())
         if flat.routes and flat.layers:
             _check_embedding(model, self.device)
         install(model, text, flat, edits=served.folder is not None, ranks=ranks, rank=parallel.rank % ranks)
@@ -419,6 +428,16 @@ def _load_model(original: Callable[..., Any], self: Any, *args: Any, **kwargs: A
                 flat.hold(first)
             flat.warm_up(self.vllm_config.model_config.dtype)
     return result
+
+
+def _ranks() -> Ranks | None:
+    """Those of tensor parallelism, by vLLM's own communication; None: there is one alone."""
+    from vllm.distributed import get_tp_group
+
+    group = get_tp_group()
+    if group.world_size == 1:
+        return None
+    return Ranks(group.rank_in_group, group.world_size, group.all_gather, group.all_reduce)
 
 
 def _first_edit(served: _Served) -> Version | None:

@@ -1,4 +1,5 @@
-"""The FFN with extra neurons: ours against the unpatched one and against eager torch with concatenated weights."""
+"""The FFN with extra neurons: ours against the unpatched one, against eager torch with concatenated weights, and on a
+GPU against vLLM's kernels for many LoRA adapters, where it is installed."""
 
 from __future__ import annotations
 
@@ -17,10 +18,11 @@ from unike_kernels.nn import LayerEdits
 from unike_kernels.ops.patched_ffn import reference
 
 from ..harness.case import Case, Run, System, check_close
-from ..harness.optional import compiler
+from ..harness.optional import compiler, installed
 from ..harness.roofline import Bound
 
 NEURONS = 10
+_RANK = 16  # of an adapter of so many neurons: vLLM has ranks of 1, 8, 16 and more
 _SIZES = {576: 1536, 768: 2048, 2560: 6912, 4096: 11008}  # d -> d' of the FFN; 576 and 4096 are SmolLM2's and LLaMA's
 
 
@@ -112,6 +114,32 @@ def _concatenated(cached: bool, layer: Layer, wrap: Callable[[Any], Any] = lambd
     return Run(lambda: eager(layer.x), lambda out: check_close(out, layer.expected))
 
 
+def as_adapters(layer: Layer) -> Run:
+    """The base by torch, the neurons by vLLM's kernels: an adapter's A has the keys, its B the values of an edit, and
+    between the two stands an activation that adapters have none of."""
+    from vllm.lora.ops.triton_ops import LoRAKernelMeta, lora_expand, lora_shrink
+
+    def padded(rows: list[Tensor]) -> Tensor:
+        return torch.stack([F.pad(t, (0, 0) * (t.dim() - 1) + (0, _RANK - len(t))) for t in rows]).contiguous()
+
+    x, edits, count = layer.x, layer.edits, len(layer.edits)
+    a, bias = padded([e.keys for e in edits]), padded([e.key_bias for e in edits])
+    b = padded([e.values + e.beta * e.zeta for e in edits]).mT.contiguous()  # [edits, d, rank]
+    adapters = torch.arange(count, dtype=torch.int32, device=x.device).repeat_interleave(len(x) // count)
+    meta = LoRAKernelMeta.make(count, len(x), x.device)
+    meta.prepare_tensors(adapters)
+    told = meta.meta_args(len(x), specialize_active_lora=True)
+    bias, inner = bias[adapters].float(), torch.empty(1, len(x), _RANK, dtype=torch.float32, device=x.device)
+
+    def call() -> Tensor:
+        out = layer.unpatched()
+        lora_shrink(x, [a], inner, *told, 1.0)
+        lora_expand(F.silu(inner + bias), [b], out, *told, add_inputs=True)
+        return out
+
+    return Run(call, lambda out: check_close(out, layer.expected))
+
+
 def case(d: int, tokens: int, edits: int, device: str = "cpu") -> Case:
     """T tokens, in as many rows as there are edits; the eager FFN knows one edit for all of them."""
     systems = {"unike patched_ffn": System("ours", beside), "unpatched": System("base", _unpatched)}
@@ -122,6 +150,8 @@ def case(d: int, tokens: int, edits: int, device: str = "cpu") -> Case:
         systems["concatenated once"] = System("peer", functools.partial(_concatenated, True))
         if device == "cuda" and compiler():
             systems["torch.compile"] = System("peer", functools.partial(_concatenated, True, wrap=torch.compile))
+    if device == "cuda" and installed("vllm"):
+        systems["vLLM's LoRA kernels"] = System("peer", as_adapters)
     title = f"FFN with {edits} x {NEURONS} extra neurons, d={d}, d'={_SIZES[d]}, T={tokens}"
     shape = {"d": d, "T": tokens, "edits": edits}
     return Case("ffn", title, shape, functools.partial(Layer, d, tokens, edits, device), systems, device)

@@ -21,7 +21,7 @@ from triton import knobs
 
 import unike_kernels as uk
 from unike_kernels import ops
-from unike_kernels.nn import LayerEdits, Pass, Selection, patched_ffn
+from unike_kernels.nn import LayerEdits, Pass, Ranks, Selection, patched_ffn
 from unike_kernels.nn.context import NOTHING
 from unike_kernels.ops import _triton, _workspace
 from unike_kernels.ops.cosine_topk import cuda
@@ -273,11 +273,12 @@ def test_a_patched_model_is_captured_with_the_rows_of_a_pass_before(base, sessio
 
 
 @pytest.mark.slow
-def test_steps_of_an_engine_are_written_before_a_replay(session, make_model, make_memory, make_edit):
-    """Other requests, edits and uses of the memory, an edit that comes later, padding."""
+@pytest.mark.parametrize(("ranks", "launches"), [(None, 2), (Ranks(0, 1, torch.clone, torch.clone), 4)])
+def test_steps_of_an_engine_are_written_before_a_replay(ranks, launches, session, make_model, make_memory, make_edit):
+    """Other requests, edits and uses of the memory, whole or shared by ranks, an edit that comes later, padding."""
     model, layer, tokens = make_model("llama"), 2, 5
     memory = make_memory(model, every_token(k=3, values="out", alpha=0.4), layers=(layer,))
-    runtime = RaggedRuntime([layer], 64, "silu", memory)
+    runtime = RaggedRuntime([layer], 64, "silu", memory, ranks=ranks)
     edits = [make_edit(model, name, memory, seed=seed, layers=(layer,)) for seed, name in enumerate("abc")]
     for edit in edits[:2]:
         runtime.hold(Version(edit.id, edit))
@@ -291,7 +292,7 @@ def test_steps_of_an_engine_are_written_before_a_replay(session, make_model, mak
 
     compute()
     graph = Graph(session, compute)
-    assert len(graph.launches) == 2 and not {"zeros", "zero_"} & {*graph.operators}
+    assert len(graph.launches) == launches and not {"zeros", "zero_"} & {*graph.operators}
     for shares in (
         [RequestSlice(2, ("a",)), RequestSlice(3, ("b", "a"), memory=False)],
         [RequestSlice(1), RequestSlice(1, ("c",)), RequestSlice(2, ("b",), memory=False)],
