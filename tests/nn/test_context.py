@@ -15,7 +15,7 @@ from capture import Capture
 from configs import every_token
 
 from unike_kernels import PatchError
-from unike_kernels.nn import ModelContext, Pass, PromptState, Selection, Trace, Version, context
+from unike_kernels.nn import ModelContext, Pass, PromptState, Selection, Trace, Version, passes
 
 LEFT = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
 RIGHT = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]])
@@ -117,7 +117,7 @@ def test_a_prompt_in_parts_is_an_error(tokens, past, mask, lengths):
 @pytest.mark.parametrize("mask", [LEFT, RIGHT, None])
 def test_nothing_waits_on_a_gpu(mask, monkeypatch):
     """A pass over a prompt is recorded, and made again for another mask; what is known without a mask is checked."""
-    monkeypatch.setattr(context, "on_gpu", lambda t: True)
+    monkeypatch.setattr(passes, "on_gpu", lambda t: True)
     given = None if mask is None else mask.clone()
     chosen = prompt(2, 3)
     graph = Capture(lambda: a_pass(2, 4, 0, given, prompt=chosen).last)

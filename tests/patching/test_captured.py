@@ -16,7 +16,7 @@ from configs import every_token
 from transformers import DynamicCache, StaticCache, masking_utils
 
 import unike_kernels as uk
-from unike_kernels.nn import context, memory_attention, patched_ffn
+from unike_kernels.nn import context, memory_attention, passes, patched_ffn
 
 IDS = torch.tensor([[5, 6, 7], [8, 9, 10]])
 
@@ -25,8 +25,9 @@ IDS = torch.tensor([[5, 6, 7], [8, 9, 10]])
 def capture(monkeypatch):
     """compute -> its `Capture`, as if all tensors were on a GPU."""
     on = []
-    for module in (patched_ffn, memory_attention, context):
+    for module in (patched_ffn, memory_attention, context, passes):
         monkeypatch.setattr(module, "on_gpu", lambda t: True)
+    for module in (patched_ffn, memory_attention, context):
         monkeypatch.setattr(module, "capturing", lambda device: bool(on))
 
     def run(compute):

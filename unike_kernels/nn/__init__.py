@@ -14,10 +14,11 @@ from ._drop_in import (
     residual_position,
     unpatched,
 )
-from .context import Generation, ModelContext, Pass, PromptState, Selection, Version
+from .context import ModelContext
 from .dense import Dense
 from .layer_edits import LayerEdits
 from .memory_attention import MemoryAttention, MemoryShift, MemoryTables, memory_shift, shift_tokens
+from .passes import Generation, Pass, PromptState, Selection, Version
 from .patched_ffn import ExtraNeurons, PatchedFFN, extra_neurons
 from .routing import Route, Router
 from .shared_memory import Ranks, SharedMemory

@@ -22,7 +22,7 @@ from .layer_edits import LayerEdits
 from .routing import Rows
 
 if TYPE_CHECKING:
-    from .context import Selection, Version
+    from .passes import Selection, Version
 
 _ROOM = 8  # edits of a row that there is room for at least
 _SHARED = ("keys", "key_bias", "up", "up_bias", "values", "zeta")  # with the store, which appends to them in place

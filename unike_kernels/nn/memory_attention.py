@@ -24,7 +24,8 @@ from ..ops.latent_attention import attend as attend_known
 from ..ops.memory_attention import MemoryOperands, PreparedMemory, attend
 from ..retrieval import Retriever
 from ._drop_in import DropIn, Record, Tables, adopt, first_argument, record_of, residual_of, residual_position
-from .context import ModelContext, Pass, on_gpu
+from .context import ModelContext
+from .passes import Pass, on_gpu
 from .trace import LayerTrace, seconds_since
 
 

@@ -17,9 +17,10 @@ from ..ops._workspace import capturing
 from ..ops.patched_ffn import FUSED_TOKENS, PreparedNeurons, add_extra_neurons, fused_ffn, fuses
 from ..ops.patched_ffn.reference import activate
 from ._drop_in import DropIn, Record, adopt, base_class, check_free, first_argument, record_of
-from .context import ModelContext, Pass, on_gpu
+from .context import ModelContext
 from .dense import Dense
 from .layer_edits import LayerEdits
+from .passes import Pass, on_gpu
 from .routing import Routed, Rows, idle
 from .trace import seconds_since
 

@@ -22,7 +22,7 @@ from ..ops.prompt_encoder import PreparedEncoder, PromptEncoder, Vocabulary, nea
 from ._drop_in import Tables
 
 if TYPE_CHECKING:
-    from .context import Pass
+    from .passes import Pass
 
 Rows = tuple[tuple[str, ...], ...]
 

@@ -22,7 +22,7 @@ from triton import knobs
 import unike_kernels as uk
 from unike_kernels import ops
 from unike_kernels.nn import LayerEdits, Pass, Ranks, Selection, patched_ffn
-from unike_kernels.nn.context import NOTHING
+from unike_kernels.nn.passes import NOTHING
 from unike_kernels.ops import _triton, _workspace
 from unike_kernels.ops.cosine_topk import cuda
 from unike_kernels.ops.cosine_topk import reference as reference_search
