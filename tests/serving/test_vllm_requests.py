@@ -195,12 +195,15 @@ def graphs(whole):
     }
 
 
-def loaded(monkeypatch, *, ubatching=False, context=1, rank=0, routes=False, layers=(4,), model=None):
+def loaded(monkeypatch, *, ubatching=False, context=1, rank=0, routes=False, layers=(4,), model=None, sharded=False):
     """What is installed where vLLM has loaded a model."""
     installed, model = [], model or Embeds()
     flat = SimpleNamespace(routes=routes, layers=list(layers))
-    server = SimpleNamespace(flat=lambda device, own: installed.append(own) or flat, folder=None, model=1)
+    server = SimpleNamespace(
+        flat=lambda device, *given: installed.append(given) or flat, folder=None, model=1, sharded=sharded
+    )
     monkeypatch.setattr(vllm, "_served", lambda config: server)
+    monkeypatch.setattr(vllm, "_ranks", lambda: "its ranks")
     monkeypatch.setattr(vllm, "stage_of", lambda model, text: [4, 5])
     monkeypatch.setattr(vllm, "install", lambda *given, **more: installed.append((*given, more)))
     parallel = SimpleNamespace(
@@ -215,13 +218,17 @@ def loaded(monkeypatch, *, ubatching=False, context=1, rank=0, routes=False, lay
         **graphs(False),
     )
     assert vllm._load_model(lambda self: "loaded", runner) == "loaded"
-    assert installed == [[4, 5], (model, "its config", flat, {"edits": False, "ranks": 2, "rank": rank % 2})]
+    assert installed == [
+        ([4, 5], "its ranks" if sharded else None),
+        (model, "its config", flat, {"edits": False, "ranks": 2, "rank": rank % 2}),
+    ]
 
 
 def test_a_model_is_not_served_where_it_cannot_be(monkeypatch):
     """The checks come before anything is installed."""
     for rank in (0, 1, 3):  # the last one of the second stage
         loaded(monkeypatch, rank=rank)
+    loaded(monkeypatch, sharded=True)
     for more, message in (
         ({"ubatching": True}, r"^additional_config\.unike: microbatches"),
         ({"context": 2}, r"^additional_config\.unike: prefill context parallelism is not supported"),
@@ -248,7 +255,7 @@ def test_what_a_gpu_will_launch_is_compiled_before_requests_come(first, served, 
         routes=False, layers=[4], hold=held.append, warm_up=warmed.append,
         for_graphs=lambda *sizes, like: laid.append((sizes, None if like is None else like.id)),
     )  # fmt: skip
-    monkeypatch.setattr(server, "flat", lambda device, own: flat)
+    monkeypatch.setattr(server, "flat", lambda device, own, ranks: flat)
     monkeypatch.setattr(vllm, "_served", lambda config: server)
     monkeypatch.setattr(vllm, "stage_of", lambda model, text: [4, 5])
     monkeypatch.setattr(vllm, "install", lambda *given, **more: None)

@@ -246,8 +246,7 @@ class _Served:
         """Of the worker alone, which has its own layers: the tables of a memory take time and room."""
         if self.model is None:
             sizes = self.layers, self.hidden_size, self.activation
-            shared = ranks if self.sharded else None
-            self.model = RaggedRuntime(*sizes, self.memory, own=own, ranks=shared, device=device)
+            self.model = RaggedRuntime(*sizes, self.memory, own=own, ranks=ranks, device=device)
         return self.model
 
     def check(self, edit: Edit) -> None:
@@ -413,7 +412,7 @@ def _load_model(original: Callable[..., Any], self: Any, *args: Any, **kwargs: A
         _supported(parallel)
         text, ranks = self.vllm_config.model_config.hf_text_config, parallel.tensor_parallel_size
         served.model = None  # one that only checked is not on the model's device
-        flat = served.flat(self.device, stage_of(model, text), _ranks())
+        flat = served.flat(self.device, stage_of(model, text), _ranks() if served.sharded else None)
         if flat.routes and flat.layers:
             _check_embedding(model, self.device)
         install(model, text, flat, edits=served.folder is not None, ranks=ranks, rank=parallel.rank % ranks)
