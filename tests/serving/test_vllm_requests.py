@@ -367,7 +367,7 @@ def test_a_memory_that_the_ranks_share(kind, served):
     whole, sharded = served(kind), served(kind, folder="sharded", sharded_memory=True)
     assert whole.memory.id == sharded.memory.id and len(whole.memory) == len(sharded.memory)
     entries = len(whole.memory)
-    for server, ranks_of, count in ((whole, ranks, entries), (sharded, None, entries), (sharded, ranks, entries // 3)):
+    for server, ranks_of, count in ((whole, None, entries), (sharded, None, entries), (sharded, ranks, entries // 3)):
         server.model = None
         runtime = server.flat(ranks=ranks_of)
         assert runtime.stats["memory_entries"] == pytest.approx(count, abs=1)
