@@ -465,6 +465,18 @@ def test_a_random_suffix_is_of_ordinary_tokens(make_model, processor):
         assert torch.equal(seen.inputs["input_ids"][0], alone.inputs["input_ids"][0])
 
 
+def test_a_random_suffix_does_not_depend_on_other_rows(make_model, processor):
+    model, one = make_model("opt"), [Sample("w1 w2 w3 w4 w5 w6", "w30")]
+    vocabulary = ordinary_ids(model, processor)
+    for seed in range(4):
+        alone, beside = (
+            with_prompt_dropout(model, encode(processor, requests), 0.6, seed, 3, vocabulary)
+            for requests in (one, [Sample("w7 w8 w9 w10 w11 w12", "w31"), *one])
+        )
+        assert torch.equal(alone.inputs["input_ids"][1], beside.inputs["input_ids"][3])
+        assert torch.equal(alone.inputs["attention_mask"][1], beside.inputs["attention_mask"][3])
+
+
 def test_a_random_suffix_makes_an_edit_hold_behind_other_words(make_model, processor):
     """The answer is said whatever follows the question."""
     model, request = make_model("opt"), Sample("w1 w2 w3 w4 w5 w6", "w30 w31")

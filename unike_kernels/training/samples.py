@@ -402,12 +402,15 @@ def drop_tokens(batch: Batch, seeds: Mapping[int, int], share: float, kept_ids: 
     return Batch({**inputs, **of_tokens}, batch.ends, batch.lasts, lengths)
 
 
+_SUFFIX = 1 << 32  # what is added is drawn apart from what is left out
+
+
 def add_random_suffix(batch: Batch, seeds: Mapping[int, int], most: int, vocabulary: Sequence[int]) -> Batch:
     """The batch with one or more random tokens behind the prompt in some rows, in the place of what was left out of it.
 
     Args:
         batch: as `drop_tokens` makes it; it is not changed.
-        seeds: row -> seed; what a row gets depends on its prompt, that seed and the row alone. Others stay as they are.
+        seeds: row -> seed; what a row gets depends on its prompt and that seed alone. Other rows stay as they are.
         most: tokens of a row at most; fewer where its prompt has less room in front, none where it has none.
         vocabulary: token ids to draw from.
     """
@@ -419,7 +422,7 @@ def add_random_suffix(batch: Batch, seeds: Mapping[int, int], most: int, vocabul
     for row, seed in seeds.items():
         end = int(batch.ends[row]) + 1
         room = end - int(mask[row, :end].sum())
-        generator = torch.Generator("cpu").manual_seed(seed + row)
+        generator = torch.Generator("cpu").manual_seed(seed + _SUFFIX)
         wanted = torch.randint(1, most + 1, (), generator=generator, dtype=torch.int64, device="cpu")
         if count := min(int(wanted), room):
             picked = torch.randint(len(vocabulary), (count,), generator=generator, dtype=torch.int64, device="cpu")
