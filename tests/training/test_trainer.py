@@ -369,6 +369,20 @@ def test_seeds(make_model, processor):
 # --- other words ----------------------------------------------------------------------------------------------------
 
 
+def visible(batch, row):
+    """The ids of a row that are no padding and not left out."""
+    return batch.inputs["input_ids"][row][batch.inputs["attention_mask"][row].bool()].tolist()
+
+
+def left_of(processor, batch, row, request, placeholders):
+    """What a row asks, in words, before the request's answer, which it ends with."""
+    there, answer = visible(batch, row), request.answer.split()
+    words = processor.decode([token for token in there if token not in placeholders]).split()
+    assert " ".join(words).endswith(request.answer)
+    assert batch.prompt_lengths[row] == len(there) - len(answer)
+    return dataclasses.replace(request, prompt=" ".join(words[: -len(answer)]))
+
+
 @pytest.mark.parametrize("kind", ["opt", "llama", "blip2-opt"])
 def test_a_thinned_prompt_is_the_prompt_without_these_words(make_model, processor, kind):
     """Its loss is that of the words that are left, encoded by hand; the whole prompts stand before them."""
@@ -383,15 +397,11 @@ def test_a_thinned_prompt_is_the_prompt_without_these_words(make_model, processo
         with torch.no_grad():
             losses, _ = targets.losses(model, batch)
         for row, request in enumerate([*requests, *requests]):
-            there = batch.inputs["input_ids"][row][batch.inputs["attention_mask"][row].bool()].tolist()
-            words = processor.decode([token for token in there if token not in ids]).split()
-            left = Sample(" ".join(words[: -len(request.answer.split())]), request.answer, image)
-            assert " ".join(words).endswith(request.answer)
+            left = left_of(processor, batch, row, request, ids)
             assert left.prompt.split()[-1] == request.prompt.split()[-1]
             assert (
                 (left.prompt == request.prompt) if row < 2 else set(left.prompt.split()) <= set(request.prompt.split())
             )
-            assert batch.prompt_lengths[row] == len(there) - len(request.answer.split())
             assert float(losses[row]) == pytest.approx(target_loss(model, processor, left)[0], abs=1e-4)
             shorter += left.prompt != request.prompt
     assert shorter >= 4
@@ -427,16 +437,11 @@ def test_a_random_suffix_follows_what_is_left_of_the_prompt(make_model, make_pro
         with torch.no_grad():
             losses, _ = targets.losses(model, batch)
         for row, request in enumerate([*requests, *requests]):
-            there = batch.inputs["input_ids"][row][batch.inputs["attention_mask"][row].bool()].tolist()
-            words = processor.decode([token for token in there if token not in ids]).split()
-            left = Sample(" ".join(words[: -len(request.answer.split())]), request.answer, image)
-            assert " ".join(words).endswith(request.answer)
+            left = left_of(processor, batch, row, request, ids)
             before, more = dropped.prompt_lengths[row], batch.prompt_lengths[row] - dropped.prompt_lengths[row]
             assert more <= 3
             assert row >= 2 or not more
-            kept = dropped.inputs["input_ids"][row][dropped.inputs["attention_mask"][row].bool()].tolist()
-            assert there[:before] == kept[:before]
-            assert batch.prompt_lengths[row] == len(there) - len(request.answer.split())
+            assert visible(batch, row)[:before] == visible(dropped, row)[:before]
             assert float(losses[row]) == pytest.approx(target_loss(model, processor, left)[0], abs=1e-4)
             added.add((row, more))
             if row == 2:

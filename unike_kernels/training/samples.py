@@ -397,9 +397,13 @@ def drop_tokens(batch: Batch, seeds: Mapping[int, int], share: float, kept_ids: 
         order[row, prompt] = torch.cat([(~kept).nonzero().flatten(), kept.nonzero().flatten()])
         mask[row, prompt] = kept.to(mask.dtype)
         lengths[row] -= int(seen.sum() - kept.sum())
-    inputs = {**batch.inputs, "attention_mask": mask}
-    of_tokens = {name: t.gather(1, order) for name, t in inputs.items() if t.shape == ids.shape}
-    return Batch({**inputs, **of_tokens}, batch.ends, batch.lasts, lengths)
+    inputs = _reordered({**batch.inputs, "attention_mask": mask}, order)
+    return Batch(inputs, batch.ends, batch.lasts, lengths)
+
+
+def _reordered(inputs: Mapping[str, Tensor], order: Tensor) -> dict[str, Tensor]:
+    """What there is of each token, int64 order [B, T] of them; all else as it is."""
+    return {name: t.gather(1, order) if t.shape == order.shape else t for name, t in inputs.items()}
 
 
 _SUFFIX = 1 << 32  # what is added is drawn apart from what is left out
@@ -430,10 +434,10 @@ def add_random_suffix(batch: Batch, seeds: Mapping[int, int], most: int, vocabul
             # The prompt moves forward; in all but their ids the new tokens are like its last one.
             order[row, : end - count], order[row, end - count : end] = order[row, count:end].clone(), end - 1
             lengths[row] += count
-    moved = {name: t.gather(1, order) for name, t in batch.inputs.items() if t.shape == ids.shape}
+    inputs = _reordered(batch.inputs, order)
     for (row, start, end), tokens in drawn.items():
-        moved["input_ids"][row, start:end] = torch.tensor(tokens, dtype=ids.dtype, device=ids.device)
-    return Batch({**batch.inputs, **moved}, batch.ends, batch.lasts, lengths)
+        inputs["input_ids"][row, start:end] = torch.tensor(tokens, dtype=ids.dtype, device=ids.device)
+    return Batch(inputs, batch.ends, batch.lasts, lengths)
 
 
 def ordinary_ids(model: nn.Module, processor: Any) -> list[int]:

@@ -293,11 +293,8 @@ class _Trainer:
         training: EditTraining,
     ) -> None:
         self.model, self.processor, self.ffns, self.kept, self.training = model, processor, ffns, kept, training
-        self.device, self.dropout, self.suffix = (
-            device_of(model),
-            training.prompt_dropout or 0.0,
-            training.random_suffix or 0,
-        )
+        self.device = device_of(model)
+        self.dropout, self.suffix = training.prompt_dropout or 0.0, training.random_suffix or 0
         self.vocabulary = ordinary_ids(model, processor) if self.suffix else []
         self.in_force = {i: {e.id: e.layers[i].to(self.device) for e in previous if i in e.layers} for i in ffns}
         self.previous = [e.id for e in previous]

@@ -93,7 +93,7 @@ def search(
     queries = queries if queries.stride(1) == 1 else queries.contiguous()
     if rows is not None:
         rows = rows if rows.stride(1) == 1 else rows.contiguous()
-        if packed is None and (rows.stride(0) % 4 or rows.data_ptr() % 16):
+        if packed is None and not _aligned(rows):
             rows = torch.nn.functional.pad(rows, (0, -rows.shape[1] % 4))[:, : rows.shape[1]]
     (m, d), device = queries.shape, queries.device
     keys = _keys(rows, packed, d)
@@ -108,6 +108,11 @@ def search(
     own = _native.address(values), value_bytes, _native.address(gathered)
     _launch(keys, size, queries, k, ranges, scores, ids, own, workspace)
     return scores, ids, gathered
+
+
+def _aligned(rows: Tensor) -> bool:
+    """Whether rows can be scanned where they are."""
+    return rows.stride(0) % 4 == 0 and rows.data_ptr() % 16 == 0
 
 
 def _keys(rows: Tensor | None, packed: tuple[Tensor, Tensor, Tensor] | None, d: int) -> Any:
@@ -166,8 +171,8 @@ def launch_of(o: SearchOperands) -> Launch | None:
     It is given queries, ranges, scores and ids.
     """
     native = o.keys.dtype == torch.float32 and o.queries.dtype in (torch.float32, torch.bfloat16)
-    aligned = o.packed is not None or (o.keys.shape[1] % 4 == 0 and o.keys.data_ptr() % 16 == 0)
-    return Launch(o) if native and aligned and o.normalized and o.keys.is_contiguous() else None
+    scanned = o.packed is not None or _aligned(o.keys)
+    return Launch(o) if native and scanned and o.normalized and o.keys.is_contiguous() else None
 
 
 def refuse(t: Tensor) -> str | None:
