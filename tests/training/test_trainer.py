@@ -17,6 +17,7 @@ from unike_kernels.training.neutral import neutral
 from unike_kernels.training.samples import (
     add_random_suffix,
     drop_tokens,
+    dropout_copies,
     encode,
     forward,
     ordinary_ids,
@@ -461,7 +462,7 @@ def test_a_random_suffix_is_of_ordinary_tokens(make_model, processor):
     images = int((batch.inputs["input_ids"] == model.config.image_token_index).sum())
     other = processor.tokenizer.convert_tokens_to_ids("w50")
     for seed in range(8):
-        seen = with_prompt_dropout(model, batch, 0.6, seed, 5, [other])
+        seen = dropout_copies(model, batch, 0.6, [None, seed], 5, [other])
         assert (seen.inputs["input_ids"] == model.config.image_token_index).sum(-1).tolist() == [images] * 2
         more = int((seen.inputs["input_ids"][1] == other).sum())
         assert (seen.inputs["input_ids"][1, int(seen.ends[1]) - more + 1 : int(seen.ends[1]) + 1] == other).all()
@@ -470,12 +471,31 @@ def test_a_random_suffix_is_of_ordinary_tokens(make_model, processor):
         assert torch.equal(seen.inputs["input_ids"][0], alone.inputs["input_ids"][0])
 
 
+def test_copies_are_what_each_is_alone(make_model, processor):
+    model = make_model("blip2-opt")
+    requests = [
+        Sample("w1 w2 w3 w4 w5 w6 w7", "w30", torch.rand(16, 16)),
+        Sample("w8 w9 w4 w2", "w31", torch.rand(16, 16)),
+    ]
+    batch, vocabulary = encode(processor, requests), ordinary_ids(model, processor)
+    seeds = [3, None, 4, 3]
+    together = dropout_copies(model, batch, 0.5, seeds, 2, vocabulary)
+    for at, seed in enumerate(seeds):
+        alone, rows = dropout_copies(model, batch, 0.5, [seed], 2, vocabulary), slice(2 * at, 2 * at + 2)
+        for name, t in alone.inputs.items():
+            assert torch.equal(t, together.inputs[name][rows]), name
+        assert torch.equal(alone.ends, together.ends[rows])
+        assert torch.equal(alone.lasts, together.lasts[rows])
+        assert alone.prompt_lengths == together.prompt_lengths[rows]
+        assert (alone.prompt_lengths == batch.prompt_lengths) == (seed is None)
+
+
 def test_a_random_suffix_does_not_depend_on_other_rows(make_model, processor):
     model, one = make_model("opt"), [Sample("w1 w2 w3 w4 w5 w6", "w30")]
     vocabulary = ordinary_ids(model, processor)
     for seed in range(4):
         alone, beside = (
-            with_prompt_dropout(model, encode(processor, requests), 0.6, seed, 3, vocabulary)
+            dropout_copies(model, encode(processor, requests), 0.6, [None, seed], 3, vocabulary)
             for requests in (one, [Sample("w7 w8 w9 w10 w11 w12", "w31"), *one])
         )
         assert torch.equal(alone.inputs["input_ids"][1], beside.inputs["input_ids"][3])

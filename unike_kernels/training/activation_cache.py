@@ -3,6 +3,9 @@
 A pass runs as usual, embeddings, masks and positions included; only the modules that it calls before the first edited
 layer (an image tower, the embedding, the layers below) return what they returned in the batch's first pass. So a
 replayed pass is the whole pass bit for bit, whatever the model.
+
+Batches that are put together from rows of others are replayed from the recordings of these (`with_copy`): as the rows
+of a pass do not depend on each other, up to the rounding of matrix products of another size.
 """
 
 from __future__ import annotations
@@ -15,9 +18,13 @@ from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 _BUDGET = 1 << 30  # bytes that recordings may take together; a batch beyond it runs whole
+
+
+class _Entered(Exception):  # noqa: N818 (not an error)
+    """The pass has come to the first edited layer."""
 
 
 class Recording:
@@ -40,6 +47,43 @@ class Recording:
         kept = [t for t in tree_leaves([self.states, [out for _, out in self.beside]]) if isinstance(t, Tensor)]
         return sum({t.data_ptr(): t.untyped_storage().nbytes() for t in kept}.values())
 
+    def with_copy(self, copies: Recording, number: int, of: int) -> Recording | None:
+        """The recording of this batch's rows and, behind them, of a copy of them that another recording is of.
+
+        Args:
+            copies: of a batch of so many copies of these rows (their tokens may differ) behind one another.
+            number: of the copy, from 0.
+            of: copies, two or more: what grows with them is of rows, along the dimension that does.
+
+        Returns:
+            None: what the modules returned does not tell its rows.
+        """
+        own, told = tree_flatten((self.states, [out for _, out in self.beside]))
+        other, tells = tree_flatten((copies.states, [out for _, out in copies.beside]))
+        modules = [module for module, _ in self.beside]
+        if told != tells or modules != [module for module, _ in copies.beside]:
+            return None
+        found, leaves = Recording(), [_with_copy(one, many, number, of) for one, many in zip(own, other, strict=True)]
+        if any(leaf is _UNTOLD for leaf in leaves):
+            return None
+        found.states, beside = tree_unflatten(leaves, told)
+        found.beside = list(zip(modules, beside, strict=True))
+        found.complete = self.complete and copies.complete
+        return found
+
+
+_UNTOLD = object()
+
+
+def _with_copy(own: Any, copies: Any, number: int, of: int) -> Any:
+    if not isinstance(own, Tensor):
+        return own
+    if own.dim() == copies.dim():
+        grown = [dim for dim, (n, m) in enumerate(zip(own.shape, copies.shape, strict=True)) if n != m]
+        if len(grown) == 1 and copies.shape[grown[0]] == of * own.shape[grown[0]]:
+            return torch.cat([own, copies.chunk(of, grown[0])[number]], grown[0])
+    return own if torch.equal(own, copies) else _UNTOLD  # such as angles of positions
+
 
 class Replay:
     """Replays what is below a layer, within `on`; there, nothing below may change or need a gradient.
@@ -60,6 +104,7 @@ class Replay:
         self._recordings: WeakSet[Recording] = WeakSet()
         self._recording: Recording | None = None  # of the pass that runs below the entry; None: it runs whole
         self._played = 0  # of its calls beside the layers
+        self._ends = False  # whether a pass ends at the entry
 
     @contextmanager
     def on(self) -> Iterator[None]:
@@ -93,11 +138,27 @@ class Replay:
                 recording.beside.clear()
             self._recording = None
 
+    @torch.no_grad()
+    def record(self, run: Callable[[], object]) -> Recording:
+        """Of the pass that `run` makes, which ends at the entry; not complete if it is beyond the budget."""
+        recording = Recording()
+        self._ends = True
+        try:
+            with self.of(recording):
+                run()
+        except _Entered:
+            pass
+        finally:
+            self._ends = False
+        return recording
+
     def _stop(self) -> None:
-        """From here on the pass runs as usual."""
+        """From here on the pass runs as usual, or ends."""
         if self._recording is not None:
             self._recording.complete = True
         self._recording = None
+        if self._ends:
+            raise _Entered
 
     def _replaying(self, module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
         layer = any(module is each for each in self._below)

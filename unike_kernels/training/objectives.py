@@ -72,7 +72,8 @@ class _Targets:
     def __init__(self, processor: Any, requests: Sequence[Sample], device: torch.device, ended: bool) -> None:
         self.batch = encode(processor, requests, device, ended=ended)
         self.answers = self.batch.answer_mask()
-        self.recording = Recording()
+        self.recording = Recording()  # of the batch as it is
+        self.ahead = Recording()  # of copies of it, for the next steps
         for request, tokens in zip(requests, self.answers.sum(-1).tolist(), strict=True):
             if not tokens:
                 raise ValueError(f"request.answer: {request.answer!r} has no tokens")

@@ -448,23 +448,33 @@ def ordinary_ids(model: nn.Module, processor: Any) -> list[int]:
     return sorted({*range(count)} - {*getattr(tokenizer, "all_special_ids", ())} - {*placeholder_ids(model)})
 
 
-def with_prompt_dropout(
-    model: nn.Module, batch: Batch, share: float, seed: int, suffix: int = 0, vocabulary: Sequence[int] = ()
+def with_prompt_dropout(model: nn.Module, batch: Batch, share: float, seed: int) -> Batch:
+    """The batch, and behind it a copy with some tokens of its prompts left out (prompt dropout); none if share is 0."""
+    return dropout_copies(model, batch, share, [None, seed] if share else [None])
+
+
+def dropout_copies(
+    model: nn.Module,
+    batch: Batch,
+    share: float,
+    seeds: Sequence[int | None],
+    suffix: int = 0,
+    vocabulary: Sequence[int] = (),
 ) -> Batch:
-    """The batch, and behind it a copy with some tokens of its prompts left out (prompt dropout).
+    """Copies of a batch behind one another, one for each seed, with some tokens of their prompts left out.
 
     Args:
         model: whose placeholders for images and the like always stay.
         batch: as `encode` makes it.
-        share: probability that a token is left out; 0: the batch alone.
-        seed: of each row of the copy.
-        suffix: random tokens at most behind a prompt of the copy, in the place of what is left out.
+        share: probability that a token is left out.
+        seeds: of each row of a copy; None: that copy is whole.
+        suffix: random tokens at most behind a prompt that is not whole, in the place of what is left out.
         vocabulary: token ids of such a suffix.
     """
-    rows, copies = len(batch.ends), 2 if share else 1
-    seeds = dict.fromkeys(range(rows, copies * rows), seed)
-    dropped = drop_tokens(repeated(batch, copies), seeds, share, placeholder_ids(model))
-    return add_random_suffix(dropped, seeds, suffix, vocabulary)
+    rows = len(batch.ends)
+    drawn = {copy * rows + row: seed for copy, seed in enumerate(seeds) if seed is not None for row in range(rows)}
+    dropped = drop_tokens(repeated(batch, len(seeds)), drawn, share, placeholder_ids(model))
+    return add_random_suffix(dropped, drawn, suffix, vocabulary)
 
 
 @contextmanager

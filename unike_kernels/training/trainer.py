@@ -6,7 +6,7 @@ import math
 import uuid
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -22,20 +22,23 @@ from ..config import Config
 from ..errors import PatchError
 from ..nn import ExtraNeurons
 from ..patching import is_patched, patched, patched_ffns, selecting, set_layers
-from .activation_cache import Replay
+from .activation_cache import Recording, Replay
 from .neutral import neutral
 from .objectives import _activation_loss, _ffn_inputs, _Preserve, _Targets, _watched
 from .progress import progress_bar
 from .samples import (
+    Batch,
     Sample,
     batches,
+    dropout_copies,
     evaluating,
     ordinary_ids,
     taking_gradients,
-    with_prompt_dropout,
 )
 from .scope import prompt_keys
 from .settings import EditResult, EditTraining
+
+_AHEAD = 4  # steps whose thinned copies pass the layers below together: rows that are few cost as much as more do
 
 
 @contextmanager
@@ -299,6 +302,7 @@ class _Trainer:
         self.in_force = {i: {e.id: e.layers[i].to(self.device) for e in previous if i in e.layers} for i in ffns}
         self.previous = [e.id for e in previous]
         self.usual = kept.mean_inputs(model, ffns) if kept else None
+        self.looks_ahead = True  # until a model's layers hand on what does not tell its rows
         self.replay = Replay(model, [layer.module for layer in find_decoder(model).layers], min(ffns))
 
     def begin(
@@ -316,71 +320,90 @@ class _Trainer:
             edit.divergences = deque([math.inf] * len(self.kept.batches) if self.kept else [0.0])
 
     def run(self, edits: Sequence[_Training], bar: Any) -> None:
-        active, targets = list(edits), self._targets(edits)
+        group, targets = list(edits), self._targets(edits)
+        active = [*range(len(group))]  # rows of those that go on
         with _watched(self.ffns) as inputs, self.replay.on():
             for step in range(self.training.steps + 1):
-                made = self._install(active)
-                losses, reached = self._losses(active, targets, step)
-                last = step == self.training.steps
-                over = [
-                    edit.judge(float(loss), right, last, self.training)
-                    for edit, loss, right in zip(active, losses.detach(), reached, strict=True)
-                ]
-                bar.set_postfix(loss=f"{float(losses.detach().mean()):.3f}", active=len(active) - sum(over))
-                bar.update(sum(over))
-                if any(over):
-                    # The others go on without these: a pass costs as much as its rows.
-                    active = [edit for edit, ended in zip(active, over, strict=True) if not ended]
-                    if not active:
-                        return
-                    targets = self._targets(active)
-                    made = self._install(active)
-                    losses, _ = self._losses(active, targets, step)
-                self._step(active, made, losses, targets, inputs, step)
+                if step % _AHEAD == 0 and len(active) < len(group):
+                    # The others go on without those that have ended: a pass costs as much as its rows.
+                    group = [group[row] for row in active]
+                    targets, active = self._targets(group), [*range(len(group))]
+                made = self._install(group)
+                losses, reached = self._losses(group, targets, step)
+                last, seen = step == self.training.steps, losses.detach().tolist()
+                over = [row for row in active if group[row].judge(seen[row], reached[row], last, self.training)]
+                bar.set_postfix(loss=f"{sum(seen) / len(seen):.3f}", active=len(active) - len(over))
+                bar.update(len(over))
+                active = [row for row in active if row not in over]
+                if not active:
+                    return
+                self._step({row: group[row] for row in active}, made, losses, targets, inputs, step)
 
     def _targets(self, edits: Sequence[_Training]) -> _Targets:
         return _Targets(self.processor, [edit.request for edit in edits], self.device, self.training.end)
 
-    def _losses(self, active: Sequence[_Training], targets: _Targets, step: int) -> tuple[Tensor, list[bool]]:
+    def _losses(self, group: Sequence[_Training], targets: _Targets, step: int) -> tuple[Tensor, list[bool]]:
         """Of each edit its loss, and whether it predicts its answer."""
-        batch = with_prompt_dropout(
-            self.model, targets.batch, self.dropout, self.training.seed + step, self.suffix, self.vocabulary
-        )
-        copies = len(batch.ends) // len(active)
-        # What prompt dropout leaves out is another thing in each step.
-        same = self.replay.of(targets.recording) if batch is targets.batch else nullcontext()
-        with self._rows([*active] * copies, 1), same:
+        seeds = [None, self.training.seed + step] if self.dropout else [None]
+        batch = self._copies(targets, seeds)
+        with self._rows([*group] * len(seeds), 1), self.replay.of(self._recording(group, targets, step)):
             losses, reached = targets.losses(self.model, batch)
-        return losses.unflatten(0, (copies, -1)).mean(0), reached[: len(active)]
+        return losses.unflatten(0, (len(seeds), -1)).mean(0), reached[: len(group)]
+
+    def _copies(self, targets: _Targets, seeds: Sequence[int | None]) -> Batch:
+        return dropout_copies(self.model, targets.batch, self.dropout, seeds, self.suffix, self.vocabulary)
+
+    def _recording(self, group: Sequence[_Training], targets: _Targets, step: int) -> Recording:
+        """Of the batch of a step: whole prompts pass the layers below once, their thinned copies some steps ahead."""
+        if not self.dropout:
+            return targets.recording
+        if not self.looks_ahead:
+            return Recording()
+
+        def recorded(seeds: Sequence[int | None]) -> Recording:
+            batch = self._copies(targets, seeds)
+            with self._rows([*group] * len(seeds), 1):
+                return self.replay.record(lambda: targets.losses(self.model, batch))
+
+        at = step % _AHEAD
+        if at == 0:
+            if not targets.recording.complete:
+                targets.recording = recorded([None])
+            targets.ahead = recorded([self.training.seed + step + i for i in range(_AHEAD)])
+        found = targets.recording.with_copy(targets.ahead, at, _AHEAD)
+        self.looks_ahead = found is not None and found.complete
+        return found or Recording()
 
     def _step(
         self,
-        active: Sequence[_Training],
+        active: dict[int, _Training],
         made: Sequence[dict[int, EditLayer]],
         losses: Tensor,
         targets: _Targets,
         inputs: dict[int, Tensor],
         step: int,
     ) -> None:
-        training, total = self.training, losses.sum()
+        """Of those that go on, by their rows."""
+        training, edits = self.training, [*active.values()]
+        total = losses[[*active]].sum()
         if training.activation_weight:
-            for row, layers in enumerate(made):
+            for row in active:
                 at_target = {i: targets.producing(q, row) for i, q in inputs.items()}
-                total = total + training.activation_weight * _activation_loss(layers, at_target)
+                total = total + training.activation_weight * _activation_loss(made[row], at_target)
         if self.kept:
-            with self._rows(active, self.kept.size(step)):
-                apart = self.kept.losses(self.model, step, len(active), self.replay)
+            with self._rows(edits, self.kept.size(step)):
+                apart = self.kept.losses(self.model, step, len(edits), self.replay)
             total = total + training.preserve_weight * apart.sum()
-            for at, (edit, layers, divergence) in enumerate(zip(active, made, apart.detach().tolist(), strict=True)):
-                edit.divergences.append(divergence)
-                edit.divergences.popleft()
+            for at, (row, divergence) in enumerate(zip(active, apart.detach().tolist(), strict=True)):
+                active[row].divergences.append(divergence)
+                active[row].divergences.popleft()
                 if training.memory_weight:
-                    activity = self.kept.activity(layers, inputs, step, at, len(active))
+                    activity = self.kept.activity(made[row], inputs, step, at, len(edits))
                     total = total + training.memory_weight * F.relu(activity - training.margin).mean()
-        for edit in active:
+        for edit in edits:
             edit.optimizer.zero_grad()
         total.backward()
-        for edit in active:
+        for edit in edits:
             edit.optimizer.step()
 
     def _install(self, active: Sequence[_Training]) -> list[dict[int, EditLayer]]:
