@@ -91,6 +91,30 @@ def test_the_keys_are_read_once_by_every_multiprocessor(launched):
     assert launch.grid[0] == 3
 
 
+@pytest.mark.parametrize(
+    ("ranges", "read"),
+    [
+        pytest.param([[0, 0]] * 20, 0, id="nothing is seen"),
+        pytest.param([[0, 0]] * 18 + [[130, 150], [2**40, 2**62]], 20, id="one sees some"),
+        pytest.param([[9, 3], [300, 310]] + [[0, 0]] * 16 + [[290, 300], [-5, 0]], 20, id="on both sides of a hole"),
+        pytest.param([[384, 2**62]] * 19 + [[-(2**62), 1]], 1, id="the first key"),
+        pytest.param([[383, 384]] * 20, 1, id="the last key"),
+    ],
+)
+def test_keys_that_nobody_sees_are_not_read(launched, ranges, read):
+    """The one group of the queries reads what lies between the first and the last key that one of them sees."""
+    n, d, k = 384, 64, 3
+    queries, keys = case(20, n, d, torch.float32)
+    given, clipped = torch.tensor(ranges), torch.tensor(ranges).clamp(0, n)
+    clipped[clipped[:, 0] >= clipped[:, 1]] = 0
+    result, session = launched(lambda: kernel.cosine_topk(queries, keys, k, True, given))
+    same(result, reference.cosine_topk(queries, keys, k, True, clipped))
+    (launch,) = session.launches
+    sectors = launch.loads["keys"].sectors if "keys" in launch.loads else 0
+    seen = int((clipped[:, 1] - clipped[:, 0]).sum())  # whose rows may be read again
+    assert read * d * 4 / 32 <= sectors <= (read + seen) * d * 4 / 32
+
+
 def test_what_the_kernel_does_not_take(launched):
     queries, keys = case(2, 300, 8, torch.float32)
     result, session = launched(lambda: kernel.cosine_topk(queries, keys, kernel.MOST_RESULTS.value + 1))

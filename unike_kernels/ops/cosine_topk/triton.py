@@ -3,7 +3,8 @@
 Work. Blocks meet between the phases.
   1. A block normalises a query: its unit row, and that in float16.
   2. A block estimates its slice of the keys for its group of up to 64 queries: products of float16 on tensor cores. It
-     keeps the estimates, and the best of each of some disjoint sets of keys.
+     keeps the estimates, and the best of each of some disjoint sets of keys. Keys before and behind all that a query of
+     the group may see are not read: a group of tokens that are not shifted reads none.
   3. A block finds the threshold of a query: close to the k-th best of those.
   4. A block scores the keys of its own that reach the threshold canonically: 16 interleaved float64 sums, folded in
      halves. The products of two float32 are exact in float64, so that a fused multiply-add rounds as the definition
@@ -120,19 +121,34 @@ def prepare(query, queries, units, halves, d, query_stride, width):
 
 
 @triton.jit
+def sight(query, ranges, m, n):
+    """The keys low, ..., high - 1 that each query sees: [BM] both."""
+    low = tl.zeros(query.shape, tl.int64)
+    high = low + n
+    if ranges is not None:
+        low = tl.load(ranges + 2 * query, mask=query < m, other=0)
+        high = tl.load(ranges + 2 * query + 1, mask=query < m, other=0)
+    return low, high
+
+
+@triton.jit
+def narrowed(first, last, low, high):
+    """Of the keys first, ..., last - 1 those from the first to the last one that one of these queries sees."""
+    low, high = tl.maximum(low, first), tl.minimum(high, last)
+    begin = tl.min(tl.where(low < high, low, last), 0)
+    end = tl.max(tl.where(low < high, high, first), 0)
+    return begin.to(tl.int32), end.to(tl.int32)
+
+
+@triton.jit
 def scan(
-    query, keys, ranges, halves, estimates, maxima, first, last, split, splits, m, n, d, key_stride, width,
+    query, low, high, keys, halves, estimates, maxima, first, last, split, splits, m, n, d, key_stride, width,
     NORMALIZED: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
     """To scratch: the estimates of the keys first, ..., last - 1, -inf where a query does not see the key or is not
     finite, and the best of each of SLOTS sets of them."""
     BM: tl.constexpr = query.shape[0]
     valid = query < m
-    low = tl.zeros((BM,), tl.int64)
-    high = low + n
-    if ranges is not None:
-        low = tl.load(ranges + 2 * query, mask=valid, other=0)
-        high = tl.load(ranges + 2 * query + 1, mask=valid, other=0)
     best = tl.full((SLOTS, BM), float("-inf"), tl.float32)
     for start in tl.range(first, last, KEYS, num_stages=1):
         key = start + tl.arange(0, KEYS)
@@ -170,15 +186,18 @@ def kth_largest(values, k):
 
 
 @triton.jit
-def suspects(query, estimates, thresholds, found, first, last, m, n):
-    """To scratch, in ascending order: the keys of each query that reach its threshold. How many they are: [BM]."""
+def suspects(query, estimates, thresholds, found, first, begin, end, m, n):
+    """To scratch, from `first` on and in ascending order: the keys begin, ..., end - 1 that reach a query's threshold.
+
+    Returns how many they are: [BM].
+    """
     BM: tl.constexpr = query.shape[0]
     valid = query < m
     threshold = tl.load(thresholds + query, mask=valid, other=0.0, cache_modifier=".cg")[:, None]
     counts = tl.zeros((BM,), tl.int32)
-    for start in range(first, last, LOOKED_AT // BM):
+    for start in range(begin, end, LOOKED_AT // BM):
         key = start + tl.arange(0, LOOKED_AT // BM)[None, :]
-        there = valid[:, None] & (key < last)
+        there = valid[:, None] & (key < end)
         estimate = tl.load(estimates + query[:, None] * n + key, mask=there, other=float("-inf"))
         chosen = ((estimate >= threshold) & (estimate > float("-inf"))).to(tl.int32)
         place = query[:, None] * n + first + counts[:, None] + tl.cumsum(chosen, 1) - chosen
@@ -259,9 +278,13 @@ def search(
     first = split * per_split
     last = tl.minimum(first + per_split, n)
     last = tl.where(group * BM < m, last, first)  # blocks that are left over have nothing
+    low, high = sight(query, ranges, m, n)
+    begin, end = first, last
+    if ranges is not None:
+        begin, end = narrowed(first, last, low, high)
     if first < last:
         scan(
-            query, keys, ranges, halves, estimates, maxima, first, last, split, splits, m, n, d, key_stride, width,
+            query, low, high, keys, halves, estimates, maxima, begin, end, split, splits, m, n, d, key_stride, width,
             NORMALIZED, SLOTS,
         )  # fmt: skip
     meet(everybody, blocks, block == 0)
@@ -275,7 +298,7 @@ def search(
         tl.store(thresholds + each, kth_largest(values, k) - 2 * error)
     meet(everybody, blocks, block == 0)
 
-    counts = suspects(query, estimates, thresholds, found, first, last, m, n)
+    counts = suspects(query, estimates, thresholds, found, first, begin, end, m, n)
     score(query, counts, keys, units, found, first, n, d, key_stride, NORMALIZED)
     tl.store(known + query * splits + split, counts, mask=query < m)
     meet(everybody, blocks, block == 0)
