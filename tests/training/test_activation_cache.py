@@ -96,8 +96,12 @@ def test_rows_that_cannot_be_told(make_model):
     others.beside.reverse()
     assert own.with_copy(others, 1, 2) is None
     others.beside.reverse()
+    states = own.states, others.states
     others.states = (others.states,)
     assert own.with_copy(others, 1, 2) is None
+    for one, many, told in [(None, None, True), (1, 2, False), (None, states[1], False), (states[0], None, False)]:
+        own.states, others.states = one, many
+        assert (own.with_copy(others, 1, 2) is not None) == told
 
 
 def test_a_recorded_pass_ends_at_the_entry(make_model):

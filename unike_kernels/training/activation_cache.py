@@ -76,8 +76,9 @@ _UNTOLD = object()
 
 
 def _with_copy(own: Any, copies: Any, number: int, of: int) -> Any:
-    if not isinstance(own, Tensor):
-        return own
+    if not isinstance(own, Tensor) or not isinstance(copies, Tensor):
+        plain = isinstance(own, (bool, int, float, str, type(None)))
+        return own if plain and not isinstance(copies, Tensor) and own == copies else _UNTOLD
     if own.dim() == copies.dim():
         grown = [dim for dim, (n, m) in enumerate(zip(own.shape, copies.shape, strict=True)) if n != m]
         if len(grown) == 1 and copies.shape[grown[0]] == of * own.shape[grown[0]]:
