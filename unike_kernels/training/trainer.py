@@ -345,8 +345,8 @@ class _Trainer:
     def _losses(self, group: Sequence[_Training], targets: _Targets, step: int) -> tuple[Tensor, list[bool]]:
         """Of each edit its loss, and whether it predicts its answer."""
         seeds = [None, self.training.seed + step] if self.dropout else [None]
-        batch = self._copies(targets, seeds)
-        with self._rows([*group] * len(seeds), 1), self.replay.of(self._recording(group, targets, step)):
+        batch, recording = self._copies(targets, seeds), self._recording(group, targets, step)
+        with self._rows([*group] * len(seeds), 1), self.replay.of(recording):
             losses, reached = targets.losses(self.model, batch)
         return losses.unflatten(0, (len(seeds), -1)).mean(0), reached[: len(group)]
 
