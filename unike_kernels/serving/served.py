@@ -144,10 +144,9 @@ class Served:
             while self._admitted and self._admitted[0][0] < now - _ON_ITS_WAY:
                 self._admitted.popleft()
         # No salt is that of a request as everybody sends it; a client's own is never taken as it came.
-        parts = [salt, keys, memory]
-        ends = prompt is not None and self.memory is not None and self.memory.config.needs_prompt_ends
-        if ends and (keys or memory):
-            parts.append(list(prompt or ()))
-        if keys or memory != remembers(self.memory, None) or salt is not None or len(parts) > 3:
+        ends = self.memory is not None and self.memory.config.needs_prompt_ends and bool(keys or memory)
+        own = list(prompt) if prompt is not None and ends else None
+        if keys or memory != remembers(self.memory, None) or salt is not None or own is not None:
+            parts = [salt, keys, memory, *([] if own is None else [own])]
             salt = f"{KEY}|{hashlib.sha256(json.dumps(parts).encode()).hexdigest()}"
         return {"edits": keys, "memory": memory}, salt
