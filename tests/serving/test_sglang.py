@@ -180,9 +180,15 @@ def test_requests_name_their_tenants(make_model, make_memory, place):
             ask(llm, [prompt(0, 8)], [{"unike_memory": "initech"}])
 
 
+def louder(edit):
+    layers = {i: dataclasses.replace(layer, values=20 * layer.values) for i, layer in edit.layers.items()}
+    return dataclasses.replace(edit, layers=layers)
+
+
 def test_a_scope_decides_which_edit_acts(make_model, make_edit, place):
     model = make_model("llama")
     memory, edits = scoped(model, make_edit)
+    edits = [louder(edit) for edit in edits]
     folder, told = place(model, edits, memory)
     with engine(folder / "model", told) as llm:
         alone, sets = Alone(model, edits, memory), [["a", "b"], ["b"], ["a", "b"], ["a"]]
