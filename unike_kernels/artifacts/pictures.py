@@ -62,14 +62,15 @@ class Pictures:
             counts: the entries of each.
         """
         known: dict[bytes, int] = {}
-        pixels, of = [], []
+        pixels: list[Tensor] = []
+        of: list[int] = []
         for image, count in zip(images, counts, strict=True):
             small = _small(image)
             number = -1 if small is None else known.setdefault(small.numpy().tobytes(), len(known))
             if small is not None and number == len(pixels):
                 pixels.append(small)
             of += [number] * count
-        return cls(torch.stack(pixels), _numbers(of)) if pixels else None
+        return cls(torch.stack(pixels), torch.tensor(of, dtype=torch.int64, device="cpu")) if pixels else None
 
     @classmethod
     def joined(cls, parts: Sequence[tuple[Pictures | None, int]]) -> Pictures | None:
@@ -98,10 +99,6 @@ class Pictures:
             return None
         found: Pictures = reader.build(cls, *(reader.integers(name, dtype) for name, dtype in told.items()))
         return found
-
-
-def _numbers(of: Sequence[int]) -> Tensor:
-    return torch.tensor(of, dtype=torch.int64, device="cpu")
 
 
 def _small(image: Any) -> Tensor | None:
