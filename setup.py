@@ -238,7 +238,9 @@ class BuildExt(build_ext):
         if not bindings.exists() or bindings.read_text() != text:  # ninja compiles what is newer
             bindings.write_text(text)
         sources = [*(s for s in ext.sources if s.startswith("csrc")), str(bindings)]
-        link(sources, Path(self.get_ext_fullpath(ext.name)).resolve(), build_dir)
+        # What only debuggers and profilers read stays where the sources are, and not in wheels.
+        flags = () if self.inplace else ("-s",)
+        link(sources, Path(self.get_ext_fullpath(ext.name)).resolve(), build_dir, *flags)
 
 
 class BuildCore(Command):

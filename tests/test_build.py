@@ -78,6 +78,16 @@ def test_a_users_build(tmp_path):
     assert not [call for call in calls if "cosine_topk.cpp" in call and "-mavx2" in call]
 
 
+def test_the_extension_of_a_wheel_is_stripped(tmp_path):
+    machine = Machine(tmp_path)
+    status, said = machine.build(
+        "build_ext", "--build-lib", str(tmp_path / "lib"), "--build-temp", str(tmp_path / "temp")
+    )
+    assert status == 0, said
+    (linked,) = (call.split() for call in machine.log.read_text().splitlines() if "-shared" in call.split())
+    assert "-s" in linked and any("_C." in word for word in linked)
+
+
 def test_warnings_are_errors_for_those_who_ask(tmp_path):
     calls, _ = Machine(tmp_path).core(UNIKE_WERROR="1")
     assert all("-Werror" in call for call in calls if " -c " in call)

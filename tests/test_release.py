@@ -20,10 +20,10 @@ def script():
     return module
 
 
-def wheel(folder, name, *files):
+def wheel(folder, name, *files, content=b""):
     with zipfile.ZipFile(folder / name, "w") as archive:
         for file in files:
-            archive.writestr(file, "")
+            archive.writestr(file, content)
     return folder / name
 
 
@@ -40,6 +40,17 @@ def test_what_a_wheel_may_hold(script, tmp_path):
     for said, made in wrong.items():
         with pytest.raises(SystemExit, match=said):
             script.check(wheel(tmp_path, *made))
+    with pytest.raises(SystemExit, match="no symbols for debuggers"):
+        script.check(wheel(tmp_path, good, extension, content=b"\0.shstrtab\0.symtab\0"))
+
+
+def test_classifiers_name_the_versions_that_wheels_are_built_and_tested_for():
+    yaml = pytest.importorskip("yaml")
+    job = yaml.safe_load((ROOT / ".github/workflows/release.yml").read_text())["jobs"]["wheels"]
+    built = {re.match(r"cp3(\d+)-", python)[1] for python in job["strategy"]["matrix"]["python"]}
+    text = (ROOT / "pyproject.toml").read_text()
+    assert set(re.findall(r'"Programming Language :: Python :: 3\.(\d+)"', text)) == built
+    assert f'requires-python = ">=3.{min(map(int, built))}"' in text
 
 
 def test_the_workflow_runs_the_script(script):

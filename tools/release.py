@@ -89,15 +89,19 @@ def build_wheel(tools: Path, sdist: Path, python: str, plat: str | None, work: P
 
 
 def check(wheel: Path) -> None:
-    """It is for more than this machine, and brings neither sources nor a libgomp of its own."""
+    """It is for more than this machine, stripped, and brings neither sources nor a libgomp of its own."""
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
+        extensions = [name for name in names if re.search(r"unike_kernels/_C\.[^/]*\.so$", name)]
+        unstripped = [name for name in extensions if b".symtab" in archive.read(name)]
     if "manylinux" not in wheel.name:
         sys.exit(f"{wheel.name}: expected a manylinux wheel")
     if wrong := [name for name in names if re.search(r"\.(cpp|h|o)$|libgomp|libtorch", name)]:
         sys.exit(f"{wheel.name}: expected none of {wrong}")
-    if not any(re.search(r"unike_kernels/_C\.[^/]*\.so$", name) for name in names):
+    if not extensions:
         sys.exit(f"{wheel.name}: expected the extension in it")
+    if unstripped:
+        sys.exit(f"{wheel.name}: expected no symbols for debuggers in {unstripped}")
 
 
 def test_wheel(wheel: Path, python: str, work: Path) -> None:

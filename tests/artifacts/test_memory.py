@@ -6,9 +6,11 @@ import pickle
 
 import pytest
 import torch
+from PIL import Image
 
 import unike_kernels as uk
 from unike_kernels.artifacts import files
+from unike_kernels.artifacts.pictures import Pictures
 from unike_kernels.ops import SemanticEncoder
 
 
@@ -187,3 +189,71 @@ def test_texts_in_a_damaged_file(tmp_path, monkeypatch, held, message):
     bank({2: layer()}, texts=TEXTS).save(tmp_path / "m")
     with pytest.raises(uk.ArtifactError, match=message):
         uk.MemoryBank.load(tmp_path / "m")
+
+
+def drawn(*of, count=2):
+    g = torch.Generator().manual_seed(0)
+    return Pictures(torch.randint(0, 256, (count, 48, 48, 3), generator=g, dtype=torch.uint8), torch.tensor(of))
+
+
+@pytest.mark.parametrize("pictures", [None, drawn(0, 1, -1, 1, 0), drawn(*[-1] * 5, count=0)])
+def test_pictures_of_entries(tmp_path, pictures):
+    memory = bank({2: layer()}, pictures=pictures)
+    assert memory.id == dataclasses.replace(memory, pictures=None).id
+    memory.save(tmp_path / "m")
+    for mmap in (False, True):
+        found = uk.MemoryBank.load(tmp_path / "m", mmap=mmap).pictures
+        assert (found is None) == (pictures is None)
+        assert found is None or (torch.equal(found.pixels, pictures.pixels) and torch.equal(found.of, pictures.of))
+
+
+def test_pictures_of_joined_memories():
+    one, none = bank({2: layer()}, pictures=drawn(0, 1, -1, 1, 0)), bank({2: layer(n=2)}, pictures=None)
+    other = bank({2: layer(n=1)}, pictures=drawn(0, count=1))
+    shared = {name: getattr(one.layers[2], name) for name in ("encoder", "zeta", "zeta_prime")}
+    same = lambda b: dataclasses.replace(b, layers={2: dataclasses.replace(b.layers[2], **shared)})  # noqa: E731
+    joined = uk.MemoryBank.joined({"a": one, "b": same(none), "c": same(other)}).pictures
+    assert joined.of.tolist() == [0, 1, -1, 1, 0, -1, -1, 2]
+    assert torch.equal(joined[7], other.pictures[0]) and torch.equal(joined[3], one.pictures[1]) and joined[2] is None
+    assert uk.MemoryBank.joined({"a": same(none), "b": same(none)}).pictures is None
+    assert joined.part(slice(1, 3)).of.tolist() == [1, -1]
+
+
+@pytest.mark.parametrize(
+    ("name", "held", "message"),
+    [
+        ("pictures", torch.zeros(2, 48, 48, 3), "tensor 'pictures': expected torch.uint8, got torch.float32"),
+        ("pictures", torch.zeros(2, 48, 48, dtype=torch.uint8), r"expected uint8 \[\*, 48, 48, 3\], got torch.uint8"),
+        ("pictures", torch.zeros(2, 9, 9, 3, dtype=torch.uint8), r"expected uint8 \[\*, 48, 48, 3\], got torch.uint8"),
+        ("pictures", torch.zeros(1, 48, 48, 3, dtype=torch.uint8), "Pictures.of: expected numbers from -1 to 0"),
+        ("pictures", None, "tensor 'pictures' is missing"),
+        ("picture_of", None, "tensor 'picture_of' is missing"),
+        ("picture_of", torch.zeros(5), "tensor 'picture_of': expected torch.int64, got torch.float32"),
+        ("picture_of", torch.zeros(5, 1, dtype=torch.int64), r"Pictures.of: expected int64 \[\*\], got torch.int64"),
+        ("picture_of", torch.full((5,), -2), "Pictures.of: expected numbers from -1 to 1"),
+        ("picture_of", torch.zeros(4, dtype=torch.int64), "MemoryBank.pictures: expected those of 5 entries, got of 4"),
+    ],
+)
+def test_pictures_in_a_damaged_file(tmp_path, monkeypatch, name, held, message):
+    tensors = Pictures.tensors
+
+    def damaged(self):
+        found = tensors(self) | {name: held}
+        return {name: t for name, t in found.items() if t is not None}
+
+    monkeypatch.setattr(Pictures, "tensors", damaged)
+    bank({2: layer()}, pictures=drawn(0, 1, -1, 1, 0)).save(tmp_path / "m")
+    with pytest.raises(uk.ArtifactError, match=message):
+        uk.MemoryBank.load(tmp_path / "m")
+
+
+def test_pictures_are_drawn_of_what_can_be():
+    grey, red = torch.rand(16, 16), torch.zeros(96, 48, 3, dtype=torch.uint8)
+    red[..., 0] = 200
+    tall = Image.fromarray(red.numpy())
+    images = [grey, None, tall, grey.clone(), "text", red, torch.ones(4, 8, 8) / 2, torch.zeros(2, 2, 2, 2), {}]
+    made = Pictures.made(images, [2, *[1] * 8])
+    assert made.of.tolist() == [0, 0, -1, 1, 0, -1, 1, 2, -1, -1]
+    assert (made[3][:, 12:36] == torch.tensor([200, 0, 0])).all() and (made[3][:, :12] == 255).all()
+    assert (made[7] == 128).all() and made[0].float().std() > 20
+    assert Pictures.made([None, "text"], [1, 3]) is None

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import base64
+import io
+
+import numpy as np
 import pytest
 import torch
 from pages import Page
+from PIL import Image
 
+from unike_kernels.artifacts.pictures import Pictures
 from unike_kernels.nn import Trace
 from unike_kernels.nn.page import page, short, table
 from unike_kernels.nn.routing import Route
@@ -66,6 +72,18 @@ def test_without_texts_and_tokens():
     empty = Trace()
     empty.begin(2, 3, torch.zeros(1, 3, dtype=torch.int64))  # of other rows: as if there were none
     assert "row 1: [0][1][2]" in Page(empty.to_html()).text
+
+
+def test_pictures_of_entries_that_are_shown():
+    """Each once, as a file that PIL opens."""
+    pixels = torch.randint(0, 256, (2, 48, 48, 3), dtype=torch.uint8)
+    trace, begun = told(tuple(f"what entry {i} says" for i in range(6)))
+    begun.at(7).pictures = Pictures(pixels, torch.tensor([1, -1, -1, 0, 1, 0]))  # the last one is not shown
+    found = Page(trace.to_html())
+    assert "pictures of entries" in found.text and found.text.count("what entry 3 says") == 2
+    seen = [Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))) for source in found.images]
+    assert [torch.from_numpy(np.array(image)).tolist() for image in seen] == [pixels[i].tolist() for i in (0, 1, 1)]
+    assert "pictures of entries" not in Page(told()[0].to_html()).text
 
 
 def test_what_is_told_stays_text():

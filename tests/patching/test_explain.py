@@ -10,6 +10,7 @@ from configs import every_token
 from pages import Page
 
 import unike_kernels as uk
+from unike_kernels.artifacts.pictures import Pictures
 from unike_kernels.backbones import find_decoder
 
 reference = importlib.import_module("unike_kernels.ops.latent_attention.reference")
@@ -226,7 +227,9 @@ def test_changes_are_logged_for_those_who_listen(make_model, make_memory, make_e
 def test_what_entries_and_tokens_say(make_model, make_memory, make_inputs, processor, kind):
     """Tokens of what the model was given, where its decoder was given embeddings, too."""
     model, texts = make_model(kind), tuple(f"fact {i}" for i in range(50))
-    memory = dataclasses.replace(make_memory(model, every_token(k=7, tokens="answer")), texts=texts)
+    pictures = Pictures(torch.zeros(1, 48, 48, 3, dtype=torch.uint8), torch.zeros(50, dtype=torch.int64))
+    memory = make_memory(model, every_token(k=7, tokens="answer"))
+    memory = dataclasses.replace(memory, texts=texts, pictures=pictures)
     inputs = make_inputs(kind, ["w1 w2 w3", "w4 w5"])
     with uk.patched(model, memory=memory), uk.explain(model, processor) as trace:
         model(**inputs)
@@ -238,4 +241,5 @@ def test_what_entries_and_tokens_say(make_model, make_memory, make_inputs, proce
     ids = inputs["input_ids"]
     assert torch.equal(trace.ids[0], ids) and trace.said(0, 1, [0, -1]) == tokenizer.decode(ids[1, [0, -1]])
     assert trace.ids[2].shape == (2, 1)
-    assert f"{float(trace.passes[0][5].scores.max()):.3f} fact " in Page(trace.to_html()).text
+    page = Page(trace.to_html())
+    assert f"{float(trace.passes[0][5].scores.max()):.3f} fact " in page.text and page.images

@@ -234,6 +234,12 @@ def test_each_name_has_its_edits(server, make_model, make_edit, processor):
     assert refused(client, f"{name}+other")[0] == 400
     assert asked("b").model == f"{name}+b"
     assert {part.model for part in asked("a", "b", stream=True)} == {f"{name}+a+b"}
+    with urllib.request.urlopen(str(client.base_url).replace("/v1/", "/metrics"), timeout=60) as answer:
+        told = answer.read().decode().splitlines()
+    assert told[1:] == [  # of those that were answered
+        "# TYPE unike_requests_total counter", 'unike_requests_total{edit=""} 3', 'unike_requests_total{edit="a"} 7',
+        'unike_requests_total{edit="b"} 6', 'unike_requests_total{edit="c"} 1',
+    ]  # fmt: skip
 
 
 # Without a size the cache takes most of the machine's memory.

@@ -64,7 +64,7 @@ import unike_kernels as uk  # noqa: E402
 from unike_kernels import backbones  # noqa: E402
 from unike_kernels.artifacts.edit import EditLayer  # noqa: E402
 from unike_kernels.artifacts.fingerprint import fingerprint  # noqa: E402
-from unike_kernels.serving import RaggedRuntime, RequestSlice, Version  # noqa: E402
+from unike_kernels.serving import RaggedRuntime, RequestSlice, Version, operators  # noqa: E402
 from unike_kernels.serving import vllm as plugin  # noqa: E402
 
 PROMPT = "question: which digit is shown ? answer:"
@@ -728,13 +728,13 @@ def captured(whole=False):
 
     By the definition, which reads them anew each time, as GPUs do.
     """
-    step = plugin._step
-    plugin._step = getattr(step, "graphs", step) if whole else None
+    step = operators._step
+    operators._step = getattr(step, "graphs", step) if whole else None
     try:
         with uk.backend("reference") if whole else nullcontext():
             yield
     finally:
-        plugin._step = step
+        operators._step = step
 
 
 @pytest.fixture
@@ -887,13 +887,12 @@ def test_what_vllm_captures_computes_for_nobody(monkeypatch):
     flat, seen = Room(True), []
     runner = SimpleNamespace(vllm_config=None, device=torch.device("cpu"))
     monkeypatch.setattr(plugin, "_served", lambda config: SimpleNamespace(model=flat))
-    assert plugin._dummy_run(lambda *given, **named: seen.append(plugin._step) or (given, named), runner, 7, a=1) == (
-        (runner, 7), {"a": 1}
-    )  # fmt: skip
-    assert seen == [flat.graphs] and flat.asked == [((), (), None)] and plugin._step is None
+    look = lambda *given, **named: seen.append(operators._step) or (given, named)  # noqa: E731
+    assert plugin._dummy_run(look, runner, 7, a=1) == ((runner, 7), {"a": 1})
+    assert seen == [flat.graphs] and flat.asked == [((), (), None)] and operators._step is None
     for served in (None, SimpleNamespace(model=None), SimpleNamespace(model=SimpleNamespace(graphs=None))):
         monkeypatch.setattr(plugin, "_served", lambda config, served=served: served)
-        plugin._dummy_run(lambda *given: seen.append(plugin._step), runner)
+        plugin._dummy_run(lambda *given: seen.append(operators._step), runner)
     assert seen[1:] == [None] * 3
 
 
@@ -937,7 +936,7 @@ def test_pieces_replayed_between_operators_that_are_not(name, split, make_memory
     pieces = []
 
     def backend(graph, inputs):
-        whole, items = split_graph(graph, list(plugin._OPERATORS) if split else [])
+        whole, items = split_graph(graph, list(plugin.OPERATORS) if split else [])
         for item in items:
             pieces.append(
                 (item.is_splitting_graph, [n.target for n in item.graph.graph.nodes if n.op == "call_function"])

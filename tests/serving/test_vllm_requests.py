@@ -200,8 +200,9 @@ def loaded(monkeypatch, *, ubatching=False, context=1, rank=0, routes=False, lay
     installed, model = [], model or Embeds()
     flat = SimpleNamespace(routes=routes, layers=list(layers))
     server = SimpleNamespace(
-        flat=lambda device, *given: installed.append(given) or flat, folder=None, model=1, sharded=sharded
-    )
+        flat=lambda device, *given: installed.append(given) or flat, folder=None, model=1, sharded=sharded,
+        first_edit=lambda: None,
+    )  # fmt: skip
     monkeypatch.setattr(vllm, "_served", lambda config: server)
     monkeypatch.setattr(vllm, "_ranks", lambda: "its ranks")
     monkeypatch.setattr(vllm, "stage_of", lambda model, text: [4, 5])
@@ -220,7 +221,7 @@ def loaded(monkeypatch, *, ubatching=False, context=1, rank=0, routes=False, lay
     assert vllm._load_model(lambda self: "loaded", runner) == "loaded"
     assert installed == [
         ([4, 5], "its ranks" if sharded else None),
-        (model, "its config", flat, {"edits": False, "ranks": 2, "rank": rank % 2}),
+        (model, "its config", flat, {"edits": False, "ranks": 2, "rank": rank % 2, "summed": vllm._sum_over_ranks}),
     ]
 
 

@@ -134,6 +134,20 @@ def test_tables_of_values_in_context(make_model, processor, tmp_path):
     assert joined.entries("globex") == range(18, 42) and joined.texts == result.memory.texts + extended.texts
 
 
+def test_pictures_of_its_entries(make_model, processor):
+    model, g = make_model("blip2-opt"), torch.Generator().manual_seed(0)
+    images = [torch.rand(16, 16, generator=g) for _ in range(3)]
+    triplets = [Triplet(t.prompt, t.positive, t.negative, images[i % 3]) for i, t in enumerate(TRIPLETS)]
+    made = build(model, processor, triplets, layers=[3]).memory
+    assert made.pictures.of.tolist() == [i % 3 for i in range(len(TRIPLETS))] and len(made.pictures.pixels) == 3
+    silent = build(model, processor, triplets, layers=[3], keep_texts=False).memory
+    assert silent.pictures is None and silent.id == made.id
+    more = extend_memory(model, processor, made, triplets[1:2], progress=False).pictures
+    assert torch.equal(more[len(TRIPLETS)], made.pictures[1])
+    less = extend_memory(model, processor, made, triplets[1:2], keep_texts=False, progress=False).pictures
+    assert less[len(TRIPLETS)] is None and torch.equal(less[0], made.pictures[0])
+
+
 def test_texts_of_its_entries(make_model, processor):
     model = make_model("llama")
     assert TRIPLETS[1].text == "w1 w10 -> w19, not w2 w6"

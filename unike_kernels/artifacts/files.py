@@ -499,6 +499,15 @@ class Reader:
             raise self.fail(f"tensor {name!r} holds NaN or infinity")
         return t
 
+    def integers(self, name: str, dtype: torch.dtype) -> Tensor:
+        """A tensor of this integer dtype, of any shape."""
+        if name not in self._tensors:
+            raise self.fail(f"tensor {name!r} is missing")
+        t = self._tensors.pop(name)
+        if t.dtype != dtype:
+            raise self.fail(f"tensor {name!r}: expected {dtype}, got {t.dtype} {list(t.shape)}")
+        return t
+
     def texts(self, name: str) -> tuple[str, ...]:
         """Texts that `spelled` made a tensor of."""
         if name not in self._tensors:

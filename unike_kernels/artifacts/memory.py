@@ -19,6 +19,7 @@ from ..ops import SemanticEncoder, _check
 from . import files, sharing
 from .fingerprint import agree
 from .fingerprint import validate as validate_fingerprint
+from .pictures import Pictures
 from .scope import OwnKey, Scope
 
 
@@ -102,6 +103,7 @@ class MemoryBank(sharing.Shareable):
         scope: what decides where edits act, see Config.scope; None: edits act wherever they are selected.
         texts: what each of the N entries says, for people, "" where that is not known; None: of no entry. They have no
             part in the id.
+        pictures: small ones of what entries are about, for people; None: of no entry. They have no part in the id.
     """
 
     layers: Mapping[int, MemoryLayer]
@@ -114,6 +116,7 @@ class MemoryBank(sharing.Shareable):
     search: ANNConfig | None = None
     scope: Scope | None = None
     texts: tuple[str, ...] | None = None
+    pictures: Pictures | None = None
 
     def __post_init__(self) -> None:
         if not self.layers and self.scope is None:
@@ -134,6 +137,8 @@ class MemoryBank(sharing.Shareable):
             raise ValueError(f"Scope.own: the memory has {len(self)} entries, a fact has up to number {int(own.max())}")
         if self.texts is not None:
             object.__setattr__(self, "texts", _checked(self.texts, len(self)))
+        if self.pictures is not None and len(self.pictures) != len(self):
+            raise ValueError(f"MemoryBank.pictures: expected those of {len(self)} entries, got of {len(self.pictures)}")
         object.__setattr__(self, "id", self._digest())
         for what, name in [("id", self.id), *(("tenants", name) for name in self.tenants)]:
             files.check_name(f"MemoryBank.{what}", name)
@@ -203,6 +208,7 @@ class MemoryBank(sharing.Shareable):
             parts=parts,
             scope=scope,
             texts=joined_texts([(bank.texts, len(bank)) for bank in banks.values()]),
+            pictures=Pictures.joined([(bank.pictures, len(bank)) for bank in banks.values()]),
         )
 
     @property
@@ -259,7 +265,8 @@ class MemoryBank(sharing.Shareable):
             "scope": None if self.scope is None else self.scope.header(),
         }
         texts = {} if self.texts is None else {"texts": files.spelled(self.texts)}
-        files.save(path, "memory", header, self._tensors() | texts)
+        pictures = {} if self.pictures is None else self.pictures.tensors()
+        files.save(path, "memory", header, self._tensors() | texts | pictures)
 
     FILE = "memory.safetensors"
 
@@ -283,6 +290,7 @@ class MemoryBank(sharing.Shareable):
             "layers": ", ".join(map(str, sorted(self.layers))) or "none",
             "bytes": f"{self.nbytes:,}",
             **({} if self.texts is None else {"texts": f"of {sum(map(bool, self.texts)):,} entries"}),
+            **({} if self.pictures is None else {"pictures": f"of {int((self.pictures.of >= 0).sum()):,} entries"}),
             **({"tenants": ", ".join(self.tenants)} if self.tenants else {}),
             "hash of the memory": self.id,
             **({} if self.scope is None else {"scope": f"{self.scope.id}, {self.scope.count:,} facts"}),
@@ -346,6 +354,7 @@ class MemoryBank(sharing.Shareable):
             parts={name: id for name, (_, _, id) in tenants.items()},
             scope=scope,
             texts=reader.texts("texts") if reader.has("texts") else None,
+            pictures=Pictures.read(reader),
         )
         reader.done()
         if bank.id != stated:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from ..artifacts.pictures import Pictures
 from ..config import Config
 from ..errors import PatchError
 from ..ops import PackedKeys, SemanticEncoder, cosine_topk, normalize_rows, pack_keys, project_values
@@ -60,6 +61,7 @@ class MemoryTables(Tables):
         *,
         cosine: bool = False,
         texts: tuple[str, ...] | None = None,
+        pictures: Pictures | None = None,
     ) -> None:
         """Lay out one layer of a memory.
 
@@ -72,11 +74,13 @@ class MemoryTables(Tables):
             retriever: searches the same retrieval keys, which are then not copied here; None: an exact search.
             cosine: queries attend by cosine: the keys are made unit, once, and values that they were are kept apart.
             texts: what the entries say, for people.
+            pictures: what they show, for people.
         """
         super().__init__()
         if cosine:
             keys, values = _unit(keys), keys if values is None else values
         self.id, self.retriever, self.entries, self.texts = id, retriever, len(index), texts
+        self.pictures = pictures
         self.retrieval_keys = index  # as the memory has them, no copy
         self._register()
         packed, leading = None, None
@@ -334,7 +338,7 @@ class MemoryShift(Record):
         rest = (0, config.k - ids.shape[-1])  # where the memory has fewer entries than k
         ids, scores = (torch.nn.functional.pad(t, rest, value=v) for t, v in ((ids, -1), (scores, float("-inf"))))
         record.entries, record.scores = ids.view(*shape, -1).cpu(), scores.view(*shape, -1).cpu()
-        record.alpha, record.texts = alpha.view(shape).cpu(), memory.texts
+        record.alpha, record.texts, record.pictures = alpha.view(shape).cpu(), memory.texts, memory.pictures
 
     def _row_ranges(self, now: Pass, memory: MemoryTables) -> Tensor | None:
         """int64 [R, 2]: the entries that each row of the batch may retrieve; None: all of them."""

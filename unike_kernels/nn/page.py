@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import struct
+import zlib
+from base64 import b64encode
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from html import escape
 from typing import TYPE_CHECKING
+
+from torch import Tensor
 
 if TYPE_CHECKING:
     from .routing import Route
@@ -29,6 +34,9 @@ _STYLE = """
 .unike summary { cursor: pointer; padding: .4em 0; font-weight: 600; }
 .unike img { max-width: 100%; }
 .unike img.pixels { max-width: 16em; width: 100%; image-rendering: pixelated; border: 1px solid var(--line); }
+.unike .seen { display: flex; flex-wrap: wrap; gap: .6em; }
+.unike .seen li { width: 13em; font-size: .85em; }
+.unike .seen img { width: 6em; border: 1px solid var(--line); display: block; }
 .unike table { border-collapse: collapse; table-layout: fixed; width: 100%; }
 .unike th, .unike td { text-align: left; vertical-align: top; padding: .3em .5em; }
 .unike tr { border-bottom: 1px solid var(--line); }
@@ -105,7 +113,34 @@ def explanation(trace: Trace) -> str:
         ]
         opened = " open" if number == 0 else ""
         parts.append(f"<details{opened}><summary>{what}</summary>\n" + "\n".join(inside) + "\n</details>")
-    return "\n".join(parts)
+    seen = "".join(f"<li>{image}{short(text)}</li>" for text, image in _seen(trace).items())
+    return "\n".join([*parts, *([f'<h2>pictures of entries</h2><ol class="seen">{seen}</ol>'] if seen else [])])
+
+
+def _seen(trace: Trace) -> dict[str, str]:
+    """What entries that are shown say -> their picture, once."""
+    found: dict[str, str] = {}
+    for layer in (layer for layers in trace.passes for layer in layers.values()):
+        if layer.entries is None or layer.pictures is None:
+            continue
+        for entry in dict.fromkeys(layer.entries[..., :_ENTRIES].flatten().tolist()):
+            picture = layer.pictures[entry] if entry >= 0 else None
+            if picture is not None and layer.text(entry) not in found:
+                source = b64encode(_png(picture)).decode()
+                found[layer.text(entry)] = f'<img alt="" src="data:image/png;base64,{source}">'
+    return found
+
+
+def _png(pixels: Tensor) -> bytes:
+    """A file of uint8 [H, W, 3]."""
+    height, width, _ = pixels.shape
+    lines = b"".join(b"\0" + bytes(line.flatten().tolist()) for line in pixels)
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    head = chunk(b"IHDR", struct.pack(">2I5B", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b"")
 
 
 def _row(say: _Say, row: int, tokens: int, routes: Sequence[Route], layers: dict[int, LayerTrace]) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..artifacts.pictures import Pictures
 from .page import cut, explanation, page
 from .plot import plot
 from .routing import Route
@@ -31,6 +32,7 @@ class LayerTrace:
         neurons: edit id -> [B, T, n], what its neurons put out; 0 in rows that do not use the edit.
         memory_seconds, neuron_seconds: what they took.
         texts: what the memory's entries say, see `MemoryBank.texts`; None: it does not tell.
+        pictures: what they show, see `MemoryBank.pictures`; None: it does not tell.
     """
 
     entries: Tensor | None = None
@@ -42,6 +44,7 @@ class LayerTrace:
     memory_seconds: float = 0.0
     neuron_seconds: float = 0.0
     texts: tuple[str, ...] | None = field(default=None, repr=False)
+    pictures: Pictures | None = field(default=None, repr=False)
 
     def text(self, entry: int) -> str:
         """What an entry says; its number, where that is not known."""

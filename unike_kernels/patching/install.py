@@ -372,7 +372,10 @@ def make_tables(
     elif memory.search is not None:
         found = ApproximateIndex(index.to(device), memory.search)
     cosine, texts = config.scale == "cosine", None if memory.texts is None else memory.texts[part]
-    tables = MemoryTables(index, keys, values, m.encoder, memory.id, found, cosine=cosine, texts=texts)
+    pictures = None if memory.pictures is None else memory.pictures.part(part)
+    tables = MemoryTables(
+        index, keys, values, m.encoder, memory.id, found, cosine=cosine, texts=texts, pictures=pictures
+    )
     return tables.to(device)
 
 

@@ -234,6 +234,11 @@ class RaggedRuntime:
         )  # fmt: skip
         return self.graphs
 
+    @property
+    def acting(self) -> bool:
+        """Whether the step that `begin` has told of is edited or shifted at all."""
+        return any(self._rows) or self._shifted
+
     def write(self) -> bool:
         """Write the step that `begin` has told of where graphs read it; see `StepTables.write`."""
         bounds = self._bounds

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 import logging
+from collections import Counter
 from collections.abc import Callable
 from contextvars import ContextVar
 from pathlib import Path
@@ -80,6 +81,7 @@ class EditedModels:
         if memory is not None and memory.tenants:
             raise ValueError("memory: expected one without tenants: the name of an edited model does not name a tenant")
         self.folder, self._memory, self._most = edits, memory, check_most(max_edits)
+        self.asked: Counter[str] = Counter()  # requests by edit, "" for none
         # By the model, with which all that shares its weights shall go.
         self._made: WeakKeyDictionary[Any, dict[tuple[str, ...], Any]] = WeakKeyDictionary()
 
@@ -147,15 +149,20 @@ class _Manager(EditingManager):
 def _resolving(original: Callable[..., Any], models: EditedModels) -> Callable[..., Any]:
     """For transformers' request handlers: which model a request's body names."""
 
+    def plain(self: Any, body: dict[str, Any]) -> Any:
+        found = original(self, body)
+        models.asked[""] += 1
+        return found
+
     def resolve(self: Any, body: dict[str, Any]) -> Any:
         _asked.set(_NOTHING)
         asked = body.get("model")
         if asked is None and self.model_manager.force_model is not None:
-            return original(self, body)
+            return plain(self, body)
         if not isinstance(asked, str):
             raise RequestError(400, f"model: expected the name of a model, got {asked!r:.80}")
         if "+" not in asked:
-            return original(self, body)
+            return plain(self, body)
         try:
             base, versions = models.split(asked)
             if models.needs_prompt_ends and _decides(self):
@@ -170,7 +177,9 @@ def _resolving(original: Callable[..., Any], models: EditedModels) -> Callable[.
             _asked.set(_Asked(tuple(version.edit.id for version in versions), model_id))
             body["model"] = asked
             # The name that came is the one in the reply; see `_managing`.
-            return asked, model if _batches(self, model, processor) else models.edited(model, versions), processor
+            edited = model if _batches(self, model, processor) else models.edited(model, versions)
+            models.asked.update(version.edit.id for version in versions)
+            return asked, edited, processor
         except (ValueError, PatchError, UnsupportedModelError) as error:
             raise RequestError.of(error) from error
 
@@ -208,12 +217,20 @@ def _listing(manager: Any, models: EditedModels) -> dict[str, Any]:
     return {"object": "list", "data": [*cards.values(), *edited]}
 
 
+def _counted(asked: Counter[str]) -> str:
+    """Requests by edit, in the form that Prometheus reads; ids need no escapes."""
+    lines = ["# HELP unike_requests_total requests by edit; without a name: with none"]
+    lines += ["# TYPE unike_requests_total counter"]
+    lines += [f'unike_requests_total{{edit="{edit}"}} {count}' for edit, count in sorted(asked.items())]
+    return "\n".join(lines) + "\n"
+
+
 def _answering(original: Callable[..., Any], models: EditedModels) -> Callable[..., Any]:
     """For transformers' maker of the application: with answers to what cannot be had, and a list of what can."""
 
     @functools.wraps(original)
     def build(manager: Any, *args: Any, **kwargs: Any) -> Any:
-        from fastapi.responses import JSONResponse
+        from fastapi.responses import JSONResponse, PlainTextResponse
         from fastapi.routing import APIRoute
 
         from .access import anybody
@@ -222,12 +239,16 @@ def _answering(original: Callable[..., Any], models: EditedModels) -> Callable[.
         def listed() -> Any:
             return JSONResponse(_listing(manager, models))
 
+        def metrics() -> Any:
+            return PlainTextResponse(_counted(models.asked), media_type="text/plain; version=0.0.4")
+
         async def answer(request: Any, error: Any) -> Any:
             return JSONResponse(error.body(), status_code=error.status)
 
         app = original(manager, *args, **kwargs)
         app.add_exception_handler(RequestError, answer)
         app.include_router(edit_routes(models.folder, anybody, updating=False))
+        app.add_api_route("/metrics", metrics, methods=["GET"])
         app.router.routes.insert(0, APIRoute("/v1/models", listed, methods=["GET"]))  # before transformers' own
         return app
 

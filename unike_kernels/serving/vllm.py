@@ -26,17 +26,9 @@ take a method around that call which is given the step's `input_batch`, as `_mod
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
-import json
-import os
-import time
-import warnings
-from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from http import HTTPStatus
 from typing import Any
 
@@ -44,140 +36,21 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from ..artifacts.compatibility import ModelDescription, check_compatibility
-from ..artifacts.edit import Edit
-from ..artifacts.fingerprint import Identity, samples_of_checkpoint
-from ..artifacts.memory import MemoryBank
-from ..backbones import Part, configured_activation, find_decoder
-from ..config import ANNConfig
 from ..errors import UnsupportedModelError
 from ..nn import Ranks
 from ..ops import _workspace
-from .access import Access, anybody, headers, load_hook
-from .hooks import hook_attention, hook_ffn
-from .ragged import RaggedRuntime, RequestSlice, check_memory, in_force, remembers
-from .repository import MOST_EDITS, EditRepository, Version, VersionPin, check_ids, check_most
-from .step_tables import StepTables
+from .operators import OPERATORS, install, language_of, rehearsal, stage_of, step
+from .ragged import RaggedRuntime, RequestSlice, remembers
+from .served import KEY, Served
 
-KEY = "unike"  # in additional_config, and of what the front-end tells the worker about a request
-_LAYERS = 4
-_SETTINGS = {"edits", "memory", "layers", "max_edits", "search", "sharded_memory", "authorize", "updating"}
 _ROOM = 256  # edits, in the tables of whole graphs
-_ON_ITS_WAY = 60.0  # seconds that a request may take from the front-end to the engine
-
-# --- the operators ----------------------------------------------------------------------------------------------------
-
-# Whose step this process computes, or what a whole graph of one reads while vLLM tries the model out and captures it.
-_step: RaggedRuntime | StepTables | None = None
-_lib = torch.library.Library("unike_serving", "DEF")
-
-
-def _ffn(x: Tensor, out: Tensor, layer: int) -> None:
-    if _step is not None:
-        _step.ffn(layer, x, out)
-
-
-def _attention(x: Tensor, out: Tensor, layer: int) -> None:
-    if _step is not None:
-        _step.attention(layer, x, out)
-
-
-def _nothing(x: Tensor, out: Tensor, layer: int) -> None:
-    """What tracing sees."""
-
-
-for _name, _run in (("ffn", _ffn), ("attention", _attention)):
-    # No argument says which model it is: vLLM keeps compiled models on disk, for other processes.
-    _lib.define(f"{_name}(Tensor x, Tensor(a!) out, int layer) -> ()")
-    _lib.impl(_name, _run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"unike_serving::{_name}", _nothing, lib=_lib)
-_OPERATORS = ("unike_serving::ffn", "unike_serving::attention")
-
-
-@contextmanager
-def step(served: RaggedRuntime, shares: Sequence[RequestSlice]) -> Iterator[None]:
-    """Inside, the operators compute for these requests; outside of any they leave what they get as it is."""
-    served.begin(shares)
-    try:
-        with _computing(served):
-            yield
-    finally:
-        served.end()
-
-
-@contextmanager
-def rehearsal(tables: StepTables) -> Iterator[None]:
-    """Inside, the operators compute as graphs of whole steps do, for nobody."""
-    tables.write((), (), None)
-    with _computing(tables):
-        yield
-
-
-@contextmanager
-def _computing(what: RaggedRuntime | StepTables) -> Iterator[None]:
-    global _step
-    _step = what
-    try:
-        yield
-    finally:
-        _step = None
-
-
-# --- the model --------------------------------------------------------------------------------------------------------
-
-
-def stage_of(model: nn.Module, text: Any) -> list[int]:
-    """The decoder layers that this process has of a vLLM model; other stages of a pipeline have the others."""
-    layers = find_decoder(_language(model), text).layers
-    return [layer.index for layer in layers if type(layer.module).__name__ != "PPMissingLayer"]
-
-
-def install(model: nn.Module, text: Any, served: RaggedRuntime, *, edits: bool, ranks: int = 1, rank: int = 0) -> None:
-    """Let the decoder layers of a vLLM model call the operators.
-
-    Where ranks share a layer's matrices, what they have computed is summed where its FFN and its attention end, mostly:
-    each rank changes the sum, and they stay equal. Where the layer sums them itself (Falcon), an edit is added by the
-    first rank alone, to its part; of an attention's output, which the memory shifts as a whole, the ranks compute the
-    sum once more, and each adds its share of the shift.
-
-    Args:
-        model: as vLLM loads it, with the layers of its stage.
-        text: its text config.
-        served: what its layers shall compute.
-        edits: whether there will be any, for which the layers need FFNs.
-        ranks: over which its matrices are spread.
-        rank: the one of this process.
-
-    Raises:
-        UnsupportedModelError: no such layers, or one that lacks a part, or that sums its attention itself with a
-            residual in it.
-    """
-    decoder = find_decoder(_language(model), text)
-    places: dict[Part, list[int]] = {"ffn": served.bank.layers if edits else [], "attention": served.remembering}
-    plan = [(decoder.layers[i], part) for part, at in places.items() if at for i in decoder.select(at, need=(part,))]
-    for layer, part in plan:
-        if part == "attention":
-            apart = ranks > 1 and not _sums(layer.attention.module)
-            summed, share = (_sum_over_ranks, 1 / ranks) if apart else (None, 1.0)
-            hook_attention(layer, _caller(part, layer.index), summed=summed, share=share)
-        elif rank == 0 or _sums(layer.ffn[-1].module):
-            hook_ffn(layer, _caller(part, layer.index))
-
-
-def _language(model: Any) -> Any:
-    return model.get_language_model() if hasattr(model, "get_language_model") else model
 
 
 def _embedding(model: Any) -> Callable[[Tensor], Tensor]:
     """ids [T] -> [T, e], all of it on each rank; on a stage of a pipeline that has none, the ids themselves."""
-    language = _language(model)
+    language = language_of(model)
     found: Callable[[Tensor], Tensor] = getattr(language, "embed_input_ids", None) or language.get_input_embeddings
     return found
-
-
-def _sums(part: nn.Module) -> bool:
-    """Whether what ranks have computed of it is summed where it ends."""
-    return all(getattr(each, "reduce_results", True) for each in (part, *part.children()))
 
 
 def _sum_over_ranks(part: Tensor) -> Tensor:
@@ -187,101 +60,24 @@ def _sum_over_ranks(part: Tensor) -> Tensor:
     return total
 
 
-def _caller(name: str, index: int) -> Callable[[Tensor, Tensor], None]:
-    run = getattr(torch.ops.unike_serving, name)
-    return lambda x, out: run(x, out, index)
-
-
 # --- what a server is told --------------------------------------------------------------------------------------------
 
 
-class _Served:
-    """A server's settings, as a process of it needs them."""
+class _Served(Served):
+    """A server's settings, as a process of vLLM needs them."""
 
     def __init__(self, vllm_config: Any, settings: dict[str, Any]) -> None:
-        unknown = sorted(set(settings) - _SETTINGS)
-        if unknown:
-            raise ValueError(f"additional_config.unike: expected {', '.join(sorted(_SETTINGS))}, got {unknown}")
-        self.authorize = load_hook(settings["authorize"]) if settings.get("authorize") else anybody
-        self.updating = bool(settings.get("updating"))
-        self.asked: Counter[str] = Counter()  # requests by edit, "" for none
-        self._most = check_most(settings.get("max_edits", MOST_EDITS))
-        self.config = vllm_config.model_config.hf_config
-        text = vllm_config.model_config.hf_text_config
-        self.total, self.hidden_size = int(text.num_hidden_layers), int(text.hidden_size)
-        self.activation = configured_activation(text)
-        # One that is to be a part of what it is remains in its file, whose pages the processes share.
-        self.sharded = bool(settings.get("sharded_memory"))
-        if self.sharded and not settings.get("memory"):
-            raise ValueError("additional_config.unike: expected a memory where sharded_memory is asked for")
-        self.memory = MemoryBank.load(settings["memory"], mmap=self.sharded) if settings.get("memory") else None
-        last = range(max(self.total - _LAYERS, 0), self.total)
-        self.layers = sorted(settings.get("layers") or (self.memory.layers if self.memory else ()) or last)
-        if not set(self.layers) <= set(range(self.total)):
-            raise ValueError(f"layers: expected indices in 0..{self.total - 1}, got {self.layers}")
-        self._path = vllm_config.model_config.model
-        if self.memory is not None:
-            if settings.get("search"):
-                self.memory = replace(self.memory, search=ANNConfig(**settings["search"]))
-            check_memory(self.memory)
-            self._judge(self.memory)
-        self.model: RaggedRuntime | None = None
-        self.folder = EditRepository(settings["edits"], self.check) if settings.get("edits") else None
-        self._admitted: deque[tuple[float, VersionPin]] = deque()
-
-    def _judge(self, artifact: Edit | MemoryBank) -> None:
-        """Whether it was made for this model: by its config, and by its checkpoint where that lies in a folder."""
-        samples = lambda names: samples_of_checkpoint(self._path, names) if os.path.isdir(self._path) else {}  # noqa: E731
-        identity = Identity(self.config.model_type, self.hidden_size, self.total, samples)
-        description = ModelDescription(
-            self.hidden_size, lambda _: self.activation, self.total, self.layers, identity, what="server"
-        )
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # an engine casts and quantises as it likes
-            check_compatibility(artifact, description, **in_force(self.memory))
-
-    def flat(
-        self, device: torch.device | str = "cpu", own: Sequence[int] | None = None, ranks: Ranks | None = None
-    ) -> RaggedRuntime:
-        """Of the worker alone, which has its own layers: the tables of a memory take time and room."""
-        if self.model is None:
-            sizes = self.layers, self.hidden_size, self.activation
-            self.model = RaggedRuntime(*sizes, self.memory, own=own, ranks=ranks, device=device)
-        return self.model
-
-    def check(self, edit: Edit) -> None:
-        """Raises MismatchError for an edit that cannot be served. Builds nothing."""
-        self._judge(edit)
+        model = vllm_config.model_config
+        super().__init__("additional_config.unike", settings, model.hf_config, model.hf_text_config, model.model)
 
     def admit(self, request: Any) -> None:
-        """Look up what a request asks for, and note it in the request and in its cache salt.
-
-        Raises:
-            ValueError: what is not there or does not fit, anything else than ids, or too many.
-            PermissionError: the client may not have it.
-        """
+        """Look up what a request asks for, and note it in the request and in its cache salt. Raises as `Served.told`
+        does."""
         params = request.sampling_params
         extra = (params.extra_args or {}) if params is not None else {}
-        memory = remembers(self.memory, extra.get("unike_memory"))
-        ids = check_ids("unike_edit", extra.get("unike_edit", []), self._most)
-        self.authorize(Access("use", tuple(ids), memory if isinstance(memory, str) else None, headers.get()))
-        if ids and self.folder is None:
-            raise ValueError("unike_edit: this server was started without a folder of edits")
-        versions = [self.folder.get(id) for id in ids] if self.folder is not None else []
-        keys = [version.key for version in versions]
-        self.asked.update(ids or [""])
-        if self.folder is not None:
-            # Whatever becomes of the files until the engine's process has got hold of them.
-            now = time.monotonic()
-            self._admitted.extend((now, self.folder.retain(key)) for key in keys)
-            while self._admitted and self._admitted[0][0] < now - _ON_ITS_WAY:
-                self._admitted.popleft()
+        told, request.cache_salt = self.told(extra, request.cache_salt)
         if params is not None:
-            params.extra_args = {**extra, KEY: {"edits": keys, "memory": memory}}
-        # No salt is that of a request as everybody sends it; a client's own is never taken as it came.
-        if keys or memory != remembers(self.memory, None) or request.cache_salt is not None:
-            told = json.dumps([request.cache_salt, keys, memory])
-            request.cache_salt = f"{KEY}|{hashlib.sha256(told.encode()).hexdigest()}"
+            params.extra_args = {**extra, KEY: told}
 
 
 _known: dict[int, tuple[Any, _Served]] = {}
@@ -344,7 +140,7 @@ def _run_between_graphs(vllm_config: Any, whole: bool) -> None:
     config = vllm_config.compilation_config
     split = config.mode == CompilationMode.VLLM_COMPILE and bool(config.splitting_ops)
     if split:
-        config.splitting_ops = [*config.splitting_ops, *(op for op in _OPERATORS if op not in config.splitting_ops)]
+        config.splitting_ops = [*config.splitting_ops, *(op for op in OPERATORS if op not in config.splitting_ops)]
     # What vLLM itself asks of PIECEWISE, which it has for no encoder-decoder.
     model = vllm_config.model_config
     pieces = split and config.is_attention_compiled_piecewise() and not (model is not None and model.is_encoder_decoder)
@@ -415,8 +211,16 @@ def _load_model(original: Callable[..., Any], self: Any, *args: Any, **kwargs: A
         flat = served.flat(self.device, stage_of(model, text), _ranks() if served.sharded else None)
         if flat.routes and flat.layers:
             _check_embedding(model, self.device)
-        install(model, text, flat, edits=served.folder is not None, ranks=ranks, rank=parallel.rank % ranks)
-        first = _first_edit(served)  # which those to come resemble
+        install(
+            model,
+            text,
+            flat,
+            edits=served.folder is not None,
+            ranks=ranks,
+            rank=parallel.rank % ranks,
+            summed=_sum_over_ranks,
+        )
+        first = served.first_edit()  # which those to come resemble
         if self.compilation_config.cudagraph_mode.has_full_cudagraphs():
             requests = self.scheduler_config.max_num_seqs
             tokens = self.compilation_config.max_cudagraph_capture_size
@@ -437,14 +241,6 @@ def _ranks() -> Ranks | None:
     if group.world_size == 1:
         return None
     return Ranks(group.rank_in_group, group.world_size, group.all_gather, group.all_reduce)
-
-
-def _first_edit(served: _Served) -> Version | None:
-    """Of the folder; None: it is empty, or has another error than those of requests."""
-    folder = served.folder
-    with contextlib.suppress(ValueError):  # an error of its requests, should there be any
-        return folder.get(folder.ids()[0]) if folder is not None and folder.ids() else None
-    return None
 
 
 def _supported(parallel: Any) -> None:

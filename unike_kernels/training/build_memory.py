@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..artifacts.fingerprint import fingerprint
 from ..artifacts.memory import MemoryBank, MemoryLayer, joined_texts
+from ..artifacts.pictures import Pictures
 from ..artifacts.scope import Scope
 from ..backbones import Decoder, find_decoder, project_memory, score_scale, unwrap
 from ..config import Config
@@ -19,7 +20,7 @@ from ..ops import SemanticEncoder
 from ..patching import check_artifacts
 from .encoders import Disentangled, EncoderTraining, disentangle
 from .extract import Hidden, entries_of, extract
-from .samples import Triplet, taking_gradients
+from .samples import Triplet, opened, taking_gradients
 from .scope import prompt_keys
 
 
@@ -95,8 +96,9 @@ def build_memory(
         scope: what decides where edits act, see `build_scope`; needed where the config says scope="memory". With
             values="context", too, the memory edits by itself: in a row whose prompt asks for the fact of a triplet, its
             entries act, and no others.
-        keep_texts: whether the memory, and so its file, keeps what each entry says, the question with both answers:
-            `uk.explain` shows it. Else the facts of its scope get no names, either.
+        keep_texts: whether the memory, and so its file, keeps what each entry says, the question with both answers, and
+            a small picture (48 x 48 pixels) of the image that it is about: `uk.explain` shows them. Else the facts of
+            its scope get no names, either.
         progress: show progress bars.
 
     Raises:
@@ -131,7 +133,8 @@ def build_memory(
     told["held-out truthfulness and semantics"] = "; ".join(held_out)
     notes = {"triplets": str(len(triplets)), **told}
     texts = _texts(triplets, counts) if keep_texts else None
-    bank = MemoryBank(tables, config, fingerprint(model), notes, scope=scope, texts=texts)
+    pictures = _pictures(triplets, counts) if keep_texts else None
+    bank = MemoryBank(tables, config, fingerprint(model), notes, scope=scope, texts=texts, pictures=pictures)
     return MemoryResult(bank, hidden, spaces)
 
 
@@ -161,7 +164,8 @@ def extend_memory(
         triplets: one or more.
         batch_size: triplets per forward pass of the extraction.
         store: a folder for the extracted states, as for `extract`.
-        keep_texts: whether it keeps what the new entries say, see `build_memory`; the others keep what they have.
+        keep_texts: whether it keeps what the new entries say and show, see `build_memory`; the others keep what they
+            have.
         progress: show a progress bar.
 
     Raises:
@@ -197,7 +201,9 @@ def extend_memory(
         )
     more = _texts(triplets, counts) if keep_texts else None
     texts = joined_texts([(memory.texts, len(memory)), (more, sum(counts))])
-    return replace(memory, layers=tables, notes=notes, scope=scope, texts=texts)
+    seen = _pictures(triplets, counts) if keep_texts else None
+    pictures = Pictures.joined([(memory.pictures, len(memory)), (seen, sum(counts))])
+    return replace(memory, layers=tables, notes=notes, scope=scope, texts=texts, pictures=pictures)
 
 
 def _acts(config: Config) -> bool:
@@ -215,6 +221,12 @@ def _counts(
 def _texts(triplets: Sequence[Triplet], counts: Sequence[int]) -> tuple[str, ...]:
     """What each entry says."""
     return tuple(text for triplet, n in zip(triplets, counts, strict=True) for text in [triplet.text] * n)
+
+
+def _pictures(triplets: Sequence[Triplet], counts: Sequence[int]) -> Pictures | None:
+    """Of each entry the first image that its triplet is about."""
+    images = [triplet.answered("").images for triplet in triplets]
+    return Pictures.made([opened(seen[0]) if seen else None for seen in images], counts)
 
 
 def _ranges(counts: Sequence[int], start: int) -> Tensor:

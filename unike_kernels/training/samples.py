@@ -169,7 +169,7 @@ def encode(
     if apart:
         given["suffix"] = [t.answer for t in texts]
     if kind.images:
-        images = [[_opened(image) for image in s.images] for s in samples]
+        images = [[opened(image) for image in s.images] for s in samples]
         given["images"] = images if kind.messages else [image for (image,) in images]
     settings: dict[str, Any] = {"padding": True, "return_tensors": "pt"}
     if kind.messages and chat.begins(processor, texts[0].prompt):
@@ -228,7 +228,8 @@ def _text(processor: Any, sample: Sample, ended: bool) -> _Text:
     return _Text(prompt, f"{lead}{sample.answer}{more}")
 
 
-def _opened(image: Any) -> Any:
+def opened(image: Any) -> Any:
+    """An image; a file's name or an address stand for what is there."""
     if not isinstance(image, str):
         return image
     from transformers.image_utils import load_image
