@@ -191,6 +191,8 @@ def test_each_request_has_its_own_edits(kind, eager, tmp_path):
             llm.generate(s.prompts()[:1], params(["e"]), use_tqdm=False)
         with pytest.raises(VLLMValidationError, match="unike_edit: expected distinct ids"):
             llm.generate(s.prompts()[:1], params(["a", "a"]), use_tqdm=False)
+        with pytest.raises(Exception, match="sleep: expected level 0 or 1, got 2"):  # of the engine's process
+            llm.sleep(level=2)
         assert said(llm.generate(s.prompts()[:1], params(), use_tqdm=False)) == plain[:1]
 
 
@@ -534,21 +536,23 @@ def test_other_families_compiled(name, make_memory, tmp_path):
 @pytest.mark.parametrize(
     ("name", "split", "memory"),
     [
-        ("opt", "tensor", "whole"),
-        ("opt", "tensor", "sharded"),
-        ("opt", "pipeline", "whole"),
-        ("falcon", "tensor", "none"),
-        ("falcon", "tensor", "whole"),
-        ("falcon", "tensor", "sharded"),
+        ("opt", ["tensor"], "whole"),
+        ("opt", ["tensor"], "sharded"),
+        ("opt", ["pipeline"], "whole"),
+        ("opt", ["tensor", "pipeline"], "sharded"),
+        ("falcon", ["tensor"], "none"),
+        ("falcon", ["tensor"], "whole"),
+        ("falcon", ["tensor"], "sharded"),
     ],
+    ids=lambda value: "x".join(value) if isinstance(value, list) else value,
 )
-def test_over_two_processes(name, split, memory, make_memory, tmp_path):
+def test_over_several_processes(name, split, memory, make_memory, tmp_path):
     """Edits and memory in layers of both stages; ranks that sum FFN and attention where these end, or later; and that
-    have half of the memory's 50 entries each, which changes nothing that is compiled."""
+    have half of the memory's 50 entries each."""
     family = Family(name, tmp_path, make_memory if memory != "none" else None)
     family.told["sharded_memory"] = memory == "sharded"
-    assert family.serve(**{f"{split}_parallel_size": 2}, enforce_eager=memory == "sharded") == family.wanted
-    assert family.entries == [{"none": 0, "whole": 50, "sharded": 25}[memory]] * 2
+    assert family.serve(**{f"{way}_parallel_size": 2 for way in split}) == family.wanted
+    assert family.entries == [{"none": 0, "whole": 50, "sharded": 25}[memory]] * 2 ** len(split)
 
 
 def test_two_replicas(make_memory, tmp_path):
@@ -573,44 +577,52 @@ def test_two_replicas(make_memory, tmp_path):
     assert asyncio.run(serve()) == [family.wanted] * 2
 
 
-@pytest.mark.parametrize(
-    ("kind", "name", "more", "message"),
-    [
-        ("scope", "llama", {"pipeline_parallel_size": 2}, "a stage of the pipeline that has edited layers has none"),
-    ],
-)
-def test_what_cannot_be_split_is_refused_at_start(kind, name, more, message, make_memory, make_edit, tmp_path, capfd):
-    model = of_family(name)
+def test_what_cannot_be_split_is_refused_at_start(make_edit, tmp_path, capfd):
+    """A scope in a pipeline whose last stage has edited layers and no embeddings."""
+    model = of_family("llama")
     model.save_pretrained(tmp_path / "model")
     (tmp_path / "edits").mkdir()
-    config = every_token(k=7, values="out", alpha=0.4)
-    memory = make_memory(model, config) if kind == "memory" else scoped(model, make_edit)[0]
-    memory.save(tmp_path / "memory.safetensors")
+    scoped(model, make_edit)[0].save(tmp_path / "memory.safetensors")
     told = {"unike": {"edits": str(tmp_path / "edits"), "memory": str(tmp_path / "memory.safetensors")}}
     with (
         pytest.raises(RuntimeError, match="Engine core initialization failed"),
-        engine(tmp_path / "model", additional_config=told, skip_tokenizer_init=True, max_model_len=64, **more),
-    ):
+        engine(
+            tmp_path / "model", additional_config=told, skip_tokenizer_init=True, max_model_len=64,
+            pipeline_parallel_size=2,
+        ),
+    ):  # fmt: skip
         pass
-    assert message in "".join(capfd.readouterr())
+    assert "a stage of the pipeline that has edited layers has none" in "".join(capfd.readouterr())
 
 
-def test_the_memory_decides_where_an_edit_acts(make_edit, tmp_path):
-    """In prompts that share prefixes, come in chunks, and come again with all of that in the cache."""
+@pytest.mark.parametrize("split", [[], ["tensor", "pipeline"]], ids=["one process", "shared"])
+def test_the_memory_decides_where_an_edit_acts(split, make_edit, make_memory, tmp_path):
+    """In prompts that share prefixes, come in chunks, and come again with all of that in the cache. A memory of a scope
+    alone, or one whose entries two ranks of each of two stages share, both with embeddings."""
     model = of_family("opt")
     model.save_pretrained(tmp_path / "model")
     (tmp_path / "edits").mkdir()
     start = torch.randint(3, 40, (40,), generator=torch.Generator().manual_seed(1))
     prompts = torch.stack([torch.cat([start, torch.tensor(end)]) for end in ([5, 6, 7], [9, 3, 4], [20, 21, 22])])
     memory, edits = scoped(model, make_edit, prompts=prompts, threshold=1e-4)
+    told = {"edits": str(tmp_path / "edits"), "memory": str(tmp_path / "memory.safetensors")}
+    if split:
+        config = every_token(k=7, values="out", alpha=0.4)
+        entries, config = make_memory(model, config), dataclasses.replace(config, scope="memory")
+        memory = dataclasses.replace(entries, config=config, scope=memory.scope)
+        edits = [dataclasses.replace(edit, config=config, memory_id=memory.id) for edit in edits]
+        told["sharded_memory"] = True
     memory.save(tmp_path / "memory.safetensors")
     edits = [dataclasses.replace(edit, layers={i: louder(n) for i, n in edit.layers.items()}) for edit in edits]
     for edit in edits:
         save(tmp_path / "edits", edit)
     asked = [(ids, chosen) for ids in prompts.tolist() for chosen in (["a", "b"], ["b"], [])]
 
-    def expected(ids, chosen):
-        with uk.patched(model, edits, memory), uk.rows(model, [chosen], prompt_lengths=[len(ids)]):
+    def expected(ids, chosen, remembers=True):
+        with (
+            uk.patched(model, edits, memory),
+            uk.rows(model, [chosen], memory=[remembers], prompt_lengths=[len(ids)]),
+        ):
             out = model.generate(
                 torch.tensor([ids]), max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, eos_token_id=None
             )
@@ -618,16 +630,18 @@ def test_the_memory_decides_where_an_edit_acts(make_edit, tmp_path):
 
     wanted = [expected(*each) for each in asked]
     assert wanted[0] != wanted[2] and wanted[3] != wanted[5] and wanted[6] == wanted[8]
-    told = {"unike": {"edits": str(tmp_path / "edits"), "memory": str(tmp_path / "memory.safetensors")}}
+    assert (wanted != [expected(*each, remembers=False) for each in asked]) == bool(split)
     with engine(
-        tmp_path / "model", additional_config=told, skip_tokenizer_init=True, max_model_len=64,
+        tmp_path / "model", additional_config={"unike": told}, skip_tokenizer_init=True, max_model_len=64,
         limit_mm_per_prompt=None, max_num_batched_tokens=32, enable_chunked_prefill=True, max_num_seqs=8,
-        enable_prefix_caching=True,
+        enable_prefix_caching=True, **{f"{way}_parallel_size": 2 for way in split},
     ) as llm:  # fmt: skip
         given = [params(chosen, detokenize=False) for _, chosen in asked]
         for _ in range(2):
             found = said(llm.generate([{"prompt_token_ids": ids} for ids, _ in asked], given, use_tqdm=False))
             assert found == wanted
+        entries = [stats["memory_entries"] for stats in llm.collective_rpc("unike_stats")]
+        assert entries == ([25] * 4 if split else [0])
 
 
 def louder(layer):

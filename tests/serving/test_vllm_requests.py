@@ -287,6 +287,16 @@ def test_the_second_model_runner(monkeypatch):
     assert made == [{"edits": "here"}] * 2
 
 
+def test_a_sleep_that_loses_the_tables():
+    """Level 2 is refused where there are edits; the others, and engines without edits, sleep as they are asked to."""
+    asleep = lambda self, level, mode="abort": (level, mode)  # noqa: E731
+    plain, told = (SimpleNamespace(vllm_config=config_of(settings=settings)) for settings in (None, {}))
+    assert vllm._sleep(asleep, plain, 2, "wait") == (2, "wait")
+    assert vllm._sleep(asleep, told) == (1, "abort") and vllm._sleep(asleep, told, 0, mode="keep") == (0, "keep")
+    with pytest.raises(ValueError, match=r"sleep: expected level 0 or 1, got 2: it discards the tables"):
+        vllm._sleep(asleep, told, level=2)
+
+
 def test_what_a_compiled_model_is_kept_by(make_model, make_memory, tmp_path):
     """The layers of a memory, whose file may be another at the next start."""
     model, path = make_model("llama"), tmp_path / "memory.safetensors"

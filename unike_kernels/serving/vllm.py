@@ -200,6 +200,16 @@ def _preprocess_add_request(original: Callable[..., Any], self: Any, request: An
     return made
 
 
+def _sleep(original: Callable[..., Any], self: Any, level: int = 1, *args: Any, **kwargs: Any) -> Any:
+    """At level 1 vLLM keeps a copy of what `_load_model` has made; from level 2 on that is lost, as the weights are."""
+    if level > 1 and _configured(self.vllm_config) is not None:
+        raise ValueError(
+            f"additional_config.unike: sleep: expected level 0 or 1, got {level}: it discards the tables of edits and "
+            "memory, and loading weights again brings back none of them"
+        )
+    return original(self, level, *args, **kwargs)
+
+
 def _load_model(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
     result = original(self, *args, **kwargs)
     served = _served(self.vllm_config)
@@ -365,6 +375,7 @@ def register() -> None:
     _wrap(VllmConfig, "_get_v2_model_runner_unsupported_features", _v2_unsupported)
     _wrap(InputProcessor, "process_inputs", _process_inputs)
     _wrap(EngineCore, "preprocess_add_request", _preprocess_add_request)
+    _wrap(EngineCore, "sleep", _sleep)
     _wrap(GPUModelRunner, "load_model", _load_model)
     _wrap(CPUModelRunner, "load_model", _load_model)
     _wrap(GPUModelRunner, "_model_forward", _model_forward)
