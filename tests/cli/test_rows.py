@@ -12,7 +12,7 @@ from PIL import Image
 
 from unike_kernels.cli.rows import Form, Request, read_edits
 from unike_kernels.training import Sample
-from unike_kernels.training.samples import _opened
+from unike_kernels.training.samples import opened
 
 QUESTION = "Question: {} Short answer:"
 MMEDIT = {
@@ -50,7 +50,7 @@ def read(rows: Any, folder: Path, **form: Any) -> list[Request]:
 
 
 def grey(sample: Sample) -> int:
-    image = _opened(sample.image)
+    image = opened(sample.image)
     assert image.mode == "RGB"
     return round(image.getpixel((0, 0))[0], -2)
 

@@ -11,7 +11,7 @@ from torch import nn
 
 import unike_kernels as uk
 from unike_kernels import backbones
-from unike_kernels.serving import RaggedRuntime, RequestSlice, Version, vllm
+from unike_kernels.serving import RaggedRuntime, RequestSlice, Version, operators
 from unike_kernels.serving.hooks import hook_attention, hook_ffn
 
 IDS = torch.arange(5, 14)[None]
@@ -28,7 +28,7 @@ def installed(model, memory, edits, layers):
     flat = RaggedRuntime(layers, text.hidden_size, activation, memory)
     for edit in edits:
         flat.hold(Version(edit.id, edit))
-    vllm.install(model, text, flat, edits=True)
+    operators.install(model, text, flat, edits=True)
     return flat
 
 
@@ -44,7 +44,7 @@ def test_vllms_hooks_find_what_patch_finds(name, make_edit, make_memory):
             wanted = model(input_ids=IDS, use_cache=False).logits
         flat = installed(model, memory, [edit], [2, 3])
         assert torch.equal(model(input_ids=IDS, use_cache=False).logits, plain)
-        with vllm.step(flat, [RequestSlice(9, ("a",))]):
+        with operators.step(flat, [RequestSlice(9, ("a",))]):
             found = model(input_ids=IDS, use_cache=False).logits
         flat.begin([RequestSlice(9, ("a",))])  # of which the operators are not told
         assert torch.equal(model(input_ids=IDS, use_cache=False).logits, plain)
@@ -60,9 +60,9 @@ def test_a_layer_that_lacks_a_part_is_refused_at_start(make_memory):
     text = model.config.get_text_config(decoder=True)
     flat = RaggedRuntime(range(4), text.hidden_size, "silu")
     with pytest.raises(uk.UnsupportedModelError, match=rf"layer {lacking} .*: looked for one FFN"):
-        vllm.install(model, text, flat, edits=True)
-    vllm.install(model, text, flat, edits=False)
-    vllm.install(model, text, RaggedRuntime(hybrid.ffn, text.hidden_size, "silu"), edits=True)
+        operators.install(model, text, flat, edits=True)
+    operators.install(model, text, flat, edits=False)
+    operators.install(model, text, RaggedRuntime(hybrid.ffn, text.hidden_size, "silu"), edits=True)
 
 
 def test_modules_that_keep_no_config():
@@ -85,13 +85,13 @@ def test_a_stage_of_a_pipeline_installs_its_own_layers():
     model = model_of(ZOO["llama"])
     for i in (0, 3):
         model.model.layers[i] = PPMissingLayer()
-    assert vllm.stage_of(model, model.config) == [1, 2]
+    assert operators.stage_of(model, model.config) == [1, 2]
     flat = RaggedRuntime([1, 2, 3], 64, "silu", own=[1, 2])
-    vllm.install(model, model.config, flat, edits=True)
+    operators.install(model, model.config, flat, edits=True)
     hooked = [bool(layer.mlp._forward_hooks) for layer in model.model.layers[1:3]]
     assert hooked == [True, True]
     with pytest.raises(uk.UnsupportedModelError, match=r"layer 3 .*: looked for one FFN"):
-        vllm.install(model, model.config, RaggedRuntime([1, 2, 3], 64, "silu"), edits=True)
+        operators.install(model, model.config, RaggedRuntime([1, 2, 3], 64, "silu"), edits=True)
 
 
 def test_what_a_layer_sums_itself(make_memory, monkeypatch):
@@ -100,21 +100,25 @@ def test_what_a_layer_sums_itself(make_memory, monkeypatch):
     for rank in (0, 1):
         model = model_of(ZOO["llama"])
         model.model.layers[3].mlp.down_proj.reduce_results = False
-        vllm.install(model, model.config, RaggedRuntime([2, 3], 64, "silu"), edits=True, ranks=2, rank=rank)
+        operators.install(model, model.config, RaggedRuntime([2, 3], 64, "silu"), edits=True, ranks=2, rank=rank)
         hooks.append([bool(layer.mlp._forward_hooks) for layer in model.model.layers])
     assert hooks == [[False, False, True, True], [False, False, True, False]]
     memory = make_memory(model, every_token(k=7, values="out"), layers=(2, 3))
-    asked, shares, hook = [], [], vllm.hook_attention
-    monkeypatch.setattr(vllm, "_sum_over_ranks", lambda part: asked.append(part) or part.clone())
-    monkeypatch.setattr(vllm, "hook_attention", lambda *a, **how: shares.append(how["share"]) or hook(*a, **how))
+    asked, shares, hook = [], [], operators.hook_attention
+    monkeypatch.setattr(operators, "hook_attention", lambda *a, **how: shares.append(how["share"]) or hook(*a, **how))
+
+    def summed(part):
+        asked.append(part)
+        return part.clone()
+
     for rank, sums in ((0, [3]), (1, [3]), (0, [])):
         model = model_of(ZOO["llama"])
         if sums:
             model.model.layers[3].self_attn.o_proj.reduce_results = False
         flat, shifted = RaggedRuntime([2, 3], 64, "silu", memory), []
-        vllm.install(model, model.config, flat, edits=False, ranks=2, rank=rank)
+        operators.install(model, model.config, flat, edits=False, ranks=2, rank=rank, summed=summed)
         flat.attention = lambda layer, hidden, out, shifted=shifted: shifted.append(layer)
-        with vllm.step(flat, []), torch.no_grad():
+        with operators.step(flat, []), torch.no_grad():
             model(input_ids=IDS)
         assert shifted == [2, 3] and len(asked) == len(sums) and shares == [1.0, 0.5 if sums else 1.0]
         asked.clear()

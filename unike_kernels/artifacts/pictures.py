@@ -107,7 +107,7 @@ def _small(image: Any) -> Tensor | None:
         width, height = image.size
         image = torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8).view(height, width, 3)
     try:
-        x = torch.as_tensor(image).detach().cpu()
+        x = torch.as_tensor(image, dtype=None, device="cpu").detach()
     except (TypeError, ValueError, RuntimeError):
         return None
     x = x[..., None] if x.dim() == 2 else x
