@@ -8,10 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import socket
-import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 from contextlib import contextmanager
@@ -19,6 +16,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from configs import every_token
+from http_server import free_port, serving
 from scopes import PROMPTS, scoped
 
 os.environ.update(SGLANG_USE_CPU_ENGINE="1", HF_HUB_OFFLINE="1")
@@ -208,9 +206,7 @@ def test_over_http(make_model, make_edit, make_processor, place):
     (folder / "hooks.py").write_text(
         "def check(access):\n    if access.headers.get('x-banned'):\n        raise PermissionError('not yours')\n"
     )
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     overrides = json.dumps({"unike": {"edits": str(told["edits"]), "authorize": "hooks:check"}})
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in SETTINGS.items()]
     command = [
@@ -230,18 +226,7 @@ def test_over_http(make_model, make_edit, make_processor, place):
         found = fetch("/v1/completions", body | more, **headers)
         return found["model"], found["choices"][0]["text"].split()
 
-    log = (folder / "log").open("w")
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])}
-    server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
-    try:
-        deadline = time.monotonic() + 300
-        while True:
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
-                break
-            except (OSError, urllib.error.URLError):
-                assert server.poll() is None and time.monotonic() < deadline, (folder / "log").read_text()[-3000:]
-                time.sleep(1)
+    with serving(command, port, folder, seconds=300):
         ids, alone = tokenizer("w1 w2 w3")["input_ids"], Alone(model, edits)
         for chosen in ([], ["a"], ["b", "a"]):
             expected = tokenizer.decode(alone(ids, chosen)).split()
@@ -262,7 +247,3 @@ def test_over_http(make_model, make_edit, make_processor, place):
         refused(403, "not yours", model="a", headers={"x-banned": "1"})
         refused(403, "not yours", post=lambda: fetch("/generate", native, **{"x-banned": "1"}))
         assert complete(model="a")[1] == tokenizer.decode(alone(ids, ["a"])).split()
-    finally:
-        server.terminate()
-        server.wait(60)
-        log.close()

@@ -18,10 +18,8 @@ import pickle
 import random
 import re
 import shutil
-import socket
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 from collections import Counter
@@ -33,6 +31,7 @@ import pytest
 import torch
 import transformers
 from configs import every_token
+from http_server import free_port, serving
 
 os.environ.update(VLLM_CPU_KVCACHE_SPACE="1", VLLM_CPU_OMP_THREADS_BIND="nobind", HF_HUB_OFFLINE="1")
 vllm = pytest.importorskip("vllm")
@@ -280,9 +279,7 @@ def test_over_http(tmp_path):
     edits = [random_edit(model, name, seed, "silu") for seed, name in enumerate("ab")]
     for edit in edits:
         save(tmp_path / "edits", edit)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     (tmp_path / "hooks.py").write_text(
         "def check(access):\n    if access.headers.get('x-banned'):\n        raise PermissionError('not yours')\n"
     )
@@ -313,18 +310,7 @@ def test_over_http(tmp_path):
     processor = digits.load_processor()
     inputs = processor("what is two plus three ?")
     settings = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "eos_token_id": None}
-    log = (tmp_path / "log").open("w")
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
-    server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
-    try:
-        deadline = time.monotonic() + 240
-        while True:
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
-                break
-            except (OSError, urllib.error.URLError):
-                assert server.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()[-3000:]
-                time.sleep(1)
+    with serving(command, port, tmp_path, seconds=240):
         with uk.patched(model, edits):
             for chosen in ([], ["a"], ["b", "a"]):
                 with uk.rows(model, [chosen]):
@@ -337,10 +323,6 @@ def test_over_http(tmp_path):
         assert "there is no edit 'nobody'" in error.value.read().decode()
         assert ask(vllm_xargs={"unike_edit": "a"}) != ask()
         beside_lora(fetch, complete, ask, tmp_path)
-    finally:
-        server.terminate()
-        server.wait(30)
-        log.close()
 
 
 def beside_lora(fetch, complete, ask, folder):

@@ -488,9 +488,7 @@ class Reader:
 
     def tensor(self, name: str, shape: tuple[int | None, ...]) -> Tensor:
         """A finite floating tensor of this shape."""
-        if name not in self._tensors:
-            raise self.fail(f"tensor {name!r} is missing")
-        t = self._tensors.pop(name)
+        t = self._taken(name)
         fits = t.dim() == len(shape) and all(want in (None, have) for have, want in zip(t.shape, shape, strict=True))
         if not t.is_floating_point() or not fits:
             wanted = ["*" if n is None else n for n in shape]
@@ -501,18 +499,14 @@ class Reader:
 
     def integers(self, name: str, dtype: torch.dtype) -> Tensor:
         """A tensor of this integer dtype, of any shape."""
-        if name not in self._tensors:
-            raise self.fail(f"tensor {name!r} is missing")
-        t = self._tensors.pop(name)
+        t = self._taken(name)
         if t.dtype != dtype:
             raise self.fail(f"tensor {name!r}: expected {dtype}, got {t.dtype} {list(t.shape)}")
         return t
 
     def texts(self, name: str) -> tuple[str, ...]:
         """Texts that `spelled` made a tensor of."""
-        if name not in self._tensors:
-            raise self.fail(f"tensor {name!r} is missing")
-        t = self._tensors.pop(name)
+        t = self._taken(name)
         if t.dtype != torch.uint8 or t.dim() != 1:
             raise self.fail(f"tensor {name!r}: expected uint8 [*], got {t.dtype} {list(t.shape)}")
         try:
@@ -523,6 +517,11 @@ class Reader:
         if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
             raise self.fail(f"tensor {name!r}: expected a JSON list of strings, got {found!r:.80}")
         return tuple(found)
+
+    def _taken(self, name: str) -> Tensor:
+        if name not in self._tensors:
+            raise self.fail(f"tensor {name!r} is missing")
+        return self._tensors.pop(name)
 
     def has(self, name: str) -> bool:
         """Whether the file has a tensor of this name that has not been taken yet."""

@@ -6,7 +6,7 @@ import math
 import uuid
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -332,7 +332,8 @@ class _Trainer:
                 losses, reached = self._losses(group, targets, step)
                 last, seen = step == self.training.steps, losses.detach().tolist()
                 over = [row for row in active if group[row].judge(seen[row], reached[row], last, self.training)]
-                bar.set_postfix(loss=f"{sum(seen) / len(seen):.3f}", active=len(active) - len(over))
+                mean = sum(seen[row] for row in active) / len(active)
+                bar.set_postfix(loss=f"{mean:.3f}", active=len(active) - len(over))
                 bar.update(len(over))
                 active = [row for row in active if row not in over]
                 if not active:
@@ -346,19 +347,23 @@ class _Trainer:
         """Of each edit its loss, and whether it predicts its answer."""
         seeds = [None, self.training.seed + step] if self.dropout else [None]
         batch, recording = self._copies(targets, seeds), self._recording(group, targets, step)
-        with self._rows([*group] * len(seeds), 1), self.replay.of(recording):
+        replayed = nullcontext() if recording is None else self.replay.of(recording)
+        with self._rows([*group] * len(seeds), 1), replayed:
             losses, reached = targets.losses(self.model, batch)
         return losses.unflatten(0, (len(seeds), -1)).mean(0), reached[: len(group)]
 
     def _copies(self, targets: _Targets, seeds: Sequence[int | None]) -> Batch:
         return dropout_copies(self.model, targets.batch, self.dropout, seeds, self.suffix, self.vocabulary)
 
-    def _recording(self, group: Sequence[_Training], targets: _Targets, step: int) -> Recording:
-        """Of the batch of a step: whole prompts pass the layers below once, their thinned copies some steps ahead."""
+    def _recording(self, group: Sequence[_Training], targets: _Targets, step: int) -> Recording | None:
+        """Of the batch of a step: whole prompts pass the layers below once, their thinned copies some steps ahead.
+
+        None: what is thinned passes them in its own step.
+        """
         if not self.dropout:
             return targets.recording
         if not self.looks_ahead:
-            return Recording()
+            return None
 
         def recorded(seeds: Sequence[int | None]) -> Recording:
             batch = self._copies(targets, seeds)
@@ -372,7 +377,7 @@ class _Trainer:
             targets.ahead = recorded([self.training.seed + step + i for i in range(_AHEAD)])
         found = targets.recording.with_copy(targets.ahead, at, _AHEAD)
         self.looks_ahead = found is not None and found.complete
-        return found or Recording()
+        return found if self.looks_ahead else None
 
     def _step(
         self,
