@@ -24,6 +24,7 @@ import urllib.error
 import urllib.request
 from collections import Counter
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
 
@@ -535,6 +536,34 @@ def test_over_several_processes(name, split, memory, make_memory, tmp_path):
     family.told["sharded_memory"] = memory == "sharded"
     assert family.serve(**{f"{way}_parallel_size": 2 for way in split}) == family.wanted
     assert family.entries == [{"none": 0, "whole": 50, "sharded": 25}[memory]] * 2 ** len(split)
+
+
+@pytest.fixture
+def ray_cluster(tmp_path, monkeypatch):
+    """Of this machine, with two devices that no rank uses: vLLM starts ranks where Ray counts devices, and counts none
+    on a CPU unless a platform plugin says what they are called."""
+    ray = pytest.importorskip("ray")
+    about = tmp_path / "plugins" / "ray_platform-0.dist-info"
+    about.mkdir(parents=True)
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: ray-platform\nVersion: 0\n")
+    (about / "entry_points.txt").write_text("[vllm.platform_plugins]\ncounted = ray_platform:counted\n")
+    shutil.copy(Path(__file__).parent / "ray_platform.py", about.parent)
+    # Ray's processes take their paths from the environment, vLLM's from this process.
+    monkeypatch.setenv("PYTHONPATH", str(about.parent))
+    monkeypatch.syspath_prepend(about.parent)
+    cluster = ray.init(num_cpus=2, num_gpus=2, include_dashboard=False, object_store_memory=2**27)
+    monkeypatch.setenv("RAY_ADDRESS", cluster.address_info["gcs_address"])
+    yield ray
+    ray.shutdown()
+
+
+@pytest.mark.parametrize("split", ["tensor", "pipeline"])
+def test_rays_actors_as_ranks(split, ray_cluster, make_memory, tmp_path):
+    """Each with half of the memory, or with a stage of the model."""
+    family = Family("opt", tmp_path, make_memory)
+    family.told["sharded_memory"] = split == "tensor"
+    assert family.serve(**{f"{split}_parallel_size": 2}, distributed_executor_backend="ray") == family.wanted
+    assert family.entries == [25 if split == "tensor" else 50] * 2
 
 
 def test_two_replicas(make_memory, tmp_path):
