@@ -84,6 +84,8 @@ def qwen() -> tuple[nn.Module, Any]:
         model_input_names = ()
 
     class Processor(Qwen2VLProcessor):
+        tokenizer_class = "AutoTokenizer"  # transformers 4 wants Qwen's own otherwise
+
         def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
             if argument_name == "video_processor":
                 return None

@@ -17,7 +17,14 @@ from hooks_reference import Place
 from torch import Tensor, nn
 from transformers import AutoConfig
 
-V5 = transformers.__version__ >= "5"
+VERSION = tuple(map(int, transformers.__version__.split(".")[:2]))
+V5 = VERSION >= (5, 0)
+
+
+def skip_if_not_batched(kind: str) -> None:
+    """In continuous batching: transformers 5.24's own OPT asks the cache of that for a length that it does not know."""
+    if kind == "opt" and VERSION >= (5, 24):
+        pytest.skip(f"transformers {transformers.__version__} cannot batch OPT continuously")
 
 
 class Family(NamedTuple):

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from backbones.zoo import V5
 from capture import Capture
 from configs import every_token
 from transformers import DynamicCache, StaticCache, masking_utils
@@ -18,6 +19,7 @@ from transformers import DynamicCache, StaticCache, masking_utils
 import unike_kernels as uk
 from unike_kernels.nn import context, memory_attention, passes, patched_ffn
 
+pytestmark = pytest.mark.skipif(not V5, reason="passes of transformers 4 wait for the device, and its caches differ")
 IDS = torch.tensor([[5, 6, 7], [8, 9, 10]])
 
 

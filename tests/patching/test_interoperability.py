@@ -11,7 +11,7 @@ import warnings
 import pytest
 import torch
 import transformers
-from backbones.zoo import ZOO, places
+from backbones.zoo import ZOO, places, skip_if_not_batched
 from hooks_reference import hooked
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GenerationConfig
@@ -99,6 +99,7 @@ def test_sampling(patched):
 def test_continuous_batching(patched):
     if transformers.__version__ < "5":
         pytest.skip("continuous batching of transformers 4.57 needs a GPU")
+    skip_if_not_batched(patched.config.model_type)
     settings = GenerationConfig(max_new_tokens=NEW, do_sample=False, eos_token_id=-1, pad_token_id=0)
     wanted = [greedy(patched, IDS[:1])[0, len(PROMPTS[0]) :], greedy(patched, IDS[1:])[0, len(PROMPTS[1]) :]]
     # Without a size the cache takes most of the machine's memory, which is then also filled.

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from backbones.zoo import V5
 from capture import Capture
 from scopes import LAYERS, PROMPTS, scoped
 from transformers import CompileConfig, DynamicCache, LogitsProcessorList, StaticCache
@@ -66,6 +67,7 @@ def as_of_a_device(monkeypatch):
     monkeypatch.setattr(spelling, "_room", lambda places: 26 * (len(places) - 1))
 
 
+@pytest.mark.skipif(not V5, reason="passes of transformers 4 wait for the device, and do not compile whole")
 def test_a_captured_pass_decides_anew(setup, monkeypatch):
     """As in a CUDA graph: nothing waits for the device, and other prompts in the same memory reach other edits."""
     model, memory, edits = setup
@@ -420,6 +422,7 @@ def test_a_static_cache_is_compiled_behind_the_prompt(make_model, make_edit, mak
         close(generated(PROMPTS, **compiled), first)
 
 
+@pytest.mark.skipif(not V5, reason="passes of transformers 4 wait for the device, and do not compile whole")
 def test_a_compiled_pass_without_what_a_prompt_decided_is_refused(make_model, make_edit):
     model = make_model("llama")
     memory, edits = scoped(model, make_edit)

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 from backbones.hybrids import HYBRIDS
-from backbones.zoo import model_of
+from backbones.zoo import model_of, skip_if_not_batched
 from configs import every_token
 from scopes import PROMPTS, scoped
 from transformers import CompileConfig, ContinuousBatchingConfig, GenerationConfig
@@ -32,7 +32,9 @@ def settings(**more):
 
 @pytest.fixture
 def model(request, make_model):
-    return make_model(getattr(request, "param", "llama"))
+    kind = getattr(request, "param", "llama")
+    skip_if_not_batched(kind)
+    return make_model(kind)
 
 
 # What is kept for a request is the same for both; what they compute with it is not.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from backbones.zoo import ZOO, model_of
+from backbones.zoo import V5, ZOO, model_of
 from configs import every_token
 
 import unike_kernels as uk
@@ -40,7 +40,10 @@ class Processor:
     def _tokens(self, seen):
         if self.name in ("blip-2, opt", "blip-2, llama", "instructblip"):
             return self.model.config.num_query_tokens
-        features = self.model.get_image_features(**seen).pooler_output
+        features = self.model.get_image_features(**seen)
+        features = getattr(features, "pooler_output", features)  # transformers 4 returns them as they are
+        if self.name == "qwen3_vl" and isinstance(features, tuple):  # of 4, with those of other depths
+            features, _ = features
         parts = features if isinstance(features, list | tuple) else [features]
         return sum(part[..., 0].numel() for part in parts)
 
@@ -106,6 +109,8 @@ def test_where_a_prompt_ends_is_found_behind_a_mask_that_the_model_prepares(
 @torch.no_grad()
 def test_token_types_reach_the_model(name, processor):
     """They switch its attention mask on, so that states are others without them."""
+    if name == "paligemma" and not V5:
+        pytest.skip("in transformers 4 it looks at them in training alone")
     model = model_of(ZOO[name], torch.float32)
     inputs = encode(
         Processor(name, model, processor.tokenizer), [Sample("w1 w2 w3", "w9", torch.rand(3, 16, 16))]

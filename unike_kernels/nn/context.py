@@ -348,8 +348,9 @@ class ModelContext:
             left = _length(cache)  # asked only now: on a GPU, some have to wait for it
             if tells and tokens > 1 and 0 < left < known.tokens:
                 raise ValueError(
-                    f"past_key_values: of {known.tokens} tokens {left} are left; where tokens are taken back, as in "
-                    "assisted decoding, passes do not tell where a prompt ends: say uk.rows(model, prompt_lengths=...)"
+                    f"the cache (past_key_values): of {known.tokens} tokens {left} are left; where tokens are taken "
+                    "back, as in assisted decoding, passes do not tell where a prompt ends: say uk.rows(model, "
+                    "prompt_lengths=...)"
                 )
             known = known if left else None
         if known is not None and tokens == 1 and (tells or (prompt is not None and prompt.config.needs_whole_prompts)):

@@ -141,7 +141,7 @@ class DecoderHook:
             PatchError: another module stands where one was patched.
             ValueError: the config needs input_ids or a mask [batch, tokens], and the call has none.
         """
-        context, cache = self.context, kwargs.get("past_key_values")
+        context, cache = self.context, _cache_of(kwargs)
         if not torch.compiler.is_compiling():
             self.places.check()
         if module.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
@@ -192,9 +192,15 @@ class DecoderEndHook:
         """End the pass, and forget which of its tokens were text."""
         self.context.local.text = None  # an embedding inside of the decoder has noted it for nobody
         self.context.local.embedded = self.context.local.mask = self.context.local.ids = None
-        made = getattr(output, "past_key_values", None)
+        made = output.cache if hasattr(output, "cache") else getattr(output, "past_key_values", None)
         # Some return no cache that they were given; what has failed returns nothing.
-        self.context.end(kwargs.get("past_key_values") if made is None and output is not None else made)
+        self.context.end(_cache_of(kwargs) if made is None and output is not None else made)
+
+
+def _cache_of(kwargs: dict[str, Any]) -> Any:
+    """What a call is given to keep keys and values in: transformers renamed it in 5.24."""
+    cache = kwargs.get("cache")
+    return kwargs.get("past_key_values") if cache is None else cache
 
 
 @dataclass

@@ -135,10 +135,10 @@ class EditingManager(ContinuousBatchingManager):
         kwargs[_KEY] = _Asked(versions, remembers(self._memory, unike_memory))
         return super().add_request(*args, **kwargs)
 
-    def _run_generation_loop(self) -> None:
+    def _run_generation_loop(self, *args: Any, **kwargs: Any) -> None:  # which depend on transformers' version
         hooks = [handle for layer in self._decoder.layers for handle in self._hook(layer)]
         try:
-            super()._run_generation_loop()
+            super()._run_generation_loop(*args, **kwargs)
         finally:
             for handle in hooks:
                 handle.remove()

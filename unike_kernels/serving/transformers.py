@@ -206,8 +206,9 @@ def _listing(manager: Any, models: EditedModels) -> dict[str, Any]:
     """All models: transformers' cached ones, those that are loaded, and these with each edit."""
     from huggingface_hub.errors import CacheNotFound
 
+    listed = getattr(manager, "list_models", None) or manager.get_gen_models  # as before transformers 5.24
     try:
-        cards = {card["id"]: card for card in manager.get_gen_models()}
+        cards = {card["id"]: card for card in listed()}
     except CacheNotFound:  # models of folders need none
         cards = {}
     loaded = [name.rpartition("@")[0] or name for name in manager.loaded_models]
