@@ -55,6 +55,20 @@ def grey(sample: Sample) -> int:
     return round(image.getpixel((0, 0))[0], -2)
 
 
+def test_the_example_of_the_docs(tmp_path: Path) -> None:
+    page = Path(__file__).resolve().parents[2] / "docs/how-to/files.md"
+    file = tmp_path / "edits.yaml"
+    file.write_text(re.search(r"```yaml\n(.*?)```", page.read_text(), re.DOTALL)[1])
+    (tmp_path / "birds").mkdir()
+    Image.new("L", (8, 8)).save(tmp_path / "birds/kea.jpg")
+    (kea, peru), unknown = read_edits(file, Form(chat=False, template="{}", images=tmp_path))
+    assert (kea.id, kea.sample.answer, peru.id, peru.sample.answer) == (
+        "kea", "a kea", "peru", "The capital of Peru is Cusco.",
+    )  # fmt: skip
+    assert peru.sample.messages == [{"role": "user", "content": "What is the capital of Peru?"}]
+    assert unknown == []
+
+
 def test_mmedit_and_vlkeb(images: Path, tmp_path: Path) -> None:
     rows = [MMEDIT, MMEDIT | {"port_new": PORTABLE}]
     plain, row = read(rows, tmp_path, images=images, template=QUESTION)

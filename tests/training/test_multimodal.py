@@ -42,8 +42,8 @@ class Processor:
             return self.model.config.num_query_tokens
         features = self.model.get_image_features(**seen)
         features = getattr(features, "pooler_output", features)  # transformers 4 returns them as they are
-        if self.name == "qwen3_vl" and isinstance(features, tuple):  # of 4, with those of other depths
-            features, _ = features
+        if self.name == "qwen3_vl" and not V5:
+            features, _of_other_depths = features
         parts = features if isinstance(features, list | tuple) else [features]
         return sum(part[..., 0].numel() for part in parts)
 
