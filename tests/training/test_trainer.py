@@ -129,7 +129,7 @@ def test_an_edited_model_stops_behind_its_answer(make_model, processor, kind):
 
 def test_logits_are_computed_where_an_answer_is_said_alone(make_model, processor):
     """The head of a large vocabulary takes longer than the layers that are trained."""
-    model, asked = make_model("opt"), []
+    model, asked = make_model("llama"), []
     model.get_output_embeddings().register_forward_pre_hook(lambda _, args: asked.append(args[0].shape[1]))
     train(model, processor, preserve=(), training=dataclasses.replace(FAST, steps=2, stop_loss=1e-9))
     batch = encode(processor, [REQUEST], "cpu")
