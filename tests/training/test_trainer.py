@@ -516,16 +516,37 @@ def test_a_random_suffix_makes_an_edit_hold_behind_other_words(make_model, proce
     assert loss[3] < 0.7 * loss[0]
 
 
-def test_neurons_begin_apart_where_nothing_usual_is_known():
-    """Each is 1 at its own token of the answer, and as far below at the others' as these are apart."""
-    torch.manual_seed(0)
-    q, training = 5 + torch.randn(3, 16), EditTraining(neurons=3)
-    (layer,) = edit_module._initial_layers({0: q}, None, {0: torch.zeros(16)}, False, training).values()
+def first_neurons(q, bias=True):
+    training = EditTraining(neurons=3, bias=bias)
+    (layer,) = edit_module._initial_layers({0: q}, None, {0: torch.zeros(q.shape[1])}, False, training).values()
+    return layer
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_neurons_begin_apart_where_nothing_usual_is_known(bias):
+    """Each is 1 at its own token of the answer, and -1 at the others', also where two of them are much alike."""
+    torch.manual_seed(1)
+    q = 5 + torch.randn(3, 64)
+    q[2] = q[0] + 0.5 * torch.randn(64)
+    layer = first_neurons(q, bias)
     a = q @ layer.keys.T + layer.key_bias
-    assert a.diagonal().tolist() == pytest.approx([1.0] * 3, abs=0.3)  # noise of a tenth is in the keys
-    assert (a - a.diagonal().diag() < 0.3).all()
-    (single,) = edit_module._initial_layers({0: q[:1]}, None, {0: torch.zeros(16)}, False, training).values()
+    torch.testing.assert_close(a, 2 * torch.eye(3) - 1, atol=0.3, rtol=0)  # keys have noise of a tenth
+    if bias:  # what all tokens have in common is nothing to them
+        torch.testing.assert_close(first_neurons(q + 3).keys, layer.keys, atol=1e-4, rtol=0)
+    single = first_neurons(q[:1], bias)
     assert (q[:1] @ single.keys.T + single.key_bias).tolist()[0] == pytest.approx([1.0] * 3, abs=0.3)
+
+
+def test_neurons_of_tokens_that_nothing_tells_apart_begin_alike():
+    """Not with keys that blow up what is as small as rounding."""
+    torch.manual_seed(1)
+    q = torch.randn(3, 64)
+    q[2] = q[0] + 1e-3 * torch.randn(64)
+    layer = first_neurons(q)
+    assert layer.keys.norm(dim=-1).max() < 1
+    a = q @ layer.keys.T + layer.key_bias
+    assert (a[[0, 2]][:, [0, 2]] > 0.9).all()
+    assert a[1, 1] > 0.9 and (a[1, [0, 2]] < 0.1).all()
 
 
 @pytest.mark.parametrize("value", [-0.1, 1.0, float("nan")])

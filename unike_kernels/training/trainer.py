@@ -39,6 +39,7 @@ from .scope import prompt_keys
 from .settings import EditResult, EditTraining
 
 _AHEAD = 4  # steps whose thinned copies pass the layers below together: rows that are few cost as much as more do
+_TOLD = 0.01  # of the most that tells an answer's tokens apart: what is less tells nothing
 
 
 @contextmanager
@@ -64,32 +65,48 @@ def _initial_layers(
 ) -> dict[int, EditLayer]:
     """Keys as in T-Patcher: with pre-activation 1 where the target is to be produced; 0 at the usual FFN input.
 
-    K = (q - m) / |q - m|^2 and b = -K m, q the inputs at the target positions [P, d], m the mean usual input [d]; where
-    that is not known that of the target positions, so that neurons tell these from each other.
-    Without biases: K = r / |r|^2 and b = 0, r what of q is orthogonal to m; the factor of gated neurons is such a one,
-    too.
+    K = r / |r|^2 and b = -K (q - r), q the inputs at the target positions [P, d], r what of q is apart from the mean
+    usual input [d]; where that is not known, what is apart from the other target positions (`_apart`).
+    Without biases b = 0, and what is apart is orthogonal; the factor of gated neurons is such a one, too.
     """
     generator = torch.Generator("cpu").manual_seed(training.seed)
     layers = {}
     for i, q in wrong.items():
         turns = torch.arange(training.neurons, dtype=torch.int64, device=q.device) % len(q)
-        m = _mean_target(q) if usual is None else usual[i].float()
-        q = q[turns].float()
-        away = q - m if training.bias else q - torch.outer(q @ m, m) / (m @ m).clamp(min=1e-12)
+        q = q.float()
+        if usual is None:
+            away = _apart(q, training.bias)
+        else:
+            m = usual[i].float()
+            away = q - m if training.bias else q - torch.outer(q @ m, m) / (m @ m).clamp(min=1e-12)
+        away = away[turns]
+        middle = q[turns] - away
         noise = torch.randn(away.shape, generator=generator, dtype=torch.float32, device="cpu").to(away.device)
         away = away + 0.1 * noise * away.norm(dim=-1, keepdim=True) / away.shape[-1] ** 0.5
-        keys = away / (away * away).sum(-1, keepdim=True).clamp(min=1e-12)
-        layers[i] = fresh_layer(
-            keys, -(keys @ m) if training.bias else keys.new_zeros(len(keys), dtype=keys.dtype), zeta[i], gated=gated
-        )
+        keys = away / _squares(away)
+        bias = -(keys * middle).sum(-1) if training.bias else keys.new_zeros(len(keys), dtype=keys.dtype)
+        layers[i] = fresh_layer(keys, bias, zeta[i], gated=gated)
         if gated and not training.bias:  # with a factor of 0 nothing would ever be learned
             layers[i] = replace(layers[i], up=keys.clone(), up_bias=torch.zeros_like(layers[i].key_bias))
     return layers
 
 
-def _mean_target(q: Tensor) -> Tensor:
-    """[d] of [P, d]; 0 where a single one has nothing to be told from."""
-    return q.float().mean(0) if len(q) > 1 else q.new_zeros(q.shape[1], dtype=torch.float32)
+def _apart(q: Tensor, bias: bool) -> Tensor:
+    """r of `_initial_layers`, of the shortest keys whose neurons are 1 at their own target position, -1 at the others.
+
+    The prompt's last token and the answer's last one both end a word, and are alike beside those within one: keys that
+    are merely apart from the mean of all positions are not silent at the other of the two.
+    """
+    wanted = 2 * torch.eye(len(q), dtype=q.dtype, device=q.device) - 1
+    if bias and len(q) > 1:
+        q, wanted = q - q.mean(0), wanted - wanted.mean(0)
+    keys = (torch.linalg.pinv(q, rtol=_TOLD) @ wanted).T
+    return keys / _squares(keys)
+
+
+def _squares(rows: Tensor) -> Tensor:
+    """[P, 1] of [P, d]."""
+    return (rows * rows).sum(-1, keepdim=True).clamp(min=1e-12)
 
 
 def train_edit(
