@@ -22,6 +22,7 @@ from unike_eval.editors import (
     LoRA,
     TPatcher,
     UniKE,
+    serac,
 )  # fmt: skip
 from unike_eval.editors.base import answer_loss
 from unike_eval.toy import digits
@@ -194,16 +195,26 @@ def test_only_what_an_edit_concerns_is_answered_by_the_counterfactual_model(sett
     model, processor, suite = setting
     editor = SERAC(model, processor, steps=400, counterfactual_steps=0)
     editor.fit(suite)
-    request = suite.train[0]
-    editor.edit(request.case.request)
-    (inside,) = editor.observe([request.case.request])
-    line = f"{request.case.request.prompt} {request.case.request.answer}\n"
-    with_edit = dataclasses.replace(request.case.request, prompt=line + request.case.request.prompt)
-    (expected,) = observe(model, processor, [with_edit])
-    assert torch.equal(inside.best[inside.answer], expected.best[expected.answer])
-    outside = list(request.case.text_locality)
-    for a, b in zip(editor.observe(outside), observe(model, processor, outside), strict=True):
+    requests = [r.case.request for r in suite.train[:2]]
+    for request in requests:
+        editor.edit(request)
+    outside = list(suite.train[0].case.text_locality)
+    one, *unconcerned, other = editor.observe([requests[0], *outside, requests[1]])
+    for seen, request in zip((one, other), requests, strict=True):
+        line = f"{request.prompt} {request.answer}\n"
+        (expected,) = observe(model, processor, [dataclasses.replace(request, prompt=line + request.prompt)])
+        assert torch.equal(seen.best[seen.answer], expected.best[expected.answer])
+    for a, b in zip(unconcerned, observe(model, processor, outside), strict=True):
         assert torch.equal(a.best, b.best)
+
+
+def test_the_classifier_reads_states_and_no_logits(setting, monkeypatch):
+    """Those of all positions take longer than many layers, where the vocabulary is large."""
+    model, processor, suite = setting
+    samples, places = [r.case.request for r in suite.test], []
+    monkeypatch.setattr(serac, "forward", lambda *given: places.append(forward(*given).shape[1]))
+    states = SERAC(model, processor)._states(samples)
+    assert states.shape[0] == len(samples) and places == [1]
 
 
 def test_directions_that_steer(setting):

@@ -88,9 +88,8 @@ class SERAC(Editor):
         best, which = scores.max(1)
         found = super().observe(samples)
         concerned = [i for i in range(len(samples)) if best[i] > 0]
-        for i in concerned:
-            sample = _in_the_light_of(self._edits[int(which[i])], samples[i])
-            (seen,) = observe(self.counterfactual, self.processor, [sample])
+        asked = [_in_the_light_of(self._edits[int(which[i])], samples[i]) for i in concerned]
+        for i, seen in zip(concerned, observe(self.counterfactual, self.processor, asked), strict=True):
             n = len(found[i].best)
             found[i] = replace(seen, best=seen.best[-n:], answer=seen.answer[-n:])
         return found
@@ -112,7 +111,7 @@ class SERAC(Editor):
         try:
             for group in batches(samples, 64):
                 batch = self.encode([replace(samples[i], answer="") for i in group])
-                forward(self.model, batch.inputs)
+                forward(self.model, batch.inputs, torch.tensor([0]))  # logits of one place: none are wanted
                 found[group] = seen.pop()[torch.arange(len(group)), batch.ends].float().cpu()
         finally:
             handle.remove()
