@@ -170,8 +170,10 @@ def test_keys_that_nobody_may_see_are_not_read(scan, ranges, read):
 
 
 def test_blocks_share_what_is_seen():
-    found = check(torch.randn(1, 64), unit(torch.randn(300, 64)), 5, ranges=torch.tensor([[150, 154]]), device=(4, 1))
-    assert found.parts["counts"].view(np.int32).tolist() == [1] * 4  # of candidates, which these are all
+    """And nothing that only lies where an empty range does."""
+    ranges = torch.tensor([[150, 154], [299, 299]])
+    found = check(torch.randn(2, 64), unit(torch.randn(300, 64)), 5, ranges=ranges, device=(4, 1))
+    assert found.parts["counts"].view(np.int32).tolist() == [1] * 4 + [0] * 4  # of candidates, which these are all
 
 
 def test_a_block_without_keys_waits_for_those_that_have_some(monkeypatch):
