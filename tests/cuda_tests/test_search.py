@@ -141,7 +141,7 @@ EMPTY = [0, 0]
         pytest.param([[65, 128], [63, 64]], 65, id="beside tiles"),
         pytest.param([[250, 260], [3, 9]], 16, id="on both sides of a hole"),
         pytest.param([[-5, 40], [100, 130], [10, 301], [110, 140]], 40, id="some are no ranges"),
-        pytest.param([EMPTY] * 17 + [[100, 164]] + [EMPTY] * 16 + [[163, 165]], 65, id="two of many"),
+        pytest.param([EMPTY] * 17 + [[100, 164]] + [EMPTY] * 31 + [[163, 165]], 65, id="two of many"),
         pytest.param([EMPTY] * 128 + [[290, 300], EMPTY], 10, id="the second tile of queries"),
     ],
 )
