@@ -49,11 +49,14 @@ Device look_at(int device) {
   check(cudaDeviceGetAttribute(&found.multiprocessors, cudaDevAttrMultiProcessorCount, device));
   for (const auto kernel : kKernels) {
     for (const bool many : {false, true}) {
-      int blocks = 0;
-      check(cudaFuncSetAttribute(kernel(many), cudaFuncAttributeMaxDynamicSharedMemorySize, kShared[many]));
-      check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel(many), kThreads, kShared[many]));
-      require(blocks > 0, "the kernels do not fit on this device");
-      if (!many) found.blocks = std::min(found.blocks, blocks);
+      for (const bool ranged : {false, true}) {
+        int blocks = 0;
+        const void* const function = kernel(many, ranged);
+        check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared[many]));
+        check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, function, kThreads, kShared[many]));
+        require(blocks > 0, "the kernels do not fit on this device");
+        if (!many) found.blocks = std::min(found.blocks, blocks);
+      }
     }
   }
   return found;
@@ -147,8 +150,9 @@ extern "C" unike_status unike_cuda_cosine_topk(const unike_keys* keys, unike_row
       search.gathered = static_cast<char*>(gathered) + (values == nullptr ? 0 : first * k * value_bytes);
       search.counters = static_cast<cuda::Counters*>(state);
       void* arguments[] = {&search};
-      cuda::check(cudaLaunchKernel(cuda::kKernels[scanned.scan](launch.many), dim3(launch.blocks), dim3(cuda::kThreads),
-                                   arguments, launch.shared_bytes, static_cast<cudaStream_t>(stream)));
+      const void* const kernel = cuda::kKernels[scanned.scan](launch.many, ranges != nullptr);
+      cuda::check(cudaLaunchKernel(kernel, dim3(launch.blocks), dim3(cuda::kThreads), arguments, launch.shared_bytes,
+                                   static_cast<cudaStream_t>(stream)));
     }
   });
 }

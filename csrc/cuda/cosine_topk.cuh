@@ -5,7 +5,8 @@
 // bound reaches the k-th best lower bound are candidates, and only these are scored canonically, from their float32
 // rows.
 //
-// How it is tiled: a block takes a tile of queries, 8 or 128, and a part of the keys. It
+// How it is tiled: a block takes a tile of queries, 8 or 128, and a part of the keys; where queries have ranges, of those
+// between the first and the last key that one of its queries may see. It
 //   1. prepares queries, each of them in one block, for all: codes and bounds, and, where others wait for these, the unit
 //      rows, whose canonical norm is a long sum that the scan does not need;
 //   2. multiplies its keys with its queries on tensor cores: keys go straight from memory to registers, 16 bytes a lane,
@@ -66,7 +67,7 @@ struct Shared {
 };
 
 // A block, with its part of the keys and of the queries. Each query has a warp that decides about its keys.
-template <unike_scan kScan, bool kMany>
+template <unike_scan kScan, bool kMany, bool kRanged>
 class Block {
   using Tile = Shape<kMany>;
   using Slab = Fragments<kScan, kMany>;
@@ -85,10 +86,13 @@ class Block {
       shared.chunks = (p.slabs + kChunkSlabs - 1) / kChunkSlabs;
       shared.others_known = 0;
       shared.start = nanoseconds();
-      shared.tiles = max(static_cast<int>((shared.to - shared.from + Tile::kRows - 1) / Tile::kRows), 1);
+      take_keys(part_of({0, p.n}));
       shared.generations[0] = first;
       shared.generations[1] = second;
       shared.claimed = claimed;
+    }
+    if constexpr (kRanged) {
+      if (warp() == 0) narrow();
     }
   }
 
@@ -100,8 +104,10 @@ class Block {
     __syncthreads();
     for (;;) {
       const bool again = p.capacity < shared.to - shared.from && make_room();
-      load_bounds();
-      multiply(again);
+      if (!kRanged || shared.rows > 0) {
+        load_bounds();
+        multiply(again);
+      }
       for_my_queries([&](int q) { raise_lower_bounds(q); });
       if (shared.tile == 0) meet_first();
       if (shared.others_known && threshold_is_due()) for_my_queries([&](int q) { raise_threshold(q); });
@@ -137,8 +143,50 @@ class Block {
     shared.group = block / query_tiles;
     shared.query = block % query_tiles * Tile::kQueries;
     shared.query_count = min(p.m - shared.query, Tile::kQueries);
-    shared.from = p.n * shared.group / p.groups;
-    shared.to = p.n * (shared.group + 1) / p.groups;
+  }
+
+  struct Keys {
+    int64_t from, to;
+  };
+  // The block's part of keys that all groups share.
+  __device__ Keys part_of(const Keys& keys) const {
+    const int64_t all = keys.to - keys.from;
+    return {keys.from + all * shared.group / p.groups, keys.from + all * (shared.group + 1) / p.groups};
+  }
+  __device__ void take_keys(const Keys& keys) {
+    shared.from = keys.from;
+    shared.to = keys.to;
+    shared.tiles = max(static_cast<int>((keys.to - keys.from + Tile::kRows - 1) / Tile::kRows), 1);
+  }
+
+  // Shares out what some query of the block's may see, and leaves out of its part what lies before and behind that. A block
+  // that is left without keys meets the others all the same, and waits as if it had read a whole part, at a byte a nanosecond.
+  // For one warp.
+  __device__ void narrow() {
+    __syncwarp();
+    const Keys mine = seen_of(part_of(seen_of({0, p.n})));
+    if (lane() == 0) {
+      take_keys(mine);
+      shared.start -= p.n / p.groups * p.scanned_bytes;
+    }
+  }
+
+  // Of these keys those from the first to the last one that some query of the block's may see. For all lanes together.
+  __device__ Keys seen_of(const Keys& keys) const {
+    int64_t from = keys.to, to = keys.from;
+    for (int q = lane(); q < shared.query_count; q += 32) {
+      const Keys own = range_of(shared.query + q);
+      const int64_t first = max(own.from, keys.from), last = min(own.to, keys.to);
+      if (first >= last) continue;
+      from = min(from, first);
+      to = max(to, last);
+    }
+#pragma unroll
+    for (int width = 16; width > 0; width /= 2) {
+      from = min(from, __shfl_xor_sync(kAllLanes, from, width));
+      to = max(to, __shfl_xor_sync(kAllLanes, to, width));
+    }
+    return {from, max(from, to)};
   }
 
   // Goes on as another block, where there is one left to finish for.
@@ -256,18 +304,18 @@ class Block {
         encode(i);
         return &p.counters->coded;
       }
-      with_row(p.queries, i - coded, [&](const auto& row) { normalize(i - coded, row); });
+      if (!sees_nothing(i - coded)) with_row(p.queries, i - coded, [&](const auto& row) { normalize(i - coded, row); });
       return &p.counters->normed;
     });
     if (thread() == 0) await(&shared.counters->coded, coded);
     __syncthreads();
   }
 
-  // The codes and bounds of a query. Queries that only fill the last sixteen have no row.
+  // The codes and bounds of a query. Queries that only fill the last sixteen have no row, those that see no keys need none.
   __device__ void encode(int query) {
     const int columns = p.slabs * Slab::kColumns;
     uint16_t* codes = p.codes + static_cast<int64_t>(Slab::row_of(query)) * columns * (kMany ? 2 : 1);
-    if (query >= p.m) {
+    if (query >= p.m || sees_nothing(query)) {
       for (int i = thread(); i < columns; i += kThreads) codes[Slab::place_of_code(query, i)] = 0;
       return;
     }
@@ -340,12 +388,24 @@ class Block {
     return 0 <= start && start <= stop && stop <= p.n;
   }
 
+  // What a query may see.
+  __device__ Keys range_of(int query) const {
+    if (!kRanged) return {0, p.n};
+    if (!valid_range(query)) return {0, 0};
+    return {p.ranges[2 * query], p.ranges[2 * query + 1]};
+  }
+
+  __device__ bool sees_nothing(int query) const {
+    const Keys own = range_of(query);
+    return kRanged && own.from == own.to;
+  }
+
   __device__ void begin(int q) {
     const int query = shared.query + q;
-    const bool limited = p.ranges != nullptr, valid = !limited || valid_range(query);
-    shared.starts[q] = limited && valid ? p.ranges[2 * query] : 0;
-    shared.stops[q] = !valid ? 0 : limited ? p.ranges[2 * query + 1] : p.n;
-    shared.queries[q] = p.query_bounds[query];
+    const Keys own = range_of(query);
+    shared.starts[q] = own.from;
+    shared.stops[q] = own.to;
+    if (!sees_nothing(query)) shared.queries[q] = p.query_bounds[query];
     shared.thresholds[q] = -INFINITY;
     shared.counts[q] = 0;
   }
@@ -511,6 +571,7 @@ class Block {
   }
 
   __device__ void raise_threshold(int q) {
+    if (kRanged && shared.starts[q] == shared.stops[q]) return;
     const float* lower = lower_bounds(q);
     const float found = kth_largest(p.groups * p.slots, p.k, kThresholdPasses, shared.bins[warp()],
                                     [=](int i) { return strong_load(lower + i); });
@@ -710,7 +771,7 @@ class Block {
     const int* counts = p.counts + static_cast<int64_t>(query) * p.groups;
     int found = 0;
     for (int other = lane(); other < p.groups; other += 32) found += __ldcg(counts + other);
-    const float nothing = p.ranges == nullptr || valid_range(query) ? -INFINITY : NAN;
+    const float nothing = !kRanged || valid_range(query) ? -INFINITY : NAN;
     for (int place = __reduce_add_sync(kAllLanes, found); place < p.k; ++place) write(query, place, nothing, -1);
   }
 
@@ -749,11 +810,19 @@ class Block {
   float* products_;
 };
 
-template <unike_scan kScan, bool kMany>
+template <unike_scan kScan, bool kMany, bool kRanged>
 __global__ void __launch_bounds__(kThreads, Shape<kMany>::kResident) cosine_topk_kernel(const Search search) {
   extern __shared__ __align__(128) char ring[];
   __shared__ Shared<kMany> shared;
-  Block<kScan, kMany>(search, shared, ring).run();
+  Block<kScan, kMany, kRanged>(search, shared, ring).run();
+}
+
+// That for few queries or for many, with ranges or without.
+template <unike_scan kScan>
+const void* kernel_of(bool many, bool ranged) {
+  const auto address = [](auto* kernel) { return reinterpret_cast<const void*>(kernel); };
+  if (ranged) return address(many ? &cosine_topk_kernel<kScan, true, true> : &cosine_topk_kernel<kScan, false, true>);
+  return address(many ? &cosine_topk_kernel<kScan, true, false> : &cosine_topk_kernel<kScan, false, false>);
 }
 
 }  // namespace unike::cuda

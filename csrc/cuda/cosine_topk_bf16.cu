@@ -3,9 +3,6 @@
 
 namespace unike::cuda {
 
-const void* kernel_bf16(bool many) {
-  return many ? reinterpret_cast<const void*>(&cosine_topk_kernel<UNIKE_SCAN_BF16, true>)
-              : reinterpret_cast<const void*>(&cosine_topk_kernel<UNIKE_SCAN_BF16, false>);
-}
+const void* kernel_bf16(bool many, bool ranged) { return kernel_of<UNIKE_SCAN_BF16>(many, ranged); }
 
 }  // namespace unike::cuda

@@ -3,9 +3,6 @@
 
 namespace unike::cuda {
 
-const void* kernel_f16(bool many) {
-  return many ? reinterpret_cast<const void*>(&cosine_topk_kernel<UNIKE_SCAN_F16, true>)
-              : reinterpret_cast<const void*>(&cosine_topk_kernel<UNIKE_SCAN_F16, false>);
-}
+const void* kernel_f16(bool many, bool ranged) { return kernel_of<UNIKE_SCAN_F16>(many, ranged); }
 
 }  // namespace unike::cuda

@@ -3,9 +3,6 @@
 
 namespace unike::cuda {
 
-const void* kernel_f32(bool many) {
-  return many ? reinterpret_cast<const void*>(&cosine_topk_kernel<UNIKE_SCAN_F32, true>)
-              : reinterpret_cast<const void*>(&cosine_topk_kernel<UNIKE_SCAN_F32, false>);
-}
+const void* kernel_f32(bool many, bool ranged) { return kernel_of<UNIKE_SCAN_F32>(many, ranged); }
 
 }  // namespace unike::cuda

@@ -3,10 +3,10 @@
 
 namespace unike::cuda {
 
-// For few queries, or for many.
-const void* kernel_f32(bool many);
-const void* kernel_f16(bool many);
-const void* kernel_bf16(bool many);
-const void* kernel_i8(bool many);
+// For few queries or for many, of which each sees all keys or has a range of its own.
+const void* kernel_f32(bool many, bool ranged);
+const void* kernel_f16(bool many, bool ranged);
+const void* kernel_bf16(bool many, bool ranged);
+const void* kernel_i8(bool many, bool ranged);
 
 }  // namespace unike::cuda

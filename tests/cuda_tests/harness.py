@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from ptxsim import Launch, LoadedModule, Session, load
+from ptxsim import Launch, LoadedKernel, Session, load
 
 from unike_kernels import ops
 
@@ -64,36 +64,29 @@ class Request(ctypes.Structure):
     )
 
 
-@functools.cache
-def ptx(scan: str, arch: int = 80) -> LoadedModule:
-    """The kernels of a scan."""
-    source = ROOT / f"csrc/cuda/cosine_topk_{SOURCES[scan]}.cu"
+def _compiled(kind: str, scan: str, many: bool, ranged: bool, arch: int) -> bytes:
+    """One kernel, as "ptx" or "cubin"."""
+    arguments = f"UNIKE_SCAN_{SOURCES[scan].upper()}, {int(many)}, {int(ranged)}"
+    name = f"unike::cuda::cosine_topk_kernel<{arguments}>(unike::cuda::Search)"
     with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "kernel.ptx"
-        command = [
-            "nvcc",
-            "-ptx",
-            f"-arch=sm_{arch}",
-            "-std=c++20",
-            "-O3",
-            "-lineinfo",
-            *INCLUDES,
-            str(source),
-            "-o",
-            str(out),
-        ]
-        subprocess.run(command, check=True, capture_output=True)
-        return load(out.read_text())
-
-
-@functools.cache
-def binary(scan: str, arch: int) -> bytes:
-    """The same for a device of this architecture."""
-    with tempfile.TemporaryDirectory() as folder:
-        source, out = ROOT / f"csrc/cuda/cosine_topk_{SOURCES[scan]}.cu", Path(folder) / "kernel.cubin"
-        command = ["nvcc", "-cubin", f"-arch=sm_{arch}", "-std=c++20", "-O3", "-lineinfo", *INCLUDES, str(source)]
-        subprocess.run([*command, "-o", str(out)], check=True, capture_output=True)
+        source, out = Path(folder) / "kernel.cu", Path(folder) / "kernel"
+        source.write_text(f'#include "cuda/cosine_topk.cuh"\ntemplate __global__ void {name};\n')
+        command = ["nvcc", f"-{kind}", f"-arch=sm_{arch}", "-std=c++20", "-O3", "-lineinfo", *INCLUDES]
+        subprocess.run([*command, str(source), "-o", str(out)], check=True, capture_output=True)
         return out.read_bytes()
+
+
+@functools.cache
+def kernel(scan: str, many: bool, ranged: bool, arch: int = 80) -> LoadedKernel:
+    """For few queries or for many, with ranges or without."""
+    module = load(_compiled("ptx", scan, many, ranged, arch).decode())
+    return module[module.names[0]]
+
+
+@functools.cache
+def binary(scan: str, many: bool, arch: int) -> bytes:
+    """Without ranges, for a device of this architecture."""
+    return _compiled("cubin", scan, many, False, arch)
 
 
 @functools.cache
@@ -172,11 +165,8 @@ def search(
     session._exposed = [
         (name, t) for name, t in (named | {f"workspace.{p}": a for p, a in parts.items()}).items() if t is not None
     ]
-    module = ptx(scan, arch)
-    (name,) = [name for name in module.names if f"ELb{shape['many']}E" in name]
-    done = session.launch(
-        module[name], (shape["blocks"],), (shape["threads"],), [bytes(argument)], shared=shape["shared"]
-    )
+    function = kernel(scan, bool(shape["many"]), ranges is not None, arch)
+    done = session.launch(function, (shape["blocks"],), (shape["threads"],), [bytes(argument)], shared=shape["shared"])
     return Found(torch.from_numpy(scores), torch.from_numpy(ids), gathered, done, shape, parts, state)
 
 

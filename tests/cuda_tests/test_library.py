@@ -66,7 +66,7 @@ def test_kernels_of_the_built_library():
     found = usage(built())
     archs = {arch for arch, _ in found}
     assert {80, 90} <= archs
-    assert len(found) == len(archs) * 2 * len(SOURCES)
+    assert len(found) == len(archs) * 4 * len(SOURCES)
     for (arch, kernel), taken in found.items():
         check_budget(arch, kernel, taken)
 
@@ -89,7 +89,7 @@ def test_kernels_of_every_architecture(arch, source, tmp_path):
     command = ["nvcc", "-cubin", f"-arch=sm_{arch}", "-std=c++20", "-O3", *harness.INCLUDES, file, "-o", out]
     subprocess.run(command, check=True)
     found = usage(out)
-    assert len(found) == 2
+    assert len(found) == 4
     for (_, kernel), taken in found.items():
         check_budget(arch, kernel, taken)
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 import pytest
 import torch
 from cuda_tests import harness
 from cuda_tests.harness import SCANS, search
-from ptxsim import Session
+from ptxsim import Session, machine
 
 from unike_kernels import ops
 from unike_kernels.ops.cosine_topk import cpu
@@ -125,6 +127,73 @@ def test_a_range_outside_the_keys_gives_nan_and_no_id():
     assert found.scores[1:].isnan().all()
 
 
+EMPTY = [0, 0]
+
+
+@pytest.mark.parametrize("scan", ["int8", slow("float32"), slow("float16")])
+@pytest.mark.parametrize(
+    ("ranges", "read"),
+    [
+        pytest.param([EMPTY, [300, 300], [9, 3]], 0, id="nothing is seen"),
+        pytest.param([[300, 300], [137, 138]], 1, id="one key"),
+        pytest.param([[299, 300]] * 3, 1, id="the last key"),
+        pytest.param([[64, 128]] * 2, 64, id="a tile"),
+        pytest.param([[65, 128], [63, 64]], 65, id="beside tiles"),
+        pytest.param([[250, 260], [3, 9]], 16, id="on both sides of a hole"),
+        pytest.param([[-5, 40], [100, 130], [10, 301], [110, 140]], 40, id="some are no ranges"),
+        pytest.param([EMPTY] * 17 + [[100, 164]] + [EMPTY] * 31 + [[163, 165]], 65, id="two of many"),
+        pytest.param([EMPTY] * 128 + [[290, 300], EMPTY], 10, id="the second tile of queries"),
+    ],
+)
+def test_keys_that_nobody_may_see_are_not_read(scan, ranges, read):
+    """Blocks share what lies between the first and the last key that a query of theirs may see, and read of their parts
+    no more than what lies there. Nor are queries read that see nothing."""
+    n, d, k = 300, 64, 5
+    queries, rows, given = torch.randn(len(ranges), d), unit(torch.randn(n, d)), torch.tensor(ranges)
+    valid = (given >= 0).all(1) & (given <= n).all(1) & (given[:, 0] <= given[:, 1])
+    ranges = torch.where(valid[:, None], given, 0)
+    found = search(Session(), queries, rows, k, scan=scan, ranges=given, device=(4, 1))
+    scores, ids = ops.cosine_topk(queries, rows, k, normalized=True, ranges=ranges)
+    assert torch.equal(found.ids, ids)
+    assert torch.equal(found.scores[valid].view(torch.int32), scores[valid].view(torch.int32))
+    assert found.scores[~valid].isnan().all()
+    loads, see = found.launch.loads, ranges[:, 0] < ranges[:, 1]
+    bytes_of = {name: loads[name].bytes if name in loads else 0 for name in ("rows", "codes", "workspace.units")}
+    if scan == "float32":
+        assert bytes_of["rows"] - bytes_of["workspace.units"] == read * d * 4
+    else:
+        assert bytes_of["codes"] == read * d * (1 if scan == "int8" else 2)
+        assert bytes_of["rows"] == bytes_of["workspace.units"]
+    sectors = loads["queries"].unique_sectors if "queries" in loads else 0
+    assert sectors == see.sum() * d * 4 / 32
+    assert ("workspace.codes" in loads) == (read > 0)
+
+
+def test_blocks_share_what_is_seen():
+    """And nothing that only lies where an empty range does."""
+    ranges = torch.tensor([[150, 154], [299, 299]])
+    found = check(torch.randn(2, 64), unit(torch.randn(300, 64)), 5, ranges=ranges, device=(4, 1))
+    assert found.parts["counts"].view(np.int32).tolist() == [1] * 4 + [0] * 4  # of candidates, which these are all
+
+
+def test_a_block_without_keys_waits_for_those_that_have_some(monkeypatch):
+    """Where it did not, the last one would have to write all results once more."""
+    looks, special = Counter[machine.Block](), machine.Block.special
+
+    def slow_clock(block: machine.Block, name: str) -> int:
+        """A millisecond has passed whenever a block that has arrived looks again."""
+        if name != "%globaltimer":
+            return special(block, name)
+        looks[block] += 1
+        return max(looks[block] - 2, 0) * 1_000_000
+
+    monkeypatch.setattr(machine.Block, "special", slow_clock)
+    rows = torch.empty(300 * 2**16).as_strided((300, 24), (2**16, 1))  # many bytes, few columns
+    rows.copy_(unit(torch.randn(300, 24)))
+    found = check(torch.randn(2, 24), rows, 5, ranges=torch.tensor([[0, 150], [299, 300]]), device=(4, 1))
+    assert found.launch.stores["ids"].bytes == found.ids.nbytes
+
+
 def test_bfloat16_queries_and_rows_that_are_far_apart():
     far = torch.empty(3 * 2**30).as_strided((40, 24), (2**26 + 8, 1))  # offsets have 64 bits
     far.copy_(unit(torch.randn(40, 24)))
@@ -140,14 +209,23 @@ def test_candidates_that_do_not_fit_are_resolved_on_the_way(scan):
     assert found.shape["capacity"] < 700 // found.shape["groups"]
 
 
-@pytest.mark.parametrize(("m", "n", "d", "resident"), [(3, 300, 24, 2), slow(130, 40, 4, 2)])
-def test_a_block_that_others_do_not_wait_for(m, n, d, resident):
+@pytest.mark.parametrize(
+    ("m", "n", "d", "resident", "ranges"),
+    [
+        (3, 300, 24, 2, None),
+        (3, 300, 24, 2, [[280, 300], EMPTY, [10, 20]]),
+        slow(130, 40, 4, 2, None),
+        slow(130, 40, 4, 2, [EMPTY] * 129 + [[7, 9]]),
+    ],
+)
+def test_a_block_that_others_do_not_wait_for(m, n, d, resident, ranges):
     """More blocks than fit at once: those that run give up on the others, and the last one finishes for all."""
     session = Session("reversed")
     session.resident = resident
     rows, queries = unit(torch.randn(n, d)), torch.randn(m, d)
-    found = search(session, queries, rows, 5, device=(4, 1))
-    scores, ids = ops.cosine_topk(queries, rows, 5, normalized=True)
+    ranges = None if ranges is None else torch.tensor(ranges)
+    found = search(session, queries, rows, 5, ranges=ranges, device=(4, 1))
+    scores, ids = ops.cosine_topk(queries, rows, 5, normalized=True, ranges=ranges)
     assert found.shape["blocks"] > resident
     assert torch.equal(found.ids, ids)
     assert torch.equal(found.scores, scores)
@@ -182,8 +260,9 @@ def test_without_rows_the_codes_decide():
 
 def test_the_state_is_right_for_the_next_launch():
     state = None
-    for n, m in ((150, 2), (90, 20), (300, 1)):
-        found = check(torch.randn(m, 24), unit(torch.randn(n, 24)), 5, "int8", device=(2, 1), state=state)
+    for n, m, ranges in ((150, 2, None), (90, 20, None), (200, 2, torch.tensor([EMPTY, [3, 4]])), (300, 1, None)):
+        rows = unit(torch.randn(n, 24))
+        found = check(torch.randn(m, 24), rows, 5, "int8", ranges=ranges, device=(2, 1), state=state)
         state = found.state
         assert not state.view(np.int32)[[0, 1, 2, 3, 5]].any()  # all but how often blocks have met
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import time
 from collections.abc import Callable
@@ -520,8 +521,14 @@ def asking(config: Config, queries: Tensor) -> tuple[Tensor, float | None]:
     if torch.compiler.is_compiling() or differentiated(queries):  # by the norm, whose derivative at 0 is finite
         return _unit(queries), 1 / config.tau
     # Of length sqrt(c): one kernel of torch's where a division by the norm takes five. 0 stays 0.
-    c, wide = queries.shape[-1], torch.promote_types(queries.dtype, torch.float32)
-    return torch.nn.functional.rms_norm(queries, (c,), eps=torch.finfo(wide).tiny), c**-0.5 / config.tau
+    c = queries.shape[-1]
+    return torch.rms_norm(queries, (c,), eps=_tiny(queries.dtype)), c**-0.5 / config.tau
+
+
+@functools.cache
+def _tiny(dtype: torch.dtype) -> float:
+    """The smallest normal number of what squares of this dtype are added up in."""
+    return torch.finfo(torch.promote_types(dtype, torch.float32)).tiny
 
 
 def _unit(vectors: Tensor) -> Tensor:

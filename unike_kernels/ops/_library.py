@@ -214,6 +214,19 @@ def in_place(*tensors: Tensor | None) -> bool:
     return all(t is None or (t.is_contiguous() and not t.is_neg()) for t in tensors)
 
 
+def form(*tensors: Tensor | None) -> tuple[Any, ...] | None:
+    """Shape and dtype of each, of tensors that are `in_place`; None: one is not."""
+    found: list[Any] = []
+    for t in tensors:
+        if t is None:
+            found.append(None)
+        elif t.is_contiguous() and not t.is_neg():
+            found += t.shape, t.dtype
+        else:
+            return None
+    return tuple(found)
+
+
 def call(name: str, like: Tensor, *args: Any) -> Any:
     """`torch.ops.unike.<name>(*args)`, past the dispatcher where nothing needs it.
 

@@ -317,8 +317,12 @@ class Launch:
         elif compiled is None:
             self._compiled[device] = launch(self._kernel, self._blocks, *arguments, **self._options)
         else:
-            hooks = triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook
-            told = compiled.launch_metadata(grid, stream, *arguments)
+            runtime, told = triton.knobs.runtime, None
+            hooks = runtime.launch_enter_hook, runtime.launch_exit_hook
+            if getattr(hooks[0], "calls", hooks[0]) or getattr(hooks[1], "calls", hooks[1]):
+                told = compiled.launch_metadata(grid, stream, *arguments)
+            else:  # chains of no hooks
+                hooks = None, None
             compiled.run(*grid, stream, compiled.function, compiled.packed_metadata, told, *hooks, *arguments)
 
     def _filled(self, workspace: Workspace) -> list[Any]:

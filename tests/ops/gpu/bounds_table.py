@@ -129,9 +129,9 @@ theirs, has a kernel of its own ("shared ids" above).
   size of its argument.
 - What the products of Blackwell's tensor cores (tcgen05) take is a guess: their shape is in a register.
 - The host: the times are of a launch in a CUDA graph, or behind a busy stream. The Python of a call that is prepared,
-  with the driver's launch left out, takes by the fastest of thousands of calls on a server's CPU: a search 12 us by
-  CUDA and 13 by Triton, the fused FFN and the side product 10, memory attention 18, attention to entries that are
-  known, as `retrieval="sequence"` has them, 14, and with `scale="cosine"` one more operation of torch.
+  with the driver's launch left out, takes by the fastest of thousands of calls on a server's CPU: a search 16 us by
+  CUDA and by Triton, the fused FFN and the side product 10, memory attention 16, attention to entries that are known,
+  as `retrieval="sequence"` has them, 16, and with `scale="cosine"` one more operation of torch.
 """
 
 

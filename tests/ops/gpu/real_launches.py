@@ -211,7 +211,7 @@ def _native(queries: int, scan: str, machine: Machine, recorder: Recorder) -> No
         recorder, _zeros(queries, D), _zeros(N, D), K, scan=scan, packed=packed, device=device,
         arch=machine.arch,
     )  # fmt: skip
-    recorder.recorded[-1].function.cubin = harness.binary(scan, machine.arch)
+    recorder.recorded[-1].function.cubin = harness.binary(scan, bool(found.shape["many"]), machine.arch)
     _fill(found, queries, scan)
 
 

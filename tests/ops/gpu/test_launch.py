@@ -172,6 +172,17 @@ def test_a_launch_hook_is_told(pool, monkeypatch):
     assert len(told) == 4
 
 
+def test_chains_of_launch_hooks_are_told_where_they_have_some(pool, monkeypatch):
+    """Which newer versions of Triton have; they are empty as a rule."""
+    prepared, (x, base), told = PreparedNeurons(pool, "relu"), states(2), []
+    wanted = prepared(x, base)
+    for calls, names in (((), []), ((print,), ["add_extra_neurons_kernel"] * 2)):
+        chain = type("Chain", (), {"calls": calls, "__call__": lambda self, it: told.append(it.get()["name"])})()
+        for hook in ("launch_enter_hook", "launch_exit_hook"):
+            monkeypatch.setattr(_triton.triton.knobs.runtime, hook, chain)
+        assert torch.equal(prepared(x, base), wanted) and told == names
+
+
 # --- a memory -------------------------------------------------------------------------------------------------------
 
 
@@ -372,8 +383,16 @@ def test_a_search_of_another_kind_before_the_attention(looked_up, monkeypatch):
     monkeypatch.setitem(_backend._table, "memory_attention", table)
     searched = []
     search = _backend._table["cosine_topk"]["triton"]
-    run = lambda *o: searched.append(o[4]) or reference_search.cosine_topk(*o[:5])  # noqa: E731
-    monkeypatch.setitem(_backend._table["cosine_topk"], "triton", search._replace(run=run))
+
+    def launch_of(o):
+        def launch(queries, ranges, scores, ids):
+            searched.append(ranges)
+            found = reference_search.cosine_topk(queries, o.keys, o.k, o.normalized, ranges)
+            scores.copy_(found[0]), ids.copy_(found[1])
+
+        return launch
+
+    monkeypatch.setitem(_backend._table["cosine_topk"], "triton", search._replace(launch_of=launch_of))
     for each in ({"k": 3}, {"k": 3, "ranges": torch.tensor([[0, 9], [4, 20]]), "alpha": ONE}):
         calls = [memory.given(2) for _ in range(2)]
         wanted = [memory.by_operator(*given, **each) for given in calls]

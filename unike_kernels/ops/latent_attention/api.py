@@ -264,15 +264,17 @@ class PreparedAttention:
             anchor: [R, d], compared with Enc_sem(h_know), R dividing M; None: the inputs are.
             blend: scale, convention and norm.
         """
-        keys, values, projected, encoder = self._tables
-        o = LatentOperands(queries, inputs, keys, values, ids, encoder, alpha, anchor, blend, projected)
+
+        def operands() -> LatentOperands:
+            keys, values, projected, encoder = self._tables
+            return LatentOperands(queries, inputs, keys, values, ids, encoder, alpha, anchor, blend, projected)
+
         given = queries, inputs, ids, alpha, anchor
-        if not (_library.direct(inputs) and len(inputs) and _library.in_place(*given)):
-            return attend(o)
-        launch = self._launches.of((blend, *(None if t is None else (t.shape, t.dtype) for t in given)), lambda: o)
+        form = _library.form(*given) if _library.direct(inputs) and inputs.shape[0] else None
+        launch = None if form is None else self._launches.of((blend, form), operands)
         if launch is None:
-            return attend(o)
-        out, gate = torch.empty_like(inputs), inputs.new_empty(len(inputs), dtype=torch.float32)
+            return attend(operands())
+        out, gate = torch.empty_like(inputs), inputs.new_empty(inputs.shape[0], dtype=torch.float32)
         launch(*given, out, gate)
         return out, gate
 

@@ -36,20 +36,24 @@ def _apart(
 
 
 def _launch_apart(o: MemoryOperands) -> Callable[..., None] | None:
-    """`_apart` for such operands with the second launch looked up; called as what `launch_of` of triton.py returns."""
+    """`_apart` for such operands with both launches looked up; called as what `launch_of` of triton.py returns."""
     ids = o.inputs.new_empty((len(o.inputs), o.k), dtype=torch.int64)
     latent_operands = o.queries, o.inputs, o.keys, o.values, ids, o.encoder, o.alpha, o.anchor, o.blend, o.projected
     launch = _backend.launch_of("latent_attention", LatentOperands(*latent_operands))
-    if launch is None:
+    searched = SearchOperands(o.hidden, o.retrieval_keys, o.k, True, o.ranges, o.packed)
+    search = _backend.launch_of("cosine_topk", searched)
+    if launch is None or search is None:
         return None
-    index, k, packed = o.retrieval_keys, o.k, o.packed  # and nothing of the example
-    search = _backend.dispatch("cosine_topk", SearchOperands(o.hidden, index, k, True, o.ranges, packed)).run
+    shape = len(o.inputs), o.k  # and nothing of the example
 
     def call(
-        hidden: Tensor, ranges: Tensor | None, queries: Tensor, inputs: Tensor, ids: Tensor, *rest: Tensor | None
-    ) -> None:
-        _, found = search(hidden, index, k, True, ranges, packed)
-        launch(queries, inputs, found, *rest)
+        hidden: Tensor, ranges: Tensor | None, queries: Tensor, inputs: Tensor, alpha: Tensor | None,
+        anchor: Tensor | None, out: Tensor,
+    ) -> None:  # fmt: skip
+        scores, opened = inputs.new_empty(shape, dtype=torch.float32), inputs.new_empty(shape[:1], dtype=torch.float32)
+        ids = inputs.new_empty(shape, dtype=torch.int64)
+        search(hidden, ranges, scores, ids)
+        launch(queries, inputs, ids, alpha, anchor, out, opened)
 
     return call
 
@@ -237,28 +241,23 @@ class PreparedMemory:
             gate = Gate.of(blend, alpha, anchor)
             flat = queries.flatten(1)
             return cpu.attend(hidden, flat, inputs, k, ranges, *native, gate, out=out, details=False)[0]
-        index, packed, keys, values, projected, encoder, _ = self._tables
-        operands = MemoryOperands(
-            hidden, index, k, ranges, queries, inputs, keys, values, encoder, alpha, anchor, blend, packed, projected
-        )
-        result = self._launched(operands)
-        if result is None:
-            result = attend(operands)[0]
-        return result if out is None else out.copy_(result)
 
-    def _launched(self, o: MemoryOperands) -> Tensor | None:
-        """The shifted output by a Triton kernel, where one computes it in one launch."""
-        given = o.hidden, o.ranges, o.queries, o.inputs, o.alpha, o.anchor
-        if not (_library.direct(o.inputs) and len(o.inputs) and _library.in_place(*given)):
-            return None
-        form = o.k, o.blend, *(None if t is None else (t.shape, t.dtype) for t in given)
-        launch = self._launches.of(form, lambda: o)
+        def operands() -> MemoryOperands:
+            index, packed, keys, values, projected, encoder, _ = self._tables
+            return MemoryOperands(
+                hidden, index, k, ranges, queries, inputs, keys, values, encoder, alpha, anchor, blend, packed,
+                projected,
+            )  # fmt: skip
+
+        given = hidden, ranges, queries, inputs, alpha, anchor
+        form = _library.form(*given) if _library.direct(inputs) and inputs.shape[0] else None
+        launch = None if form is None else self._launches.of((k, blend, form), operands)
         if launch is None:
-            return None
-        out, opened = torch.empty_like(o.inputs), o.inputs.new_empty(len(o.inputs), dtype=torch.float32)
-        ids = o.inputs.new_empty((len(o.inputs), o.k), dtype=torch.int64)
-        launch(o.hidden, o.ranges, o.queries, o.inputs, ids, o.alpha, o.anchor, out, opened)
-        return out
+            result = attend(operands())[0]
+        else:
+            result = torch.empty_like(inputs)
+            launch(*given, result)
+        return result if out is None else out.copy_(result)
 
 
 def memory_attention(

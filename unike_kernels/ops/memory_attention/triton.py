@@ -21,6 +21,7 @@ from .._triton import (
     GIVEN,
     SCRATCH,
     Launch,
+    Place,
     Workspace,
     given,
     last_contiguous,
@@ -132,9 +133,7 @@ def memory_attention(
     o = MemoryOperands(
         hidden, index, k, ranges, queries, inputs, keys, values, encoder, alpha, anchor, blend, packed, projected
     )
-    launch = launch_of(o)
-    assert launch is not None
-    launch(hidden, ranges, queries, inputs, out[2], alpha, anchor, *out[:2], workspace=workspace)
+    _launch(o, GIVEN)(hidden, ranges, queries, inputs, out[2], alpha, anchor, *out[:2], workspace=workspace)
     return out
 
 
@@ -145,13 +144,17 @@ def _one_launch(m: int, n: int, d: int, k: int) -> bool:
 def launch_of(o: MemoryOperands) -> Launch | None:
     """What `memory_attention` launches for such operands, M >= 1, whose rows are contiguous; None: more than one.
 
-    It is given hidden, ranges, queries, inputs, the ids that it shall find, alpha, anchor, out and its alpha.
+    It is given hidden, ranges, queries, inputs, alpha, anchor and out. What else it finds nobody is told.
     """
+    n, d = o.retrieval_keys.shape
+    return _launch(o, SCRATCH) if _one_launch(len(o.inputs), n, d, o.k) else None
+
+
+def _launch(o: MemoryOperands, details: Place) -> Launch:
+    """One launch; the ids that it finds and its alpha, behind inputs and out, are given to it, or scratch."""
     hidden, index, k, ranges, queries, inputs, keys, values, encoder, alpha, anchor, blend, _, projected = o
     m, n, d = len(inputs), *index.shape
     heads, c, r = *queries.shape[1:], encoder.w1.shape[0]
-    if not _one_launch(m, n, d, k):
-        return None
     s = retrieval.tiling(m, n, k)
     t = latent.tiling(
         queries, inputs, keys, values, projected, encoder, anchor, m, k, multiprocessors(), retrieval.WARPS
@@ -160,18 +163,24 @@ def launch_of(o: MemoryOperands) -> Launch | None:
     queries, inputs, keys, values, encoder, anchor, projected = latent.operands(
         queries, inputs, keys, values, encoder, anchor, projected
     )
-    found = retrieval.scratch_of(s, m, n, d)
+    found, own = retrieval.scratch_of(s, m, n, d), (2 * m * k, m) if details is SCRATCH else ()
+
+    def typed(scratch: list[Tensor]) -> list[Tensor]:
+        searching, rest = retrieval.typed(scratch[: len(found)]), scratch[len(found) :]
+        if own:
+            rest[0] = rest[0].view(torch.int64)  # the ids
+        return [*searching, *rest]
+
     arguments = (
         GIVEN, index, given(ranges), *(SCRATCH for _ in found), EVERYBODYS,
         hidden.stride(0), index.stride(0), n, *s.sizes, retrieval.error_bound(d), t.blocks,
-        GIVEN, GIVEN, keys, values, projected, GIVEN, *encoder, given(alpha), given(anchor), GIVEN, GIVEN,
+        GIVEN, GIVEN, keys, values, projected, details, *encoder, given(alpha), given(anchor), GIVEN, details,
         *(SCRATCH for _ in t.scratch), COUNTERS,
         *latent.strides(queries, inputs, keys, values, projected, anchor, alpha),
         m, heads, c, d, r, blend.scale, *t.sizes, *s.shapes, *latent.switches(blend),
         *t.shapes,
     )  # fmt: skip
     return Launch(
-        memory_attention_kernel, max(s.blocks, t.blocks), arguments, (*found, *t.scratch),
-        lambda scratch: (*retrieval.typed(scratch[: len(found)]), *scratch[len(found) :]),
+        memory_attention_kernel, max(s.blocks, t.blocks), arguments, (*found, *own, *t.scratch), typed,
         num_warps=retrieval.WARPS, **options(cooperative=True), enable_fp_fusion=False,
     )  # fmt: skip
