@@ -23,6 +23,8 @@ V5 = VERSION >= (5, 0)
 
 def skip_if_not_batched(kind: str) -> None:
     """In continuous batching: transformers 5.24's own OPT asks the cache of that for a length that it does not know."""
+    if not V5:
+        pytest.skip("continuous batching of transformers 4.57 needs a GPU")
     if kind == "opt" and VERSION >= (5, 24):
         pytest.skip(f"transformers {transformers.__version__} cannot batch OPT continuously")
 

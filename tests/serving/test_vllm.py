@@ -553,12 +553,13 @@ def ray_cluster(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(about.parent)
     cluster = ray.init(num_cpus=2, num_gpus=2, include_dashboard=False, object_store_memory=2**27)
     monkeypatch.setenv("RAY_ADDRESS", cluster.address_info["gcs_address"])
-    yield ray
+    yield
     ray.shutdown()
 
 
+@pytest.mark.usefixtures("ray_cluster")
 @pytest.mark.parametrize("split", ["tensor", "pipeline"])
-def test_rays_actors_as_ranks(split, ray_cluster, make_memory, tmp_path):
+def test_rays_actors_as_ranks(split, make_memory, tmp_path):
     """Each with half of the memory, or with a stage of the model."""
     family = Family("opt", tmp_path, make_memory)
     family.told["sharded_memory"] = split == "tensor"
